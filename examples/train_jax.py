@@ -1,0 +1,87 @@
+"""The JAX side of train.py: a Flax network, optax and sfjax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
+from flax import linen
+
+import sfjax
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """Clips the gradient, then takes a Schedule-Free step: nothing may come after it in the chain."""
+    options: dict[str, Any] = {"b1": settings.beta, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        schedule_free = sfjax.schedule_free_sgd(settings.lr, settings.warmup_steps, **options)
+    elif settings.optimizer == "adamw":
+        schedule_free = sfjax.schedule_free_adamw(settings.lr, settings.warmup_steps, **options)
+    else:
+        schedule_free = sfjax.schedule_free_radam(settings.lr, **options)
+    optimizer = optax.chain(optax.clip_by_global_norm(settings.clip), schedule_free)
+    return optax.MultiSteps(optimizer, every_k_schedule=settings.accumulate).gradient_transformation()
+
+
+class Network(linen.Module):
+    """A perceptron on flat images: (n, 64) -> (n, 10). It is smooth: a kink would blow up rounding."""
+
+    @linen.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        for width in LAYERS[1:-1]:
+            images = linen.silu(linen.Dense(width)(images))
+        return linen.Dense(LAYERS[-1])(images)
+
+
+def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterator[Point]:
+    """Trains on `batches` and yields a point every `settings.every` steps."""
+    model = Network()
+    params = to_flax(initial_weights(settings.seed))
+    optimizer = make_optimizer(settings)
+    state = optimizer.init(params)
+
+    def loss_of(params: Any, images: Any, labels: Any) -> jax.Array:
+        logits = model.apply({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def micro_step(params: Any, state: Any, images: Any, labels: Any) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(loss_of)(params, images, labels)  # params hold y
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    @jax.jit
+    def measure(params: Any) -> tuple[jax.Array, jax.Array]:
+        hits = model.apply({"params": params}, digits.test_images).argmax(-1) == digits.test_labels
+        return loss_of(params, digits.test_images, digits.test_labels), hits.mean()
+
+    losses: list[jax.Array] = []
+    for step, batch in enumerate(batches, start=1):
+        for images, labels in zip(*batch, strict=True):
+            params, state, loss = micro_step(params, state, images, labels)
+            losses.append(loss)
+        if step % settings.every == 0 or step == settings.steps:
+            x = sfjax.schedule_free_eval_params(state, params)  # the weights to evaluate and to ship
+            (loss_x, accuracy_x), (loss_y, accuracy_y) = measure(x), measure(params)
+            figures = map(float, (jnp.stack(losses).mean(), loss_x, accuracy_x, loss_y, accuracy_y))
+            yield Point(step, *figures, flatten(to_numpy(x)), flatten(to_numpy(params)))
+            losses.clear()
+
+
+def to_flax(weights: Any) -> dict[str, dict[str, jax.Array]]:
+    """Returns the weights under Flax's names."""
+    return {
+        f"Dense_{i}": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
+        for i, (kernel, bias) in enumerate(weights)
+    }
+
+
+def to_numpy(params: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns (kernel, bias) of each layer."""
+    layers = [params[f"Dense_{i}"] for i in range(len(params))]
+    return [(np.asarray(layer["kernel"]), np.asarray(layer["bias"])) for layer in layers]

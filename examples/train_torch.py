@@ -1,0 +1,80 @@
+"""The PyTorch side of train.py: a torch network and sftorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+
+import sftorch
+
+
+def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Takes a Schedule-Free step; it starts in train mode, with y in the parameters."""
+    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        return sftorch.SGDScheduleFree(
+            parameters, momentum=settings.beta, warmup_steps=settings.warmup_steps, **options
+        )
+    options["betas"] = (settings.beta, 0.999)
+    if settings.optimizer == "adamw":
+        return sftorch.AdamWScheduleFree(parameters, warmup_steps=settings.warmup_steps, **options)
+    return sftorch.RAdamScheduleFree(parameters, **options)
+
+
+def make_network() -> nn.Sequential:
+    """A perceptron on flat images: (n, 64) -> (n, 10). It is smooth: a kink would blow up rounding."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(LAYERS[:-1], LAYERS[1:], strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterator[Point]:
+    """Trains on `batches` and yields a point every `settings.every` steps."""
+    model = make_network()
+    set_weights(model, initial_weights(settings.seed))
+    optimizer = make_optimizer(settings, model.parameters())
+    test_images, test_labels = torch.from_numpy(digits.test_images), torch.from_numpy(digits.test_labels)
+
+    @torch.no_grad()
+    def measure() -> tuple[float, float, np.ndarray]:
+        logits = model(test_images)
+        hits = logits.argmax(-1) == test_labels
+        return float(cross_entropy(logits, test_labels)), float(hits.float().mean()), flatten(to_numpy(model))
+
+    losses: list[torch.Tensor] = []
+    for step, batch in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        for images, labels in zip(*map(torch.from_numpy, batch), strict=True):
+            loss = cross_entropy(model(images), labels)  # the parameters hold y
+            (loss / settings.accumulate).backward()
+            losses.append(loss.detach())
+        clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        if step % settings.every == 0 or step == settings.steps:
+            with optimizer.evaluation():  # the parameters hold x: the weights to evaluate and to ship
+                loss_x, accuracy_x, x = measure()
+            loss_y, accuracy_y, y = measure()
+            train_loss = float(torch.stack(losses).mean())
+            yield Point(step, train_loss, loss_x, accuracy_x, loss_y, accuracy_y, x, y)
+            losses.clear()
+
+
+def set_weights(model: nn.Sequential, weights: Any) -> None:
+    """Copies the weights in; torch keeps kernels as (outputs, inputs)."""
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    for linear, (kernel, bias) in zip(linears, weights, strict=True):
+        linear.load_state_dict({"weight": torch.from_numpy(kernel.T), "bias": torch.from_numpy(bias)})
+
+
+def to_numpy(model: nn.Sequential) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns (kernel (inputs, outputs), bias) of each layer."""
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    return [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in linears]

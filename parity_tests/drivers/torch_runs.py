@@ -1,0 +1,164 @@
+"""Runs in PyTorch: sftorch in its forms, schedulefree and pytorch_optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parity_tests.cases import Case
+from parity_tests.drivers import names
+from parity_tests.reference import Arrays, Reference
+
+CLASSES = {"sgd": "SGDScheduleFree", "adamw": "AdamWScheduleFree", "radam": "RAdamScheduleFree"}
+Make = Callable[[Case, list[Tensor]], Any]
+
+
+class TorchRun:
+    """An optimizer whose parameters hold y, fed with recorded gradients."""
+
+    def __init__(self, make: Make, case: Case, params: Arrays, dtype: str):
+        self.dtype = getattr(torch, dtype)
+        self.beta = case.options["beta"]
+        self.params = {k: torch.nn.Parameter(self.tensor(p)) for k, p in params.items()}
+        self.optimizer = make(case, list(self.params.values()))
+
+    def tensor(self, a: np.ndarray) -> Tensor:
+        return torch.tensor(a, dtype=self.dtype)
+
+    def update(self, grads: Arrays, lr: float) -> None:
+        """Takes one step with the schedule's lr."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for k, p in self.params.items():
+            p.grad = self.tensor(grads[k])
+        self.step()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
+        """Returns x, y and z, without touching the run."""
+        y = {k: p.detach() for k, p in self.params.items()}
+        z = {k: self.optimizer.state[p].get("z", p).detach() for k, p in self.params.items()}
+        x = self.average(y, z)
+        return tuple({k: a.numpy().copy() for k, a in s.items()} for s in (x, y, z))  # type: ignore[return-value]
+
+    def average(self, y: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns x by the line that upstream's eval() puts it into the parameters with."""
+        return {k: torch.lerp(y[k], z[k], 1 - 1 / self.beta) for k in y}
+
+
+class OurRun(TorchRun):
+    """sftorch: x is asked for, and state can be put in."""
+
+    def average(self, y: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = self.optimizer.eval_params()
+        return {k: x[p] for k, p in self.params.items()}
+
+    def put(self, truth: Reference) -> None:
+        """Overwrites the whole state with the reference's; after the first step only, when there is one."""
+        clock = {"step": truth.step, "lr_max": truth.lr_max, "weight_sum": truth.weight_sum}
+        buffers = {"z": truth.z, "x": truth.x, "exp_avg_sq": truth.v, "exp_avg": truth.m}
+        for k, p in self.params.items():
+            p.data = self.tensor(truth.y[k])
+            state = self.optimizer.state[p]
+            state.update(clock | {name: self.tensor(a[k]) for name, a in buffers.items() if name in state})
+        for group in self.optimizer.param_groups:
+            group.update(k=truth.step, lr_max=truth.lr_max, weight_sum=truth.weight_sum)
+
+
+class ClosureRun(TorchRun):
+    """The closure forms, whose parameters hold x between steps."""
+
+    def step(self) -> None:
+        self.optimizer.step(lambda: 0.0)
+
+    def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
+        x, z, _ = super().iterates()[1:] + (None,)
+        return x, self.peek(x, z), z
+
+    def peek(self, x: Arrays, z: Arrays) -> Arrays:
+        """Returns y by S9: upstream's shows it inside the closure only, where looking would take a step."""
+        return {k: np.asarray(self.beta * x[k] + (1 - self.beta) * z[k]) for k in x}
+
+    def average(self, y: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
+        return y
+
+
+class OurClosureRun(ClosureRun):
+    """sftorch's closure forms: y is what the closure really sees."""
+
+    def peek(self, x: Arrays, z: Arrays) -> Arrays:
+        seen: Arrays = {}
+
+        def closure() -> float:
+            seen.update({k: p.detach().numpy().copy() for k, p in self.params.items()})
+            raise _Seen  # a closure that raises must leave everything as it was
+
+        try:
+            self.optimizer.step(closure)
+        except _Seen:
+            pass
+        return seen
+
+
+class _Seen(Exception):
+    pass
+
+
+class WrapperRun(OurRun):
+    """sftorch.ScheduleFreeWrapper around torch's own optimizer; the ramp of S2 is the base's lr."""
+
+    def __init__(self, make: Make, case: Case, params: Arrays, dtype: str):
+        super().__init__(make, case, params, dtype)
+        self.warmup, self.t = case.options["warmup_steps"], 0
+
+    def update(self, grads: Arrays, lr: float) -> None:
+        self.t += 1
+        super().update(grads, lr * min(1.0, self.t / self.warmup) if self.warmup else lr)
+
+
+def ours(case: Case, params: list[Tensor], suffix: str = "", foreach: bool = True) -> Any:
+    """Returns sftorch's optimizer for a case."""
+    import sftorch
+
+    make = getattr(sftorch, CLASSES[case.optimizer] + suffix)
+    return make(params, foreach=foreach, **names.for_torch(case.optimizer, case.options))
+
+
+def wrapped(case: Case, params: list[Tensor]) -> Any:
+    """Returns the same optimizer, made of torch's own and the wrapper."""
+    import sftorch
+
+    o = case.options
+    if case.optimizer == "sgd":
+        base: torch.optim.Optimizer = torch.optim.SGD(params, lr=o["lr"])
+    else:
+        base = torch.optim.Adam(params, lr=o["lr"], betas=(o["inner_momentum"], o["b2"]), eps=o["eps"])
+    averaging = {k: o[k] for k in ("r", "weight_lr_power", "prior_steps")}
+    return sftorch.ScheduleFreeWrapper(
+        base, momentum=o["beta"], weight_decay_at_y=o["weight_decay"], **averaging
+    )
+
+
+def upstream(case: Case, params: list[Tensor], suffix: str = "", foreach: bool = True) -> Any:
+    """Returns the schedulefree package's optimizer for a case."""
+    import schedulefree
+
+    make = getattr(schedulefree, CLASSES[case.optimizer] + suffix)
+    optimizer = make(params, foreach=foreach, **names.for_upstream(case.optimizer, case.options))
+    if not suffix:
+        optimizer.train()
+    return optimizer
+
+
+def pytorch_optimizer(case: Case, params: list[Tensor]) -> Any:
+    """Returns the pytorch_optimizer package's optimizer for a case."""
+    import pytorch_optimizer
+
+    make = getattr(pytorch_optimizer, {"sgd": "ScheduleFreeSGD", "adamw": "ScheduleFreeAdamW", "radam": "ScheduleFreeRAdam"}[case.optimizer])
+    return make(params, **names.for_upstream(case.optimizer, case.options))

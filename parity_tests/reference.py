@@ -1,0 +1,76 @@
+"""Schedule-Free SGD, AdamW and RAdam by equations S1 to S9: the truth that both twins are held to.
+
+NumPy float64 arrays and Python floats; x, y and z are all stored; nothing is folded, fused or
+imported from the twins. `test_harness.py` breaks this file one line at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def one_minus_power(decay: float, t: int) -> float:
+    """Returns 1 - decay^t without the cancellation near decay = 1."""
+    return 1.0 if decay == 0 else -math.expm1(t * math.log(decay))
+
+
+def rectification(b2: float, t: int) -> float:
+    """Returns RAdam's rect at time t, 0 while the variance estimate is not usable."""
+    rho_inf = 2 / (1 - b2) - 1
+    rho_t = rho_inf - 2 * t * (1 - one_minus_power(b2, t)) / one_minus_power(b2, t)
+    if rho_t <= 4:
+        return 0.0
+    return math.sqrt((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t))
+
+
+class Reference:
+    """One run. `params`: leaf -> initial value; `options`: every canonical name of `cases.DEFAULTS`."""
+
+    def __init__(self, optimizer: str, params: Arrays, options: dict[str, Any]):
+        self.optimizer, self.options = optimizer, options
+        self.x, self.y, self.z = ({k: np.array(p, np.float64) for k, p in params.items()} for _ in "xyz")
+        self.m, self.v = ({k: np.zeros_like(p) for k, p in self.z.items()} for _ in "mv")
+        self.step, self.lr_max, self.c = 0, 0.0, 0.0
+        lr, r, power = options["lr"], options["r"], options["weight_lr_power"]
+        self.weight_sum = math.fsum(i**r * lr**power for i in range(1, options["prior_steps"] + 1))
+
+    def update(self, grads: Arrays, lr: float) -> None:
+        """Takes one step; `lr` is the schedule's value at this step, before warm-up."""
+        o = self.options
+        t = self.step + 1  # S1
+        rect = rectification(o["b2"], t) if self.optimizer == "radam" else 1.0
+        usable = rect > 0
+        if self.optimizer == "radam":
+            lr_t = lr * (rect if usable else float(not o["silent_sgd_phase"]))  # S2
+        else:
+            lr_t = lr * (min(1.0, t / o["warmup_steps"]) if o["warmup_steps"] else 1.0)  # S2
+        self.lr_max = max(self.lr_max, lr_t)  # S3
+        weight = (t + o["prior_steps"]) ** o["r"] * self.lr_max ** o["weight_lr_power"]  # S4
+        total = self.weight_sum + weight
+        c = weight / total if total > 0 else 0.0  # S5
+        for k, g in grads.items():
+            direction = self.direction(k, g, t, usable)
+            delta = -lr_t * (direction + o["weight_decay"] * self.y[k])  # S6
+            z = self.z[k] + delta  # S7
+            x = (1 - c) * self.x[k] + c * z  # S8
+            y = o["beta"] * x + (1 - o["beta"]) * z  # S9
+            self.x[k], self.y[k], self.z[k] = np.asarray(x), np.asarray(y), np.asarray(z)
+        self.step, self.weight_sum, self.c = t, total, c
+
+    def direction(self, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndarray:
+        """Returns what leaf k moves against, the gradient made the optimizer's own (S6)."""
+        if self.optimizer == "sgd":
+            return g
+        b2, m1 = self.options["b2"], self.options.get("inner_momentum", 0.0)
+        self.v[k] = np.asarray(b2 * self.v[k] + (1 - b2) * g * g)
+        if not usable:
+            return g
+        if m1 > 0:
+            self.m[k] = np.asarray(m1 * self.m[k] + (1 - m1) * g)
+            g = self.m[k] / one_minus_power(m1, t)
+        return g / (np.sqrt(self.v[k] / one_minus_power(b2, t)) + self.options["eps"])

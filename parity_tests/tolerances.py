@@ -1,0 +1,30 @@
+"""How far apart two runs may be: one table, and beside each number what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """An error passes if it is at most `relative` times the leaf's largest displacement plus `ulps`.
+
+    Attributes:
+        relative: share of the largest distance of the leaf from its start, in any sequence of the run.
+        ulps: units in the last place of the leaf's largest value, in `dtype`.
+        dtype: the precision the run was computed in.
+        measured: what the number was chosen from.
+    """
+
+    relative: float
+    ulps: float
+    dtype: str
+    measured: str
+
+
+# (precision, kind of comparison)
+TOLERANCES: dict[tuple[str, str], Tolerance] = {
+    ("float64", "regenerate"): Tolerance(1e-15, 1, "float64", "0 on the machine that wrote them"),
+    ("float64", "golden"): Tolerance(1e-12, 4, "float64", "TODO"),
+    ("float32", "golden"): Tolerance(5e-5, 8, "float32", "TODO"),
+}

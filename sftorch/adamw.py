@@ -1,0 +1,140 @@
+"""Schedule-Free AdamW: the direction is the gradient over its root mean square (S6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfcore import hyperparameters
+from sftorch import _checks
+
+from sftorch._modes import DirectedOptimizer, YAtRest
+from sftorch._scalars import bias_correction
+
+
+def adamw_single(
+    grad: Tensor, v: Tensor, m: Tensor | None, b2: float, eps: float, m1: float, t: int
+) -> Tensor:
+    """Returns AdamW's direction; v, and m if there is one, are updated in place."""
+    v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+    denominator = (v / bias_correction(b2, t)).sqrt_().add_(eps)
+    if m is not None:
+        grad = m.lerp_(grad, 1 - m1) / bias_correction(m1, t)
+    return grad / denominator  # S6
+
+
+def adamw_foreach(
+    grads: list[Tensor], v: list[Tensor], m: list[Tensor] | None, b2: float, eps: float, m1: float, t: int
+) -> list[Tensor]:
+    """The same for lists."""
+    torch._foreach_mul_(v, b2)
+    torch._foreach_addcmul_(v, grads, grads, value=1 - b2)
+    denominators = torch._foreach_div(v, bias_correction(b2, t))
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, eps)
+    if m is not None:
+        torch._foreach_lerp_(m, grads, 1 - m1)
+        grads = list(torch._foreach_div(m, bias_correction(m1, t)))
+    return list(torch._foreach_div(grads, denominators))  # S6
+
+
+class AdamWDirection(DirectedOptimizer):
+    """Abstract: constructor and direction of AdamW."""
+
+    hyperparameters = hyperparameters.AdamW
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = True,
+        *,
+        inner_momentum: float = 0.0,
+        prior_steps: int = 0,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ):
+        _checks.check_unsupported(capturable=capturable, differentiable=differentiable)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "foreach": foreach,
+            "inner_momentum": inner_momentum,
+            "prior_steps": prior_steps,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        shared = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
+        beta, b2 = _checks.as_pair(group["betas"])
+        values = {name: group[name] for name in shared}
+        return values | {"lr": _checks.as_number(group["lr"]), "beta": beta, "b2": b2}, {"beta": "betas[0]", "b2": "betas[1]"}
+
+    def _beta(self, group: dict[str, Any]) -> float:
+        return group["betas"][0]
+
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
+
+    def _lr_factor(self, group: dict[str, Any], t: int) -> float:
+        return 1.0
+
+    def _direction_single(
+        self, grad: Tensor, buffers: dict[str, Tensor], group: dict[str, Any], t: int
+    ) -> Tensor:
+        v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
+        return adamw_single(grad, v, m, group["betas"][1], group["eps"], group["inner_momentum"], t)
+
+    def _direction_foreach(
+        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], group: dict[str, Any], t: int
+    ) -> list[Tensor]:
+        v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
+        return adamw_foreach(grads, v, m, group["betas"][1], group["eps"], group["inner_momentum"], t)
+
+
+class AdamWScheduleFree(AdamWDirection, YAtRest):
+    """Schedule-Free AdamW (arXiv 2405.15682). The parameters hold y in train mode and x in eval mode.
+
+    Args:
+        params: iterable of floating-point or complex leaves, of (name, leaf), or of group dicts.
+        lr: step size, >= 0, default 0.0025; 1 to 10 times that of scheduled AdamW is a usual start.
+        betas: (beta, b2): interpolation y = beta x + (1 - beta) z in [0, 1], and decay of the second
+            moment in [0, 1); default (0.9, 0.999).
+        eps: added to the denominator outside the root, > 0, default 1e-8.
+        weight_decay: decoupled decay taken at y, >= 0, default 0.
+        warmup_steps: optimizer steps of linear warm-up, default 0; about 5% of a run helps.
+        r: the average weighs step t by t^r, >= 0, default 0.
+        weight_lr_power: and by the largest lr so far to this power, >= 0, default 2.
+        foreach: one call for a list of tensors instead of a loop, default True.
+        inner_momentum: decay of a first moment in the numerator, in [0, 1); 0 (default) keeps no buffer.
+        prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        maximize: ascend instead of descend, default False.
+        capturable, differentiable: refused when True; the message says why.
+
+    Raises:
+        HyperparameterError: with every value that is out of range (a ValueError).
+
+    Example:
+        >>> import sftorch, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.01, warmup_steps=10)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> with optimizer.evaluation():
+        ...     prediction = model(torch.ones(1, 2))
+    """

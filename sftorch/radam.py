@@ -1,0 +1,122 @@
+"""Schedule-Free RAdam: AdamW whose lr is rectified while its second moment is young (S6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfcore import hyperparameters
+from sftorch import _checks
+
+from sftorch._modes import DirectedOptimizer, YAtRest
+from sftorch._scalars import rectification
+from sftorch.adamw import adamw_foreach, adamw_single
+
+
+class RAdamDirection(DirectedOptimizer):
+    """Abstract: constructor and direction of RAdam."""
+
+    hyperparameters = hyperparameters.RAdam
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = True,
+        silent_sgd_phase: bool = True,
+        *,
+        prior_steps: int = 0,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ):
+        _checks.check_unsupported(capturable=capturable, differentiable=differentiable)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "foreach": foreach,
+            "silent_sgd_phase": silent_sgd_phase,
+            "prior_steps": prior_steps,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        shared = ("eps", "weight_decay", "r", "weight_lr_power", "silent_sgd_phase", "prior_steps")
+        beta, b2 = _checks.as_pair(group["betas"])
+        values = {name: group[name] for name in shared}
+        return values | {"lr": _checks.as_number(group["lr"]), "beta": beta, "b2": b2}, {"beta": "betas[0]", "b2": "betas[1]"}
+
+    def _beta(self, group: dict[str, Any]) -> float:
+        return group["betas"][0]
+
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg_sq",)
+
+    def _lr_factor(self, group: dict[str, Any], t: int) -> float:
+        rect = rectification(group["betas"][1], t)
+        if rect is None:
+            return 0.0 if group["silent_sgd_phase"] else 1.0
+        return rect
+
+    def _direction_single(
+        self, grad: Tensor, buffers: dict[str, Tensor], group: dict[str, Any], t: int
+    ) -> Tensor:
+        v, b2 = buffers["exp_avg_sq"], group["betas"][1]
+        if rectification(b2, t) is None:
+            v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+            return grad  # S6
+        return adamw_single(grad, v, None, b2, group["eps"], 0.0, t)
+
+    def _direction_foreach(
+        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], group: dict[str, Any], t: int
+    ) -> list[Tensor]:
+        v, b2 = buffers["exp_avg_sq"], group["betas"][1]
+        if rectification(b2, t) is None:
+            torch._foreach_mul_(v, b2)
+            torch._foreach_addcmul_(v, grads, grads, value=1 - b2)
+            return grads  # S6
+        return adamw_foreach(grads, v, None, b2, group["eps"], 0.0, t)
+
+
+class RAdamScheduleFree(RAdamDirection, YAtRest):
+    """Schedule-Free RAdam: needs no warm-up. The parameters hold y in train mode and x in eval mode.
+
+    Args:
+        params: iterable of floating-point or complex leaves, of (name, leaf), or of group dicts.
+        lr: step size, >= 0, default 0.0025.
+        betas: (beta, b2): interpolation y = beta x + (1 - beta) z in [0, 1], and decay of the second
+            moment in [0, 1), above 0.6 with silent_sgd_phase; default (0.9, 0.999).
+        eps: added to the denominator outside the root, > 0, default 1e-8.
+        weight_decay: decoupled decay taken at y, >= 0, default 0.
+        r: the average weighs step t by t^r, >= 0, default 0.
+        weight_lr_power: and by the largest lr so far to this power, >= 0, default 2.
+        foreach: one call for a list of tensors instead of a loop, default True.
+        silent_sgd_phase: nothing moves in the first steps (5 at b2 = 0.999), whose second moment is
+            unusable; False takes SGD steps there. Default True.
+        prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        maximize: ascend instead of descend, default False.
+        capturable, differentiable: refused when True; the message says why.
+
+    Raises:
+        HyperparameterError: with every value that is out of range (a ValueError).
+
+    Example:
+        >>> import sftorch, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = sftorch.RAdamScheduleFree(model.parameters(), lr=0.01)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> shipped = optimizer.eval_state_dict(model)
+    """

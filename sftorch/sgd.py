@@ -1,0 +1,102 @@
+"""Schedule-Free SGD: the direction is the gradient (S6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sfcore import hyperparameters
+from sftorch import _checks
+
+from sftorch._modes import DirectedOptimizer, YAtRest
+
+
+class SGDDirection(DirectedOptimizer):
+    """Abstract: constructor and direction of SGD."""
+
+    hyperparameters = hyperparameters.SGD
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2,
+        foreach: bool | None = True,
+        *,
+        prior_steps: int = 0,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ):
+        _checks.check_unsupported(capturable=capturable, differentiable=differentiable)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "foreach": foreach,
+            "prior_steps": prior_steps,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        shared = ("weight_decay", "warmup_steps", "r", "weight_lr_power", "prior_steps")
+        values = {name: group[name] for name in shared}
+        return values | {"lr": _checks.as_number(group["lr"]), "beta": group["momentum"]}, {"beta": "momentum"}
+
+    def _beta(self, group: dict[str, Any]) -> float:
+        return group["momentum"]
+
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def _lr_factor(self, group: dict[str, Any], t: int) -> float:
+        return 1.0
+
+    def _direction_single(
+        self, grad: Tensor, buffers: dict[str, Tensor], group: dict[str, Any], t: int
+    ) -> Tensor:
+        return grad  # S6
+
+    def _direction_foreach(
+        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], group: dict[str, Any], t: int
+    ) -> list[Tensor]:
+        return grads  # S6
+
+
+class SGDScheduleFree(SGDDirection, YAtRest):
+    """Schedule-Free SGD (arXiv 2405.15682). The parameters hold y in train mode and x in eval mode.
+
+    Args:
+        params: iterable of floating-point or complex leaves, of (name, leaf), or of group dicts.
+        lr: step size, >= 0, default 1.0; 10 to 50 times that of scheduled SGD is a usual start.
+        momentum: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
+        weight_decay: decoupled decay taken at y, >= 0, default 0.
+        warmup_steps: optimizer steps of linear warm-up, default 0; about 5% of a run helps.
+        r: the average weighs step t by t^r, >= 0, default 0.
+        weight_lr_power: and by the largest lr so far to this power, >= 0, default 2.
+        foreach: one call for a list of tensors instead of a loop, default True.
+        prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        maximize: ascend instead of descend, default False.
+        capturable, differentiable: refused when True; the message says why.
+
+    Raises:
+        HyperparameterError: with every value that is out of range (a ValueError).
+
+    Example:
+        >>> import sftorch, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = sftorch.SGDScheduleFree(model.parameters(), lr=0.5)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.eval()  # the model now holds x: evaluate or save it
+        >>> optimizer.train()
+    """
