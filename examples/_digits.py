@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -73,7 +74,7 @@ def initial_weights(seed: int) -> Weights:
             rng.normal(0, np.sqrt(2 / inputs), (inputs, outputs)).astype(np.float32),
             np.zeros(outputs, np.float32),
         )
-        for inputs, outputs in zip(LAYERS[:-1], LAYERS[1:], strict=True)
+        for inputs, outputs in pairwise(LAYERS)
     ]
 
 

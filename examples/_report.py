@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _digits import Point, Settings, flatten, initial_weights
-from _figure import draw
 from rich.console import Console
 from rich.table import Table
+
+from _digits import Point, Settings, flatten, initial_weights
+from _figure import draw
 
 PACKAGES = {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}
 TABLE_STEPS = 6

@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     frameworks = FRAMEWORKS if arguments.framework == "both" else (arguments.framework,)
     backends = {framework: load_backend(parser, framework) for framework in frameworks}
 
+    from tqdm import tqdm
+
     import _digits
     import _report
-    from tqdm import tqdm
 
     digits = _digits.load()
     settings = _digits.Settings(**{name: getattr(arguments, name) for name in SETTINGS})
@@ -62,6 +63,7 @@ SETTINGS = (
 def make_parser() -> argparse.ArgumentParser:
     """Returns the command line; a default of None depends on other arguments and is set in `parse`."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
         description=(__doc__ or "").split("\n")[0],
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
@@ -69,16 +71,39 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--framework", choices=(*FRAMEWORKS, "both"), default="both", help="default: both")
     add("--optimizer", choices=tuple(KINDS), default="adamw", help="default: adamw")
-    add("--lr", type=number, help="step size; default: 1 for sgd, 0.01 for adamw and radam")
-    add("--beta", type=number, default=0.9, help="interpolation of y between z and x; default: 0.9")
-    add("--weight-decay", type=number, default=0.0, help="decoupled decay, taken at y; default: 0")
-    add("--warmup-steps", type=number, help="default: a twentieth of the steps; radam has none")
-    add("--clip", type=number, default=1.0, help="largest global norm of the gradient; default: 1")
-    add("--steps", type=whole, default=1500, help="optimizer steps; default: 1500")
-    add("--batch-size", type=whole, default=64, help="images an optimizer step; default: 64")
+    add("--lr", metavar="X", type=number, help="step size; default: 1 for sgd, 0.01 for adamw and radam")
+    add(
+        "--beta",
+        metavar="X",
+        type=number,
+        default=0.9,
+        help="interpolation of y between z and x; default: 0.9",
+    )
+    add(
+        "--weight-decay",
+        metavar="X",
+        type=number,
+        default=0.0,
+        help="decoupled decay, taken at y; default: 0",
+    )
+    add("--warmup-steps", metavar="N", type=number, help="default: a twentieth of the steps; radam has none")
+    add(
+        "--clip",
+        metavar="X",
+        type=number,
+        default=1.0,
+        help="largest global norm of the gradient; default: 1",
+    )
+    add("--steps", metavar="N", type=whole, default=1500, help="optimizer steps; default: 1500")
+    add("--batch-size", metavar="N", type=whole, default=64, help="images an optimizer step; default: 64")
     add("--accumulate", type=whole, default=1, metavar="N", help="cut each batch into N; default: 1")
-    add("--seed", type=whole, default=0, help="of the first weights and the batches; default: 0")
-    add("--every", type=whole, help="steps between evaluations; default: a thirtieth of the steps")
+    add("--seed", metavar="N", type=whole, default=0, help="of the first weights and the batches; default: 0")
+    add(
+        "--every",
+        metavar="N",
+        type=whole,
+        help="steps between evaluations; default: a thirtieth of the steps",
+    )
     add("--out", type=Path, default=Path("out/digits"), metavar="DIR", help="default: out/digits")
     return parser
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
 from flax import linen
 
 import sfjax
+from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:

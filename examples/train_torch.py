@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 import sftorch
+from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
+
+Optimizer = sftorch.SGDScheduleFree | sftorch.AdamWScheduleFree | sftorch.RAdamScheduleFree
 
 
-def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """Takes a Schedule-Free step; it starts in train mode, with y in the parameters."""
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "sgd":
@@ -31,7 +34,7 @@ def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> to
 def make_network() -> nn.Sequential:
     """A perceptron on flat images: (n, 64) -> (n, 10). It is smooth: a kink would blow up rounding."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(LAYERS[:-1], LAYERS[1:], strict=True):
+    for inputs, outputs in pairwise(LAYERS):
         layers += [nn.Linear(inputs, outputs), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 

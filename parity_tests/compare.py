@@ -1,97 +1,59 @@
-"""Comparisons that raise, and say where: step, sequence, leaf, index, both values, the error in ulps."""
+"""Comparisons that raise, and say where: step, sequence, leaf, index, both values, the error in ulps.
+
+Errors are relative to movement, not to position: to the largest distance of the leaf from its start,
+in any sequence of the whole run, plus what a few ulps of its largest value come to.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from parity_tests.tolerances import Tolerance
 from parity_tests.trajectory import SEQUENCES, Trajectory
 
-
-@dataclass(frozen=True)
-class Difference:
-    """The worst element of one sequence of one leaf at one step.
-
-    `relative` is the error over `displacement + ulps / tolerance.relative`, so that one number is both
-    what the tolerance bounds and what the conformance matrix prints.
-    """
-
-    sequence: str
-    leaf: str
-    step: int
-    index: tuple[int, ...]
-    got: float
-    want: float
-    displacement: float
-    relative: float
-    ulps: float
-
-    def __str__(self) -> str:
-        place = f"[{', '.join(map(str, self.index))}]" if self.index else ""
-        return (
-            f"{self.sequence}[{self.leaf!r}]{place} after step {self.step}: got {self.got!r}, want {self.want!r}; "
-            f"the error {abs(self.got - self.want):.3g} is {self.relative:.3g} of the largest displacement "
-            f"{self.displacement:.3g} (plus a few ulps of the parameter), or {self.ulps:.3g} ulps of the value"
-        )
+Errors = dict[tuple[str, str], np.ndarray]
 
 
-def differences(got: Trajectory, want: Trajectory, tolerance: Tolerance) -> Iterator[Difference]:
-    """Yields the worst difference of every leaf, sequence and step of `want`, earliest step first.
+def relative_errors(got: Trajectory, want: Trajectory, tolerance: Tolerance) -> Errors:
+    """Returns (sequence, leaf) -> errors of shape [steps of want, elements]; NaN counts as inf.
+
+    The scale is displacement + ulps / relative, so that one number is both what `tolerance.relative`
+    bounds and what the conformance matrix prints.
 
     Raises:
         AssertionError: if `got` lacks a step or a leaf, or a shape differs.
     """
     got = got.at(want.steps)
-    errors = {}
     for name in SEQUENCES:
-        mine, theirs = got.sequence(name), want.sequence(name)
-        if set(mine) != set(theirs):
-            raise AssertionError(f"leaves of {name} must be {sorted(theirs)}, got {sorted(mine)}")
-        for leaf, value in theirs.items():
-            if mine[leaf].shape != value.shape:
-                raise AssertionError(f"{name}[{leaf!r}] must have shape {value.shape}, got {mine[leaf].shape}")
-            if value.size:
-                error = np.abs(mine[leaf] - value).reshape(len(value), -1)
-                errors[name, leaf] = np.where(np.isnan(error), np.inf, error)
-    size = {leaf: _sizes(want, leaf) for _, leaf in errors}
-    for row, step in enumerate(want.steps):
-        for (name, leaf), error in errors.items():
-            displacement, largest = size[leaf]
-            scale = displacement + tolerance.ulps / tolerance.relative * ulp(largest, tolerance.dtype)
-            worst = int(error[row].argmax())
-            index = np.unravel_index(worst, want.sequence(name)[leaf].shape[1:])
-            value = float(want.sequence(name)[leaf][row].flat[worst])
-            yield Difference(
-                sequence=name,
-                leaf=leaf,
-                step=int(step),
-                index=tuple(int(i) for i in index),
-                got=float(got.sequence(name)[leaf][row].flat[worst]),
-                want=value,
-                displacement=displacement,
-                relative=float(error[row, worst] / scale),
-                ulps=float(error[row, worst] / ulp(abs(value), tolerance.dtype)),
-            )
+        mine, theirs = ({k: a.shape for k, a in run.sequence(name).items()} for run in (got, want))
+        if mine != theirs:
+            raise AssertionError(f"{name} must have leaves and shapes {theirs}, got {mine}")
+    errors = {}
+    for leaf in want.x:
+        displacement, size = _movement(want, leaf)
+        scale = displacement + tolerance.ulps / tolerance.relative * ulp(size, tolerance.dtype)
+        for name in SEQUENCES:
+            error = np.abs(got.sequence(name)[leaf] - want.sequence(name)[leaf])
+            # An empty leaf has no size from which reshape could infer a -1.
+            flat = error.reshape(len(error), int(np.prod(error.shape[1:]))) / scale
+            errors[name, leaf] = np.where(np.isnan(flat), np.inf, flat)
+    return errors
 
 
-def _sizes(run: Trajectory, leaf: str) -> tuple[float, float]:
-    """Returns the leaf's largest distance from its start and its largest value, over all sequences."""
-    values = [run.sequence(name)[leaf] for name in SEQUENCES]
-    displacement = max(float(np.abs(v - v[0]).max()) for v in values)
-    return displacement, max(float(np.abs(v).max()) for v in values)
+def _movement(run: Trajectory, leaf: str) -> tuple[float, float]:
+    """Returns the leaf's largest distance from its start and its largest value, in any sequence."""
+    values = np.stack([run.sequence(name)[leaf] for name in SEQUENCES])
+    return float(np.abs(values - values[:, :1]).max(initial=0)), float(np.abs(values).max(initial=0))
 
 
 def ulp(value: float, dtype: str) -> float:
     """Returns the distance from a value to the next larger number of a dtype."""
-    return float(np.spacing(np.asarray(value, dtype)))
+    return float(np.spacing(np.asarray(abs(value), dtype)))
 
 
 def largest(got: Trajectory, want: Trajectory, tolerance: Tolerance) -> float:
-    """Returns the largest relative difference of two runs; inf where one is NaN."""
-    return max(d.relative for d in differences(got, want, tolerance))
+    """Returns the largest relative error of a run; inf where one of the two is NaN."""
+    return max(float(e.max(initial=0)) for e in relative_errors(got, want, tolerance).values())
 
 
 def assert_same(name: str, got: Trajectory, want: Trajectory, tolerance: Tolerance) -> None:
@@ -102,9 +64,32 @@ def assert_same(name: str, got: Trajectory, want: Trajectory, tolerance: Toleran
         got, want: two runs; every step of `want` is compared.
         tolerance: from `tolerances.TOLERANCES`.
     """
-    failed = [d for d in differences(got, want, tolerance) if not d.relative <= tolerance.relative]
-    if failed:
-        first = max((d for d in failed if d.step == failed[0].step), key=lambda d: d.relative)
+    errors = relative_errors(got, want, tolerance)
+    worst = np.stack([e.max(axis=1, initial=0) for e in errors.values()])  # [sequence and leaf, step]
+    failed = ~(worst <= tolerance.relative)
+    if failed.any():
+        row = int(failed.any(axis=0).argmax())
+        place = list(errors)[int(worst[:, row].argmax())]
+        where = describe(got, want, tolerance, *place, row, int(errors[place][row].argmax()))
         raise AssertionError(
-            f"{name}: {first}; at most {tolerance.relative:g} is allowed ({len(failed)} places in all)"
+            f"{name}: {where}; at most {tolerance.relative:g} is allowed. "
+            f"First of {int(failed.any(axis=0).sum())} failing steps out of {len(want.steps)} compared"
         )
+
+
+def describe(
+    got: Trajectory, want: Trajectory, tolerance: Tolerance, sequence: str, leaf: str, row: int, element: int
+) -> str:
+    """Returns the sentence about one element: where it is, both values, and how far they are apart."""
+    step = int(want.steps[row])
+    theirs = want.sequence(sequence)[leaf][row]
+    mine = got.at(want.steps).sequence(sequence)[leaf][row]
+    index = ", ".join(str(int(i)) for i in np.unravel_index(element, theirs.shape))
+    a, b = float(mine.flat[element]), float(theirs.flat[element])
+    displacement, _ = _movement(want, leaf)
+    relative = relative_errors(got, want, tolerance)[sequence, leaf][row, element]
+    return (
+        f"{sequence}[{leaf!r}]{f'[{index}]' if index else ''} after step {step}: got {a!r}, want {b!r}; "
+        f"the error {abs(a - b):.3g} is {abs(a - b) / ulp(b, tolerance.dtype):.3g} ulps of the value, or "
+        f"{relative:.3g} of the largest displacement {displacement:.3g} plus a few ulps of the parameter"
+    )

@@ -75,14 +75,14 @@ def write(folder: Path = golden.FOLDER) -> int:
     return len(files)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, folder: Path = golden.FOLDER) -> int:
     """Runs the program; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m parity_tests.make_golden", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything differs")
     if not parser.parse_args(arguments).check:
-        print(f"{write()} files written to {golden.FOLDER}")
+        print(f"{write(folder)} files written to {folder}")
         return 0
-    found = find_problems()
+    found = find_problems(folder)
     print("\n".join(found) or "golden files are what this program writes")
     return int(bool(found))
 

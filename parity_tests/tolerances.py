@@ -25,6 +25,6 @@ class Tolerance:
 # (precision, kind of comparison)
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("float64", "regenerate"): Tolerance(1e-15, 1, "float64", "0 on the machine that wrote them"),
-    ("float64", "golden"): Tolerance(1e-12, 4, "float64", "TODO"),
-    ("float32", "golden"): Tolerance(5e-5, 8, "float32", "TODO"),
+    ("float64", "golden"): Tolerance(1e-12, 16, "float64", "TODO"),
+    ("float32", "golden"): Tolerance(5e-5, 16, "float32", "TODO"),
 }

@@ -44,12 +44,19 @@ class TorchRun:
         """Returns x, y and z, without touching the run."""
         y = {k: p.detach() for k, p in self.params.items()}
         z = {k: self.optimizer.state[p].get("z", p).detach() for k, p in self.params.items()}
-        x = self.average(y, z)
-        return tuple({k: a.numpy().copy() for k, a in s.items()} for s in (x, y, z))  # type: ignore[return-value]
+        x, y, z = ({k: a.numpy().copy() for k, a in s.items()} for s in (self.average(y, z), y, z))
+        return x, y, z
 
     def average(self, y: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns x by the line that upstream's eval() puts it into the parameters with."""
-        return {k: torch.lerp(y[k], z[k], 1 - 1 / self.beta) for k in y}
+        """Returns x as the program's own eval() makes it, and puts y back as it was."""
+        held = {k: a.clone() for k, a in y.items()}
+        self.optimizer.eval()
+        x = {k: p.detach().clone() for k, p in self.params.items()}
+        for k, p in self.params.items():
+            p.data.copy_(held[k])
+        for group in self.optimizer.param_groups:
+            group["train_mode"] = True
+        return x
 
 
 class OurRun(TorchRun):
@@ -78,7 +85,7 @@ class ClosureRun(TorchRun):
         self.optimizer.step(lambda: 0.0)
 
     def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
-        x, z, _ = super().iterates()[1:] + (None,)
+        _, x, z = super().iterates()
         return x, self.peek(x, z), z
 
     def peek(self, x: Arrays, z: Arrays) -> Arrays:

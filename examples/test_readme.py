@@ -1,0 +1,87 @@
+"""The README tells the truth: its code runs, and it names everything that is public."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sfcore
+import sfjax
+import sftorch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SECTIONS = (
+    *("Install, and run", "Ten lines of JAX", "Ten lines of torch", "The equations"),
+    *("The conformance matrix", "How it differs", "What you must tune", "Caveats", "The map"),
+    "Every public name",
+)
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def run_block(title: str) -> dict:
+    (code,) = re.findall(r"^```python\n(.*?)^```", section(title), re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(code, f"README: {title}", "exec"), names)
+    return names
+
+
+def test_sections_come_in_the_order_of_a_reader():
+    assert re.findall(r"^## (.*)$", README, re.MULTILINE)[: len(SECTIONS)] == list(SECTIONS)
+
+
+def test_the_jax_lines_run_and_x_is_near_the_minimum():
+    names = run_block("Ten lines of JAX")
+    # The minimum is at 1, the start at 0.
+    np.testing.assert_allclose(names["x"]["w"], 1.0, atol=0.2)
+    assert not np.array_equal(names["x"]["w"], names["params"]["w"])
+
+
+def test_the_torch_lines_run_and_x_is_not_y():
+    torch.manual_seed(0)
+    names = run_block("Ten lines of torch")
+    model, weights = names["model"], names["weights"]
+    assert weights.keys() == model.state_dict().keys()
+    assert not torch.equal(weights["weight"], model.weight)
+    model.load_state_dict(weights)
+    assert float((model(names["inputs"]) - names["targets"]).square().mean().detach()) < 0.1
+
+
+@pytest.mark.parametrize("equation", [f"S{i}" for i in range(1, 10)] + ["S9*"])
+def test_each_equation_is_printed(equation):
+    assert re.search(rf"^{re.escape(equation)}\s+\S", section("The equations"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{package.__name__}.{name}" for package in (sfjax, sftorch, sfcore) for name in package.__all__]
+)
+def test_every_public_name_has_its_line(name):
+    assert re.search(rf"^- `{re.escape(name)}`: \S", section("Every public name"), re.MULTILINE), name
+
+
+def test_no_line_is_left_over_for_a_name_that_is_gone():
+    lines = re.findall(r"^- `(\w+)\.(\w+)`: ", section("Every public name"), re.MULTILINE)
+    packages = {"sfjax": sfjax, "sftorch": sftorch, "sfcore": sfcore}
+    assert [line for line in lines if line[1] not in packages[line[0]].__all__] == []
+
+
+def test_every_path_in_the_map_exists():
+    paths = re.findall(r"^\| `([^`*]+)`", section("The map"), re.MULTILINE)
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_matrix_has_its_place():
+    assert re.search(r"<!-- matrix -->.*<!-- /matrix -->", section("The conformance matrix"), re.DOTALL)
+
+
+def test_ci_reads_the_test_command_from_the_readme():
+    commands = re.findall(r"^pip install .* && pytest$", README, re.MULTILINE)
+    assert commands == ["pip install -c constraints.txt -e '.[test]' && pytest"]

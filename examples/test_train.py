@@ -1,0 +1,174 @@
+"""The main example does what the README promises: both frameworks learn, and they agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import train
+
+OPTIMIZERS = ("sgd", "adamw", "radam")
+# radam moves from step 6 on (b2 = 0.999), so 60 steps are enough to see every optimizer move.
+SHORT = ("--steps", "60", "--every", "20")
+GAP = 1e-4
+
+
+def run(out: Path, *arguments: str) -> dict:
+    return train.main([*arguments, "--out", str(out)])
+
+
+def points(result: dict, framework: str) -> list[dict]:
+    return result["frameworks"][framework]["points"]
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("default")
+    return run(out), out
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_default_run_gets_97_percent_of_the_test_digits_right_at_x(default_run, framework):
+    result, _ = default_run
+    assert points(result, framework)[-1]["test_accuracy_x"] >= 0.97
+
+
+def test_default_curves_agree(default_run):
+    result, _ = default_run
+    assert max(gap["x"] for gap in result["twin_gap"]) <= GAP
+    for a, b in zip(points(result, "jax"), points(result, "torch"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_result_and_picture_are_written(default_run):
+    result, out = default_run
+    assert json.loads((out / "result.json").read_text()) == result
+    picture = imread(out / "curves.png")
+    assert picture.shape[1] > picture.shape[0] > 300
+    assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 100
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("accumulate", ["1", "4"])
+def test_the_twins_take_the_same_path(tmp_path, optimizer, accumulate):
+    result = run(tmp_path, *SHORT, "--optimizer", optimizer, "--accumulate", accumulate)
+    assert [gap["step"] for gap in result["twin_gap"]] == [20, 40, 60]
+    assert max(max(gap["x"], gap["y"]) for gap in result["twin_gap"]) <= GAP
+    for framework in ("jax", "torch"):
+        first, *_, last = points(result, framework)
+        assert last["test_loss_x"] < 0.8 * first["test_loss_x"]
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_accumulation_does_not_change_the_path(tmp_path, framework):
+    whole, cut = (
+        run(tmp_path, *SHORT, "--framework", framework, "--accumulate", parts) for parts in ("1", "4")
+    )
+    for a, b in zip(points(whole, framework), points(cut, framework), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_the_seed_decides_the_run(tmp_path):
+    first, again, other = (
+        points(run(tmp_path, *SHORT, "--framework", "torch", "--seed", seed), "torch") for seed in "778"
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_one_framework_alone_has_no_gap(tmp_path, capsys, framework):
+    result = run(tmp_path, *SHORT, "--framework", framework)
+    assert list(result["frameworks"]) == [framework]
+    assert result["twin_gap"] == []
+    assert "twins" not in capsys.readouterr().out
+    assert imread(tmp_path / "curves.png").size
+
+
+def test_the_last_step_is_evaluated_when_every_does_not_divide_the_steps(tmp_path):
+    result = run(tmp_path, "--framework", "torch", "--steps", "7", "--every", "3")
+    assert [point["step"] for point in points(result, "torch")] == [3, 6, 7]
+
+
+def test_a_run_that_diverges_still_writes_valid_json(tmp_path):
+    run(
+        tmp_path,
+        "--framework",
+        "torch",
+        "--optimizer",
+        "sgd",
+        "--steps",
+        "9",
+        "--lr",
+        "1e30",
+        "--clip",
+        "1e9",
+    )
+    text = (tmp_path / "result.json").read_text()
+    assert "null" in text
+    assert json.loads(text, parse_constant=pytest.fail)
+
+
+def test_the_script_runs_from_anywhere_and_shows_its_table(tmp_path):
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, str(root / "examples" / "train.py"), "--framework", "torch", "--steps", "20"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "acc. x" in done.stdout
+    assert "20/20" in done.stderr  # the progress bar
+    assert (tmp_path / "out" / "digits" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentences"),
+    [
+        ("--steps 0", ["--steps must be a whole number >= 1, got 0"]),
+        ("--steps many", ["--steps: must be a whole number, got 'many'"]),
+        ("--lr fast", ["--lr: must be a number, got 'fast'"]),
+        ("--lr -1", ["--lr must be a finite number >= 0, got -1.0"]),
+        ("--beta 1.5", ["--beta must be a number in [0, 1], got 1.5"]),
+        ("--weight-decay nan", ["--weight-decay must be a finite number >= 0, got nan"]),
+        ("--warmup-steps 0.05", ["--warmup-steps must be a whole number", "got 0.05", "not a fraction"]),
+        ("--optimizer radam --warmup-steps 5", ["--warmup-steps must be 0 with radam, got 5"]),
+        ("--accumulate 3", ["--accumulate must divide --batch-size 64, got 3"]),
+        ("--accumulate 0", ["--accumulate must be a whole number >= 1, got 0"]),
+        ("--batch-size 0", ["--batch-size must be a whole number >= 1, got 0"]),
+        ("--every 0", ["--every must be a whole number >= 1, got 0"]),
+        ("--clip 0", ["--clip must be a finite number > 0, got 0"]),
+        ("--seed -1", ["--seed must be a whole number >= 0, got -1"]),
+        ("--framework tensorflow", ["--framework", "'tensorflow'"]),
+        ("--optimiser sgd", ["unknown argument --optimiser: did you mean --optimizer?"]),
+        ("extra", ["unknown argument extra: see --help"]),
+        ("--lr -1 --steps 0", ["--lr must be", "--steps must be"]),
+    ],
+)
+def test_a_bad_argument_is_refused_with_rule_and_value(tmp_path, capsys, arguments, sentences):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "new", *arguments.split())
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert [sentence for sentence in sentences if sentence not in message] == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_out_that_is_a_file_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run(tmp_path / "file")
+    assert "--out must be a folder that can be made" in capsys.readouterr().err
+
+
+def test_a_missing_framework_is_named_with_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    monkeypatch.delitem(sys.modules, "train_jax", raising=False)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--framework", "jax")
+    assert "--framework jax needs flax, which is not installed: pip install" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""Every twin on every golden, open loop; and the goldens against the program that wrote them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests import golden, make_golden
+from parity_tests.cases import CASES, DEFAULTS, FAMILIES
+from parity_tests.compare import assert_same
+from parity_tests.drivers import TWINS, on_golden
+from parity_tests.problems import PROBLEMS, SHAPES
+from parity_tests.tolerances import TOLERANCES
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("driver", "case"),
+    [(driver.name, case.id) for driver in TWINS for case in CASES.values() if driver.supports(case)],
+)
+def test_a_twin_follows_the_golden(driver: str, case: str, dtype: str):
+    got = on_golden(driver, case, dtype)
+    assert_same(f"{driver} on {case} in {dtype}", got, golden.load(case), TOLERANCES[dtype, "golden"])
+
+
+@pytest.mark.parametrize("driver", [driver.name for driver in TWINS])
+def test_a_run_starts_where_it_was_told_to(driver: str):
+    run, start = on_golden(driver, "sgd-beta-half"), golden.load_record("smooth").params
+    for sequence in (run.x, run.y, run.z):
+        assert all(np.array_equal(sequence[leaf][0], start[leaf]) for leaf in SHAPES)
+
+
+def test_goldens_are_what_the_generator_writes():
+    assert make_golden.find_problems() == []
+
+
+def _edit(path: Path, array: str, change: float) -> None:
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays[array].flat[-1] += np.asarray(change, arrays[array].dtype)
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def test_the_check_finds_every_kind_of_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "golden"
+    shutil.copytree(golden.FOLDER, folder)
+    _edit(folder / "adamw-decay.npz", "x", 1e-13)
+    _edit(folder / "sgd-decay.npz", "steps", 1)
+    _edit(folder / "problem-smooth.npz", "grads-kernel", 1e-6)
+    (folder / "sgd-long.npz").unlink()
+    (folder / "nobodys.npz").write_bytes(b"")
+    found = make_golden.find_problems(folder)
+    named = {sentence.split(".npz")[0] for sentence in found}
+    assert named == {"adamw-decay", "sgd-decay", "problem-smooth", "sgd-long", "nobodys"}
+    assert make_golden.main(["--check"], folder) == 1
+    assert "x['large'][1, 0, 2] after step 60: got" in capsys.readouterr().out
+    assert make_golden.main([], folder) == 0
+    assert make_golden.main(["--check"], folder) == 0
+
+
+def test_every_case_says_why_and_every_option_is_varied():
+    assert all(len(case.why.split()) >= 3 for case in CASES.values())
+    assert all(len(problem.why.split()) >= 3 for problem in PROBLEMS.values())
+    for optimizer, defaults in DEFAULTS.items():
+        cases = [case for case in CASES.values() if case.optimizer == optimizer]
+        assert {name for case in cases for name in case.changed} == set(defaults)
+        assert all(set(case.options) == set(defaults) for case in cases)
+        assert {case.problem for case in cases} == set(PROBLEMS)
+    assert len(FAMILIES) == 11
+
+
+def test_goldens_stay_small():
+    assert sum(path.stat().st_size for path in golden.FOLDER.iterdir()) < 3e6

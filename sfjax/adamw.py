@@ -1,0 +1,129 @@
+"""Schedule-Free AdamW: the direction is the gradient over its root mean square (S6)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sfcore import hyperparameters
+from sfjax import _scalars, _trees
+from sfjax._directed import Direction, directed, on_reals
+
+
+class MomentsState(NamedTuple):
+    """Buffers of AdamW and RAdam.
+
+    Attributes:
+        nu: second moment v; tree of the parameters, at least float32.
+        mu: first moment, the same; None without inner momentum.
+    """
+
+    nu: Any
+    mu: Any
+
+
+def init_moments(params: Any, with_first: bool) -> MomentsState:
+    """Returns zero moments."""
+
+    def zeros(p: jax.Array) -> jax.Array:
+        return _trees.zeros_alike(p, _trees.wide_dtype(p))
+
+    return MomentsState(
+        nu=jax.tree.map(zeros, params), mu=jax.tree.map(zeros, params) if with_first else None
+    )
+
+
+def complement(decay: Any) -> Any:
+    """Returns 1 - decay, in Python doubles where the value is known."""
+    return 1.0 - decay if isinstance(decay, int | float) else 1.0 - _scalars.as_scalar(decay)
+
+
+def adamw_direction(
+    grads: Any, state: MomentsState, t: jax.Array, b2: Any, eps: Any, inner_momentum: Any
+) -> tuple[Any, MomentsState]:
+    """Returns AdamW's direction for a tree of gradients, and the next moments."""
+    correction2, correction1 = _scalars.bias_correction(b2, t), _scalars.bias_correction(inner_momentum, t)
+
+    @on_reals
+    def leaf(g: jax.Array, v: jax.Array, *m: jax.Array) -> tuple[jax.Array, ...]:
+        def s(value: Any) -> jax.Array:
+            return jnp.asarray(value, g.dtype)
+
+        v = s(b2) * v + s(complement(b2)) * g * g
+        m = tuple(s(inner_momentum) * one + s(complement(inner_momentum)) * g for one in m)
+        numerator = m[0] / s(correction1) if m else g
+        return numerator / (jnp.sqrt(v / s(correction2)) + s(eps)), v, *m  # S6
+
+    moments = (state.nu,) if state.mu is None else (state.nu, state.mu)
+    leaves, tree = jax.tree.flatten(grads)
+    out = [leaf(*of) for of in zip(leaves, *map(jax.tree.leaves, moments), strict=True)]
+    directions, nu, *mu = (tree.unflatten(column) for column in zip(*out, strict=True)) if out else (grads, *moments)
+    return directions, MomentsState(nu, mu[0] if mu else None)
+
+
+def schedule_free_adamw(
+    learning_rate: _scalars.ScalarOrSchedule = 0.0025,
+    warmup_steps: Any = 0,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    weight_lr_power: Any = 2.0,
+    state_dtype: Any = None,
+    *,
+    r: Any = 0.0,
+    prior_steps: Any = 0,
+    inner_momentum: Any = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-Free AdamW (arXiv 2405.15682). The parameters hold y; `schedule_free_eval_params` gives x.
+
+    Args:
+        learning_rate: >= 0, default 0.0025: number, array of one element, traced value, or schedule of
+            the step from 0. 1 to 10 times that of scheduled AdamW is a usual start.
+        warmup_steps: updates of linear warm-up, default 0 (None is 0); about 5% of a run helps.
+        b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
+        b2: decay of the second moment, in [0, 1), default 0.999. A traced value is rounded to float32
+            first, which costs 1.3e-5 in the first bias corrections.
+        eps: added to the denominator outside the root, > 0, default 1e-8.
+        weight_decay: decoupled decay taken at y, >= 0, default 0 (None is 0).
+        weight_lr_power: the average weighs a step by the largest lr so far to this power, >= 0, default 2.
+        state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
+        r: the average also weighs step t by t^r, >= 0, default 0.
+        prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        inner_momentum: decay of a first moment in the numerator, in [0, 1); the number 0 (default) keeps
+            no buffer, so name it in static_args of inject_hyperparams.
+        mask: tree of bools, or function of params giving one: the leaves that decay; None is all.
+
+    Returns:
+        A transformation whose `update` needs params. Its state is a `ScheduleFreeState`.
+
+    Raises:
+        HyperparameterError: with every value that is out of range (a ValueError).
+
+    Example:
+        >>> import jax.numpy as jnp, optax, sfjax
+        >>> tx = sfjax.schedule_free_adamw(0.01, warmup_steps=10, weight_decay=0.1)
+        >>> params = {"w": jnp.ones(3)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(params, state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> x = sfjax.schedule_free_eval_params(state, params)
+    """
+    warmup_steps, weight_decay = warmup_steps or 0, 0.0 if weight_decay is None else weight_decay
+    averaging = {"weight_lr_power": weight_lr_power, "r": r, "prior_steps": prior_steps}
+    own = {"b2": b2, "eps": eps, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+    _trees.check_hyperparameters(
+        hyperparameters.AdamW,
+        {"lr": learning_rate, "beta": b1, "inner_momentum": inner_momentum, **own, **averaging},
+    )
+    with_first = not (isinstance(inner_momentum, int | float) and inner_momentum == 0)
+    direction = Direction(
+        init=lambda params: init_moments(params, with_first),
+        next=lambda grads, state, t: adamw_direction(grads, state, t, b2, eps, inner_momentum),
+        lr_factor=lambda t: _scalars.ramp(t, warmup_steps),
+    )
+    return directed(direction, learning_rate, weight_decay, mask, b1=b1, state_dtype=state_dtype, **averaging)

@@ -1,0 +1,88 @@
+"""Schedule-Free RAdam: AdamW whose lr is rectified while its second moment is young (S6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sfcore import hyperparameters
+from sfjax import _scalars, _trees
+from sfjax._directed import Direction, directed
+from sfjax.adamw import MomentsState, adamw_direction, init_moments
+
+
+def radam_direction(
+    grads: Any, state: MomentsState, t: jax.Array, b2: Any, eps: Any
+) -> tuple[Any, MomentsState]:
+    """Returns AdamW's direction once the second moment is usable, the gradient before."""
+    adapted, state = adamw_direction(grads, state, t, b2, eps, 0.0)
+    _, usable = _scalars.rectification(b2, t)
+    return jax.tree.map(lambda a, g: jnp.where(usable, a, g), adapted, grads), state  # S6
+
+
+def schedule_free_radam(
+    learning_rate: _scalars.ScalarOrSchedule = 0.0025,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    weight_lr_power: Any = 2.0,
+    state_dtype: Any = None,
+    *,
+    r: Any = 0.0,
+    prior_steps: Any = 0,
+    silent_sgd_phase: bool = True,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-Free RAdam: needs no warm-up. The parameters hold y; `schedule_free_eval_params` gives x.
+
+    Args:
+        learning_rate: >= 0, default 0.0025: number, array of one element, traced value, or schedule of
+            the step from 0.
+        b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
+        b2: decay of the second moment, in [0, 1), above 0.6 with silent_sgd_phase; default 0.999.
+        eps: added to the denominator outside the root, > 0, default 1e-8.
+        weight_decay: decoupled decay taken at y, >= 0, default 0 (None is 0).
+        weight_lr_power: the average weighs a step by the largest lr so far to this power, >= 0, default 2.
+        state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
+        r: the average also weighs step t by t^r, >= 0, default 0.
+        prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        silent_sgd_phase: nothing moves in the first steps (5 at b2 = 0.999), whose second moment is
+            unusable; False takes SGD steps there. Default True.
+        mask: tree of bools, or function of params giving one: the leaves that decay; None is all.
+
+    Returns:
+        A transformation whose `update` needs params. Its state is a `ScheduleFreeState`.
+
+    Raises:
+        HyperparameterError: with every value that is out of range (a ValueError).
+
+    Example:
+        >>> import jax.numpy as jnp, optax, sfjax
+        >>> tx = sfjax.schedule_free_radam(0.01)
+        >>> params = {"w": jnp.ones(3)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(params, state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> x = sfjax.schedule_free_eval_params(state, params)
+    """
+    weight_decay = 0.0 if weight_decay is None else weight_decay
+    averaging = {"weight_lr_power": weight_lr_power, "r": r, "prior_steps": prior_steps}
+    own = {"b2": b2, "eps": eps, "weight_decay": weight_decay, "silent_sgd_phase": silent_sgd_phase}
+    _trees.check_hyperparameters(
+        hyperparameters.RAdam, {"lr": learning_rate, "beta": b1, **own, **averaging}
+    )
+
+    def lr_factor(t: jax.Array) -> jax.Array:
+        rect, usable = _scalars.rectification(b2, t)
+        return jnp.where(usable, rect, 0.0 if silent_sgd_phase else 1.0)
+
+    direction = Direction(
+        init=lambda params: init_moments(params, with_first=False),
+        next=lambda grads, state, t: radam_direction(grads, state, t, b2, eps),
+        lr_factor=lr_factor,
+    )
+    return directed(direction, learning_rate, weight_decay, mask, b1=b1, state_dtype=state_dtype, **averaging)

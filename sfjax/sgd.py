@@ -1,0 +1,66 @@
+"""Schedule-Free SGD: the direction is the gradient (S6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from sfcore import hyperparameters
+from sfjax import _scalars, _trees
+from sfjax._directed import Direction, directed
+
+
+def schedule_free_sgd(
+    learning_rate: _scalars.ScalarOrSchedule = 1.0,
+    warmup_steps: Any = 0,
+    b1: Any = 0.9,
+    weight_decay: Any = 0.0,
+    weight_lr_power: Any = 2.0,
+    state_dtype: Any = None,
+    *,
+    r: Any = 0.0,
+    prior_steps: Any = 0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-Free SGD (arXiv 2405.15682). The parameters hold y; `schedule_free_eval_params` gives x.
+
+    Args:
+        learning_rate: >= 0, default 1.0: number, array of one element, traced value, or schedule of the
+            step from 0. 10 to 50 times that of scheduled SGD is a usual start.
+        warmup_steps: updates of linear warm-up, default 0 (None is 0); about 5% of a run helps.
+        b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
+        weight_decay: decoupled decay taken at y, >= 0, default 0 (None is 0).
+        weight_lr_power: the average weighs a step by the largest lr so far to this power, >= 0, default 2.
+        state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
+        r: the average also weighs step t by t^r, >= 0, default 0.
+        prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        mask: tree of bools, or function of params giving one: the leaves that decay; None is all.
+
+    Returns:
+        A transformation whose `update` needs params. Its state is a `ScheduleFreeState`.
+
+    Raises:
+        HyperparameterError: with every value that is out of range (a ValueError).
+
+    Example:
+        >>> import jax.numpy as jnp, optax, sfjax
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_sgd(0.5, warmup_steps=5))
+        >>> params = {"w": jnp.ones(3)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(params, state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> x = sfjax.schedule_free_eval_params(state, params)
+    """
+    warmup_steps, weight_decay = warmup_steps or 0, 0.0 if weight_decay is None else weight_decay
+    averaging = {"weight_lr_power": weight_lr_power, "r": r, "prior_steps": prior_steps}
+    _trees.check_hyperparameters(
+        hyperparameters.SGD,
+        {"lr": learning_rate, "beta": b1, "weight_decay": weight_decay, "warmup_steps": warmup_steps, **averaging},
+    )
+    direction = Direction(
+        init=lambda params: optax.EmptyState(),
+        next=lambda grads, state, t: (grads, state),  # S6
+        lr_factor=lambda t: _scalars.ramp(t, warmup_steps),
+    )
+    return directed(direction, learning_rate, weight_decay, mask, b1=b1, state_dtype=state_dtype, **averaging)
