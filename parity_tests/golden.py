@@ -76,5 +76,6 @@ def _flatten(leaves: Arrays, rows: int) -> np.ndarray:
 
 def _unflatten(flat: np.ndarray) -> Arrays:
     ends = np.cumsum([int(np.prod(shape)) for shape in SHAPES.values()])
+    flat.flags.writeable = False  # loaded once for all tests
     parts = np.split(flat, ends[:-1], axis=1)
     return {k: p.reshape(len(flat), *shape) for (k, shape), p in zip(SHAPES.items(), parts, strict=True)}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from parity_tests.cases import Case
 
 
@@ -39,11 +41,16 @@ def _beta(case: Case) -> float:
 
 
 def _seen_ahead(case: Case) -> bool:
-    """Tells whether reading lr one step ahead changes a running maximum, from which weights come."""
-    lrs = case.lrs
-    ahead = [*lrs[1:], lrs[-1]]
-    relative = [max(ahead[: k + 1]) / max(ahead) == max(lrs[: k + 1]) / max(lrs) for k in range(case.steps)]
-    return case.schedule != "constant" and case.options["weight_lr_power"] > 0 and not all(relative)
+    """Tells whether reading lr one step ahead changes the averaging weights."""
+    ahead = [*case.lrs[1:], case.lrs[-1]]
+    return case.schedule != "constant" and not np.allclose(_averaging(case, ahead), _averaging(case, case.lrs))
+
+
+def _averaging(case: Case, lrs: list[float]) -> np.ndarray:
+    """Returns c of every step of SGD or AdamW without warm-up, 0 where no weight has been seen yet."""
+    weights = np.maximum.accumulate(lrs) ** case.options["weight_lr_power"]
+    total = np.cumsum(weights)
+    return weights / np.where(total > 0, total, 1)
 
 
 _UPSTREAM = "https://github.com/facebookresearch/schedule_free/blob/main/schedulefree/"

@@ -59,6 +59,32 @@ class JaxRun:
             typed = {k: jnp.asarray(g, self.dtype) for k, g in grads.items()}
             self.params, self.state, self._seen = self._update(self.params, self.state, typed)
 
+    def put(self, truth: Reference) -> None:
+        """Overwrites params and the whole state with the reference's."""
+        with precision(self.dtype):
+            x, y, z, m, v = (
+                {k: jnp.asarray(a, self.dtype) for k, a in s.items()}
+                for s in (truth.x, truth.y, truth.z, truth.m, truth.v)
+            )
+            base = self.state.base_optimizer_state
+            moments = {"nu": v, "mu": m}
+            given = {k: a for k, a in moments.items() if getattr(base, k, None) is not None}
+            scalars = {
+                k: jnp.asarray(value, getattr(self.state, k).dtype)
+                for k, value in {
+                    "step": truth.step,
+                    "lr_max": truth.lr_max,
+                    "weight_sum": truth.weight_sum,
+                    "weight_sum_low": 0.0,
+                }.items()
+            }
+            self.params = y
+            self.state = self.state._replace(
+                z=x if truth.options["beta"] == 0 else z,
+                base_optimizer_state=base._replace(**given) if given else base,
+                **scalars,
+            )
+
     def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
         """Returns x, y and z."""
         x, y, z = ({k: np.asarray(a) for k, a in s.items()} for s in self._seen)
@@ -89,9 +115,8 @@ def wrapped(case: Case) -> Any:
     o = case.options
     lr = learning_rate(case)
     if o["warmup_steps"]:
-        # optax's own warm-up schedules start at 0.
-        full = lr if callable(lr) else lambda step: lr
-        lr = lambda step: full(step) * jnp.minimum(1.0, (step + 1) / o["warmup_steps"])  # noqa: E731
+        table = np.asarray(case.lrs) * np.minimum(1, np.arange(1, case.steps + 1) / o["warmup_steps"])
+        lr = lambda step: jnp.asarray(table)[step]  # noqa: E731  (optax's own warm-ups start at 0)
     if case.optimizer == "sgd":
         direction = optax.identity()
     else:

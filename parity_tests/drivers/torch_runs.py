@@ -67,7 +67,7 @@ class OurRun(TorchRun):
         return {k: x[p] for k, p in self.params.items()}
 
     def put(self, truth: Reference) -> None:
-        """Overwrites the whole state with the reference's; after the first step only, when there is one."""
+        """Overwrites weights and state with the reference's; state exists once a step has been taken."""
         clock = {"step": truth.step, "lr_max": truth.lr_max, "weight_sum": truth.weight_sum}
         buffers = {"z": truth.z, "x": truth.x, "exp_avg_sq": truth.v, "exp_avg": truth.m}
         for k, p in self.params.items():

@@ -1,0 +1,130 @@
+"""The twins held against each other: equation tags, names, defaults, metrics, and who imports whom."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sfjax
+import sftorch
+from parity_tests import golden, reference
+from parity_tests.cases import CASES, DEFAULTS
+from parity_tests.drivers import DRIVERS, names
+from parity_tests.drivers.jax_runs import FACTORIES, precision
+from parity_tests.drivers.torch_runs import CLASSES
+from parity_tests.reference import Reference
+from sfcore import hyperparameters
+
+PACKAGES = {"sfjax": Path(sfjax.__file__).parent, "sftorch": Path(sftorch.__file__).parent}
+KINDS = {"sgd": hyperparameters.SGD, "adamw": hyperparameters.AdamW, "radam": hyperparameters.RAdam}
+# What one framework's users expect and the other's have no use for.
+JAX_ONLY = {"state_dtype", "mask", "base_optimizer"}
+TORCH_ONLY = {"params", "base", "foreach", "maximize", "capturable", "differentiable"}
+
+
+def tags(path: Path) -> list[str]:
+    """Returns the equation tags of a file, in order: comments of S1 to S9* at the ends of lines."""
+    found = re.findall(r"#((?: S\d\*?)+)$", path.read_text(), re.MULTILINE)
+    return [tag for line in found for tag in line.split()]
+
+
+def test_the_reference_has_every_equation_once_and_in_order():
+    assert list(dict.fromkeys(tags(Path(reference.__file__)))) == [f"S{n}" for n in range(1, 10)]
+
+
+def test_both_twins_compute_the_scalars_in_the_same_order():
+    jax_tags, torch_tags = (tags(folder / "_scalars.py") for folder in PACKAGES.values())
+    assert jax_tags == torch_tags == ["S2", "S1", "S3", "S4", "S5"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_equation_is_tagged_in_both_twins(package: str):
+    folder = PACKAGES[package]
+    everywhere = {tag for path in folder.glob("*.py") for tag in tags(path)}
+    assert everywhere >= {f"S{n}" for n in range(1, 9)} | {"S9*"}
+    assert {"S7", "S8", "S9*"} <= set(tags(folder / "_iterates.py"))
+    assert all("S6" in tags(folder / f"{optimizer}.py") for optimizer in KINDS)
+
+
+def test_the_same_modules_hold_the_same_things():
+    shared = {"__init__", "_scalars", "_iterates", "schedule_free", "sgd", "adamw", "radam"}
+    assert all(shared <= {path.stem for path in folder.glob("*.py")} for folder in PACKAGES.values())
+    ours, theirs = (_functions(folder / "_scalars.py") for folder in PACKAGES.values())
+    assert [name for name in ours if name in theirs] == theirs
+    assert {"ramp", "prior_weight", "next_scalars", "bias_correction", "rectification", "effective_lr"} == set(theirs)
+
+
+def _functions(path: Path) -> list[str]:
+    return [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+
+
+def test_every_public_optimizer_has_its_twin():
+    jax_side = {name for name in sfjax.__all__ if name.startswith("schedule_free")} - {"schedule_free_eval_params"}
+    torch_side = {name for name in sftorch.__all__ if not name.endswith("Closure")}
+    assert jax_side == {*FACTORIES.values(), "schedule_free"}
+    assert torch_side == {*CLASSES.values(), "ScheduleFreeWrapper"}
+    assert {f"{name}Closure" for name in CLASSES.values()} <= set(sftorch.__all__)
+
+
+def canonical_defaults(callable_: Any, optimizer: str) -> dict[str, Any]:
+    """Returns canonical option -> default of a signature."""
+    parameters = inspect.signature(callable_).parameters.items()
+    found = {name: p.default for name, p in parameters if name not in JAX_ONLY | TORCH_ONLY}
+    back = {shown: name for name, shown in (names.JAX_NAMES | {"beta": "momentum"}).items()} | {"b1": "beta"}
+    if optimizer != "sgd" and "betas" in found:
+        found["beta"], found["b2"] = found.pop("betas")
+    return {back.get(name, name): value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("optimizer", KINDS)
+def test_defaults_of_both_twins_are_sfcores_and_the_cases(optimizer: str):
+    core = {field.name: field.default for field in fields(KINDS[optimizer])}
+    assert DEFAULTS[optimizer] == core
+    assert canonical_defaults(getattr(sfjax, FACTORIES[optimizer]), optimizer) == core
+    for form in ("", "Closure"):
+        assert canonical_defaults(getattr(sftorch, CLASSES[optimizer] + form), optimizer) == core
+
+
+def test_defaults_of_the_wrappers_agree():
+    ours = canonical_defaults(sfjax.schedule_free, "sgd")
+    theirs = canonical_defaults(sftorch.ScheduleFreeWrapper, "sgd")
+    assert ours.pop("lr") is inspect.Parameter.empty  # torch's base has it
+    assert theirs.pop("weight_decay_at_y") == 0  # in JAX the base takes its decay at y already
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("case", ["sgd-warmup-power-1-r-2", "adamw-warmup-prior", "radam-everything", "radam-falling"])
+def test_metrics_have_the_same_keys_and_are_the_references_numbers(case: str):
+    chosen = CASES[case]
+    recorded = golden.load_record(chosen.problem)
+    truth = Reference(chosen.optimizer, recorded.params, chosen.options)
+    runs = {name: DRIVERS[name].start(chosen, recorded.params, "float64") for name in ("sfjax", "sftorch foreach")}
+    for step, lr in enumerate(chosen.lrs[:15]):
+        for run in (truth, *runs.values()):
+            run.update(recorded.step(step), lr)
+        want = {"step": truth.step, "lr_max": truth.lr_max, "c": truth.c, "weight_sum": truth.weight_sum}
+        with precision("float64"):
+            state = runs["sfjax"].state  # type: ignore[attr-defined]
+            ours = {k: float(np.asarray(v)) for k, v in sfjax.metrics(state).items()}
+        (theirs,) = runs["sftorch foreach"].optimizer.metrics()  # type: ignore[attr-defined]
+        assert set(ours) == set(theirs) == {*want, "lr", "effective_lr"}
+        # RAdam's rho_t is a difference of numbers near 2000, so its rect is right to 1e-12 only.
+        assert {k: ours[k] for k in want} == pytest.approx(want, rel=1e-11)
+        assert theirs == pytest.approx(ours, rel=1e-11)
+        assert theirs["effective_lr"] == theirs["lr"] * (1 - chosen.options["beta"] * (1 - theirs["c"]))
+
+
+@pytest.mark.parametrize(("package", "other"), [("sfjax", "torch"), ("sftorch", "jax"), ("sfcore", "jax"), ("sfcore", "torch")])
+def test_importing_one_twin_never_imports_the_others_framework(package: str, other: str):
+    code = f"import sys, {package}; sys.exit({other!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGES["sfjax"].parent, check=False)
+    assert done.returncode == 0

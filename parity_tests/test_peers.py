@@ -1,0 +1,44 @@
+"""The other programs on every golden: equal, or different exactly where `known_differences.py` says."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity_tests import golden
+from parity_tests.cases import CASES
+from parity_tests.compare import assert_same
+from parity_tests.drivers import PEERS, on_golden
+from parity_tests.known_differences import KNOWN_DIFFERENCES, known
+from parity_tests.tolerances import TOLERANCES
+
+SUPPORTED = [(driver.name, case.id) for driver in PEERS for case in CASES.values() if driver.supports(case)]
+
+
+def _compare(driver: str, case: str) -> None:
+    got, want = on_golden(driver, case), golden.load(case)
+    assert_same(f"{driver} on {case}", got, want, TOLERANCES["float64", "peers"])
+
+
+@pytest.mark.parametrize(("driver", "case"), [s for s in SUPPORTED if not known(s[0], CASES[s[1]])])
+def test_a_peer_follows_the_golden(driver: str, case: str):
+    _compare(driver, case)
+
+
+@pytest.mark.parametrize(("driver", "case"), [s for s in SUPPORTED if known(s[0], CASES[s[1]])])
+def test_a_known_difference_is_still_there(driver: str, case: str):
+    difference = known(driver, CASES[case])
+    assert difference is not None
+    try:
+        _compare(driver, case)
+    except difference.raises as error:
+        # Divergence in the numbers must be one, not a run that could not be compared.
+        assert type(error) is difference.raises
+        assert difference.raises is not AssertionError or "after step" in str(error)
+    else:
+        pytest.fail(f"{difference.id} is gone from {driver} on {case}: take it out of known_differences.py")
+
+
+def test_every_known_difference_is_shown_by_a_case_and_can_be_read_about():
+    shown = {difference.id for driver, case in SUPPORTED if (difference := known(driver, CASES[case]))}
+    assert shown == {difference.id for difference in KNOWN_DIFFERENCES}
+    assert all(difference.link.startswith("https://") for difference in KNOWN_DIFFERENCES)

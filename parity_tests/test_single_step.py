@@ -1,0 +1,57 @@
+"""Teacher-forced steps: before each one the state is the reference's, so that a failure names the step
+and the operation that is wrong, and not an error carried along from earlier."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity_tests import golden
+from parity_tests.cases import CASES
+from parity_tests.compare import assert_same
+from parity_tests.drivers import DRIVERS
+from parity_tests.reference import Reference
+from parity_tests.tolerances import TOLERANCES
+from parity_tests.trajectory import stack
+
+STEPS = 12
+SUITES = [
+    "sgd-decay",
+    "sgd-warmup-power-1-r-2",
+    "sgd-beta-0-decay",
+    "sgd-prior-400",
+    "adamw-everything",
+    "adamw-inner-decay-warmup",
+    "adamw-beta-0-decay",
+    "adamw-b2-0",
+    "adamw-zeros",
+    "radam-silent-decay",
+    "radam-not-silent-prior",
+    "radam-everything",
+    "radam-beta-1-decay",
+]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("case", SUITES)
+@pytest.mark.parametrize("driver", ["sfjax", "sftorch foreach", "sftorch single"])
+def test_one_step_from_the_references_state(driver: str, case: str, dtype: str):
+    chosen = CASES[case]
+    recorded = golden.load_record(chosen.problem)
+    truth = Reference(chosen.optimizer, recorded.params, chosen.options)
+    run = DRIVERS[driver].start(chosen, recorded.params, dtype)
+    for step, lr in enumerate(chosen.lrs[:STEPS]):
+        if step:
+            run.put(truth)  # type: ignore[attr-defined]
+        before = _iterates(truth)
+        truth.update(recorded.step(step), lr)
+        run.update(recorded.step(step), lr)
+        assert_same(
+            f"{driver} on {case} in {dtype}, update {step + 1} alone",
+            stack([before, run.iterates()]),
+            stack([before, _iterates(truth)]),
+            TOLERANCES[dtype, "single step"],
+        )
+
+
+def _iterates(truth: Reference):
+    return truth.x.copy(), truth.y.copy(), truth.z.copy()

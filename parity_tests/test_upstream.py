@@ -1,0 +1,132 @@
+"""sftorch against schedulefree 1.4.1: names, arguments, state, and trajectories on the whole grid."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from typing import Any
+
+import pytest
+import schedulefree
+import torch
+
+import sftorch
+from parity_tests import golden
+from parity_tests.cases import Case
+from parity_tests.compare import assert_same
+from parity_tests.drivers import Driver, Run, torch_runs
+from parity_tests.tolerances import TOLERANCES
+
+RECORD = golden.load_record("smooth")
+CLASSES = [f"{stem}ScheduleFree{form}" for stem in ("SGD", "AdamW", "RAdam") for form in ("", "Closure")]
+LRS = {"sgd": 0.05, "adamw": 0.01, "radam": 0.05}
+
+
+def _grid() -> list[Case]:
+    """Returns every combination of every optimizer's options."""
+    shared: dict[str, tuple[Any, ...]] = {
+        "beta": (0.5, 0.9, 0.98),
+        "weight_decay": (0.0, 0.1),
+        "r": (0.0, 1.0),
+        "weight_lr_power": (0.0, 1.0, 2.0),
+    }
+    moments: dict[str, tuple[Any, ...]] = {"b2": (0.9, 0.999)}
+    own = {
+        "sgd": {"warmup_steps": (0, 1, 7)},
+        "adamw": {"warmup_steps": (0, 7), "eps": (1e-8, 1e-2)} | moments,
+        "radam": {"silent_sgd_phase": (True, False)} | moments,
+    }
+    cases = []
+    for optimizer, options in own.items():
+        axes = shared | options
+        for values in itertools.product(*axes.values()):
+            changed = dict(zip(axes, values, strict=True)) | {"lr": LRS[optimizer]}
+            id = "-".join([optimizer, *(f"{name}={value}" for name, value in changed.items())])
+            schedule = "steps down" if changed["r"] else "constant"
+            cases.append(Case(id, "one point of the grid", "grid", optimizer, changed, schedule, steps=40))
+    return cases
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("optimizer", LRS)
+def test_the_whole_grid_follows_upstream(optimizer: str, closure: bool, foreach: bool):
+    suffix = "Closure" if closure else ""
+    tolerance = TOLERANCES["float64", "upstream"]
+    cases = [case for case in _grid() if case.optimizer == optimizer]
+    for case in cases:
+        ours, theirs = (_driver(make, suffix, foreach).run(case, RECORD) for make in ("ours", "upstream"))
+        assert_same(f"sftorch against schedulefree 1.4.1, {case.id}", ours, theirs, tolerance)
+    assert len(cases) >= 72
+
+
+def _driver(make: str, suffix: str, foreach: bool) -> Driver:
+    run = {
+        ("ours", ""): torch_runs.OurRun,
+        ("ours", "Closure"): torch_runs.OurClosureRun,
+        ("upstream", ""): torch_runs.TorchRun,
+        ("upstream", "Closure"): torch_runs.ClosureRun,
+    }[make, suffix]
+
+    def start(case: Case, params: Any, dtype: str) -> Run:
+        def made(case: Case, leaves: list[torch.Tensor]) -> Any:
+            return getattr(torch_runs, make)(case, leaves, suffix, foreach)
+
+        return run(made, case, params, dtype)
+
+    return Driver(make, start)
+
+
+def _parameters(module: Any, name: str) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(getattr(module, name)).parameters)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_arguments_and_their_order_and_defaults_are_upstreams(name: str):
+    ours, theirs = _parameters(sftorch, name), _parameters(schedulefree, name)
+    positional = [k for k, p in ours.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert positional == list(theirs)
+    assert {k: ours[k].default for k in theirs} == {k: p.default for k, p in theirs.items()}
+
+
+def _stepped(module: Any, name: str) -> Any:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = getattr(module, name)([p], lr=0.5)
+    if not name.endswith("Closure"):
+        optimizer.train()
+    for _ in range(7):
+        p.grad = torch.full_like(p, 0.25)
+        optimizer.step(lambda: 0.0)
+    return optimizer
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_state_and_group_keys_of_upstream_are_kept(name: str):
+    ours, theirs = _stepped(sftorch, name), _stepped(schedulefree, name)
+    mine, upstreams = (next(iter(optimizer.state.values())) for optimizer in (ours, theirs))
+    assert set(upstreams) <= set(mine)
+    for key, value in upstreams.items():
+        assert torch.allclose(mine[key], value, rtol=1e-13, atol=0)
+    group, other = ours.param_groups[0], theirs.param_groups[0]
+    assert set(other) <= set(group)
+    numbers = [key for key in other if isinstance(other[key], float | int)]
+    assert {"scheduled_lr", "weight_sum", "lr_max", "k"} <= set(numbers)
+    # Both add up the same seven doubles; rect is another formula's rounding.
+    assert {key: group[key] for key in numbers} == pytest.approx({key: other[key] for key in numbers}, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if not name.endswith("Closure")])
+def test_a_state_dict_of_upstream_continues_here(name: str):
+    theirs = _stepped(schedulefree, name)
+    weights = [p.detach().clone() for group in theirs.param_groups for p in group["params"]]
+    p = torch.nn.Parameter(weights[0].clone())
+    ours = getattr(sftorch, name)([p], lr=0.5)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))  # torch's own would share the tensors
+    for optimizer in (ours, theirs):
+        (leaf,) = optimizer.param_groups[0]["params"]
+        leaf.grad = torch.full_like(leaf, -1.0)
+        optimizer.step()
+        optimizer.eval()
+    assert torch.allclose(p, theirs.param_groups[0]["params"][0], rtol=1e-12, atol=0)
+    assert not torch.equal(p, weights[0])
