@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -56,6 +57,20 @@ class Point:
     test_accuracy_y: float
     x: np.ndarray  # every weight in one float64 vector, in the order of `flatten`
     y: np.ndarray
+
+
+def make_point(step: int, losses: Iterable[Any], at_x: Sequence[Any], at_y: Sequence[Any]) -> Point:
+    """Returns a point of either framework; `at_x` and `at_y` are (test loss, test accuracy, weights)."""
+    return Point(
+        step=step,
+        train_loss=float(np.mean([float(loss) for loss in losses])),
+        test_loss_x=float(at_x[0]),
+        test_accuracy_x=float(at_x[1]),
+        test_loss_y=float(at_y[0]),
+        test_accuracy_y=float(at_y[1]),
+        x=flatten(at_x[2]),
+        y=flatten(at_y[2]),
+    )
 
 
 def load() -> Digits:

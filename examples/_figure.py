@@ -21,7 +21,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "torch": {"linewidth": 1.4, "dashes": (4, 1.5)},
 }
 LABELS = {"jax": "JAX", "torch": "PyTorch"}
-RC = {
+RC: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": GRID,

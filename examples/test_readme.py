@@ -12,6 +12,7 @@ import torch
 import sfcore
 import sfjax
 import sftorch
+from parity_tests.matrix import BEGIN, END
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -79,7 +80,9 @@ def test_every_path_in_the_map_exists():
 
 
 def test_the_matrix_has_its_place():
-    assert re.search(r"<!-- matrix -->.*<!-- /matrix -->", section("The conformance matrix"), re.DOTALL)
+    before, between = section("The conformance matrix").split(BEGIN)
+    assert "python -m parity_tests --markdown README.md" in before
+    assert between.count(END) == 1
 
 
 def test_ci_reads_the_test_command_from_the_readme():

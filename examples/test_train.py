@@ -17,7 +17,11 @@ import train
 OPTIMIZERS = ("sgd", "adamw", "radam")
 # radam moves from step 6 on (b2 = 0.999), so 60 steps are enough to see every optimizer move.
 SHORT = ("--steps", "60", "--every", "20")
+# Measured: 3e-6 over the 1,500 default steps, 3e-5 over 60 of radam, whose steps are smaller at first.
+# A warm-up that is one step off makes it 0.7.
 GAP = 1e-4
+# Measured: losses 4e-6 apart, no image of the 360 judged differently; one may be, on another machine.
+LOSS, ACCURACY = 1e-4, 1.5 / 360
 
 
 def run(out: Path, *arguments: str) -> dict:
@@ -26,6 +30,14 @@ def run(out: Path, *arguments: str) -> dict:
 
 def points(result: dict, framework: str) -> list[dict]:
     return result["frameworks"][framework]["points"]
+
+
+def assert_same_curves(one: list[dict], other: list[dict]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a["step"] == b["step"]
+        for name in a.keys() - {"step"}:
+            slack = ACCURACY if "accuracy" in name else LOSS * b[name]
+            assert a[name] == pytest.approx(b[name], rel=0, abs=slack), (a["step"], name)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +55,7 @@ def test_default_run_gets_97_percent_of_the_test_digits_right_at_x(default_run, 
 def test_default_curves_agree(default_run):
     result, _ = default_run
     assert max(gap["x"] for gap in result["twin_gap"]) <= GAP
-    for a, b in zip(points(result, "jax"), points(result, "torch"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+    assert_same_curves(points(result, "jax"), points(result, "torch"))
 
 
 def test_result_and_picture_are_written(default_run):
@@ -71,8 +82,7 @@ def test_accumulation_does_not_change_the_path(tmp_path, framework):
     whole, cut = (
         run(tmp_path, *SHORT, "--framework", framework, "--accumulate", parts) for parts in ("1", "4")
     )
-    for a, b in zip(points(whole, framework), points(cut, framework), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+    assert_same_curves(points(whole, framework), points(cut, framework))
 
 
 def test_the_seed_decides_the_run(tmp_path):

@@ -12,7 +12,7 @@ import optax
 from flax import linen
 
 import sfjax
-from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
+from _digits import LAYERS, Digits, Point, Settings, Weights, initial_weights, make_point
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -45,9 +45,12 @@ def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterato
     optimizer = make_optimizer(settings)
     state = optimizer.init(params)
 
+    def logits_of(params: Any, images: Any) -> Any:
+        return model.apply({"params": params}, images)
+
     def loss_of(params: Any, images: Any, labels: Any) -> jax.Array:
-        logits = model.apply({"params": params}, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(params, images), labels)
+        return losses.mean()
 
     @jax.jit
     def micro_step(params: Any, state: Any, images: Any, labels: Any) -> tuple[Any, Any, jax.Array]:
@@ -57,7 +60,7 @@ def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterato
 
     @jax.jit
     def measure(params: Any) -> tuple[jax.Array, jax.Array]:
-        hits = model.apply({"params": params}, digits.test_images).argmax(-1) == digits.test_labels
+        hits = logits_of(params, digits.test_images).argmax(-1) == digits.test_labels
         return loss_of(params, digits.test_images, digits.test_labels), hits.mean()
 
     losses: list[jax.Array] = []
@@ -67,13 +70,11 @@ def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterato
             losses.append(loss)
         if step % settings.every == 0 or step == settings.steps:
             x = sfjax.schedule_free_eval_params(state, params)  # the weights to evaluate and to ship
-            (loss_x, accuracy_x), (loss_y, accuracy_y) = measure(x), measure(params)
-            figures = map(float, (jnp.stack(losses).mean(), loss_x, accuracy_x, loss_y, accuracy_y))
-            yield Point(step, *figures, flatten(to_numpy(x)), flatten(to_numpy(params)))
+            yield make_point(step, losses, (*measure(x), to_numpy(x)), (*measure(params), to_numpy(params)))
             losses.clear()
 
 
-def to_flax(weights: Any) -> dict[str, dict[str, jax.Array]]:
+def to_flax(weights: Weights) -> dict[str, dict[str, jax.Array]]:
     """Returns the weights under Flax's names."""
     return {
         f"Dense_{i}": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
@@ -81,7 +82,7 @@ def to_flax(weights: Any) -> dict[str, dict[str, jax.Array]]:
     }
 
 
-def to_numpy(params: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def to_numpy(params: Any) -> Weights:
     """Returns (kernel, bias) of each layer."""
     layers = [params[f"Dense_{i}"] for i in range(len(params))]
     return [(np.asarray(layer["kernel"]), np.asarray(layer["bias"])) for layer in layers]

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 import sftorch
-from _digits import LAYERS, Digits, Point, Settings, flatten, initial_weights
+from _digits import LAYERS, Digits, Point, Settings, Weights, initial_weights, make_point
 
 Optimizer = sftorch.SGDScheduleFree | sftorch.AdamWScheduleFree | sftorch.RAdamScheduleFree
 
@@ -41,16 +40,17 @@ def make_network() -> nn.Sequential:
 
 def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterator[Point]:
     """Trains on `batches` and yields a point every `settings.every` steps."""
+    torch.set_num_threads(1)  # the matrices are too small to share
     model = make_network()
     set_weights(model, initial_weights(settings.seed))
     optimizer = make_optimizer(settings, model.parameters())
     test_images, test_labels = torch.from_numpy(digits.test_images), torch.from_numpy(digits.test_labels)
 
     @torch.no_grad()
-    def measure() -> tuple[float, float, np.ndarray]:
+    def measure() -> tuple[torch.Tensor, torch.Tensor, Weights]:
         logits = model(test_images)
         hits = logits.argmax(-1) == test_labels
-        return float(cross_entropy(logits, test_labels)), float(hits.float().mean()), flatten(to_numpy(model))
+        return cross_entropy(logits, test_labels), hits.float().mean(), to_numpy(model)
 
     losses: list[torch.Tensor] = []
     for step, batch in enumerate(batches, start=1):
@@ -63,21 +63,19 @@ def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterato
         optimizer.step()
         if step % settings.every == 0 or step == settings.steps:
             with optimizer.evaluation():  # the parameters hold x: the weights to evaluate and to ship
-                loss_x, accuracy_x, x = measure()
-            loss_y, accuracy_y, y = measure()
-            train_loss = float(torch.stack(losses).mean())
-            yield Point(step, train_loss, loss_x, accuracy_x, loss_y, accuracy_y, x, y)
+                at_x = measure()
+            yield make_point(step, losses, at_x, measure())
             losses.clear()
 
 
-def set_weights(model: nn.Sequential, weights: Any) -> None:
+def set_weights(model: nn.Sequential, weights: Weights) -> None:
     """Copies the weights in; torch keeps kernels as (outputs, inputs)."""
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     for linear, (kernel, bias) in zip(linears, weights, strict=True):
         linear.load_state_dict({"weight": torch.from_numpy(kernel.T), "bias": torch.from_numpy(bias)})
 
 
-def to_numpy(model: nn.Sequential) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (kernel (inputs, outputs), bias) of each layer."""
-    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
-    return [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in linears]
+def to_numpy(model: nn.Sequential) -> Weights:
+    """Returns a copy of (kernel (inputs, outputs), bias) of each layer."""
+    copies = [parameter.detach().clone().numpy() for parameter in model.parameters()]
+    return [(kernel.T, bias) for kernel, bias in zip(copies[::2], copies[1::2], strict=True)]
