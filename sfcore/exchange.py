@@ -1,7 +1,7 @@
 """The framework-free checkpoint: named NumPy arrays in safetensors, checked leaf by leaf.
 
 Arrays are named "ROLE/PARAMETER"; the roles are in `ROLES`. bfloat16 arrays have the dtype of
-ml_dtypes. Needs the packages safetensors and ml_dtypes, which both twins' extras install.
+ml_dtypes, which both twins' extras install.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sfcore import _safetensors
+from sfcore.checks import nearest
 
 ROLES = {
     "y": "gradient point, what the parameters hold while training",
@@ -27,37 +30,69 @@ ROLES = {
     "extra": "arrays of the user's own",
 }
 
-_INSTALL = "install it with pip install 'schedulefree-twin[torch]' or '[jax]'"
+OLDER = "restore an older checkpoint, resume='latest-good' finds one"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used; the message names file, leaf, finding and way out."""
 
 
-def _safetensors() -> Any:
-    try:
-        import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
-        import safetensors.numpy
-    except ImportError as error:
-        raise CheckpointError(f"checkpoints need the package {error.name}: {_INSTALL}") from error
-    return safetensors.numpy
+def split(leaf: str) -> tuple[str, str]:
+    """Returns (role, parameter) of a leaf's name.
+
+    Raises:
+        CheckpointError: if it does not begin with a role.
+
+    Example:
+        >>> from sfcore.exchange import split
+        >>> split("y/layers/0/kernel")
+        ('y', 'layers/0/kernel')
+    """
+    role, slash, parameter = leaf.partition("/")
+    if not slash or role not in ROLES:
+        raise CheckpointError(f"leaf {leaf!r} must be named ROLE/NAME with ROLE one of {', '.join(ROLES)}")
+    return role, parameter
+
+
+def of_role(tensors: Mapping[str, np.ndarray], role: str) -> dict[str, np.ndarray]:
+    """Returns parameter -> array of one role, in the order of `tensors`.
+
+    Example:
+        >>> import numpy as np
+        >>> from sfcore.exchange import of_role
+        >>> list(of_role({"y/w": np.zeros(2), "z/w": np.zeros(2)}, "z"))
+        ['w']
+    """
+    start = role + "/"
+    return {leaf.removeprefix(start): array for leaf, array in tensors.items() if leaf.startswith(start)}
 
 
 def describe(array: np.ndarray) -> dict[str, Any]:
     """Returns what is recorded of a leaf: dtype, shape and CRC-32 of its bytes."""
-    plain = np.ascontiguousarray(array).reshape(array.shape)
-    return {"dtype": plain.dtype.name, "shape": list(plain.shape), "crc32": _crc(plain)}
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": _crc(array)}
 
 
 def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) if array.size else 0
+    return zlib.crc32(_safetensors.as_bytes(array))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Writes a safetensors file and returns leaf -> `describe(leaf)`, the record to read it back by."""
-    stored = {name: _as_stored(np.asarray(array)) for name, array in tensors.items()}
-    _safetensors().save_file(stored, str(path))
-    return {name: describe(np.asarray(array)) for name, array in tensors.items()}
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Writes a safetensors file, synced to the disk; returns leaf -> `describe(leaf)` to read it back by.
+
+    Args:
+        path: the file, overwritten if it is there.
+        tensors: leaf -> array: bool, integers to 64 bits, float16/32/64, bfloat16, float8, complex64/128.
+        metadata: text for the file's header, such as {"format": "pt"}.
+
+    Raises:
+        CheckpointError: naming the first leaf whose dtype cannot be stored; nothing is written then.
+        OSError: as the system gives it (disk full, no permission).
+    """
+    stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
+    _safetensors.write(path, stored, metadata)
+    return {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
 
 
 def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
@@ -65,50 +100,79 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
 
     Args:
         path: the file.
-        record: what `write_tensors` returned; every leaf is checked against it. None checks nothing.
+        record: what `write_tensors` returned; every leaf is checked against it. None checks only that
+            the file keeps the format.
 
     Raises:
-        CheckpointError: naming the first leaf that is missing, or has another dtype, shape or content.
+        CheckpointError: naming the first leaf that is missing or unknown, or has another dtype, shape or
+            content.
     """
     try:
-        stored = _safetensors().load_file(str(path))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: restore an older checkpoint or copy it again") from error
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give this user read permission") from error
-    except Exception as error:  # safetensors raises its own type for every kind of damage
-        raise CheckpointError(
-            f"{path} is damaged ({error}): restore an older checkpoint, resume='latest-good' finds one"
-        ) from error
+        stored = _safetensors.read(path)
+    except _safetensors.Damaged as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs the package {error.name}: pip install {error.name}") from error
+    except OSError as error:
+        raise CheckpointError(cannot_read(path, error)) from error
     if record is None:
         return stored
-    return {name: _checked(path, name, stored, described) for name, described in record.items()}
+    unknown = set(stored) - set(record)
+    missing = set(record) - set(stored)
+    if unknown or missing:
+        raise CheckpointError(f"{path} is damaged: {_difference(missing, unknown)}; {OLDER}")
+    return {leaf: _checked(path, leaf, stored[leaf], described) for leaf, described in record.items()}
 
 
-def _checked(path: Path, name: str, stored: Mapping[str, np.ndarray], described: Mapping[str, Any]) -> np.ndarray:
-    if name not in stored:
-        raise CheckpointError(f"{path} must hold the leaf {name!r}, got none of that name: restore an older checkpoint")
-    array = _from_stored(stored[name], described["dtype"])
+def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
+    """Raises `CheckpointError` if a readable file's header text is neither the expected one nor empty."""
+    found = _safetensors.read_metadata(path)
+    if found not in ({}, expected):
+        raise CheckpointError(f"{path} is damaged: its header must say {expected}, got {found}; {OLDER}")
+
+
+def cannot_read(path: Path, error: OSError) -> str:
+    """Returns the sentence for a file that the system does not let us read."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is missing: check the path, or {OLDER}"
+    if isinstance(error, PermissionError):
+        return f"{path} cannot be read ({error.strerror}): give this user read permission"
+    return f"{path} cannot be read ({error.strerror or error}): check the path and the disk, or {OLDER}"
+
+
+def _difference(missing: set[str], unknown: set[str]) -> str:
+    if not missing:
+        return f"it must hold only the leaves of its record, got {min(unknown)!r} as well"
+    leaf = min(missing)
+    near = nearest(leaf, unknown)
+    return f"it must hold the leaf {leaf!r}, got none of that name" + (f" but {near!r}" if near else "")
+
+
+def _checked(path: Path, leaf: str, stored: np.ndarray, described: Mapping[str, Any]) -> np.ndarray:
+    array = _from_stored(stored, described["dtype"])
     for what, found in (("dtype", array.dtype.name), ("shape", list(array.shape)), ("crc32", _crc(array))):
         if found != described[what]:
             raise CheckpointError(
-                f"{path}: leaf {name!r} must have {what} {described[what]}, got {found}: "
-                "the file was changed or damaged; restore an older checkpoint, resume='latest-good' finds one"
+                f"{path} is damaged: leaf {leaf!r} must have {what} {described[what]}, got {found}: "
+                f"the file was changed after it was written; {OLDER}"
             )
     return array
 
 
-def _as_stored(array: np.ndarray) -> np.ndarray:
-    """Returns a contiguous array; safetensors has no complex128, so that goes as pairs of float64."""
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    if array.dtype == np.complex128:
-        return array.reshape(-1).view(np.float64).reshape(*array.shape, 2)
+def _as_stored(leaf: str, array: np.ndarray) -> np.ndarray:
+    """Returns an array of a dtype that safetensors has; complex128 goes as pairs of float64."""
+    if array.dtype.name == "complex128":
+        return np.stack([array.real, array.imag], axis=-1)
+    if not _safetensors.storable(array.dtype):
+        raise CheckpointError(
+            f"leaf {leaf!r} must have a dtype of safetensors, got {array.dtype}: convert it"
+        )
     return array
 
 
 def _from_stored(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "complex128" and array.dtype == np.float64 and array.shape[-1:] == (2,):
-        return np.ascontiguousarray(array).reshape(-1).view(np.complex128).reshape(array.shape[:-1])
+        return array.reshape(-1).view(np.complex128).reshape(array.shape[:-1])
     return array
 
 
@@ -125,6 +189,5 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
     for name in sorted(tensors):
         array = np.asarray(tensors[name])
         digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        if array.size:
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        digest.update(_safetensors.as_bytes(array))
     return digest.hexdigest()

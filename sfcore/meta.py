@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sfcore.checks import nearest
-from sfcore.exchange import CheckpointError
+from sfcore.exchange import OLDER, CheckpointError
 
 FORMAT = "schedulefree-twin"
 FORMAT_VERSION = 1
@@ -24,7 +27,8 @@ class Meta:
         optimizer: "sgd", "adamw", "radam", "wrapper", or the name of an importer's source.
         groups: one dict a parameter group: "hyperparameters" (canonical names of
             `sfcore.hyperparameters`), "clock" (step, lr_max, weight_sum), "parameters" (names).
-        parameters: name -> {"shape", "dtype", "clock"}; clock is None before a first gradient.
+        parameters: name -> {"shape", "dtype", "clock"}; clock is None before a first gradient. "kind",
+            the name of the module's class, is there where the framework knows it; see `sfcore.names`.
         step: finished optimizer updates.
         epoch, position: place in the data; position counts the micro-batches taken in this epoch.
         accumulation: {"steps": micro-batches an update, "position": of them already in the gradient}.
@@ -35,7 +39,7 @@ class Meta:
         metrics: finite floats that rank checkpoints, such as {"loss": 0.1}.
         recent: what the last steps did, for the watch after a restart; see `sfcore.watch`.
         versions: package -> version.
-        extra: JSON of the user's own.
+        extra: JSON of the user's own; keys that are no strings come back as strings, tuples as lists.
     """
 
     framework: str
@@ -56,8 +60,18 @@ class Meta:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Returns the JSON text; it carries a CRC-32 of itself, so that a changed byte is noticed."""
-        body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        """Returns the JSON text; it carries a CRC-32 of itself, so that a changed byte is noticed.
+
+        Raises:
+            CheckpointError: with every metric that is no finite number, or for a value JSON has no form for.
+        """
+        check_metrics(self.metrics)
+        try:
+            # There and back, because the CRC must be that of what a reader will see.
+            own = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+            body = json.loads(json.dumps(own, default=_plain))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"meta must be JSON: {error}; arrays go among the tensors") from error
         return json.dumps(body | {"crc32": _crc(body)}, indent=1, sort_keys=True)
 
     @classmethod
@@ -67,26 +81,67 @@ class Meta:
         Raises:
             CheckpointError: if it is no JSON, of another program, newer than this one, or changed.
         """
-        try:
-            body = json.loads(text)
-        except ValueError as error:
-            raise CheckpointError(f"{source} must be JSON, got a damaged file ({error})") from error
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise CheckpointError(f"{source} must be a {FORMAT} checkpoint's, got another program's JSON")
-        if body.get("format_version", 0) > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source} must have format version <= {FORMAT_VERSION}, got {body['format_version']}: "
-                "it was written by a newer schedulefree-twin, so upgrade with pip install -U schedulefree-twin"
-            )
+        body = _parse(text, source)
         recorded = body.pop("crc32", None)
-        if recorded != _crc(body):
-            raise CheckpointError(f"{source} must have the CRC-32 {recorded}, got {_crc(body)}: it was changed or damaged")
-        known = {f.name for f in fields(cls)}
-        unknown = set(body) - known - {"format", "format_version"}
-        if unknown:
-            name = min(unknown)
-            raise CheckpointError(f"{source} must have known keys, got {name!r}; the nearest is {nearest(name, known)!r}")
+        intact = recorded == _crc(body)
+        version = body.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source} must have format version <= {FORMAT_VERSION}, got {version}: it was written by a "
+                "newer schedulefree-twin, so upgrade with pip install -U schedulefree-twin"
+                + ("" if intact else f" (or it is damaged, its CRC-32 differs: {OLDER})")
+            )
+        if not intact:
+            raise CheckpointError(f"{source} is damaged: its CRC-32 is not the recorded {recorded}; {OLDER}")
+        known = {f.name: f for f in fields(cls)}
+        for name in body:
+            if name not in known and name not in ("format", "format_version"):
+                near = nearest(name, known)
+                hint = f"; did you mean {near!r}?" if near else ""
+                raise CheckpointError(f"{source} must have known keys only, got {name!r}{hint}")
+        for name, of in known.items():
+            if name not in body and of.default is MISSING and of.default_factory is MISSING:
+                raise CheckpointError(f"{source} must have the key {name!r}, got none")
         return cls(**{name: value for name, value in body.items() if name in known})
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` with every metric that is no finite number: NaN would break the ranking.
+
+    Example:
+        >>> from sfcore.meta import check_metrics
+        >>> check_metrics({"loss": 0.25})
+    """
+    bad = [f"{name} = {value!r}" for name, value in metrics.items() if not _finite(value)]
+    if bad:
+        raise CheckpointError(
+            f"metrics must be finite numbers, got {', '.join(bad)}: leave them out, or pass float(value)"
+        )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a path as text, and a NumPy, torch or JAX scalar as a Python number."""
+    if isinstance(value, Path):
+        return str(value)
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"got a {type(value).__name__}")
+
+
+def _parse(text: str, source: Path | str) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source} is damaged: it must be JSON ({error}); {OLDER}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{source} must say it is a {FORMAT} checkpoint: it is another program's, or damaged"
+        )
+    return body
 
 
 def _crc(body: dict[str, Any]) -> int:

@@ -1,31 +1,27 @@
 """A folder of checkpoints: written whole or not at all, found by step, verified, kept or dropped.
 
-    FOLDER/step_000000100/meta.json            the record (sfcore.meta)
-                          state.safetensors    everything a resume needs
-                          inference.safetensors  x and the buffers, plain names: what to ship
-    FOLDER/.partial-...                        a save that was interrupted; removed by `clean`
+FOLDER/step_000000100/meta.json              the record (sfcore.meta)
+                      state.safetensors      everything a resume needs
+                      inference.safetensors  x and the buffers, plain names: what to ship
+FOLDER/.partial-...                          a save or removal that was interrupted; `clean` removes it
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sfcore import exchange
-from sfcore.exchange import CheckpointError
+from sfcore import _folder, exchange
+from sfcore.exchange import OLDER, CheckpointError
 from sfcore.meta import Meta
 
 STATE, INFERENCE, META = "state.safetensors", "inference.safetensors", "meta.json"
-_STEP = re.compile(r"^step_(\d{9,})(?:\.(\d+))?$")
-_PARTIAL = ".partial-"
 
 
 class Skipped(NamedTuple):
@@ -35,97 +31,92 @@ class Skipped(NamedTuple):
     why: str
 
 
-def write(folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]) -> Path:
+def write(
+    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
+) -> Path:
     """Writes one checkpoint beside the others and renames it into place; returns its path.
 
     Everything is on disk (fsync) before the rename, so a kill at any moment leaves the older
-    checkpoints and at most a `.partial-` folder. A checkpoint of the same step is replaced.
+    checkpoints and at most a `.partial-` folder. A checkpoint of the same step is replaced, and is
+    there until the new one is.
+
+    Args:
+        folder: where the checkpoints lie; made if it is not there.
+        meta: the record; its `tensors` are filled in here, in the file and not in this object.
+        state: "ROLE/PARAMETER" -> array.
+        inference: name -> array, x and the buffers.
 
     Raises:
-        CheckpointError: no permission, disk full, no folder; nothing of the attempt stays.
+        CheckpointError: no permission, disk full, no folder, a metric that is no finite number, a leaf
+            without a role; nothing of the attempt stays.
     """
-    partial = None
+    for leaf in state:
+        exchange.split(leaf)
+    partial = _folder.aside(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
-        meta.tensors = {
+        _folder.make(folder)
+        partial.mkdir()
+        record = {
             STATE: exchange.write_tensors(partial / STATE, state),
-            INFERENCE: exchange.write_tensors(partial / INFERENCE, inference),
+            INFERENCE: exchange.write_tensors(partial / INFERENCE, inference, about_inference(meta)),
         }
-        (partial / META).write_text(meta.to_json())
-        for name in (STATE, INFERENCE, META):
-            _sync(partial / name)
-        _sync(partial)
+        _folder.write_text(partial / META, replace(meta, tensors=record).to_json())
+        _folder.sync(partial)
         older = steps(folder).get(meta.step)
-        final = folder / _next_name(meta.step, older)
+        final = folder / _folder.next_name(meta.step, older)
         os.rename(partial, final)
-        _sync(folder)
-        if older is not None:
-            _remove(older)
-        return final
+        _folder.sync(folder)
     except OSError as error:
-        raise CheckpointError(f"cannot write a checkpoint into {folder}: {_explain(error)}") from error
+        raise CheckpointError(f"cannot write a checkpoint into {folder}: {_folder.why(error)}") from error
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+    if older is not None:
+        _folder.remove(older)
+    return final
 
 
-def _explain(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return "the disk is full; free space or choose another folder. The live state is untouched"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "no permission; choose a folder that this user may write to. The live state is untouched"
-    return f"{error.strerror or error}. The live state is untouched"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _next_name(step: int, older: Path | None) -> str:
-    """Returns a free name: a step saved again gets a suffix, so that no moment is without a checkpoint."""
-    name = f"step_{step:09d}"
-    if older is None:
-        return name
-    match = _STEP.match(older.name)
-    return f"{name}.{int(match[2] or 0) + 1 if match else 1}"
-
-
-def _remove(path: Path) -> None:
-    """Removes a checkpoint; it stops being one before the first file goes."""
-    aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.parent))
-    os.rename(path, aside / "old")
-    shutil.rmtree(aside, ignore_errors=True)
+def about_inference(meta: Meta) -> dict[str, str]:
+    """Returns the header text of an inference file; transformers wants the "format" in it."""
+    form = "pt" if meta.framework == "torch" else "flax"
+    return {"format": form, "weights_hold": "x", "step": str(meta.step)}
 
 
 def steps(folder: Path) -> dict[int, Path]:
-    """Returns step -> path of the checkpoints in a folder, oldest first."""
-    if not folder.is_dir():
-        return {}
-    found = sorted((int(m[1]), int(m[2] or 0), path) for path in folder.iterdir() if (m := _STEP.match(path.name)))
-    return {step: path for step, _, path in found}
+    """Returns step -> path of the checkpoints in a folder, oldest first; {} if there is no folder.
+
+    Raises:
+        CheckpointError: if it is no folder or cannot be read.
+    """
+    return dict(_folder.checkpoints(folder))
 
 
 def read_meta(path: Path) -> Meta:
     """Reads a checkpoint's record.
 
     Raises:
-        CheckpointError: if the folder is empty, or the record missing or damaged.
+        CheckpointError: if the folder is empty, or the record missing, unreadable, damaged or too new.
     """
     try:
-        text = (path / META).read_text()
-    except FileNotFoundError as error:
-        what = "an empty folder" if path.is_dir() and not any(path.iterdir()) else "none"
-        raise CheckpointError(f"{path} must hold {META}, got {what}: it is no checkpoint of ours") from error
+        text = (path / META).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path} must be a folder with {META}, got {_found(path)}") from error
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path / META} must be JSON, got a damaged file ({error})") from error
+        raise CheckpointError(f"{path / META} is damaged: it must be JSON ({error}); {OLDER}") from error
     except OSError as error:
-        raise CheckpointError(f"{path / META} cannot be read ({error.strerror})") from error
+        raise CheckpointError(exchange.cannot_read(path / META, error)) from error
     return Meta.from_json(text, path / META)
+
+
+def _found(path: Path) -> str:
+    if not path.exists():
+        return "nothing of that name: check the path"
+    if not path.is_dir():
+        return "a file: pass the folder it lies in"
+    if not any(path.iterdir()):
+        return f"an empty folder: {OLDER}"
+    if steps(path):
+        return "a folder of checkpoints: pass one of them, or use sfcore.store.newest"
+    return f"other files: it is no checkpoint of ours, or {OLDER}"
 
 
 def read(path: Path, file: str = STATE) -> tuple[Meta, dict[str, np.ndarray]]:
@@ -135,7 +126,12 @@ def read(path: Path, file: str = STATE) -> tuple[Meta, dict[str, np.ndarray]]:
         CheckpointError: naming file and leaf of the first difference from the record.
     """
     meta = read_meta(path)
-    return meta, exchange.read_tensors(path / file, meta.tensors[file])
+    if file not in meta.tensors:
+        raise CheckpointError(f"{path / META} must record {file}, got {sorted(meta.tensors)}; {OLDER}")
+    tensors = exchange.read_tensors(path / file, meta.tensors[file])
+    if file == INFERENCE:
+        exchange.check_metadata(path / file, about_inference(meta))
+    return meta, tensors
 
 
 def newest(folder: Path) -> Path:
@@ -146,7 +142,9 @@ def newest(folder: Path) -> Path:
     """
     found = steps(folder)
     if not found:
-        raise CheckpointError(f"{folder} must hold a checkpoint (step_...), got none: check the path, or start anew")
+        raise CheckpointError(
+            f"{folder} must hold a checkpoint (step_...), got none: check the path, or start anew"
+        )
     return found[max(found)]
 
 
@@ -157,7 +155,7 @@ def latest_good(folder: Path) -> tuple[Path, list[Skipped]]:
         CheckpointError: if none verifies, with the reason for each.
     """
     skipped = []
-    for path in reversed(steps(folder).values()):
+    for _, path in reversed(_folder.checkpoints(folder)):
         try:
             for file in (STATE, INFERENCE):
                 read(path, file)
@@ -170,17 +168,37 @@ def latest_good(folder: Path) -> tuple[Path, list[Skipped]]:
 
 
 def clean(folder: Path) -> list[Path]:
-    """Removes what interrupted saves left behind and returns it; call it when no save is running."""
-    left = [path for path in folder.glob(f"{_PARTIAL}*")] if folder.is_dir() else []
+    """Removes what interrupted saves left behind and returns it; call it when no save is running.
+
+    That is every `.partial-` folder, and the older of two checkpoints of the same step.
+    """
+    everything, kept = _folder.checkpoints(folder), set(steps(folder).values())
+    left = sorted(folder.glob(f"{_folder.PARTIAL}*")) if folder.is_dir() else []
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
-    return left
+    replaced = [path for _, path in everything if path not in kept]
+    return left + [path for path in replaced if _folder.remove(path)]
 
 
-def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") -> None:
-    """Removes all but the newest checkpoints and those of the smallest metric."""
+def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") -> list[Path]:
+    """Removes all but the newest checkpoints and those of the smallest metric; returns what went.
+
+    Args:
+        folder: where they lie.
+        keep_newest: how many of the newest to keep, >= 1.
+        keep_best: how many of the smallest metric to keep, >= 0; of equal ones the older.
+        metric: a key of `Meta.metrics`; checkpoints without it rank nowhere.
+
+    Raises:
+        CheckpointError: if the numbers are out of range, or the folder cannot be read.
+    """
+    if keep_newest < 1 or keep_best < 0:
+        raise CheckpointError(
+            f"keep_newest must be >= 1 and keep_best >= 0, got {keep_newest} and {keep_best}: "
+            "without the newest there is nothing to resume from"
+        )
     found = steps(folder)
-    keep = set(list(found)[-keep_newest:]) if keep_newest else set()
+    keep = set(list(found)[-keep_newest:])
     scored = []
     for step, path in found.items():
         try:
@@ -188,6 +206,4 @@ def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") 
         except (CheckpointError, KeyError):
             continue
     keep |= {step for _, step in sorted(scored)[:keep_best]}
-    for step, path in found.items():
-        if step not in keep:
-            _remove(path)
+    return [path for step, path in found.items() if step not in keep and _folder.remove(path)]

@@ -1,0 +1,107 @@
+"""What Flax and torch call the same thing, and what a name and a shape alone tell about a leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sfcore._layouts import Shape
+
+Path = tuple[str, ...]
+
+_COLLECTIONS = ("params", "batch_stats")
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+_STACKED = {"query": 0, "key": 1, "value": 2}
+# Classes of torch whose weight is transposed in another way than a convolution's, or not a kernel at all.
+_NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "InstanceNorm")
+_UNSUPPORTED = ("ConvTranspose", "LSTM", "GRU", "RNN", "PReLU", "Bilinear")
+
+
+def jax_paths(name: str) -> tuple[Path, ...]:
+    """Returns a JAX name's path without its collection and without the "value" of an nnx variable.
+
+    A second one keeps the "value", which may be a leaf's own name.
+    """
+    path = tuple(name.split("/"))
+    if len(path) > 1 and path[0] in _COLLECTIONS:
+        path = path[1:]
+    if len(path) > 1 and path[-1] in ("value", "raw_value"):
+        return path[:-1], path
+    return (path,)
+
+
+def torch_only(name: str) -> bool:
+    """Tells whether a torch leaf has no counterpart by nature: torch counts batches and Flax does not."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+def torch_leaf(leaf: str) -> str:
+    """Returns torch's word for the last part of a Flax name: kernel, scale, embedding -> weight, ..."""
+    return _LEAVES.get(leaf, leaf)
+
+
+def torch_paths(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Yields (torch path, part) of everything that a Flax path may be called in torch, likeliest first."""
+    module, leaf = path[:-1], torch_leaf(path[-1])
+    yield (*module, leaf), (0, 1)
+    if module and module[-1] in _ATTENTION:
+        yield (*module[:-1], _ATTENTION[module[-1]], leaf), (0, 1)
+    if module and module[-1] in _STACKED:
+        yield (*module[:-1], f"in_proj_{leaf}"), (_STACKED[module[-1]], 3)
+
+
+def flax_leaf(leaf: str, shape: Shape, siblings: frozenset[str], kind: str | None) -> tuple[str | None, str]:
+    """Returns (Flax's word for the last part of a torch name, "") or (None, why it cannot be told).
+
+    Args:
+        leaf: the last part of the torch name.
+        shape: its shape.
+        siblings: last parts of all leaves of its module, itself included.
+        kind: class of its module, such as "Linear", where it is known.
+    """
+    for name, flax in (("running_mean", "mean"), ("running_var", "var")):
+        if leaf == name:
+            return flax, ""
+    if leaf.startswith("in_proj_"):
+        return None, "holds query, key and value in one: map it to the three leaves, with parts"
+    if leaf != "weight":
+        return leaf, ""
+    if kind is not None:
+        return _flax_weight_of(kind)
+    return _flax_weight(shape, siblings)
+
+
+def _flax_weight_of(kind: str) -> tuple[str | None, str]:
+    if any(word in kind for word in _UNSUPPORTED):
+        return None, f"belongs to a {kind}, whose layout Flax does not share: map its leaves"
+    if "Embedding" in kind:
+        return "embedding", ""
+    if any(word in kind for word in _NORMS):
+        return "scale", ""
+    if "Linear" in kind or "Conv" in kind:
+        return "kernel", ""
+    return None, f"belongs to a {kind}, of which no layout is known: map its leaves"
+
+
+def _flax_weight(shape: Shape, siblings: frozenset[str]) -> tuple[str | None, str]:
+    if "running_mean" in siblings or (len(shape) == 1 and shape != (1,)):
+        return "scale", ""
+    if 3 <= len(shape) <= 5 or (len(shape) == 2 and "bias" in siblings):
+        return "kernel", ""
+    if len(shape) == 2:
+        return None, "may be a Linear's without bias or an Embedding's"
+    return None, "is of no layer that is known by its shape"
+
+
+def in_attention(path: Path, modules: set[str]) -> bool:
+    """Tells whether a leaf is a projection of a Flax attention, which has axes for its heads."""
+    if len(path) < 2 or path[-1] not in ("kernel", "bias") or path[-2] not in _ATTENTION:
+        return False
+    above = path[:-2]
+    return all("/".join((*above, name)) in modules for name in _ATTENTION)

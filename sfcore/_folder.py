@@ -1,0 +1,92 @@
+"""Names, renames and removals in a folder of checkpoints: a kill leaves nothing half done in sight."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from sfcore.exchange import CheckpointError, cannot_read
+
+PARTIAL = ".partial-"
+_STEP = re.compile(r"^step_(\d{9,})(?:\.(\d+))?$")
+
+
+def why(error: OSError) -> str:
+    """Returns what to do about an operation that the system refused."""
+    untouched = "The live state and the older checkpoints are untouched"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk or the quota is full; free space or choose another folder. {untouched}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission; choose a folder that this user may write to. {untouched}"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{error.filename} is a file; choose a folder. {untouched}"
+    return f"{error.strerror or error}. {untouched}"
+
+
+def aside(folder: Path) -> Path:
+    """Returns a new name that no reader looks at; a random one, because process ids come again."""
+    return folder / f"{PARTIAL}{uuid.uuid4().hex}"
+
+
+def make(folder: Path) -> None:
+    """Makes a folder, and its name last, if it is not there."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file and syncs it to the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in a folder last; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def next_name(step: int, older: Path | None) -> str:
+    """Returns a free name: a step saved again gets a suffix, so that no moment is without a checkpoint."""
+    name = f"step_{step:09d}"
+    match = _STEP.match(older.name) if older else None
+    return f"{name}.{int(match[2] or 0) + 1}" if match else name
+
+
+def remove(path: Path) -> bool:
+    """Removes a checkpoint, if the system lets us; it stops being one before the first file goes."""
+    going = aside(path.parent)
+    try:
+        os.rename(path, going)
+    except OSError:
+        return False
+    shutil.rmtree(going, ignore_errors=True)
+    return True
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Returns (step, path) of every checkpoint, oldest first; a step saved again comes twice until cleaned.
+
+    Raises:
+        CheckpointError: if it is no folder or cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(cannot_read(folder, error)) from error
+    found = sorted((int(m[1]), int(m[2] or 0), name) for name in names if (m := _STEP.match(name)))
+    return [(step, folder / name) for step, _, name in found]

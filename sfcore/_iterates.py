@@ -1,0 +1,72 @@
+"""x, y and z of every parameter of a checkpoint, in NumPy, from whichever two of them it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sfcore.meta import Meta
+
+
+class Iterates(NamedTuple):
+    """One parameter; an iterate that cannot be had is None.
+
+    Attributes:
+        name: the parameter.
+        dtype: its own dtype, which z may exceed.
+        x, y, z: in at least float32 (float64 for a float64 parameter).
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    x: np.ndarray | None
+    y: np.ndarray | None
+    z: np.ndarray | None
+
+
+def beta_of(group: Mapping[str, Any]) -> float:
+    """Returns the interpolation that built a group's y, which a changed configuration does not change."""
+    books = group.get("torch", {}).get("books", {})
+    for value in (
+        books.get("y_beta"),
+        group.get("clock", {}).get("beta"),
+        group["hyperparameters"].get("beta"),
+    ):
+        if value is not None:
+            return float(value)
+    return 0.9
+
+
+def iterates(meta: Meta, state: Mapping[str, np.ndarray]) -> Iterator[Iterates]:
+    """Yields the iterates of every parameter that a group holds, one parameter at a time."""
+    for group in meta.groups:
+        beta = beta_of(group)
+        for name in group["parameters"]:
+            yield _of_parameter(name, beta, meta, state)
+
+
+def _of_parameter(name: str, beta: float, meta: Meta, state: Mapping[str, np.ndarray]) -> Iterates:
+    leaves = {role: state[f"{role}/{name}"] for role in ("y", "z", "x") if f"{role}/{name}" in state}
+    dtype = next((array.dtype for array in leaves.values()), np.dtype(np.float32))
+    held, z, x = (_wide(leaves.get(role)) for role in ("y", "z", "x"))
+    if z is None or meta.parameters.get(name, {}).get("clock") is None:
+        return Iterates(name, dtype, held, held, held)  # before a first gradient the three are one
+    if meta.weights_hold == "x":
+        x = held if x is None else x
+        return Iterates(name, dtype, x, None if x is None else beta * x + (1 - beta) * z, z)
+    if beta == 0:
+        return Iterates(name, dtype, x, z, z)
+    return Iterates(name, dtype, None if held is None else (held - (1 - beta) * z) / beta, held, z)
+
+
+def _wide(array: np.ndarray | None) -> np.ndarray | None:
+    if array is None:
+        return None
+    return array.astype(np.float32 if array.dtype.itemsize < 4 else array.dtype)
+
+
+def x_of(meta: Meta, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns name -> x in the parameter's dtype, of the parameters whose x is known."""
+    return {one.name: one.x.astype(one.dtype) for one in iterates(meta, state) if one.x is not None}

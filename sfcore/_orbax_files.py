@@ -1,0 +1,121 @@
+"""Orbax folders: our own, verified against their record, and others with a Schedule-Free state in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfcore._sources import Source, unknown
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+
+# The scalars of optax.contrib's state; its step_count is one ahead of the updates that it finished.
+_CONTRIB = ("b1", "weight_sum", "step_count", "max_lr")
+
+
+def is_ours(path: Path) -> bool:
+    """Tells whether a folder is one checkpoint of sfjax."""
+    return (path / "meta" / "metadata").is_file()
+
+
+def is_item(path: Path) -> bool:
+    """Tells whether a folder holds the arrays of one Orbax item."""
+    return (path / "_METADATA").is_file()
+
+
+def read(path: Path) -> Source:
+    """Reads one Orbax checkpoint.
+
+    Raises:
+        CheckpointError: if it is damaged or has no Schedule-Free state, or a package is missing.
+    """
+    try:
+        from sfjax.checkpoint import _arrays
+        from sfjax.checkpoint import read as read_ours
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is an Orbax folder, which needs the package {error.name}: install the extra [jax]"
+        ) from error
+    if is_ours(path):
+        meta, state, inference = read_ours(path)
+        what = "checkpoint of schedulefree-twin on Orbax, names and layouts of jax"
+        return Source(path, what, meta, dict(state), dict(inference), verified=True)
+    items = [path] if is_item(path) else [below for below in sorted(path.iterdir()) if is_item(below)]
+    arrays: dict[str, np.ndarray] = {}
+    for item in items:
+        below = {"": "", "default": ""}.get(item.name if item != path else "", f"{item.name}/")
+        arrays |= {below + name: array for name, array in _arrays.read(item).items()}
+    return _foreign(path, arrays)
+
+
+def _foreign(path: Path, arrays: Mapping[str, np.ndarray]) -> Source:
+    places = list(_contrib_states(arrays))
+    if not places:
+        raise unknown(path, f"an Orbax folder of {len(arrays)} arrays without a Schedule-Free state in it")
+    meta = Meta(framework="jax", optimizer="adamw or sgd", step=0, weights_hold="y")
+    source = Source(path, "state of optax.contrib.schedule_free on Orbax", meta)
+    params = _parameters(arrays, [name for place in places for name in _below(arrays, f"{place}z/")])
+    for place in places:
+        meta.groups.append(_add_state(source, place, arrays, params))
+    meta.step = max(group["clock"]["step"] for group in meta.groups)
+    source.notes.append("optax.contrib decodes y with the b1 it was built with, which its state may not hold")
+    if not params:
+        source.notes.append("the parameters, which hold y, were not found beside the state: there is no x")
+    return source
+
+
+def _contrib_states(arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
+    for name in arrays:
+        place = name.removesuffix("weight_sum")
+        if name.endswith("weight_sum") and all(place + scalar in arrays for scalar in _CONTRIB):
+            yield place
+
+
+def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _parameters(arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays of the one subtree outside the optimizer that has every name of z."""
+    if not names:
+        return {}
+    starts = [full.removesuffix(names[0]) for full in arrays if full.endswith(names[0])]
+    for start in starts:
+        found = _below(arrays, start)
+        if set(names) <= found.keys() and not start.rstrip("/").endswith(("z", "nu", "mu")):
+            return {name: found[name] for name in names}
+    return {}
+
+
+def _add_state(
+    source: Source, place: str, arrays: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Adds the leaves of one state; returns its group."""
+    from sfjax.checkpoint._importers import shortest
+
+    assert source.meta is not None
+    clock = {
+        "step": int(arrays[f"{place}step_count"]) - 1,
+        "lr_max": float(arrays[f"{place}max_lr"]),
+        "weight_sum": float(arrays[f"{place}weight_sum"]),
+        "beta": shortest(arrays[f"{place}b1"]),
+    }
+    z = _below(arrays, f"{place}z/")
+    for name, array in z.items():
+        source.state[f"z/{name}"] = array
+        if name in params:
+            source.state[f"y/{name}"] = params[name]
+        about = params.get(name, array)
+        source.meta.parameters[name] = {
+            "shape": list(about.shape),
+            "dtype": about.dtype.name,
+            "clock": dict(clock),
+        }
+    for full, array in _below(arrays, f"{place}base_optimizer_state/").items():
+        _, nu, name = full.partition("nu/")
+        if nu and name in z:
+            source.state[f"v/{name}"] = array
+    return {"hyperparameters": {"beta": clock["beta"]}, "clock": clock, "parameters": list(z)}

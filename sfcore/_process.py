@@ -1,0 +1,36 @@
+"""What a thread asks of its process: wake the main thread, pass signals on, write everything out."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import os
+import signal
+import sys
+import threading
+
+_log = logging.getLogger("sfcore.preemption")
+
+
+def pass_on(descriptor: int, numbers: bytes) -> None:
+    """Writes signal numbers to a wakeup descriptor that someone else set."""
+    try:
+        os.write(descriptor, numbers)
+    except OSError:
+        _log.debug("signal numbers %r found no reader", list(numbers))
+
+
+def interrupt_main_thread(number: signal.Signals) -> None:
+    """Lets the handler run in the main thread, out of a sleep or a read if the system can do that."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
+    else:
+        _thread.interrupt_main(number)
+
+
+def flush() -> None:
+    """Writes out what is still buffered for the standard streams."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()

@@ -1,0 +1,202 @@
+"""The safetensors file format on plain NumPy: streamed out and synced, checked field by field on the way in.
+
+The format is a length (8 bytes, little endian), a JSON header name -> {dtype, shape, data_offsets}, and
+the bytes of every leaf. The package safetensors reads what is written here; it is not used for writing
+because it hides a full disk and a missing permission behind an error type of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_NUMPY = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+_ML_DTYPES = {
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+_KNOWN = _NUMPY | _ML_DTYPES
+_CODES = {name: code for code, name in _KNOWN.items()}
+_METADATA = "__metadata__"
+_LONGEST_HEADER = 100_000_000
+
+
+class Damaged(ValueError):
+    """The bytes are not what the format asks for; the message says where."""
+
+
+def write(path: Path, leaves: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file and syncs it to the disk.
+
+    Args:
+        path: the file, overwritten if it is there.
+        leaves: name -> array of a dtype that `storable` accepts, any memory layout and byte order. A leaf
+            cannot be called "__metadata__".
+        metadata: text that goes into the header.
+
+    Raises:
+        OSError: as the system gives it (disk full, no permission).
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    # Wide items first, so that every leaf is aligned to its item size.
+    order = sorted(leaves, key=lambda name: (-leaves[name].itemsize, name))
+    for name in order:
+        leaf, start = leaves[name], end
+        end += leaf.nbytes
+        header[name] = {
+            "dtype": _CODES[leaf.dtype.name],
+            "shape": list(leaf.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            file.write(as_bytes(leaves[name]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def storable(dtype: np.dtype[Any]) -> bool:
+    """Tells whether the format has this dtype."""
+    return dtype.name in _CODES
+
+
+def as_bytes(array: np.ndarray) -> memoryview | bytes:
+    """Returns the bytes of an array in little-endian C order, without a copy where it already is that."""
+    if not array.size:
+        return b""
+    plain = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    return plain.reshape(-1).view(np.uint8).data
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Reads a file into new arrays.
+
+    Raises:
+        Damaged: naming the leaf that is wrong.
+        OSError: as the system gives it.
+        ImportError: for bfloat16 and float8 leaves without the package ml_dtypes.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header, start = _read_header(file, size)
+        return {name: _read_leaf(file, name, header[name], start, size) for name in header}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the text of a file's header, {} if it has none; raises as `read`."""
+    with open(path, "rb") as file:
+        found = _parse_header(file, os.fstat(file.fileno()).st_size)[0].get(_METADATA, {})
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _read_header(file: BufferedReader, size: int) -> tuple[dict[str, Any], int]:
+    """Returns the header's fields, checked, and the position at which the leaves begin."""
+    header, start = _parse_header(file, size)
+    header.pop(_METADATA, None)
+    for name, field in header.items():
+        problem = _field_problem(field)
+        if problem:
+            raise Damaged(f"the header's field for leaf {name!r} {problem}")
+    _check_extent(header, size - start)
+    return header, start
+
+
+def _parse_header(file: BufferedReader, size: int) -> tuple[dict[str, Any], int]:
+    if size < 8:
+        raise Damaged(f"it must begin with 8 bytes of length, got {size} bytes")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(size - 8, _LONGEST_HEADER):
+        raise Damaged(f"its header must fit into the {size} bytes of the file, got a length of {length}")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"its header must be JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise Damaged("its header must be a JSON object")
+    return header, 8 + length
+
+
+def _field_problem(field: Any) -> str | None:
+    if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
+        return "must have dtype, shape and data_offsets"
+    if not isinstance(field["dtype"], str) or field["dtype"] not in _KNOWN:
+        return f"must have a known dtype, got {field['dtype']!r}"
+    if not all(_whole_numbers(field[key]) for key in ("shape", "data_offsets")):
+        return "must have whole numbers as shape and data_offsets"
+    size, offsets = math.prod(field["shape"]) * _item_size(field["dtype"]), field["data_offsets"]
+    if len(offsets) != 2 or offsets[1] - offsets[0] != size:
+        return f"must span the {size} bytes of its shape, got offsets {offsets}"
+    return None
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _check_extent(header: Mapping[str, Any], available: int) -> None:
+    """Refuses leaves that overlap, leave holes, or do not end where the file ends."""
+    reached = 0
+    for name, field in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = field["data_offsets"]
+        if begin != reached:
+            raise Damaged(f"leaf {name!r} must begin at byte {reached} of the data, got {begin}")
+        if end > available:
+            raise Damaged(
+                f"it is truncated in leaf {name!r}: it must have {end} bytes of data, got {available}"
+            )
+        reached = end
+    if reached != available:
+        raise Damaged(f"it must end after {reached} bytes of data, got {available}")
+
+
+def _read_leaf(
+    file: BufferedReader, name: str, field: Mapping[str, Any], start: int, size: int
+) -> np.ndarray:
+    raw = np.empty(field["data_offsets"][1] - field["data_offsets"][0], np.uint8)
+    file.seek(start + field["data_offsets"][0])
+    if file.readinto(raw.data) != raw.size:
+        raise Damaged(f"it is truncated in leaf {name!r}: it must have {size} bytes, got fewer")
+    return raw.view(_dtype(field["dtype"])).reshape(field["shape"])
+
+
+def _item_size(code: str) -> int:
+    # Spelt out, so that a header can be read without ml_dtypes.
+    return np.dtype(_NUMPY[code]).itemsize if code in _NUMPY else (2 if code == "BF16" else 1)
+
+
+def _dtype(code: str) -> np.dtype[Any]:
+    if code in _NUMPY:
+        return np.dtype(_NUMPY[code]).newbyteorder("<")
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, _ML_DTYPES[code]))

@@ -1,0 +1,128 @@
+"""What lies at a path: our checkpoints, Orbax folders, safetensors and torch files, read into one form.
+
+Frameworks are imported only by the readers of the files that need them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sfcore import _safetensors, exchange, store
+from sfcore.exchange import ROLES, CheckpointError
+from sfcore.meta import Meta
+
+KNOWN = (
+    "known are checkpoint folders of sftorch and sfjax, Orbax folders with a Schedule-Free state, "
+    "safetensors files, and torch files with state dicts of sftorch, schedulefree, pytorch_optimizer or torch"
+)
+
+
+@dataclass
+class Source:
+    """What was found.
+
+    Attributes:
+        path: where it was read, which may be a checkpoint below the path that was asked for.
+        what: what it is, in words.
+        meta: the record, built from what the file says where it has none; None for weights alone.
+        state: "ROLE/NAME" -> array.
+        inference: name -> x and buffers, if the file has them.
+        weights: name -> array of a file of weights without a record.
+        named: False if parameters are numbered because their names are not known.
+        verified: whether every leaf was held against a record.
+        notes: sentences about what was found on the way.
+    """
+
+    path: Path
+    what: str
+    meta: Meta | None = None
+    state: dict[str, np.ndarray] = field(default_factory=dict)
+    inference: dict[str, np.ndarray] | None = None
+    weights: dict[str, np.ndarray] | None = None
+    named: bool = True
+    verified: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def load(path: Path) -> Source:
+    """Reads what lies at a path.
+
+    Raises:
+        CheckpointError: if there is nothing, if it is damaged, or of no known kind.
+    """
+    try:
+        if path.is_dir():
+            return _folder(path)
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(exchange.cannot_read(path, error)) from error
+    return _file(path, start)
+
+
+def unknown(path: Path, what: str) -> CheckpointError:
+    """Returns the error for something that is not known."""
+    return CheckpointError(f"{path} must be something to resume from, got {what}: {KNOWN}")
+
+
+def _folder(path: Path) -> Source:
+    if (path / store.META).exists():
+        return _checkpoint(path)
+    if steps := store.steps(path):
+        return _newest(path, sorted(steps), _checkpoint(store.newest(path)))
+    from sfcore import _orbax_files
+
+    if _orbax_files.is_item(path) or _orbax_files.is_ours(path):
+        return _orbax_files.read(path)
+    numbered = {
+        int(below.name): below for below in path.iterdir() if below.is_dir() and below.name.isdecimal()
+    }
+    if numbered:  # a run of Orbax's CheckpointManager
+        return _newest(path, sorted(numbered), _orbax_files.read(numbered[max(numbered)]))
+    if (path / "_CHECKPOINT_METADATA").exists():
+        return _orbax_files.read(path)
+    raise unknown(path, "an empty folder" if not any(path.iterdir()) else "a folder of other files")
+
+
+def _newest(path: Path, steps: list[int], source: Source) -> Source:
+    others = ", ".join(map(str, steps[:-1])) or "no others"
+    source.notes.insert(
+        0, f"{path} holds {len(steps)} checkpoint(s); this is the newest, step {steps[-1]} ({others})"
+    )
+    return source
+
+
+def _checkpoint(path: Path) -> Source:
+    meta, state = store.read(path)
+    inference = store.read(path, store.INFERENCE)[1]
+    what = f"checkpoint of schedulefree-twin, names and layouts of {meta.framework}"
+    return Source(path, what, meta, state, inference, verified=True)
+
+
+def _file(path: Path, start: bytes) -> Source:
+    if path.name in (store.STATE, store.INFERENCE, store.META) and (path.parent / store.META).exists():
+        source = _checkpoint(path.parent)
+        source.notes.insert(0, f"{path.name} is a part of the checkpoint {path.parent}, which is shown")
+        return source
+    if path.suffix == ".safetensors" or (len(start) > 8 and start[8:9] == b"{"):
+        return _safetensors_file(path)
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
+        from sfcore import _torch_files
+
+        return _torch_files.read(path)
+    raise unknown(path, "an empty file" if not start else f"a file that begins with {start[:8]!r}")
+
+
+def _safetensors_file(path: Path) -> Source:
+    tensors = exchange.read_tensors(path)
+    about = _safetensors.read_metadata(path)
+    if tensors and all(name.partition("/")[0] in ROLES for name in tensors):
+        raise unknown(path, f"the state of a checkpoint without its {store.META}, which must lie beside it")
+    source = Source(path, "weights without optimizer state (safetensors)", weights=tensors)
+    if about.get("weights_hold") == "x":
+        source.what = f"inference weights of schedulefree-twin, x at step {about.get('step', 'unknown')}"
+        source.inference = tensors
+    return source

@@ -1,0 +1,213 @@
+"""What torch.save wrote: state dicts of optimizers and models, alone or together in one dict."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfcore._sources import Source, unknown
+from sfcore.exchange import CheckpointError, cannot_read
+from sfcore.meta import Meta
+
+_ROLES = {"z": "z", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
+_SAME = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def read(path: Path) -> Source:
+    """Reads a torch file; nothing in it is executed.
+
+    Raises:
+        CheckpointError: if it is damaged, holds other objects, or no state dict of a known kind.
+    """
+    content = _load(path)
+    optimizers = _find(content, lambda value: "param_groups" in value or "schedulefree_state" in value)
+    models = _find(content, _is_weights)
+    if len(optimizers) > 1 or len(models) > 1:
+        names = sorted(optimizers if len(optimizers) > 1 else models)
+        raise unknown(
+            path, f"several state dicts of one kind, {', '.join(names)}: save each in a file of its own"
+        )
+    weights = {
+        name: _to_numpy(value) for name, value in next(iter(models.values()), {}).items() if _is_tensor(value)
+    }
+    if not optimizers:
+        if not weights:
+            raise unknown(path, f"a torch file without a state dict ({_keys(content)})")
+        return Source(path, "weights without optimizer state (torch)", weights=weights)
+    return _of_optimizer(path, next(iter(optimizers.values())), weights)
+
+
+def _load(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is a torch file, which needs the package torch: pip install torch"
+        ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(cannot_read(path, error)) from error
+    except pickle.UnpicklingError as error:
+        raise unknown(path, "a pickle with objects that are no state dicts, which is not executed") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: torch cannot read it ({str(error).splitlines()[:1]})"
+        ) from error
+
+
+def _find(content: Any, test: Any) -> dict[str, Any]:
+    """Returns key -> mapping of the content itself or of its entries that pass a test."""
+    if not isinstance(content, Mapping):
+        return {}
+    if test(content):
+        return {"": content}
+    return {str(key): value for key, value in content.items() if isinstance(value, Mapping) and test(value)}
+
+
+def _is_weights(value: Mapping[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(key, str) for key in value) and any(map(_is_tensor, value.values()))
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and hasattr(value, "layout")
+
+
+def _keys(content: Any) -> str:
+    return f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    from sftorch import _arrays
+
+    return _arrays.to_numpy(tensor)
+
+
+def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, np.ndarray]) -> Source:
+    from sftorch import _sources
+
+    try:
+        found = _sources.recognise(_with_note(state_dict))
+    except ValueError as error:
+        raise unknown(path, f"the state of an optimizer that is not known ({error})") from error
+    indices = [index for group in found.groups for index in group["params"]]
+    names, named = _names(found, indices, weights)
+    meta = Meta(
+        framework="torch",
+        optimizer=found.kind,
+        step=max((int(group["clock"].step) for group in found.groups), default=0),
+        groups=[_group(group, names) for group in found.groups],
+        weights_hold=found.holds or "y",
+    )
+    source = Source(
+        path, f"state of {found.program} ({found.kind})", meta, weights=weights or None, named=named
+    )
+    for group in found.groups:
+        for index in group["params"]:
+            _add_parameter(source, names[index], found.states.get(index, {}), group["clock"], weights)
+    if weights and named:
+        held = set(names.values())
+        source.state |= {f"buffer/{name}": array for name, array in weights.items() if name not in held}
+    _note(source, found, bool(weights))
+    return source
+
+
+def _with_note(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a state dict whose groups say what the weights hold; the older ones of ours have a flag only."""
+    if "param_groups" not in state_dict:
+        return state_dict
+    groups = [
+        {"weights_hold": "y" if group.get("schedule_free", group).get("train_mode", True) else "x"} | group
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+def _names(
+    found: Any, indices: Sequence[Any], weights: Mapping[str, np.ndarray]
+) -> tuple[dict[Any, str], bool]:
+    """Returns index -> name, and whether these are the model's names or only numbers."""
+    given = [name for group in found.groups for name in group["options"].get("param_names") or ()]
+    if len(given) == len(indices):
+        return dict(zip(indices, given, strict=True)), True
+    candidates = [name for name in weights if name.rpartition(".")[2] not in _BUFFERS]
+    z = [found.states.get(index, {}).get("z") for index in indices]
+    fits = len(candidates) == len(indices) and all(
+        tensor is None or tuple(tensor.shape) == weights[name].shape
+        for name, tensor in zip(candidates, z, strict=True)
+    )
+    if fits:
+        return dict(zip(indices, candidates, strict=True)), True
+    return {index: str(index) for index in indices}, False
+
+
+def _group(group: Mapping[str, Any], names: Mapping[Any, str]) -> dict[str, Any]:
+    options = group["options"]
+    values = {name: options[name] for name in _SAME if name in options}
+    if "betas" in options:
+        values |= {"beta": options["betas"][0], "b2": options["betas"][1]}
+    elif "momentum" in options:
+        values["beta"] = options["momentum"]
+    if "silent_sgd_phase" in options:
+        values["silent_sgd_phase"] = options["silent_sgd_phase"]
+    clock = {
+        name: float(value) if name != "step" else int(value)
+        for name, value in group["clock"]._asdict().items()
+    }
+    if options.get("y_beta") is not None:
+        clock["beta"] = options["y_beta"]
+    return {
+        "hyperparameters": {name: _number(value) for name, value in values.items()},
+        "clock": clock,
+        "parameters": [names[index] for index in group["params"]],
+    }
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _add_parameter(
+    source: Source, name: str, values: Mapping[str, Any], clock: Any, weights: Mapping[str, np.ndarray]
+) -> None:
+    """Adds a parameter's leaves, and its entry in the record."""
+    state = {f"{role}/{name}": _to_numpy(values[key]) for key, role in _ROLES.items() if key in values}
+    held = weights.get(name) if source.named else None
+    own = None
+    if "z" in values:
+        own = {key: _number(values[key]) for key in ("step", "lr_max", "weight_sum") if key in values}
+        own = clock._asdict() | own
+        if "y" in values:  # put aside by eval(), so that what the weights hold is x
+            held = _to_numpy(values["y"])
+    if held is not None:
+        state[f"y/{name}"] = held
+    some = held if held is not None else state.get(f"z/{name}", np.zeros(0, np.float32))
+    assert source.meta is not None
+    source.meta.parameters[name] = {"shape": list(some.shape), "dtype": some.dtype.name, "clock": own}
+    source.state |= state
+
+
+def _note(source: Source, found: Any, has_weights: bool) -> None:
+    assert source.meta is not None
+    if any("y" in values for values in found.states.values()):
+        source.notes.append("saved in eval mode with y put aside: weights saved beside it hold x")
+        source.meta.weights_hold = "y"
+    elif found.holds is None:
+        source.notes.append("it does not say what the weights saved beside it hold; y is assumed")
+    else:
+        source.notes.append(f"weights saved beside it hold {found.holds}")
+    if not has_weights:
+        source.notes.append(
+            "the file holds no weights; x, and y unless it was put aside, need those saved beside it"
+        )
+    elif not source.named:
+        source.notes.append(
+            "the weights in the file do not match the optimizer's parameters in number and shape"
+        )
+    if not source.named:
+        source.notes.append("parameters are numbered: the file does not say their names")

@@ -1,0 +1,230 @@
+"""SIGTERM and Ctrl-C save at once and end the program, also in the middle of a compilation or an evaluation.
+
+Python runs signal handlers in the main thread and only between two of its own instructions, so a handler
+waits for a compilation to end. Here the C part of the handler wakes a thread, which saves while the main
+thread is where it is. A lock keeps it from saving half an update.
+
+Exit codes: 75 (EX_TEMPFAIL of sysexits.h: try again later) when the save succeeded, 74 (EX_IOERR) when it
+did not and the newest older checkpoint counts. A second signal changes nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from sfcore import _process
+
+EXIT_SAVED = 75
+EXIT_UNSAVED = 74
+
+_log = logging.getLogger("sfcore.preemption")
+_CLOSE = b"\0"  # no signal has the number 0
+_active: Preemption | None = None
+_exit_code: int | None = None
+
+
+class Preemption:
+    """Saves and ends the program at a signal; a context manager for the main thread.
+
+    Args:
+        save: saves synchronously and returns where, to be shown. It runs in another thread, so what torch
+            and JAX keep per thread (grad mode, default device, current mesh) is not that of the main one.
+        signals: which ones, default SIGTERM and SIGINT (Ctrl-C).
+        patience: seconds to wait for an update to end before giving up on a save, >= 0, default 25:
+            schedulers usually send SIGKILL after 30.
+        grace: seconds in which the main thread may leave the block (through its `finally` clauses) after
+            the save before the process is ended under it, >= 0, default 5. One in a long C call cannot.
+
+    Raises:
+        ValueError: for signals, patience or grace out of range.
+
+    Example:
+        >>> from sfcore.preemption import Preemption
+        >>> state = {"step": 0}
+        >>> with Preemption(lambda: f"step {state['step']}") as preemption:
+        ...     for _ in range(3):
+        ...         with preemption.updating():
+        ...             state["step"] += 1
+        >>> preemption.requested
+        False
+    """
+
+    def __init__(
+        self,
+        save: Callable[[], Any],
+        *,
+        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+        patience: float = 25.0,
+        grace: float = 5.0,
+    ):
+        if not signals:
+            raise ValueError("signals must name at least one signal, got none: leave Preemption out instead")
+        for name, value in (("patience", patience), ("grace", grace)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be a number of seconds >= 0, got {value!r}: 0 does not wait")
+        self._save, self._signals = save, tuple(signals)
+        self._patience, self._grace = patience, grace
+        self._reset()
+
+    def _reset(self) -> None:
+        self.requested = False
+        self._last: int | None = None
+        self._code: int | None = None
+        self._unwinding = False
+        self._inside = 0
+        self._update = threading.RLock()
+        self._decided, self._left = threading.Event(), threading.Event()
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Keeps a save out while what it reads is half changed; after a signal it ends the program instead.
+
+        Hold it around everything that changes what `save` reads: the update, in torch the whole micro-batch
+        (gradients and random states), `optimizer.train()` and `eval()`, and every other save. Do not hold
+        it while compiling or evaluating: the save would wait for that.
+
+        Raises:
+            SystemExit: if a signal came, after the save.
+        """
+        if self.requested and not self._inside:
+            self._decided.wait()
+            raise SystemExit(self._code)
+        with self._update:
+            self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
+
+    def __enter__(self) -> Preemption:
+        global _active
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "Preemption must be entered in the main thread, got another: only that one receives signals"
+            )
+        if _active is not None:
+            raise RuntimeError(
+                "one Preemption must be active at a time, got a second: leave the first before"
+            )
+        self._reset()
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._outer_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._outer = {number: signal.signal(number, self._in_main_thread) for number in self._signals}
+        _active = self
+        self._thread = threading.Thread(target=self._watch, name="sfcore.preemption", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # The handlers stay until the thread has nothing left to do; it may be saving.
+            self._sender.send(_CLOSE)
+            self._decided.wait()
+        finally:
+            self._left.set()
+            self._restore()
+            self._thread.join()
+            self._receiver.close()
+            self._sender.close()
+        if self._code is not None and not isinstance(error, SystemExit):
+            raise SystemExit(self._code)
+        if self._code is None and self._last is not None:
+            signal.raise_signal(self._last)  # it came when the thread had just ended: let others have it
+
+    def _restore(self) -> None:
+        global _active
+        signal.set_wakeup_fd(self._outer_fd)
+        for number, handler in self._outer.items():
+            # None stands for a handler that is not Python's, which cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _active = None
+
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        """Unwinds the main thread, once, if the save is done; before that the thread is on its way."""
+        self.requested, self._last = True, number
+        if self._code is not None and not self._unwinding:
+            self._unwinding = True
+            raise SystemExit(self._code)
+
+    def _watch(self) -> None:
+        """Waits for a signal's number; passes on what belongs to others, such as asyncio."""
+        while True:
+            numbers = self._receiver.recv(64)
+            if self._outer_fd != -1:
+                _process.pass_on(self._outer_fd, numbers.replace(_CLOSE, b""))
+            ours = [number for number in numbers if number in self._signals]
+            if ours:
+                self._stop(signal.Signals(ours[0]))
+                return
+            if _CLOSE in numbers or not numbers:
+                self._decided.set()
+                return
+
+    def _stop(self, number: signal.Signals) -> None:
+        global _exit_code
+        self.requested = True
+        _log.warning("%s: saving before the end", number.name)
+        # Never released: what was saved is what the program ends with.
+        if self._update.acquire(timeout=self._patience):
+            self._code = self._try_to_save()
+        else:
+            _log.error(
+                "not saved: the update did not end within %s s; the newest checkpoint counts. Exit code %d",
+                self._patience,
+                EXIT_UNSAVED,
+            )
+            self._code = EXIT_UNSAVED
+        _exit_code = self._code
+        self._decided.set()
+        _process.interrupt_main_thread(number)
+        if not self._left.wait(self._grace):
+            _process.flush()
+            os._exit(self._code)
+
+    def _try_to_save(self) -> int:
+        try:
+            where = self._save()
+        except BaseException:
+            _log.exception("not saved; the newest checkpoint counts. Exit code %d", EXIT_UNSAVED)
+            return EXIT_UNSAVED
+        _log.warning("saved %s; start again to go on from there. Exit code %d", where, EXIT_SAVED)
+        return EXIT_SAVED
+
+
+def _forget_in_child() -> None:
+    """Leaves a forked child (a data loader's worker) with the handlers from before, and without the socket.
+
+    Its signals would wake the parent, which would take the end of a worker for its own.
+    """
+    if _active is not None:
+        preemption = _active
+        preemption._restore()
+        preemption._reset()
+
+
+def _end_process() -> None:
+    """Ends the process with the code, before the interpreter takes itself apart.
+
+    A compilation that was abandoned still runs in XLA's threads and would crash there, which changes the
+    exit code. What was registered with atexit after this module has run by now.
+    """
+    if _exit_code is not None:
+        _process.flush()
+        os._exit(_exit_code)
+
+
+atexit.register(_end_process)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

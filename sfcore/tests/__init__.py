@@ -1,0 +1,1 @@
+"""Tests of sfcore alone; not shipped."""

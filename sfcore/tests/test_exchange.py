@@ -1,0 +1,89 @@
+"""Leaves in safetensors: every dtype comes back bit for bit, and the public package reads the same."""
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sfcore import exchange
+from sfcore.exchange import CheckpointError
+from sfcore.tests import examples
+
+
+def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
+    leaves = examples.every_dtype()
+    record = exchange.write_tensors(tmp_path / "f", leaves)
+    assert examples.same(exchange.read_tensors(tmp_path / "f", record), leaves)
+
+
+def test_the_safetensors_package_reads_what_is_written(tmp_path):
+    leaves = {name: leaf for name, leaf in examples.every_dtype().items() if "float8" not in name}
+    exchange.write_tensors(tmp_path / "f", leaves)
+    read = safetensors.numpy.load_file(tmp_path / "f")
+    for name, leaf in leaves.items():
+        assert read[name].tobytes() == leaf.tobytes()
+        assert "complex128" in name or read[name].dtype == leaf.dtype
+
+
+def test_what_the_safetensors_package_writes_is_read(tmp_path):
+    leaves = {name: leaf for name, leaf in examples.every_dtype().items() if "complex128" not in name}
+    safetensors.numpy.save_file(leaves, tmp_path / "f", metadata={"format": "pt"})
+    assert examples.same(exchange.read_tensors(tmp_path / "f"), leaves)
+
+
+@pytest.mark.parametrize("order", ["C", "F", "reversed", "big endian"])
+def test_memory_layout_and_byte_order_do_not_matter(tmp_path, order):
+    plain = np.arange(12, dtype=np.float32).reshape(3, 4)
+    array = {
+        "C": plain,
+        "F": np.asfortranarray(plain),
+        "reversed": np.ascontiguousarray(plain[::-1])[::-1],
+        "big endian": plain.astype(">f4"),
+    }[order]
+    record = exchange.write_tensors(tmp_path / "f", {"y/w": array})
+    read = exchange.read_tensors(tmp_path / "f", record)["y/w"]
+    assert read.dtype == np.float32
+    assert np.array_equal(read, plain)
+
+
+def test_no_leaves_make_a_file_too(tmp_path):
+    record = exchange.write_tensors(tmp_path / "f", {})
+    assert exchange.read_tensors(tmp_path / "f", record) == {}
+
+
+@pytest.mark.parametrize("dtype", ["longdouble", "U3", "object", "datetime64[s]"])
+def test_a_dtype_without_a_place_in_the_format_is_refused_by_leaf(tmp_path, dtype):
+    with pytest.raises(CheckpointError, match="leaf 'extra/odd' must have a dtype of safetensors"):
+        exchange.write_tensors(tmp_path / "f", {"y/w": np.zeros(2), "extra/odd": np.zeros(2, dtype)})
+    assert not (tmp_path / "f").exists()
+
+
+def test_read_arrays_belong_to_the_reader(tmp_path):
+    exchange.write_tensors(tmp_path / "f", {"y/w": np.zeros(2)})
+    exchange.read_tensors(tmp_path / "f")["y/w"] += 1
+    assert exchange.read_tensors(tmp_path / "f")["y/w"].tolist() == [0, 0]
+
+
+def test_fingerprints_tell_name_dtype_shape_bits_and_sign_of_zero_apart():
+    zeros = np.zeros((2, 2), np.float32)
+    variants = [
+        {"w": zeros},
+        {"v": zeros},
+        {"w": zeros.view(np.int32)},
+        {"w": zeros.reshape(4)},
+        {"w": -zeros},
+        {"w": zeros, "b": zeros},
+        {},
+    ]
+    assert len({exchange.fingerprint(v) for v in variants}) == len(variants)
+
+
+def test_fingerprints_do_not_depend_on_order_or_layout():
+    a, b = np.arange(6.0).reshape(2, 3), np.ones(2)
+    expected = exchange.fingerprint({"a": a, "b": b})
+    assert exchange.fingerprint({"b": b, "a": np.asfortranarray(a)}) == expected
+
+
+@pytest.mark.parametrize("leaf", ["w", "weights/w", "", "/w"])
+def test_a_leaf_without_a_role_is_refused(leaf):
+    with pytest.raises(CheckpointError, match="must be named ROLE/NAME"):
+        exchange.split(leaf)

@@ -1,0 +1,324 @@
+"""inspect says what a file is, where it stands and what its iterates are, whoever wrote it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import pytorch_optimizer
+import schedulefree
+import torch
+
+import sfjax
+import sftorch
+from sfcore import __main__, exchange, inspection, store
+from sfcore.exchange import CheckpointError
+from sfcore.tests import examples, runs
+
+# x and y in float32, against upstream's own eval() and train(); relative to |y|, measured: at most 5.1e-8.
+CLOSE = 2.5e-7
+
+OPTIMIZERS = {
+    "schedulefree sgd": (schedulefree.SGDScheduleFree, {"lr": 0.1}, "schedulefree", "sgd"),
+    "schedulefree adamw": (
+        schedulefree.AdamWScheduleFree,
+        {"lr": 0.01, "warmup_steps": 3},
+        "schedulefree",
+        "adamw",
+    ),
+    "schedulefree radam": (schedulefree.RAdamScheduleFree, {"lr": 0.01}, "schedulefree", "radam"),
+    "pytorch_optimizer sgd": (pytorch_optimizer.ScheduleFreeSGD, {"lr": 0.1}, "pytorch_optimizer", "sgd"),
+    "pytorch_optimizer adamw": (
+        pytorch_optimizer.ScheduleFreeAdamW,
+        {"lr": 0.01},
+        "pytorch_optimizer",
+        "adamw",
+    ),
+    "sftorch sgd": (sftorch.SGDScheduleFree, {"lr": 0.1, "momentum": 0.8}, "sftorch", "sgd"),
+    "sftorch adamw": (sftorch.AdamWScheduleFree, {"lr": 0.01, "prior_steps": 5}, "sftorch", "adamw"),
+}
+
+
+def _norms(iterates):
+    found = {name: np.linalg.norm(vector) for name, vector in iterates.items()}
+    return found | {"z - x": np.linalg.norm(iterates["z"] - iterates["x"])}
+
+
+def _check(found, expected):
+    for name, norm in expected.items():
+        assert found["norms"][name] == pytest.approx(norm, rel=0, abs=CLOSE * expected["y"]), name
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_torch_file_of_model_and_optimizer_shows_its_iterates_in_either_mode(tmp_path, case, mode):
+    build, options, program, kind = OPTIMIZERS[case]
+    model, optimizer = runs.torch_run(lambda params: build(params, **options))
+    expected = _norms(runs.torch_iterates(model, optimizer))
+    getattr(optimizer, mode)()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    found = inspection.inspect(tmp_path / "run.pt")
+    assert found["what"] == f"state of {program} ({kind})"
+    assert found["step"] == runs.STEPS
+    assert found["parameters"] == 6
+    assert found["groups"][0]["hyperparameters"]["lr"] == options["lr"]
+    _check(found, expected)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_a_state_dict_alone_shows_what_it_has_and_says_what_it_lacks(tmp_path, case):
+    build, options, _, _ = OPTIMIZERS[case]
+    model, optimizer = runs.torch_run(lambda params: build(params, **options))
+    expected = _norms(runs.torch_iterates(model, optimizer))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = inspection.inspect(tmp_path / "optimizer.pt")
+    assert found["norms"]["z"] == pytest.approx(expected["z"], rel=CLOSE)
+    assert found["norms"]["x"] is found["norms"]["y"] is found["norms"]["z - x"] is None
+    assert any("the file holds no weights" in note for note in found["notes"])
+    assert any("weights saved beside it hold y" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("case", ["sftorch sgd", "sftorch adamw"])
+def test_c_is_the_one_of_the_last_step_and_of_the_next(tmp_path, case):
+    build, options, _, _ = OPTIMIZERS[case]
+    model, optimizer = runs.torch_run(lambda params: build(params, **options))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    group = inspection.inspect(tmp_path / "run.pt")["groups"][0]
+    assert group["c"] == pytest.approx(optimizer.metrics()[0]["c"], rel=1e-12)
+    optimizer.step()
+    assert group["next_c"] == pytest.approx(optimizer.metrics()[0]["c"], rel=1e-12)
+
+
+def test_plain_adam_says_that_it_is_not_schedule_free(tmp_path):
+    _, optimizer = runs.torch_run(lambda params: torch.optim.AdamW(params))
+    torch.save(optimizer.state_dict(), tmp_path / "adam.pt")
+    found = inspection.inspect(tmp_path / "adam.pt")
+    assert found["what"] == "state of torch.optim.AdamW (plain)"
+    assert found["resume"][0].startswith("not Schedule-Free")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model, optimizer = runs.torch_run(lambda params: schedulefree.AdamWScheduleFree(params, lr=0.01))
+    return runs.store_checkpoint(tmp_path / "run", model, optimizer), runs.torch_iterates(model, optimizer)
+
+
+def test_our_checkpoint_is_verified_and_shown(checkpoint):
+    path, iterates = checkpoint
+    found = inspection.inspect(path)
+    assert found["verified"]
+    assert (found["step"], found["epoch"], found["position"], found["metrics"]) == (7, 2, 5, {"loss": 0.25})
+    assert found["leaves"] == {"y": 6, "z": 6, "v": 6, "buffer": 3, "rng": 1, "extra": 1}
+    assert found["resume"] == [
+        "goes on after step 7, epoch 2, micro-batch 5: sftorch.checkpoint.Checkpoints(...)"
+        f".restore(model, optimizer, resume={str(path)!r})"
+    ]
+    _check(found, _norms(iterates))
+
+
+def test_a_folder_of_checkpoints_shows_the_newest_and_says_so(checkpoint):
+    path, _ = checkpoint
+    store.write(path.parent, examples.meta(3), examples.state(), {})
+    found = inspection.inspect(path.parent)
+    assert found["step"] == 7
+    assert "holds 2 checkpoint(s); this is the newest, step 7 (3)" in found["notes"][0]
+
+
+@pytest.mark.parametrize("file", [store.STATE, store.INFERENCE, store.META])
+def test_a_file_inside_a_checkpoint_leads_to_the_checkpoint(checkpoint, file):
+    found = inspection.inspect(checkpoint[0] / file)
+    assert found["path"] == str(checkpoint[0])
+    assert found["verified"]
+
+
+def test_a_damaged_checkpoint_is_an_error_with_the_leaf(checkpoint):
+    path, _ = checkpoint
+    data = bytearray((path / store.STATE).read_bytes())
+    data[-1] ^= 1
+    (path / store.STATE).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"leaf '.*' must have crc32"):
+        inspection.inspect(path)
+
+
+def test_inference_weights_say_that_they_are_x(checkpoint, tmp_path):
+    path, iterates = checkpoint
+    shutil.copy(path / store.INFERENCE, tmp_path / "ship.safetensors")
+    found = inspection.inspect(tmp_path / "ship.safetensors")
+    assert found["what"] == "inference weights of schedulefree-twin, x at step 7"
+    assert found["resume"][0].endswith("they are x")
+    assert "prior_steps=" in found["resume"][0]
+    assert found["norms"]["weights"] > np.linalg.norm(iterates["x"])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_weights_alone_say_that_nobody_knows_which_iterate_they_are(tmp_path, kind):
+    weights = {"fc.weight": torch.full((2, 2), 2.0)}
+    path = tmp_path / f"weights.{kind}"
+    if kind == "torch":
+        torch.save({"epoch": 3, "state_dict": weights}, path)
+    else:
+        exchange.write_tensors(path, {name: value.numpy() for name, value in weights.items()})
+    found = inspection.inspect(path)
+    assert found["what"] == f"weights without optimizer state ({kind})"
+    assert found["norms"] == {"weights": 4.0}
+    assert "whether they are x or y is not recorded" in found["resume"][0]
+
+
+def _flat(tree):
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(tree)])
+
+
+def test_an_orbax_checkpoint_of_sfjax_is_shown(tmp_path):
+    from sfjax.checkpoint import Checkpoints
+
+    params, state = runs.jax_run(runs.sfjax_transformation())
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(7, params, state, hyperparameters={"optimizer": "adamw", "lr": 0.01, "beta": 0.9})
+    x, y, z = sfjax.iterates(state, params)
+    for path in (tmp_path / "run", tmp_path / "run" / "7"):
+        found = inspection.inspect(path)
+        assert found["verified"]
+        assert (found["framework"], found["optimizer"], found["step"]) == ("jax", "adamw", 7)
+        assert found["groups"][0]["c"] == pytest.approx(float(sfjax.metrics(state)["c"]), rel=1e-6)
+        _check(found, _norms({"x": _flat(x), "y": _flat(y), "z": _flat(z)}))
+
+
+def test_an_orbax_checkpoint_of_optax_is_shown(tmp_path):
+    transformation = optax.contrib.schedule_free_adamw(0.01)
+    params, state = runs.jax_run(optax.chain(optax.clip(1.0), transformation))
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "one", {"params": params, "opt_state": state})
+    found = inspection.inspect(tmp_path / "one")
+    x = optax.contrib.schedule_free_eval_params(state[1], params)
+    assert found["what"] == "state of optax.contrib.schedule_free on Orbax"
+    assert found["step"] == 7
+    assert found["leaves"] == {"z": 2, "y": 2, "v": 2}
+    _check(found, _norms({"x": _flat(x), "y": _flat(params), "z": _flat(state[1].z)}))
+
+
+def test_an_orbax_folder_without_a_schedule_free_state_is_refused(tmp_path):
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "one", {"params": np.ones(3)})
+    with pytest.raises(CheckpointError, match="without a Schedule-Free state in it"):
+        inspection.inspect(tmp_path / "one")
+
+
+class Custom:
+    """What a careless program pickles."""
+
+
+def _unknown(path, kind):
+    if kind == "nothing":
+        return
+    if kind == "empty folder":
+        path.mkdir()
+    elif kind == "other folder":
+        path.mkdir()
+        (path / "notes.txt").touch()
+    elif kind == "pickle":
+        torch.save({"model": Custom()}, path)
+    elif kind == "numbers":
+        torch.save({"loss": 1.0}, path)
+    elif kind == "other optimizer":
+        torch.save({"state": {}, "param_groups": [{"params": [0], "lr": 0.1}]}, path)
+    elif kind == "two models":
+        torch.save({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, path)
+    elif kind == "half a torch file":
+        torch.save({"w": torch.ones(1000)}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "state without its record":
+        exchange.write_tensors(path, examples.state())
+    else:
+        path.write_bytes(
+            {"text": b"hello, world, hello", "empty file": b"", "bad header": b"\0\0\0\0\0\0\0\0{"}[kind]
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nothing", "is missing"),
+        ("empty folder", "got an empty folder: known are"),
+        ("other folder", "got a folder of other files: known are"),
+        ("pickle", "which is not executed"),
+        ("numbers", "a torch file without a state dict"),
+        ("other optimizer", "an optimizer that is not known"),
+        ("two models", "several state dicts of one kind, a, b"),
+        ("half a torch file", "is damaged"),
+        ("state without its record", "without its meta.json"),
+        ("text", "begins with b'hello, w'"),
+        ("empty file", "an empty file"),
+        ("bad header", "is damaged"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_exit_code_1(tmp_path, capsys, kind, message):
+    path = tmp_path / "it"
+    _unknown(path, kind)
+    assert __main__.main(["inspect", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert str(path) in printed.err
+
+
+def test_the_table_shows_what_the_json_says(checkpoint, capsys):
+    path, _ = checkpoint
+    assert __main__.main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["norms"].keys() == {"x", "y", "z", "z - x", "v"}
+    assert __main__.main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("|z - x|", "c, next step", "beta that built y", "resume: goes on after step 7", str(path)):
+        assert text in shown
+    assert f"{found['norms']['x']:.6g}" in shown
+
+
+def test_numbers_that_json_lacks_become_text(tmp_path, capsys):
+    state = {f"{role}/w": np.full(2, np.nan, np.float32) for role in ("y", "z")}
+    clock = {"step": 1, "lr_max": 1.0, "weight_sum": 1.0}
+    meta = examples.meta(1, groups=[{"hyperparameters": {"beta": 0.9}, "clock": clock, "parameters": ["w"]}])
+    meta.parameters = {"w": {"shape": [2], "dtype": "float32", "clock": clock}}
+    path = store.write(tmp_path, meta, state, {})
+    assert __main__.main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["norms"]["x"] == "nan"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["inspect"], ["convert", "a", "b"], ["convert", "a", "b", "--to", "tf"]]
+)
+def test_a_wrong_command_line_has_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        __main__.main(arguments)
+    assert error.value.code == 2
+    assert "usage: python -m sfcore" in capsys.readouterr().err
+
+
+PROBE = """
+import sys
+from sfcore import __main__
+code = __main__.main(sys.argv[1:])
+loaded = {"jax", "torch", "optax", "orbax", "flax", "rich"} & set(sys.modules)
+assert not loaded, loaded
+sys.exit(code)
+"""
+
+
+def test_no_framework_is_imported_for_files_that_need_none(checkpoint, tmp_path):
+    path, _ = checkpoint
+    commands = [
+        ["inspect", str(path), "--json"],
+        ["inspect", str(path / store.INFERENCE), "--json"],
+        ["convert", str(path), str(tmp_path / "jax"), "--to", "jax"],
+        ["convert", str(path), str(tmp_path / "x.safetensors"), "--to", "inference"],
+    ]
+    for arguments in commands:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,339 @@
+"""Real signals to real processes: everything is saved, whatever the main thread is doing."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from sfcore.preemption import EXIT_SAVED, EXIT_UNSAVED, Preemption
+
+# Counts in two halves; a save that sees one half only is torn.
+PROGRAM = """
+import hashlib, json, os, signal, sys, time
+from pathlib import Path
+from sfcore.preemption import Preemption
+
+state = {"a": 0, "b": 0, "where": "start"}
+target = Path(sys.argv[1])
+
+def save():
+    text = json.dumps(state)
+    time.sleep(SAVE_SECONDS)
+    with open(target, "a") as file:
+        file.write(text + "\\n")
+    return target
+
+def update():
+    state["a"] += 1
+    time.sleep(0.002)
+    state["b"] += 1
+
+def ready():
+    print("ready", flush=True)
+
+try:
+    with Preemption(save, grace=GRACE, patience=PATIENCE) as preemption:
+BODY
+finally:
+    print("unwound", flush=True)
+print("went on", flush=True)
+"""
+
+
+def _start(tmp_path, body, save_seconds=0.0, grace=5.0, patience=25.0):
+    source = PROGRAM.replace("BODY", textwrap.indent(textwrap.dedent(body), " " * 8))
+    source = source.replace("SAVE_SECONDS", str(save_seconds)).replace("GRACE", str(grace))
+    return subprocess.Popen(
+        [sys.executable, "-c", source.replace("PATIENCE", str(patience)), str(tmp_path / "saved")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(child, *numbers, pause=0.0, ready=True):
+    """Sends signals once the child is ready; returns its exit code, what it printed and its errors."""
+    if ready:
+        assert child.stdout.readline() == "ready\n"
+    for number in numbers:
+        time.sleep(pause)
+        child.send_signal(number)
+    printed, errors = child.communicate(timeout=60)
+    return child.returncode, printed.split(), errors
+
+
+def _saves(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "saved").read_text().splitlines()]
+
+
+SLEEPING = """
+update()
+ready()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_a_sleep_saves_says_where_and_unwinds(tmp_path, number):
+    code, printed, errors = _ended(_start(tmp_path, SLEEPING), number, pause=0.05)
+    assert code == EXIT_SAVED == 75
+    assert _saves(tmp_path) == [{"a": 1, "b": 1, "where": "start"}]
+    assert f"saved {tmp_path / 'saved'}; start again to go on from there. Exit code 75" in errors
+    assert f"{number.name}: saving" in errors
+    assert printed == ["unwound"]
+
+
+LONG_C_CALL = """
+update()
+ready()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, deaf to signals, without the GIL
+"""
+
+
+def test_a_signal_during_a_long_c_call_saves_and_ends_the_process_under_it(tmp_path):
+    code, printed, errors = _ended(_start(tmp_path, LONG_C_CALL, grace=0.1), signal.SIGTERM, pause=0.05)
+    assert code == EXIT_SAVED
+    assert _saves(tmp_path) == [{"a": 1, "b": 1, "where": "start"}]
+    assert "Exit code 75" in errors
+    assert printed == []
+
+
+COMPILING = """
+import jax, jax.numpy as jnp
+def slow(x):
+    for _ in range(4000):
+        x = jnp.sin(x) * x
+    return x
+lowered = jax.jit(slow).lower(1.0)
+ready()
+lowered.compile()
+raise SystemExit("the compilation was too short to be interrupted")
+"""
+
+
+def test_a_signal_during_a_compilation_of_xla_saves(tmp_path):
+    code, _, errors = _ended(_start(tmp_path, COMPILING, grace=0.1), signal.SIGTERM, pause=0.2)
+    assert code == EXIT_SAVED, errors
+    assert len(_saves(tmp_path)) == 1
+
+
+EVALUATING = """
+with preemption.updating():
+    update()
+    state["where"] = "evaluation"
+ready()
+for _ in range(10000):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 20000)
+"""
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tmp_path):
+    code, printed, _ = _ended(_start(tmp_path, EVALUATING), signal.SIGTERM, pause=0.05)
+    assert code == EXIT_SAVED
+    assert _saves(tmp_path) == [{"a": 1, "b": 1, "where": "evaluation"}]
+    assert printed == ["unwound"]
+
+
+TRAINING = """
+ready()
+while True:
+    with preemption.updating():
+        update()
+"""
+
+
+def test_an_update_is_never_saved_by_half(tmp_path):
+    rng = random.Random(0)
+    for _ in range(6):
+        code, _, _ = _ended(_start(tmp_path, TRAINING), signal.SIGTERM, pause=rng.uniform(0, 0.05))
+        assert code == EXIT_SAVED
+    saves = _saves(tmp_path)
+    assert len(saves) == 6
+    assert all(state["a"] == state["b"] for state in saves)
+
+
+@pytest.mark.parametrize("body", [TRAINING, SLEEPING, LONG_C_CALL])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_further_signals_change_nothing(tmp_path, body, second):
+    child = _start(tmp_path, body, save_seconds=0.3, grace=0.2)
+    code, _, errors = _ended(child, signal.SIGTERM, second, second, pause=0.02)
+    assert code == EXIT_SAVED, errors
+    (state,) = _saves(tmp_path)
+    assert state["a"] == state["b"]
+    assert errors.count("Exit code") == 1
+
+
+FAILING = """
+def save():
+    raise OSError(28, "No space left on device")
+preemption._save = save
+ready()
+time.sleep(60)
+"""
+
+
+def test_a_save_that_fails_has_its_own_exit_code_and_says_why(tmp_path):
+    code, printed, errors = _ended(_start(tmp_path, FAILING), signal.SIGTERM)
+    assert code == EXIT_UNSAVED == 74
+    assert "No space left on device" in errors
+    assert "not saved; the newest checkpoint counts. Exit code 74" in errors
+    assert printed == ["unwound"]
+
+
+STUCK = """
+with preemption.updating():
+    state["a"] += 1
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+def test_an_update_that_does_not_end_is_not_saved_by_half(tmp_path):
+    code, _, errors = _ended(_start(tmp_path, STUCK, grace=0.1, patience=0.1), signal.SIGTERM)
+    assert code == EXIT_UNSAVED
+    assert "the update did not end within 0.1 s" in errors
+    assert not (tmp_path / "saved").exists()
+
+
+CAUGHT = """
+ready()
+while True:
+    try:
+        with preemption.updating():
+            update()
+        time.sleep(0.001)
+    except Exception:
+        pass
+"""
+
+
+def test_a_program_that_swallows_exceptions_ends_too(tmp_path):
+    code, printed, _ = _ended(_start(tmp_path, CAUGHT), signal.SIGTERM, pause=0.02)
+    assert code == EXIT_SAVED
+    assert printed == ["unwound"]
+
+
+LEAVING = """
+ready()
+signal.pthread_kill = lambda *_: None  # the save ends when the block is being left
+with preemption.updating():
+    update()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_as_the_last_update_ends_is_not_lost(tmp_path):
+    code, printed, _ = _ended(_start(tmp_path, LEAVING, save_seconds=0.2))
+    assert code == EXIT_SAVED
+    assert printed == ["unwound"]
+    assert _saves(tmp_path) == [{"a": 1, "b": 1, "where": "start"}]
+
+
+LATE = """
+ready()
+send = preemption._sender
+class Late:
+    def send(self, data):
+        send.send(data)
+        preemption._decided.wait()
+        os.kill(os.getpid(), signal.SIGTERM)  # nobody watches any more
+    def close(self):
+        send.close()
+preemption._sender = Late()
+"""
+
+
+def test_a_signal_after_the_watch_ended_reaches_the_handler_from_before(tmp_path):
+    code, _, _ = _ended(_start(tmp_path, LATE))
+    assert code == -signal.SIGTERM
+
+
+FORKING = """
+pid = os.fork()
+if pid == 0:
+    print("ready", flush=True)
+    time.sleep(60)
+assert os.waitpid(pid, 0)[1] == signal.SIGTERM
+time.sleep(0.2)
+state["where"] = "after the worker"
+"""
+
+
+def test_the_end_of_a_forked_worker_is_not_the_parents(tmp_path):
+    body = FORKING.replace(
+        'print("ready", flush=True)', 'print("ready", flush=True); os.kill(os.getpid(), 15)'
+    )
+    code, printed, errors = _ended(_start(tmp_path, body))
+    assert code == 0, errors
+    assert printed == ["unwound", "went", "on"]
+    assert not (tmp_path / "saved").exists()
+
+
+def test_without_a_signal_everything_is_as_before():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Preemption(lambda: None) as preemption:
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+        with preemption.updating(), preemption.updating():
+            pass
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert threading.active_count() == 1 or "sfcore.preemption" not in {t.name for t in threading.enumerate()}
+
+
+def test_an_error_of_the_program_comes_through():
+    with pytest.raises(ZeroDivisionError), Preemption(lambda: None):
+        _ = 1 / 0
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_signals_of_others_reach_them():
+    async def program():
+        heard = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, heard.set)
+        with Preemption(lambda: None):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.wait_for(heard.wait(), 10)
+        return heard.is_set()
+
+    assert asyncio.run(program())
+
+
+def test_a_second_preemption_is_refused():
+    with Preemption(lambda: None), pytest.raises(RuntimeError, match="one Preemption must be active"):
+        Preemption(lambda: None).__enter__()
+
+
+def test_another_thread_than_the_main_one_is_refused():
+    caught = []
+
+    def enter():
+        try:
+            Preemption(lambda: None).__enter__()
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "must be entered in the main thread" in caught[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"signals": ()}, "signals must name at least one"),
+        ({"grace": -1}, "grace must be a number of seconds >= 0, got -1"),
+        ({"patience": float("nan")}, "patience must be a number of seconds >= 0, got nan"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preemption(lambda: None, **options)
