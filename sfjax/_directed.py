@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from sfjax import _scalars, _trees
+from sfjax._arguments import is_zero
+from sfjax._iterates import wide_dtype
 from sfjax.schedule_free import Base, build
 
 
@@ -27,35 +29,30 @@ class Direction(NamedTuple):
     lr_factor: Callable[[jax.Array], jax.Array]
 
 
-def directed(
-    direction: Direction, learning_rate: Any, weight_decay: Any, mask: Any, **options: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Returns the Schedule-Free transformation along `direction`; `options` are those of `build`."""
-    lr = _scalars.lr_schedule(learning_rate)
+def directed(direction: Direction, hp: Any, mask: Any, state_dtype: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the Schedule-Free transformation along `direction`; `hp` is what `_arguments.read` returned."""
+    lr = _scalars.lr_schedule(hp.lr)
 
     def delta(grads: Any, state: Any, params: Any, lr_t: Any, t: Any, extra_args: Any) -> tuple[Any, Any]:
-        wide = jax.tree.map(lambda g, y: g.astype(_trees.wide_dtype(y)), grads, params)
+        wide = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), grads, params)
         directions, state = direction.next(wide, state, t)
 
         def leaf(d: jax.Array, y: jax.Array, decays: bool) -> jax.Array:
-            if decays and not (isinstance(weight_decay, int | float) and weight_decay == 0):
-                d = d + jnp.asarray(weight_decay, d.dtype) * y.astype(d.dtype)
-            return -lr_t.astype(d.dtype) * d  # S6
+            if decays and not is_zero(hp.weight_decay):
+                d = d + as_like(hp.weight_decay, d) * y.astype(d.dtype)
+            return -as_like(lr_t, d) * d  # S6
 
-        return jax.tree.map(leaf, directions, params, _decay_mask(mask, params)), state
+        return jax.tree.map(leaf, directions, params, _trees.decay_mask(mask, params)), state
 
-    return build(
-        Base(direction.init, delta),
-        lambda step: lr(step) * direction.lr_factor(step + 1),
-        lambda: _scalars.full_lr(learning_rate),
-        **options,
-    )
+    def lr_at(step: jax.Array) -> jax.Array:
+        return lr(step) * direction.lr_factor(step + 1)
+
+    return build(Base(direction.init, delta), hp, lr_at, state_dtype)
 
 
-def _decay_mask(mask: Any, params: Any) -> Any:
-    """Returns a tree of bools of params' tree, from a prefix tree, a function of params, or None."""
-    mask = True if mask is None else mask(params) if callable(mask) else mask
-    return jax.tree.map(lambda flag, below: jax.tree.map(lambda _: flag, below), mask, params)
+def as_like(value: Any, leaf: jax.Array) -> jax.Array:
+    """Returns a number or scalar in leaf's dtype."""
+    return _scalars.as_scalar(value).astype(leaf.dtype)
 
 
 def on_reals(function: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, ...]]:

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sfjax import _iterates, _scalars
 from sfjax.schedule_free import ScheduleFreeState
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, ScheduleFreeState)
-
-
-def _pure(tree: Any) -> Any:
-    """Returns a tree of arrays for a tree of flax.nnx variables; others as they are."""
-    nnx = sys.modules.get("flax.nnx")
-    return tree if nnx is None else nnx.as_pure(tree)
-
-
 def find_states(opt_state: Any) -> list[ScheduleFreeState]:
     """Returns every Schedule-Free state in an optimizer state, however it is wrapped.
 
     Args:
-        opt_state: state of any Optax transformation, or of a flax.nnx.Optimizer.
+        opt_state: state of any Optax transformation, or of a flax.nnx.Optimizer; any tree.
 
     Returns:
         The states in tree order; an empty list if there are none.
@@ -44,6 +37,9 @@ def find_states(opt_state: Any) -> list[ScheduleFreeState]:
 def find_state(opt_state: Any) -> ScheduleFreeState:
     """Returns the one Schedule-Free state in an optimizer state.
 
+    Args:
+        opt_state: as for `find_states`.
+
     Raises:
         ValueError: if there is none, or more than one.
 
@@ -56,40 +52,29 @@ def find_state(opt_state: Any) -> ScheduleFreeState:
     found = _require(opt_state)
     if len(found) > 1:
         raise ValueError(
-            f"opt_state must hold one Schedule-Free state, got {len(found)}: use find_states for all of them"
+            f"opt_state must hold one Schedule-Free state, got {len(found)}: "
+            "take them from find_states(opt_state), one at a time"
         )
     return found[0]
-
-
-def _require(opt_state: Any) -> list[ScheduleFreeState]:
-    found = find_states(opt_state)
-    if not found:
-        kinds: list[str] = []
-        jax.tree.map(
-            lambda node: None,
-            opt_state,
-            is_leaf=lambda node: bool(kinds.append(type(node).__name__)),  # type: ignore[func-returns-value]
-        )
-        raise ValueError(
-            f"opt_state must hold a ScheduleFreeState, got none in {', '.join(dict.fromkeys(kinds)) or 'nothing'}: "
-            "pass the state that sfjax's tx.init and tx.update return (optax.contrib's is another type)"
-        )
-    return found
 
 
 def schedule_free_eval_params(state: Any, params: Any) -> Any:
     """Returns x, the parameters to evaluate, save and ship; `params`, which hold y, are not changed.
 
+    It takes y for granted: x of x is something else, except at b1 = 0, at b1 = 1 and before the first update.
+
     Args:
         state: a `ScheduleFreeState`, or any optimizer state that holds one or several: chain, MultiSteps,
-            masked, partition, inject_hyperparams, flatten, flax.nnx.Optimizer's, and so on.
+            masked, partition, inject_hyperparams, flatten, flax.nnx.Optimizer's, and so on. Of a vmapped run
+            in jax.vmap.
         params: what the last update left, of the tree that tx.init got.
 
     Returns:
         A tree like params, of the same dtypes; leaves that no Schedule-Free state holds are as they are.
 
     Raises:
-        ValueError: if there is no Schedule-Free state; the message says what was found.
+        ValueError: if there is no Schedule-Free state (the message says what was found), or if its tree or
+            shapes are not those of params.
 
     Example:
         >>> import jax.numpy as jnp, optax, sfjax
@@ -98,10 +83,11 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
         >>> sfjax.schedule_free_eval_params(tx.init(params), params).tolist()
         [1.0, 1.0, 1.0]
     """
-    x = params
-    for found in _require(state):
-        x = _overlay(x, found, _iterates.recover_x)
-    return x
+
+    def recover(y: Any, stored: Any, beta: Any) -> Any:
+        return _iterates.recover_x(y, stored, beta).astype(y.dtype)
+
+    return _overlay(_require(state), params, recover)
 
 
 def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
@@ -110,45 +96,16 @@ def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
     Args:
         state, params: as for `schedule_free_eval_params`.
 
+    Raises:
+        ValueError: as `schedule_free_eval_params`.
+
     Example:
         >>> import jax.numpy as jnp, sfjax
         >>> params = jnp.ones(3)
         >>> x, y, z = sfjax.iterates(sfjax.schedule_free_sgd(0.1).init(params), params)
     """
-    z = params
-    for found in _require(state):
-        z = _overlay(z, found, _iterates.recover_z, keep_dtype=False)
+    z = _overlay(_require(state), params, _iterates.recover_z)
     return schedule_free_eval_params(state, params), params, z
-
-
-def _overlay(params: Any, state: ScheduleFreeState, recover: Any, keep_dtype: bool = True) -> Any:
-    """Returns params with the leaves that the state holds recovered; MaskedNode marks those it does not."""
-
-    def leaf(stored: Any, y: Any) -> Any:
-        if isinstance(stored, optax.MaskedNode):
-            return y
-        value = recover(y, stored, state.b1)
-        return value.astype(y.dtype) if keep_dtype else value
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    pure = _pure(params)
-    leaves, tree = jax.tree.flatten(pure)
-    if _is_flat(state.z, leaves):
-        y = jnp.concatenate([jnp.ravel(p) for p in leaves])
-        parts = jnp.split(leaf(state.z, y), jnp.cumsum(jnp.array([p.size for p in leaves]))[:-1])
-        new = [part.reshape(p.shape).astype(p.dtype if keep_dtype else part.dtype) for part, p in zip(parts, leaves, strict=True)]
-    else:
-        new = jax.tree.leaves(jax.tree.map(leaf, state.z, pure, is_leaf=is_masked))
-    return jax.tree.unflatten(jax.tree.structure(params), new)
-
-
-def _is_flat(z: Any, leaves: list[Any]) -> bool:
-    """Tells whether z is optax.flatten's one vector of all parameters."""
-    if not isinstance(z, jax.Array) or z.ndim != 1:
-        return False
-    return len(leaves) != 1 or leaves[0].shape != z.shape
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
@@ -179,3 +136,93 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         "step": state.step,
         "effective_lr": _scalars.effective_lr(state.lr, state.c, state.b1),
     }
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, ScheduleFreeState)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _pure(tree: Any) -> Any:
+    """Returns a tree of arrays for a tree of flax.nnx variables; others as they are."""
+    nnx = sys.modules.get("flax.nnx")
+    return tree if nnx is None else nnx.as_pure(tree)
+
+
+def _require(opt_state: Any) -> list[ScheduleFreeState]:
+    found = find_states(opt_state)
+    if not found:
+        raise ValueError(
+            f"opt_state must hold a ScheduleFreeState of sfjax, got {_kinds(opt_state)}: "
+            "pass what tx.init and tx.update of an sfjax transformation return; "
+            "restore a checkpoint with jax.eval_shape(tx.init, params) as its target"
+        )
+    return found
+
+
+def _kinds(opt_state: Any) -> str:
+    """Returns the names of the outermost type of a tree and of every state in it."""
+    names: list[str] = []
+
+    def note(node: Any) -> bool:
+        kind = type(node)
+        if not names or hasattr(kind, "_fields"):
+            public = [part for part in kind.__module__.split(".") if part != "builtins" and not part.startswith("_")]
+            names.append(".".join([*public, kind.__qualname__]))
+        return False
+
+    jax.tree.leaves(opt_state, is_leaf=note)
+    return ", ".join(dict.fromkeys(names))
+
+
+def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[..., Any]) -> Any:
+    """Returns params with the leaves that the states hold recovered; MaskedNode marks those a state does not."""
+    new = _pure(params)
+    for state in states:
+        if state.b1.ndim:
+            raise ValueError(
+                f"state must be of one run, got the shape {state.b1.shape} of runs: "
+                "call jax.vmap(sfjax.schedule_free_eval_params)(state, params)"
+            )
+        stored, tree = jax.tree.flatten(_unflattened(state.z, new), is_leaf=_is_masked)
+        try:
+            below = tree.flatten_up_to(new)
+        except ValueError as error:
+            raise ValueError(
+                f"params must have the tree that tx.init got, got {jax.tree.structure(new)} for {tree}: "
+                "pass what the last update left (with flax.nnx, nnx.state(model, nnx.Param))"
+            ) from error
+        new = tree.unflatten(
+            [y if _is_masked(s) else recover(_same_shape(y, s), s, state.b1) for s, y in zip(stored, below, strict=True)]
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(new))
+
+
+def _same_shape(y: Any, stored: Any) -> Any:
+    """Returns y; raises ValueError unless it is an array of stored's shape."""
+    shape = getattr(y, "shape", type(y).__name__)
+    if shape != stored.shape:
+        raise ValueError(
+            f"params must have the shapes that tx.init got, got {shape} for {stored.shape}: "
+            "pass what the last update left"
+        )
+    return y
+
+
+def _unflattened(z: Any, params: Any) -> Any:
+    """Returns z as a tree like params, also where it is the one vector of all parameters of optax.flatten."""
+    leaves, tree = jax.tree.flatten(params)
+    shapes = [leaf.shape for leaf in leaves]
+    if not hasattr(z, "shape") or z.ndim != 1 or shapes == [z.shape]:
+        return z
+    sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) != z.size:
+        raise ValueError(
+            f"params must have the {z.size} numbers that tx.init got, got {sum(sizes)}: "
+            "pass what the last update left; optax.flatten goes outside of masked and partition"
+        )
+    parts = jnp.split(z, np.cumsum(sizes)[:-1])
+    return tree.unflatten([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])

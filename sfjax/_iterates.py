@@ -6,12 +6,19 @@ that Polyak averaging needs no second buffer and the state has one tree for ever
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sfjax._scalars import as_scalar
+
+
+def wide_dtype(*leaves: Any) -> Any:
+    """Returns the dtype to compute in: one that holds all leaves, at least float32."""
+    return functools.reduce(np.promote_types, (leaf.dtype for leaf in leaves), np.dtype(np.float32))
 
 
 class Coefficients(NamedTuple):
@@ -36,64 +43,67 @@ class Coefficients(NamedTuple):
 
 def coefficients(c: jax.Array, old_beta: jax.Array, beta: Any) -> Coefficients:
     """Returns the coefficients of a step that finds y built with old_beta and leaves it built with beta."""
-    stores_x = old_beta == 0
-    divisor = jnp.where(stores_x, 1.0, old_beta)
-    new = as_scalar(beta)
+    new, stores_x = as_scalar(beta), old_beta == 0
+    # Not left to the division, which is off by an ulp on some devices: the gap would grow or shrink for good.
+    stretch = jnp.where(new == old_beta, jnp.sign(new), new / jnp.where(stores_x, 1.0, old_beta))
     return Coefficients(
         c=c,
         keep=1.0 - new * (1.0 - c),
-        stretch=new / divisor,
+        stretch=stretch,
         stores_x=stores_x,
         will_store_x=beta == 0 if isinstance(beta, int | float) else new == 0,
-        per_gap=(1.0 - old_beta) / divisor,
+        per_gap=_per_gap(old_beta),
     )
 
 
-def _gap(y: jax.Array, stored: jax.Array, stores_x: jax.Array) -> jax.Array:
-    """Returns y - z, or x - z where x is stored."""
-    return jnp.where(stores_x, stored - y, y - stored)
+def _per_gap(beta: jax.Array) -> jax.Array:
+    """Returns (1 - beta) / beta, which takes y - z to x - y."""
+    return (1.0 - beta) / jnp.where(beta == 0, 1.0, beta)
 
 
-def recover_x(y: jax.Array, stored: jax.Array, old_beta: jax.Array) -> jax.Array:
-    """Returns x = (y - (1 - beta) z) / beta in stored's dtype, without its cancellation."""
-    k = coefficients(as_scalar(0.0), old_beta, 1.0)
-    y, per_gap = y.astype(stored.dtype), k.per_gap.astype(stored.dtype)
-    return jnp.where(k.stores_x, stored, y + per_gap * (y - stored))
+def recover_x(y: jax.Array, stored: jax.Array, beta: jax.Array) -> jax.Array:
+    """Returns x = (y - (1 - beta) z) / beta in the wide dtype, without its cancellation."""
+    wide = wide_dtype(y, stored)
+    y, stored = y.astype(wide), stored.astype(wide)
+    return jnp.where(beta == 0, stored, y + _per_gap(beta).astype(wide) * (y - stored))
 
 
-def recover_z(y: jax.Array, stored: jax.Array, old_beta: jax.Array) -> jax.Array:
+def recover_z(y: jax.Array, stored: jax.Array, beta: jax.Array) -> jax.Array:
     """Returns z in stored's dtype."""
-    return jnp.where(old_beta == 0, y.astype(stored.dtype), stored)
+    return jnp.where(beta == 0, y.astype(stored.dtype), stored)
 
 
 def advance(y: jax.Array, stored: jax.Array, delta: jax.Array, k: Coefficients) -> tuple[jax.Array, jax.Array]:
     """Takes one step of y and z by delta.
 
     Args:
-        y: a parameter leaf. stored: its buffer, as the module says. delta: S6, in the wide dtype.
+        y: a parameter leaf. stored: its buffer, as the module says. delta: S6, in any dtype.
         k: the scalars of the step.
 
     Returns:
         The update y' - y in y's dtype, and the new buffer in stored's dtype.
     """
-    wide = delta.dtype
+    wide = wide_dtype(y, stored)
     c, keep, stretch, per_gap = (s.astype(wide) for s in (k.c, k.keep, k.stretch, k.per_gap))
     y_wide, s = y.astype(wide), stored.astype(wide)
     z = jnp.where(k.stores_x, y_wide, s)
-    z_new = (z + delta).astype(stored.dtype).astype(wide)  # S7
-    # In terms of z_new, not delta: one fusion on every backend. stretch is exactly 1 while beta stays.
-    moved = stretch * _gap(y_wide, s, k.stores_x)
+    z_new = _as_held(z + delta.astype(wide), stored.dtype)  # S7
+    # In terms of z_new, not delta: one fusion on every backend. While beta stays, moved is exactly y - z.
+    moved = stretch * jnp.where(k.stores_x, s - y_wide, y_wide - s)
     step = (moved - (y_wide - z)) - c * moved + keep * (z_new - z)  # S9*
     if k.will_store_x is False:
-        return _as_update(y, step), z_new.astype(stored.dtype)
+        return step.astype(y.dtype), z_new.astype(stored.dtype)
     x = jnp.where(k.stores_x, s, y_wide + per_gap * (y_wide - s))
     x_new = x + c * (z_new - x)  # S8
-    return _as_update(y, step), jnp.where(k.will_store_x, x_new, z_new).astype(stored.dtype)
+    return step.astype(y.dtype), jnp.where(k.will_store_x, x_new, z_new).astype(stored.dtype)
 
 
-def _as_update(y: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns step in y's dtype so that y + update is y' rounded once."""
-    if y.dtype == step.dtype:
-        return step
-    wide = y.astype(step.dtype)
-    return ((wide + step).astype(y.dtype).astype(step.dtype) - wide).astype(y.dtype)
+def _as_held(value: jax.Array, dtype: Any) -> jax.Array:
+    """Returns value rounded as dtype will hold it; XLA may drop a pair of casts, but not this.
+
+    y' built on an unrounded z' would move x by the rounding in every step.
+    """
+    if value.dtype == dtype or jnp.iscomplexobj(value):
+        return value
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(value, info.nexp, info.nmant)

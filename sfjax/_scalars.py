@@ -45,8 +45,11 @@ class Clock(NamedTuple):
 
 
 def as_scalar(value: Any) -> jax.Array:
-    """Returns a number as a scalar of the widest enabled float."""
-    return jnp.asarray(value, dtype=jnp.result_type(float))
+    """Returns a number, or an array of one element, as a new scalar of the widest enabled float.
+
+    A new one, because a state may be donated and must not share a buffer with what its user keeps.
+    """
+    return jnp.array(value.real, dtype=jnp.result_type(float)).reshape(())
 
 
 def lr_schedule(learning_rate: ScalarOrSchedule) -> Callable[[jax.Array], jax.Array]:
@@ -54,7 +57,7 @@ def lr_schedule(learning_rate: ScalarOrSchedule) -> Callable[[jax.Array], jax.Ar
 
     def lr(step: jax.Array) -> jax.Array:
         value = learning_rate(step) if callable(learning_rate) else learning_rate
-        return as_scalar(value).reshape(())
+        return as_scalar(value)
 
     return lr
 
@@ -87,7 +90,13 @@ def prior_weight(
         counted = jax.lax.fori_loop(
             1, last + 1, lambda i, total: total + as_scalar(i) ** as_scalar(r), as_scalar(0.0)
         )
-    return jnp.where(counted > 0, counted * lr() ** as_scalar(weight_lr_power), 0.0)
+    return jnp.where(counted > 0, counted * _power(lr(), weight_lr_power), 0.0)
+
+
+def _power(base: jax.Array, exponent: Any) -> jax.Array:
+    """Returns base ** exponent for base >= 0, with a finite gradient at base = 0 for every exponent."""
+    exponent, positive = as_scalar(exponent), base > 0
+    return jnp.where(positive, jnp.where(positive, base, 1.0) ** exponent, as_scalar(exponent == 0))
 
 
 def next_scalars(
@@ -97,7 +106,7 @@ def next_scalars(
     t = clock.step + 1  # S1
     lr_max = jnp.maximum(clock.lr_max, lr_t)  # S3
     age = as_scalar(t) + as_scalar(prior_steps)
-    weight = age ** as_scalar(r) * lr_max ** as_scalar(weight_lr_power)  # S4
+    weight = _power(age, r) * _power(lr_max, weight_lr_power)  # S4
     added = weight + clock.weight_sum_low
     weight_sum = clock.weight_sum + added
     weight_sum_low = added - (weight_sum - clock.weight_sum)
@@ -120,9 +129,10 @@ def bias_correction(decay: Any, t: jax.Array) -> jax.Array:
 def _rest(u: jax.Array) -> jax.Array:
     """Returns 1 + 1/u - coth(u) for u > 0."""
     small = jnp.minimum(u, 0.5)
-    series = 1.0 - small * jnp.polyval(as_scalar(_LANGEVIN[::-1]), small * small)
+    series = 1.0 - small * jnp.polyval(jnp.asarray(_LANGEVIN[::-1], u.dtype), small * small)
     large = jnp.maximum(u, 0.5)
-    return jnp.where(u < 0.5, series, 1.0 / large - 2.0 / jnp.expm1(2.0 * large))
+    # From 40 on, coth(u) - 1 is 0 in any case; the bound keeps expm1, and so the gradient, finite.
+    return jnp.where(u < 0.5, series, 1.0 / large - 2.0 / jnp.expm1(2.0 * jnp.minimum(large, 40.0)))
 
 
 def rectification(b2: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:

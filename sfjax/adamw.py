@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from sfcore import hyperparameters
-from sfjax import _scalars, _trees
-from sfjax._directed import Direction, directed, on_reals
+from sfjax import _arguments, _layout, _scalars
+from sfjax._directed import Direction, as_like, directed, on_reals
+from sfjax._iterates import wide_dtype
 
 
 class MomentsState(NamedTuple):
@@ -28,17 +29,10 @@ class MomentsState(NamedTuple):
 def init_moments(params: Any, with_first: bool) -> MomentsState:
     """Returns zero moments."""
 
-    def zeros(p: jax.Array) -> jax.Array:
-        return _trees.zeros_alike(p, _trees.wide_dtype(p))
+    def zeros() -> Any:
+        return jax.tree.map(lambda p: _layout.zeros_alike(p, wide_dtype(p)), params)
 
-    return MomentsState(
-        nu=jax.tree.map(zeros, params), mu=jax.tree.map(zeros, params) if with_first else None
-    )
-
-
-def complement(decay: Any) -> Any:
-    """Returns 1 - decay, in Python doubles where the value is known."""
-    return 1.0 - decay if isinstance(decay, int | float) else 1.0 - _scalars.as_scalar(decay)
+    return MomentsState(nu=zeros(), mu=zeros() if with_first else None)
 
 
 def adamw_direction(
@@ -49,19 +43,32 @@ def adamw_direction(
 
     @on_reals
     def leaf(g: jax.Array, v: jax.Array, *m: jax.Array) -> tuple[jax.Array, ...]:
-        def s(value: Any) -> jax.Array:
-            return jnp.asarray(value, g.dtype)
-
-        v = s(b2) * v + s(complement(b2)) * g * g
-        m = tuple(s(inner_momentum) * one + s(complement(inner_momentum)) * g for one in m)
-        numerator = m[0] / s(correction1) if m else g
-        return numerator / (jnp.sqrt(v / s(correction2)) + s(eps)), v, *m  # S6
+        v = _average(v, g * g, b2)
+        m = tuple(_average(one, g, inner_momentum) for one in m)
+        numerator = m[0] / as_like(correction1, g) if m else g
+        return numerator / (_root(v / as_like(correction2, g)) + as_like(eps, g)), v, *m  # S6
 
     moments = (state.nu,) if state.mu is None else (state.nu, state.mu)
     leaves, tree = jax.tree.flatten(grads)
     out = [leaf(*of) for of in zip(leaves, *map(jax.tree.leaves, moments), strict=True)]
-    directions, nu, *mu = (tree.unflatten(column) for column in zip(*out, strict=True)) if out else (grads, *moments)
+    columns = zip(*out, strict=True) if out else [[] for _ in range(1 + len(moments))]
+    directions, nu, *mu = (tree.unflatten(column) for column in columns)
     return directions, MomentsState(nu, mu[0] if mu else None)
+
+
+def _average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
+    """Returns decay old + (1 - decay) new.
+
+    By 1 - decay alone: 0.9999 rounded to float32 beside 1 - 0.9999 would bias the average by 1.6e-4.
+    """
+    share = as_like(1.0 - decay, old)
+    return (old - share * old) + share * new
+
+
+def _root(v: jax.Array) -> jax.Array:
+    """Returns sqrt(v) with the gradient 0, not NaN, where a parameter has had no gradient."""
+    positive = v > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), v)
 
 
 def schedule_free_adamw(
@@ -113,17 +120,24 @@ def schedule_free_adamw(
         >>> params = optax.apply_updates(params, updates)
         >>> x = sfjax.schedule_free_eval_params(state, params)
     """
-    warmup_steps, weight_decay = warmup_steps or 0, 0.0 if weight_decay is None else weight_decay
-    averaging = {"weight_lr_power": weight_lr_power, "r": r, "prior_steps": prior_steps}
-    own = {"b2": b2, "eps": eps, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-    _trees.check_hyperparameters(
+    hp = _arguments.read(
         hyperparameters.AdamW,
-        {"lr": learning_rate, "beta": b1, "inner_momentum": inner_momentum, **own, **averaging},
+        lr=learning_rate,
+        beta=b1,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        prior_steps=prior_steps,
+        b2=b2,
+        eps=eps,
+        weight_decay=0.0 if weight_decay is None else weight_decay,
+        warmup_steps=0 if warmup_steps is None else warmup_steps,
+        inner_momentum=inner_momentum,
     )
-    with_first = not (isinstance(inner_momentum, int | float) and inner_momentum == 0)
+    # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
+    with_first = not _arguments.is_zero(inner_momentum)
     direction = Direction(
         init=lambda params: init_moments(params, with_first),
-        next=lambda grads, state, t: adamw_direction(grads, state, t, b2, eps, inner_momentum),
-        lr_factor=lambda t: _scalars.ramp(t, warmup_steps),
+        next=lambda grads, state, t: adamw_direction(grads, state, t, hp.b2, hp.eps, hp.inner_momentum),
+        lr_factor=lambda t: _scalars.ramp(t, hp.warmup_steps),
     )
-    return directed(direction, learning_rate, weight_decay, mask, b1=b1, state_dtype=state_dtype, **averaging)
+    return directed(direction, hp, mask, state_dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sfcore import hyperparameters
-from sfjax import _scalars, _trees
+from sfjax import _arguments, _scalars
 from sfjax._directed import Direction, directed
 from sfjax.adamw import MomentsState, adamw_direction, init_moments
 
@@ -50,7 +50,7 @@ def schedule_free_radam(
         state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
         r: the average also weighs step t by t^r, >= 0, default 0.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
-        silent_sgd_phase: nothing moves in the first steps (5 at b2 = 0.999), whose second moment is
+        silent_sgd_phase: nothing moves in the first steps (four at b2 = 0.999), whose second moment is
             unusable; False takes SGD steps there. Default True.
         mask: tree of bools, or function of params giving one: the leaves that decay; None is all.
 
@@ -69,20 +69,26 @@ def schedule_free_radam(
         >>> params = optax.apply_updates(params, updates)
         >>> x = sfjax.schedule_free_eval_params(state, params)
     """
-    weight_decay = 0.0 if weight_decay is None else weight_decay
-    averaging = {"weight_lr_power": weight_lr_power, "r": r, "prior_steps": prior_steps}
-    own = {"b2": b2, "eps": eps, "weight_decay": weight_decay, "silent_sgd_phase": silent_sgd_phase}
-    _trees.check_hyperparameters(
-        hyperparameters.RAdam, {"lr": learning_rate, "beta": b1, **own, **averaging}
+    hp = _arguments.read(
+        hyperparameters.RAdam,
+        lr=learning_rate,
+        beta=b1,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        prior_steps=prior_steps,
+        b2=b2,
+        eps=eps,
+        weight_decay=0.0 if weight_decay is None else weight_decay,
+        silent_sgd_phase=silent_sgd_phase,
     )
 
     def lr_factor(t: jax.Array) -> jax.Array:
-        rect, usable = _scalars.rectification(b2, t)
-        return jnp.where(usable, rect, 0.0 if silent_sgd_phase else 1.0)
+        rect, usable = _scalars.rectification(hp.b2, t)
+        return jnp.where(usable, rect, 0.0 if hp.silent_sgd_phase else 1.0)
 
     direction = Direction(
         init=lambda params: init_moments(params, with_first=False),
-        next=lambda grads, state, t: radam_direction(grads, state, t, b2, eps),
+        next=lambda grads, state, t: radam_direction(grads, state, t, hp.b2, hp.eps),
         lr_factor=lr_factor,
     )
-    return directed(direction, learning_rate, weight_decay, mask, b1=b1, state_dtype=state_dtype, **averaging)
+    return directed(direction, hp, mask, state_dtype)

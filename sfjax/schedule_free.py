@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sfcore import hyperparameters
-from sfjax import _iterates, _scalars, _trees
+from sfjax import _arguments, _iterates, _layout, _scalars, _trees
 
 
 class ScheduleFreeState(NamedTuple):
@@ -27,6 +28,12 @@ class ScheduleFreeState(NamedTuple):
         base_optimizer_state: the base's state, or the direction's buffers.
         z: tree of the parameters, at least float32 unless state_dtype says otherwise. At b1 = 0 the
             parameters themselves are z and this holds x.
+
+    Example:
+        >>> import jax.numpy as jnp, sfjax
+        >>> state = sfjax.schedule_free_sgd(0.1, b1=0.5).init(jnp.ones(3, jnp.bfloat16))
+        >>> isinstance(state, sfjax.ScheduleFreeState), float(state.b1), state.z.dtype.name
+        (True, 0.5, 'float32')
     """
 
     b1: jax.Array
@@ -53,54 +60,48 @@ class Base(NamedTuple):
 
 
 def build(
-    base: Base,
-    lr_at: Callable[[jax.Array], jax.Array],
-    full_lr: Callable[[], jax.Array],
-    *,
-    b1: Any,
-    weight_lr_power: Any,
-    state_dtype: Any,
-    r: Any,
-    prior_steps: Any,
+    base: Base, hp: hyperparameters.ScheduleFree, lr_at: Callable[[jax.Array], jax.Array], state_dtype: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation; `lr_at` is S2 as a function of the step, `full_lr` the lr without its ramp."""
+    """Returns the transformation; `lr_at` is S2 as a function of the step, `hp` what `_arguments.read` returned."""
+    state_dtype = _arguments.read_dtype(state_dtype)
+
+    def stored_dtype(p: Any) -> Any:
+        if state_dtype is None:
+            return _iterates.wide_dtype(p)
+        return np.promote_types(state_dtype, np.complex64) if jnp.iscomplexobj(p) else state_dtype
 
     def init_fn(params: Any) -> ScheduleFreeState:
         _trees.check_params(params)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-            return jax.eval_shape(init_fn, params)
+            return _layout.abstract_init(init_fn, params)
+        prior = _scalars.prior_weight(
+            hp.prior_steps, hp.r, lambda: _scalars.full_lr(hp.lr), hp.weight_lr_power
+        )
+        zeros = {name: _scalars.as_scalar(0.0) for name in ("lr", "lr_max", "c", "weight_sum_low")}
+        scalars = {"b1": _scalars.as_scalar(hp.beta), "step": jnp.zeros((), jnp.int32), "weight_sum": prior, **zeros}
         return ScheduleFreeState(
-            b1=_scalars.as_scalar(b1),
-            step=jnp.zeros((), jnp.int32),
-            lr=_scalars.as_scalar(0.0),
-            lr_max=_scalars.as_scalar(0.0),
-            c=_scalars.as_scalar(0.0),
-            weight_sum=_scalars.prior_weight(prior_steps, r, full_lr, weight_lr_power),
-            weight_sum_low=_scalars.as_scalar(0.0),
+            **_layout.on_every_device(scalars, params),
             base_optimizer_state=base.init(params),
             # A copy, so that params and state can both be donated.
-            z=jax.tree.map(lambda p: jnp.array(p, _trees.state_dtype_of(p, state_dtype), copy=True), params),
+            z=jax.tree.map(lambda p: jnp.array(p, stored_dtype(p), copy=True), params),
         )
 
     def update_fn(
         updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
-        _trees.check_same(updates, params, state.z)
+        _check(updates, state, params)
         lr_t = lr_at(state.step)
         before = _scalars.Clock(state.step, state.lr_max, state.weight_sum, state.weight_sum_low)
-        clock, c = _scalars.next_scalars(before, lr_t, r, weight_lr_power, prior_steps)
+        clock, c = _scalars.next_scalars(before, lr_t, hp.r, hp.weight_lr_power, hp.prior_steps)
         delta, base_state = base.delta(
             updates, state.base_optimizer_state, params, lr_t, clock.step, extra_args
         )
-        k = _iterates.coefficients(c, state.b1, b1)
-
-        def leaf(y: jax.Array, z: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _iterates.advance(y, z, d.astype(_trees.wide_dtype(y, z.dtype)), k)
-
+        k = _iterates.coefficients(c, state.b1, hp.beta)
         ys, tree = jax.tree.flatten(params)
-        moved = [leaf(*of) for of in zip(ys, jax.tree.leaves(state.z), jax.tree.leaves(delta), strict=True)]
+        columns = zip(ys, jax.tree.leaves(state.z), jax.tree.leaves(delta), strict=True)
+        moved = [_iterates.advance(y, z, d, k) for y, z, d in columns]
         return tree.unflatten([step for step, _ in moved]), ScheduleFreeState(
-            b1=_scalars.as_scalar(b1),
+            b1=_scalars.as_scalar(hp.beta),
             lr=lr_t,
             c=c,
             base_optimizer_state=base_state,
@@ -109,6 +110,19 @@ def build(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check(updates: Any, state: Any, params: Any) -> None:
+    """Raises unless update() got gradients, state and parameters that belong together."""
+    if params is None:
+        raise ValueError("params must be passed to update(), got None: call tx.update(grads, state, params)")
+    if not isinstance(state, ScheduleFreeState):
+        raise TypeError(
+            f"state must be a ScheduleFreeState of sfjax, got {type(state).__name__}: pass what tx.init returned; "
+            "restore a checkpoint with jax.eval_shape(tx.init, params) as its target"
+        )
+    _trees.check_same("updates", updates, params)
+    _trees.check_same("state.z", state.z, params)
 
 
 def schedule_free(
@@ -156,20 +170,22 @@ def schedule_free(
         >>> sfjax.schedule_free_eval_params(state, params).tolist()
         [0.5, 1.0]
     """
-    averaging = {"weight_lr_power": weight_lr_power, "r": r, "prior_steps": prior_steps}
-    _trees.check_hyperparameters(
-        hyperparameters.ScheduleFree, {"lr": learning_rate, "beta": b1, **averaging}
+    hp = _arguments.read(
+        hyperparameters.ScheduleFree,
+        lr=learning_rate,
+        beta=b1,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        prior_steps=prior_steps,
     )
+    if not callable(getattr(base_optimizer, "update", None)):
+        raise TypeError(
+            f"base_optimizer must be an optax transformation, got {base_optimizer!r}: "
+            "pass one like optax.sgd(learning_rate)"
+        )
     inner = optax.with_extra_args_support(base_optimizer)
 
     def delta(grads: Any, state: Any, params: Any, lr_t: Any, t: Any, extra_args: Any) -> tuple[Any, Any]:
         return inner.update(grads, state, params, **extra_args)
 
-    return build(
-        Base(inner.init, delta),
-        _scalars.lr_schedule(learning_rate),
-        lambda: _scalars.full_lr(learning_rate),
-        b1=b1,
-        state_dtype=state_dtype,
-        **averaging,
-    )
+    return build(Base(inner.init, delta), hp, _scalars.lr_schedule(hp.lr), state_dtype)

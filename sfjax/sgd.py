@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from sfcore import hyperparameters
-from sfjax import _scalars, _trees
+from sfjax import _arguments, _scalars
 from sfjax._directed import Direction, directed
 
 
@@ -52,15 +52,19 @@ def schedule_free_sgd(
         >>> params = optax.apply_updates(params, updates)
         >>> x = sfjax.schedule_free_eval_params(state, params)
     """
-    warmup_steps, weight_decay = warmup_steps or 0, 0.0 if weight_decay is None else weight_decay
-    averaging = {"weight_lr_power": weight_lr_power, "r": r, "prior_steps": prior_steps}
-    _trees.check_hyperparameters(
+    hp = _arguments.read(
         hyperparameters.SGD,
-        {"lr": learning_rate, "beta": b1, "weight_decay": weight_decay, "warmup_steps": warmup_steps, **averaging},
+        lr=learning_rate,
+        beta=b1,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        prior_steps=prior_steps,
+        weight_decay=0.0 if weight_decay is None else weight_decay,
+        warmup_steps=0 if warmup_steps is None else warmup_steps,
     )
     direction = Direction(
         init=lambda params: optax.EmptyState(),
         next=lambda grads, state, t: (grads, state),  # S6
-        lr_factor=lambda t: _scalars.ramp(t, warmup_steps),
+        lr_factor=lambda t: _scalars.ramp(t, hp.warmup_steps),
     )
-    return directed(direction, learning_rate, weight_decay, mask, b1=b1, state_dtype=state_dtype, **averaging)
+    return directed(direction, hp, mask, state_dtype)

@@ -1,0 +1,65 @@
+"""Reads the arguments of the factories: numbers become Python's, traced values become scalars, rules are kept."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfcore import checks, hyperparameters
+from sfjax import _scalars
+
+Kind = TypeVar("Kind", bound=hyperparameters.ScheduleFree)
+_NAMES = {"lr": "learning_rate", "beta": "b1"}
+
+
+def read(kind: type[Kind], **values: Any) -> Kind:
+    """Returns `kind` filled with clean values.
+
+    Args:
+        kind: a dataclass of `sfcore.hyperparameters`.
+        values: its fields. A number may be Python's, NumPy's, or an array of one element of any dtype; `lr` may
+            also be a schedule.
+
+    Returns:
+        Each value as a Python number, as a scalar tracer (of inject_hyperparams, jit, vmap, grad), or the
+        schedule itself.
+
+    Raises:
+        HyperparameterError: with every value that is out of range. A tracer has no value to judge.
+    """
+    clean = {name: _plain(value) for name, value in values.items()}
+    known = {name: value for name, value in clean.items() if not isinstance(value, jax.core.Tracer)}
+    if callable(known.get("lr")):
+        del known["lr"]
+    checks.check(kind, known, _NAMES)
+    return kind(**clean)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, jax.core.Tracer):
+        return _scalars.as_scalar(value)
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and value.size == 1:
+        number = value.item()
+        # inject_hyperparams makes complex numbers of all hyperparameters where all parameters are complex.
+        return number.real if isinstance(number, complex) and number.imag == 0 else number
+    return value
+
+
+def read_dtype(state_dtype: Any) -> Any:
+    """Returns state_dtype as a dtype, or None; raises TypeError unless it is real floating point."""
+    if state_dtype is None:
+        return None
+    if not jnp.issubdtype(state_dtype, jnp.floating):
+        raise TypeError(
+            f"state_dtype must be a real floating-point dtype or None, got {state_dtype!r}: "
+            "None keeps z in the parameters' dtype, at least float32"
+        )
+    return jnp.dtype(state_dtype)
+
+
+def is_zero(value: Any) -> bool:
+    """Tells whether a value is the Python number 0, so that work can be left out for good."""
+    return isinstance(value, int | float) and value == 0

@@ -1,0 +1,26 @@
+"""Stopping and resuming in JAX: checkpoints that know what they hold, on Orbax.
+
+`Checkpoints` saves and restores; `start_from_weights` begins with weights alone; `import_optax` takes over
+the state of other optimizers; `export_exchange` and `import_exchange` speak with the torch twin.
+"""
+
+from sfcore.exchange import CheckpointError
+from sfjax.checkpoint._changes import Change
+from sfjax.checkpoint._checkpoints import Checkpoints
+from sfjax.checkpoint._export import export_exchange, read
+from sfjax.checkpoint._import import import_exchange
+from sfjax.checkpoint._importers import import_optax
+from sfjax.checkpoint._restore import Restored
+from sfjax.checkpoint._weights import start_from_weights
+
+__all__ = [
+    "Change",
+    "CheckpointError",
+    "Checkpoints",
+    "Restored",
+    "export_exchange",
+    "import_exchange",
+    "import_optax",
+    "read",
+    "start_from_weights",
+]

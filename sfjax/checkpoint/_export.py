@@ -1,0 +1,145 @@
+"""To the framework-free store, from which a run goes on in the torch twin.
+
+The store holds y, z, v, m of every parameter by role and name, and x where beta is 0. Gradients of an
+unfinished accumulation stay behind, because the frameworks scale them differently: the position in the
+data goes back to the last update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sfcore import store
+from sfcore.exchange import fingerprint, of_role
+from sfcore.meta import Meta
+from sfcore.names import NameMap
+from sfjax._find import _pure, schedule_free_eval_params
+from sfjax.checkpoint import _read, _record
+from sfjax.checkpoint._leaves import groups, named, parameters, roles, whole
+
+PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
+
+
+def export_exchange(
+    folder: str | Path,
+    params: Any,
+    opt_state: Any,
+    *,
+    step: int,
+    hyperparameters: Any = None,
+    names: NameMap | None = None,
+    buffers: Any = None,
+    epoch: int = 0,
+    position: int = 0,
+    accumulation: Any = None,
+    metrics: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes one checkpoint of the framework-free store; returns its path, FOLDER/step_....
+
+    Args:
+        folder: where it goes, beside others or not.
+        params, opt_state, step, hyperparameters, epoch, position, accumulation, metrics, extra: as for
+            `Checkpoints.save`. The torch twin needs hyperparameters.
+        names: from `sfcore.names`, to write torch's names and layouts; JAX's own by default, which the twin
+            can turn into its own as well.
+        buffers: model state without gradient, such as batch statistics.
+
+    Raises:
+        CheckpointError: if it cannot be written; nothing of the attempt stays.
+        NamesError: if `names` does not fit (a CheckpointError).
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, sfjax
+        >>> from sfjax.checkpoint import export_exchange, import_exchange
+        >>> tx = sfjax.schedule_free_sgd(0.1)
+        >>> params = {"w": jnp.ones(3)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_exchange(folder, params, tx.init(params), step=0)
+        ...     back = import_exchange(path, params, tx.init(params))
+        >>> back.params["w"].tolist()
+        [1.0, 1.0, 1.0]
+    """
+    tree = jax.tree.map(np.asarray, whole(_pure(params), _pure(opt_state)))
+    values = {
+        "step": step,
+        "epoch": epoch,
+        "metrics": _record.finite(metrics or {}),
+        "extra": dict(extra or {}),
+    }
+    meta = _record.make(tree["params"], tree["opt_state"], hyperparameters, accumulation, **values)
+    meta.position = position - meta.accumulation["position"]
+    meta.accumulation["position"] = 0
+    state = content(tree["params"], tree["opt_state"])
+    state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
+    x = jax.jit(schedule_free_eval_params)(_pure(opt_state), _pure(params))
+    inference = {name: np.asarray(leaf) for name, leaf in parameters(x).items()}
+    if names is not None:
+        state = renamed(state, names.to_torch)
+        inference = names.to_torch(inference)
+        meta = _torch_names(meta, names, of_role(state, "y"))
+    meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}
+    return store.write(Path(folder), meta, state, inference | of_role(state, "buffer"))
+
+
+def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
+    """Returns ROLE/NAME -> host array of everything another optimizer could go on with."""
+    flat = named(whole(params, opt_state))
+    by_name = dict(zip(flat.names, flat.leaves, strict=True))
+    found = {}
+    polyak = {name for group in groups(params, opt_state) if group.state.b1 == 0 for name in group.parameters}
+    for name, role in roles(params, opt_state).items():
+        kind, _, rest = role.partition("/")
+        if kind == "stored" and rest in polyak:
+            # The parameters are z; the twin keeps z in a buffer of its own.
+            found[f"x/{rest}"] = by_name[name]
+            found[f"z/{rest}"] = by_name[f"params/{rest}"].astype(by_name[name].dtype)
+        elif kind == "stored":
+            found[f"z/{rest}"] = by_name[name]
+        elif kind in ("y", "v", "m", "base"):
+            found[role] = by_name[name]
+    return found
+
+
+def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns (record, ROLE/NAME -> array, inference weights) of one Orbax checkpoint, verified.
+
+    Raises:
+        CheckpointError: naming file and leaf if it is damaged.
+    """
+    saved = _read.read(Path(path).absolute())
+    state = {}
+    for name, role in saved.roles.items():
+        kind = role.partition("/")[0]
+        if kind in ("y", "x", "z", "v", "m", "base"):
+            state[role] = saved.arrays[name]
+        if kind == "x":
+            parameter = role.removeprefix("x/")
+            state[f"z/{parameter}"] = saved.arrays[f"params/{parameter}"].astype(saved.arrays[name].dtype)
+    return saved.meta, state, _read.read_inference(saved.path, saved.meta)
+
+
+def renamed(
+    arrays: Mapping[str, np.ndarray], rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns the leaves of every parameter under other names and in other layouts; others are left out."""
+    found: dict[str, np.ndarray] = {}
+    for role in PER_PARAMETER:
+        found |= {f"{role}/{name}": array for name, array in rename(of_role(arrays, role)).items()}
+    return found
+
+
+def _torch_names(meta: Meta, names: NameMap, y: Mapping[str, np.ndarray]) -> Meta:
+    """Returns the record with torch's names and shapes."""
+    about = {names.torch_name(name): one for name, one in meta.parameters.items()}
+    about = {name: one | {"shape": list(y[name].shape)} for name, one in about.items()}
+    moved = [
+        g | {"parameters": list(dict.fromkeys(map(names.torch_name, g["parameters"])))} for g in meta.groups
+    ]
+    return replace(meta, framework="torch", parameters=about, groups=moved)

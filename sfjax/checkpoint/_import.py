@@ -1,0 +1,154 @@
+"""From the framework-free store: a run goes on in JAX that came from the torch twin, or from JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sfcore import names as _names
+from sfcore import store
+from sfcore.exchange import CheckpointError, of_role
+from sfcore.meta import Meta
+from sfcore.names import NameMap
+from sfjax.checkpoint._export import renamed
+from sfjax.checkpoint._leaves import parameters
+from sfjax.checkpoint._place import place
+from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint._reconcile import beta_of
+from sfjax.checkpoint._restore import Restored, restore_into
+from sfjax.checkpoint._storable import stored_form
+
+_STATE = ("y", "x", "z", "v", "m", "base")
+
+
+def import_exchange(
+    path: str | Path,
+    params: Any,
+    opt_state: Any,
+    *,
+    names: Any = None,
+    buffers: Any = None,
+    hyperparameters: Any = None,
+    accumulation: Any = None,
+    strict: bool = False,
+) -> Restored:
+    """Takes over a checkpoint of the framework-free store, of JAX or of the torch twin.
+
+    Args:
+        path: the checkpoint, or a folder of them: the newest.
+        params, opt_state, hyperparameters, accumulation, strict: as for `Checkpoints.restore`.
+        names: for a checkpoint with torch's names, a `sfcore.names.NameMap`, or what `sfcore.names.between`
+            takes as a user's map; by default it is derived from names and shapes.
+        buffers: target for model state without gradient; it comes back as `Restored.extra_state`.
+
+    Raises:
+        CheckpointError: if it is damaged or does not fit; NamesError if the names do not.
+    """
+    folder = Path(path).absolute()
+    folder = folder if (folder / store.META).exists() else store.newest(folder)
+    meta, arrays = store.read(folder)
+    jax_shapes = {name: tuple(leaf.shape) for name, leaf in parameters(params).items()}
+    jax_shapes |= {name: tuple(leaf.shape) for name, leaf in parameters(buffers or {}).items()}
+    if meta.framework == "torch":
+        found = names if isinstance(names, NameMap) else _names.between(jax_shapes, _shapes(arrays), names)
+        arrays = renamed(arrays, found.to_jax)
+        meta = _jax_names(meta, found)
+    meta, differences = _one_clock(meta)
+    arrays, more = _as_training(meta, arrays, set(parameters(params)))
+    state = {leaf: array for leaf, array in arrays.items() if leaf.partition("/")[0] in _STATE}
+    saved = Saved(folder, meta, state, {leaf: leaf for leaf in state})
+    restored = restore_into(
+        saved,
+        params,
+        opt_state,
+        hyperparameters=hyperparameters,
+        accumulation=accumulation,
+        strict=strict,
+        differences=differences + more,
+    )
+    if buffers is None:
+        return restored
+    return replace(restored, extra_state=_buffers(folder, arrays, buffers))
+
+
+def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for role in ("buffer", "y") for name, array in of_role(arrays, role).items()}
+
+
+def _jax_names(meta: Meta, names: NameMap) -> Meta:
+    about = {jax: one for torch, one in meta.parameters.items() for jax in names.jax_names(torch)}
+    moved = [
+        group | {"parameters": [jax for torch in group["parameters"] for jax in names.jax_names(torch)]}
+        for group in meta.groups
+    ]
+    return replace(meta, parameters=about, groups=moved)
+
+
+def _one_clock(meta: Meta) -> tuple[Meta, list[str]]:
+    """Returns the record with one clock a group, the furthest of its parameters', as JAX has it."""
+    differences, moved = [], []
+    for group in meta.groups:
+        clocks = [meta.parameters[name]["clock"] for name in group["parameters"]]
+        started = [clock for clock in clocks if clock]
+        clock = group["clock"] | max(started, key=lambda one: one["step"], default={})
+        late = [
+            n
+            for n, one in zip(group["parameters"], clocks, strict=True)
+            if not one or one["step"] != clock["step"]
+        ]
+        if late:
+            differences.append(
+                f"{len(late)} parameters have a clock of their own, the first {late[0]!r}: JAX has one clock "
+                f"for all, so they go on at step {clock['step']} too"
+            )
+        moved.append(group | {"clock": clock})
+    return replace(meta, groups=moved), differences
+
+
+def _as_training(
+    meta: Meta, arrays: dict[str, np.ndarray], wanted: set[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the leaves as a JAX run holds them in training: y in the parameters, z for every parameter."""
+    differences = []
+    if meta.accumulation["position"]:
+        taken = meta.accumulation["position"]
+        meta.position -= taken
+        meta.accumulation["position"] = 0
+        differences.append(
+            f"the gradients of {taken} micro-batches of an unfinished update are left behind: "
+            f"take them again from position {meta.position}"
+        )
+    arrays = dict(arrays)
+    for name in wanted:  # parameters that torch's optimizer did not hold are among its buffers
+        if f"y/{name}" not in arrays and f"buffer/{name}" in arrays:
+            arrays[f"y/{name}"] = arrays[f"buffer/{name}"]
+    for group in meta.groups:
+        beta = beta_of(group)
+        for name in group["parameters"]:
+            y = arrays[f"y/{name}"]
+            z = arrays.setdefault(f"z/{name}", y.astype(np.promote_types(y.dtype, np.float32)))
+            if meta.weights_hold == "x" and name in meta.parameters and meta.parameters[name]["clock"]:
+                arrays.setdefault(f"x/{name}", y.astype(z.dtype))
+                arrays[f"y/{name}"] = (beta * y.astype(z.dtype) + (1 - beta) * z).astype(y.dtype)
+            if beta == 0:
+                arrays.setdefault(f"x/{name}", z)
+    return arrays, differences
+
+
+def _buffers(path: Path, arrays: Mapping[str, np.ndarray], target: Any) -> Any:
+    found, wanted = of_role(arrays, "buffer"), parameters(target)
+    forms = {name: (array.dtype.name, array.shape) for name, array in found.items()}
+    problems = [
+        f"buffer {name!r} must be {stored_form(leaf)} in it, got {forms.get(name, 'none of that name')}"
+        for name, leaf in wanted.items()
+        if forms.get(name) != stored_form(leaf)
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the program:\n  " + "\n  ".join(problems))
+    leaves = place(list(wanted.values()), [found[name] for name in wanted])
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)

@@ -1,0 +1,131 @@
+"""What every leaf of parameters and optimizer state is: its name in a checkpoint, and its role.
+
+A name is the leaf's path in {"params", "opt_state", "extra_state"}, such as "opt_state/1/z/Dense_0/kernel".
+A role says what the leaf means wherever it sits, such as "z/Dense_0/kernel":
+
+    y/NAME, stored/NAME, v/NAME, m/NAME, grad/NAME   of the parameter NAME; `stored` is z, or x at b1 = 0
+    clock/GROUP/FIELD                                a scalar of the GROUP-th Schedule-Free state
+    base/GROUP/PATH                                  state of a base that `sfjax.schedule_free` wraps
+    accumulation/FIELD                               counters of optax.MultiSteps
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from sfjax._find import _pure
+from sfjax.adamw import MomentsState
+from sfjax.schedule_free import ScheduleFreeState
+
+CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
+BARE = "value"  # the name of parameters that are one array, not a tree
+
+
+class Named(NamedTuple):
+    """A flattened tree: unique names, leaves, its structure, and that without flax.nnx variables."""
+
+    names: list[str]
+    leaves: list[Any]
+    tree: Any
+    pure: Any
+
+
+class Group(NamedTuple):
+    """One Schedule-Free state: its name in the checkpoint, itself, and the parameters it moves."""
+
+    name: str
+    state: ScheduleFreeState
+    parameters: list[str]
+
+
+def named(tree: Any) -> Named:
+    """Returns the leaves of a tree with their names; flax.nnx variables count as their arrays.
+
+    Raises:
+        ValueError: if two leaves would have one name, as in {"a": {"b": 1}, "a/b": 2}.
+    """
+    pure = _pure(tree)
+    paths = jax.tree_util.tree_leaves_with_path(pure)
+    names = [_name(path) for path, _ in paths]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    if twice:
+        raise ValueError(f"leaves must have different names, got two called {min(twice)!r}: rename a key")
+    return Named(names, [leaf for _, leaf in paths], jax.tree.structure(tree), jax.tree.structure(pure))
+
+
+def parameters(tree: Any) -> dict[str, Any]:
+    """Returns name -> leaf of a tree of parameters; a bare array is called "value"."""
+    found = named(tree)
+    return {name or BARE: leaf for name, leaf in zip(found.names, found.leaves, strict=True)}
+
+
+def whole(params: Any, opt_state: Any, extra_state: Any = None) -> dict[str, Any]:
+    """Returns the tree that a checkpoint holds."""
+    tree = {"params": params, "opt_state": opt_state}
+    return tree if extra_state is None else tree | {"extra_state": extra_state}
+
+
+def groups(params: Any, opt_state: Any) -> list[Group]:
+    """Returns the Schedule-Free states of an optimizer state, concrete or abstract, in tree order."""
+    shapes = {name: leaf.shape for name, leaf in parameters(params).items()}
+    found = []
+    for path, state in _nodes(opt_state, ScheduleFreeState):
+        below = parameters(state.z)
+        own = [name for name, z in below.items() if shapes.get(name) == z.shape]
+        found.append(Group(_name(path, "opt_state"), state, own))
+    return found
+
+
+def roles(params: Any, opt_state: Any) -> dict[str, str]:
+    """Returns name -> role of every leaf that has one; each role is given once, to its first leaf."""
+    shapes = {name: leaf.shape for name, leaf in parameters(params).items()}
+    found = [(_below("params", name), f"y/{name}") for name in shapes]
+
+    def per_parameter(prefix: str, tree: Any, role: str) -> None:
+        for name, leaf in parameters(tree).items():
+            if shapes.get(name) == leaf.shape:
+                found.append((_below(prefix, name), f"{role}/{name}"))
+
+    for index, group in enumerate(groups(params, opt_state)):
+        found += [(f"{group.name}/{field}", f"clock/{index}/{field}") for field in CLOCK]
+        per_parameter(f"{group.name}/z", group.state.z, "stored")
+        base, prefix = group.state.base_optimizer_state, f"{group.name}/base_optimizer_state"
+        if isinstance(base, MomentsState):
+            per_parameter(f"{prefix}/nu", base.nu, "v")
+            per_parameter(f"{prefix}/mu", base.mu, "m")
+        else:
+            found += [(_below(prefix, name), f"base/{index}/{name}") for name in parameters(base)]
+    for path, steps in _nodes(opt_state, optax.MultiStepsState):
+        prefix = _name(path, "opt_state")
+        per_parameter(f"{prefix}/acc_grads", steps.acc_grads, "grad")
+        found += [(f"{prefix}/{field}", f"accumulation/{field}") for field in ("mini_step", "gradient_step")]
+    first: dict[str, str] = {}
+    for name, role in found:
+        first.setdefault(role, name)
+    return {name: role for role, name in first.items()}
+
+
+def _nodes(tree: Any, kind: type) -> list[tuple[Any, Any]]:
+    """Returns (path, node) of every outermost node of a kind."""
+
+    def is_kind(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    leaves = jax.tree_util.tree_leaves_with_path(_pure(tree), is_leaf=is_kind)
+    return [(path, node) for path, node in leaves if is_kind(node)]
+
+
+def _name(path: Any, under: str = "") -> str:
+    return _join(under, jax.tree_util.keystr(path, simple=True, separator="/"))
+
+
+def _below(prefix: str, name: str) -> str:
+    """Returns the name of a parameter's leaf; a bare array has the name of the tree itself."""
+    return prefix if name == BARE else _join(prefix, name)
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)

@@ -1,0 +1,82 @@
+"""Puts host arrays where the target's leaves lie, so that the next step neither copies nor compiles anew.
+
+Arrays that come straight from the host are not given away in a donating step, which then holds the state
+twice, and have other placement than those a step returns, which compiles it twice. A jitted copy cures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfjax.checkpoint._storable import Number, is_key
+
+
+def place(targets: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
+    """Returns the arrays as the targets' types, on their devices.
+
+    Args:
+        targets: jax.Arrays, `jax.ShapeDtypeStruct`s (without sharding: the default device), PRNG keys,
+            NumPy arrays or Python numbers.
+        arrays: a host array for each, of the right shape and dtype.
+    """
+    placed: list[Any] = [None] * len(targets)
+    together: dict[Any, list[int]] = {}
+    for i, (target, array) in enumerate(zip(targets, arrays, strict=True)):
+        if isinstance(target, Number):
+            placed[i] = type(target)(array.item())
+        elif isinstance(target, np.ndarray | np.generic):
+            placed[i] = np.array(array) if isinstance(target, np.ndarray) else array[()]
+        else:
+            sharding = sharding_of(target)
+            together.setdefault(None if sharding is None else frozenset(sharding.device_set), []).append(i)
+    for indices in together.values():
+        on_device = _owned(
+            [_put(targets[i], arrays[i]) for i in indices], [sharding_of(targets[i]) for i in indices]
+        )
+        for i, leaf in zip(indices, on_device, strict=True):
+            placed[i] = leaf
+    return [_as_key(target, leaf) for target, leaf in zip(targets, placed, strict=True)]
+
+
+def sharding_of(target: Any) -> Any:
+    """Returns the sharding that a target asks for, or None if its placement is JAX's to choose."""
+    if isinstance(target, jax.Array) and not getattr(target, "committed", True):
+        return None
+    sharding = getattr(target, "sharding", None)
+    # A key's data has one axis more; keys are small, so every device of the mesh gets all of them.
+    if sharding is not None and is_key(target) and hasattr(sharding, "spec"):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+def _put(target: Any, array: np.ndarray) -> Any:
+    if getattr(target, "weak_type", False) and array.ndim == 0:
+        return array.item()  # a Python number is what becomes a weak type
+    return jax.device_put(array, sharding_of(target))
+
+
+def _owned(leaves: list[Any], shardings: list[Any]) -> list[Any]:
+    """Returns them in buffers that XLA owns, placed as a jitted step's results are."""
+    copy = jax.jit(lambda tree: [jnp.copy(leaf) for leaf in tree], out_shardings=shardings, donate_argnums=0)
+    copied: list[Any] = copy(leaves)
+    return copied
+
+
+def _as_key(target: Any, leaf: Any) -> Any:
+    if not is_key(target):
+        return leaf
+    spec = jax.random.key_impl(target) if isinstance(target, jax.Array) else _implementation(target.dtype)
+    return jax.random.wrap_key_data(leaf, impl=spec)
+
+
+def _implementation(dtype: Any) -> str:
+    """Returns the name of the implementation of an abstract key's dtype."""
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.random.key(0, impl=name).dtype == dtype:
+            return name
+    raise TypeError(f"extra_state must hold PRNG keys of JAX's own kinds, got {dtype}: pass a concrete key")

@@ -1,0 +1,217 @@
+"""Finds for every leaf of the target what the checkpoint holds for it: by role, else by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+from sfjax.checkpoint import _changes
+from sfjax.checkpoint._leaves import CLOCK, Group, Named
+from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint._record import Configured, clock_from
+from sfjax.checkpoint._storable import array_like, is_object, stored_form
+
+_ANEW = {
+    "v": "the second moment v starts anew",
+    "m": "the first moment m starts anew",
+    "grad": "the accumulation starts anew",
+    "accumulation": "the accumulation starts anew",
+}
+_DROPPED = {
+    "v": "the second moment v is not used and is dropped",
+    "m": "the first moment m is not used and is dropped",
+    "grad": "micro-batches that were accumulated are dropped",
+    "accumulation": "micro-batches that were accumulated are dropped",
+}
+_SHARED = ("step", "lr_max", "weight_sum")
+
+
+@dataclass
+class Fit:
+    """What becomes of each target leaf.
+
+    Attributes:
+        values: a leaf each: a host array, or the JSON of an object.
+        differences: sentences about what is not as it was saved.
+        problems: sentences about what makes a resume impossible.
+    """
+
+    values: list[Any] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def differs(self, sentence: str | None) -> None:
+        if sentence and sentence not in self.differences:
+            self.differences.append(sentence)
+
+
+def fit(
+    saved: Saved,
+    target: Named,
+    roles: Mapping[str, str],
+    own: Sequence[Group],
+    configured: Sequence[Configured],
+) -> Fit:
+    """Matches a checkpoint with the target that it is restored into.
+
+    Args:
+        saved: the checkpoint, verified.
+        target: what is restored into, concrete or abstract.
+        roles, own: `_leaves.roles` and `_leaves.groups` of the target.
+        configured: one for each of `own`.
+    """
+    result = Fit()
+    by_role = {role: name for name, role in saved.roles.items()} | _stored(saved)
+    clocks = _clocks(saved, own, by_role, roles, configured, result)
+    used: set[str] = set()
+    for name, leaf in zip(target.names, target.leaves, strict=True):
+        role = roles.get(name)
+        if role in clocks:
+            result.values.append(clocks[role])
+            continue
+        source = by_role.get(_source_role(role, saved, own))
+        if source is None and name in saved.arrays and (role is None or name not in saved.roles):
+            source = name
+        if source is not None:
+            used.add(source)
+        result.values.append(_value(name, leaf, role, source, saved, result))
+    _leftovers(saved, used, result)
+    return result
+
+
+def _stored(saved: Saved) -> dict[str, str]:
+    """Returns "stored/NAME" -> the leaf that a state keeps as its buffer: x where beta is 0, else z."""
+    found = {}
+    for group in saved.meta.groups:
+        first, second = ("x", "z") if beta_of(group) == 0 else ("z", "x")
+        for name, role in saved.roles.items():
+            kind, _, parameter = role.partition("/")
+            if kind == first or (kind == second and f"stored/{parameter}" not in found):
+                found[f"stored/{parameter}"] = name
+    return found
+
+
+def beta_of(group: Mapping[str, Any]) -> float:
+    """Returns the beta that built a saved group's y."""
+    return float(group["clock"].get("beta", group["hyperparameters"].get("beta", 0.9)))
+
+
+def _source_role(role: str | None, saved: Saved, own: Sequence[Group]) -> str:
+    """Returns a role under the number that its group has in the checkpoint."""
+    kind, _, rest = (role or "").partition("/")
+    if kind != "base":
+        return role or ""
+    index, _, path = rest.partition("/")
+    return f"base/{saved_group(saved.meta, own[int(index)])}/{path}"
+
+
+def saved_group(meta: Meta, group: Group) -> int | None:
+    """Returns the number of the saved group of a target's parameters, None if they had several clocks."""
+    owners = [i for i, one in enumerate(meta.groups) if set(one["parameters"]) & set(group.parameters)]
+    if not owners and len(meta.groups) == 1:
+        return 0
+    clocks = {(beta_of(meta.groups[i]), *(meta.groups[i]["clock"][key] for key in _SHARED)) for i in owners}
+    return owners[0] if len(clocks) == 1 else None
+
+
+def _clocks(
+    saved: Saved,
+    own: Sequence[Group],
+    by_role: Mapping[str, str],
+    roles: Mapping[str, str],
+    configured: Sequence[Configured],
+    result: Fit,
+) -> dict[str, np.ndarray]:
+    """Returns role -> scalar of every target clock, carried over to the configured optimizer."""
+    found = {}
+    wanted = set(roles.values())
+    for index, (group, one) in enumerate(zip(own, configured, strict=True)):
+        source = saved_group(saved.meta, group)
+        if source is None:
+            result.problems.append(
+                f"{group.name} must take its parameters from one Schedule-Free state of the checkpoint, "
+                f"got several of its {len(saved.meta.groups)}: restore with the partition that was saved"
+            )
+            continue
+        exact = {field: by_role.get(f"clock/{source}/{field}") for field in CLOCK}
+        scalars = {field: saved.arrays[name] for field, name in exact.items() if name is not None}
+        clock = dict(saved.meta.groups[source]["clock"])
+        clock["beta"] = beta_of(saved.meta.groups[source])
+        new_v = clock["step"] > 0 and any(
+            f"v/{name}" in wanted and f"v/{name}" not in by_role for name in group.parameters
+        )
+        new_units = not _changes.comparable(
+            _changes.kind_of(saved.meta, saved.meta.groups[source]), one.optimizer
+        )
+        if new_units:
+            try:
+                clock = _changes.in_units_of(clock, one.values)
+            except CheckpointError as error:
+                result.problems.append(str(error))
+        if new_v:  # its bias correction must start at t = 1
+            clock["step"] = 0
+        if new_units or new_v or len(scalars) < len(CLOCK):
+            scalars = clock_from(clock, group.state.weight_sum.dtype)
+        for name, array in scalars.items():
+            form = stored_form(getattr(group.state, name))
+            if form != (array.dtype.name, array.shape):
+                result.problems.append(_unlike(f"{group.name}/{name}", form, array))
+            found[f"clock/{index}/{name}"] = array
+    return found
+
+
+def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Saved, result: Fit) -> Any:
+    objects = saved.meta.extra.get("sfjax.objects", {})
+    if is_object(leaf):
+        if name not in objects:
+            result.problems.append(f"{name} must be in the checkpoint, got none of that name: leave it out")
+        return objects.get(name)
+    if source is not None:
+        array, form = saved.arrays[source], stored_form(leaf)
+        if form != (array.dtype.name, array.shape):
+            result.problems.append(_unlike(name, form, array))
+        return array
+    kind = (role or "").partition("/")[0]
+    if kind in _ANEW:
+        if kind in ("v", "m") or saved.meta.accumulation["position"]:
+            result.differs(_ANEW[kind])
+        return np.zeros(leaf.shape, leaf.dtype)
+    if isinstance(leaf, jax.ShapeDtypeStruct) or kind in ("y", "stored") or name.startswith("extra_state"):
+        advice = "pass tx.init(params) itself" if name.startswith("opt_state") else "leave it out"
+        result.problems.append(f"{name} must be in the checkpoint, got none of that name: {advice}")
+        return None
+    result.differs(f"{name} is not in the checkpoint and starts anew")
+    return np.array(array_like(name, leaf))  # a copy: the target's own buffer is not ours to give away
+
+
+def _unlike(name: str, form: tuple[str, tuple[int, ...]], array: np.ndarray) -> str:
+    dtype, shape = form
+    if shape != array.shape:
+        return f"{name} must have the shape {shape} of the program, got {array.shape}: build the same model"
+    advice = "enable jax_enable_x64 as it was" if "64" in array.dtype.name else "restore as it was saved"
+    return (
+        f"{name} must have the dtype {dtype} of the program, got {array.dtype.name}: {advice}, convert after"
+    )
+
+
+def _leftovers(saved: Saved, used: set[str], result: Fit) -> None:
+    """Says what of the checkpoint is not used; parameters without a place are a problem."""
+    split = {name: saved.roles.get(name, "").partition("/")[::2] for name in saved.arrays}
+    # Where beta is 0 there may be both z and x, and the parameters are z.
+    placed = {parameter for name, (kind, parameter) in split.items() if kind in ("z", "x") and name in used}
+    for name, (kind, parameter) in split.items():
+        if name in used or kind == "clock" or (kind in ("z", "x") and parameter in placed):
+            continue
+        if kind in ("y", "z", "x"):
+            result.problems.append(f"the checkpoint's {name} must have a place in the program, got none")
+        elif kind in _DROPPED:
+            if kind in ("v", "m") or saved.meta.accumulation["position"]:
+                result.differs(_DROPPED[kind])
+        elif not name.startswith("extra_state"):
+            result.differs(f"the checkpoint's {name} is not used")

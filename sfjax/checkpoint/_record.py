@@ -1,0 +1,221 @@
+"""Writes and reads the record of a checkpoint: what `sfcore.meta.Meta` says of a JAX run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from sfcore import hyperparameters as kinds
+from sfcore.checks import HyperparameterError, nearest
+from sfcore.exchange import describe
+from sfcore.meta import Meta, check_metrics
+from sfjax.adamw import MomentsState
+from sfjax.checkpoint._leaves import CLOCK, Group, groups, parameters
+
+_KINDS: dict[str, type] = {
+    "sgd": kinds.SGD,
+    "adamw": kinds.AdamW,
+    "radam": kinds.RAdam,
+    "wrapper": kinds.Wrapper,
+}
+_PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+
+
+def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
+    """Returns (optimizer, name -> JSON value) of what a user gave as hyperparameters.
+
+    Args:
+        hyperparameters: a dataclass of `sfcore.hyperparameters`; a dict of its fields, with the
+            optimizer's name under "optimizer" if it should be recorded; or None.
+
+    Raises:
+        HyperparameterError: for a name that no optimizer has.
+    """
+    if hyperparameters is None:
+        return None, {}
+    if is_dataclass(hyperparameters):
+        optimizer = next((name for name, kind in _KINDS.items() if type(hyperparameters) is kind), None)
+        return optimizer, {name: _plain(value) for name, value in asdict(hyperparameters).items()}  # type: ignore[arg-type]
+    values = dict(hyperparameters)
+    optimizer = values.pop("optimizer", None)
+    known = {field.name for kind in _KINDS.values() for field in fields(kind)}
+    wrong = [f"{name!r}, did you mean {nearest(name, known)!r}?" for name in values if name not in known]
+    if optimizer not in (None, *_KINDS):
+        wrong.append(f"optimizer {optimizer!r}")
+    if wrong:
+        raise HyperparameterError(
+            [f"hyperparameters must be named {', '.join(sorted(known))}, got {one}" for one in wrong]
+        )
+    return optimizer, {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return "schedule"
+    return value.item() if hasattr(value, "item") else value
+
+
+class Configured(NamedTuple):
+    """What is known of the configuration of one Schedule-Free state.
+
+    Attributes:
+        optimizer: "sgd", "adamw", "radam", "wrapper", or "adamw or radam" where nobody said which.
+        values: canonical hyperparameters, as far as they were given.
+    """
+
+    optimizer: str
+    values: dict[str, Any]
+
+
+def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
+    """Returns the configuration of each state.
+
+    Args:
+        hyperparameters: as `canonical` takes them, or a list or tuple of one such a state, in tree order.
+        own: the states.
+
+    Raises:
+        HyperparameterError: if their number is neither one nor that of the states.
+    """
+    several = isinstance(hyperparameters, list | tuple)
+    given = (
+        [canonical(one) for one in hyperparameters] if several else [canonical(hyperparameters)] * len(own)
+    )
+    if len(given) != len(own):
+        raise HyperparameterError(
+            [
+                f"hyperparameters must be one for all or one for each of the {len(own)} Schedule-Free "
+                f"states, got {len(given)}: pass them in the order of sfjax.find_states(opt_state)"
+            ]
+        )
+    return [
+        Configured(kind or _told_by(group.state), values)
+        for group, (kind, values) in zip(own, given, strict=True)
+    ]
+
+
+def _told_by(state: Any) -> str:
+    """Returns what the state alone tells of the optimizer; AdamW and RAdam look the same."""
+    if isinstance(state.base_optimizer_state, MomentsState):
+        return "adamw or radam"
+    return "sgd" if isinstance(state.base_optimizer_state, optax.EmptyState) else "wrapper"
+
+
+def clock_of(state: Any) -> dict[str, Any]:
+    """Returns the clock of a Schedule-Free state of host numbers.
+
+    `weight_sum` is exact, both parts added; `beta` is the one that built y; `lr` and `c` are the last step's.
+    """
+    values = {field: np.asarray(getattr(state, field)).item() for field in CLOCK}
+    total = values["weight_sum"] + values.pop("weight_sum_low")
+    return values | {"beta": values.pop("b1"), "weight_sum": total}
+
+
+def clock_from(clock: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:
+    """Returns the scalars of a Schedule-Free state for a clock, the reverse of `clock_of`.
+
+    Args:
+        clock: step, lr_max, weight_sum and beta; lr and c if known.
+        dtype: of the scalars but step, float32 or float64.
+    """
+    high = np.asarray(clock["weight_sum"], dtype)
+    rest = {"b1": clock["beta"], "weight_sum": high, "weight_sum_low": clock["weight_sum"] - float(high)}
+    values = {"lr": 0.0, "c": 0.0, **clock, **rest}
+    scalars = {field: np.asarray(values[field], dtype) for field in CLOCK if field != "step"}
+    return scalars | {"step": np.asarray(values["step"], np.int32)}
+
+
+def make(params: Any, opt_state: Any, hyperparameters: Any, accumulation: Any, **values: Any) -> Meta:
+    """Returns the record of a state of host arrays, but for `tensors` and `fingerprints`.
+
+    Args:
+        params, opt_state: trees of host arrays.
+        hyperparameters: as for `configured`.
+        accumulation: micro-batches an update, or (that, how many are in the gradient), or None to read
+            what the state of optax.MultiSteps tells.
+        values: further fields of Meta.
+    """
+    own = groups(params, opt_state)
+    of_groups: list[dict[str, Any]] = [
+        {
+            "optimizer": one.optimizer,
+            "hyperparameters": {"beta": clock["beta"]} | one.values,
+            "clock": clock,
+            "parameters": group.parameters,
+        }
+        for group, clock, one in zip(
+            own, [clock_of(group.state) for group in own], configured(hyperparameters, own), strict=True
+        )
+    ]
+    clocks = {name: group["clock"] for group in of_groups for name in group["parameters"]}
+    arrays = parameters(params)
+    dtypes = {array.dtype.name for array in arrays.values()}
+    return Meta(
+        framework="jax",
+        optimizer="+".join(dict.fromkeys(group["optimizer"] for group in of_groups)),
+        groups=of_groups,
+        parameters={
+            name: {"shape": list(array.shape), "dtype": array.dtype.name, "clock": clocks.get(name)}
+            for name, array in arrays.items()
+        },
+        accumulation=accumulated(opt_state, accumulation),
+        precision=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        weights_hold="y",
+        versions=versions(),
+        **values,
+    )
+
+
+def accumulated(opt_state: Any, given: Any) -> dict[str, int]:
+    """Returns Meta.accumulation; the position comes from the state of optax.MultiSteps unless it is given.
+
+    Args:
+        opt_state: of host arrays.
+        given: micro-batches an update, or (that, position), or None. MultiSteps does not say how many an
+            update takes, so its `steps` is then 0, for unknown.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_multi_steps)
+    positions = [int(np.asarray(node.mini_step)) for node in nodes if _is_multi_steps(node)]
+    if isinstance(given, Sequence):
+        return {"steps": int(given[0]), "position": int(given[1])}
+    unknown = 0 if positions else 1
+    return {"steps": unknown if given is None else int(given), "position": positions[0] if positions else 0}
+
+
+def _is_multi_steps(node: Any) -> bool:
+    return isinstance(node, optax.MultiStepsState)
+
+
+def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns metrics as Python floats.
+
+    Raises:
+        CheckpointError: with every one that is no finite number.
+    """
+    plain = {
+        name: value.item() if getattr(value, "size", 0) == 1 else value for name, value in metrics.items()
+    }
+    check_metrics(plain)
+    return {name: float(value) for name, value in plain.items()}
+
+
+def versions() -> dict[str, str]:
+    """Returns package -> version of what a checkpoint may depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def of_arrays(arrays: Mapping[str, np.ndarray], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns leaf -> what `sfcore.exchange.describe` says, and what else is known of it."""
+    return {name: describe(array) | dict(about.get(name, {})) for name, array in arrays.items()}

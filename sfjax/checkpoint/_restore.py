@@ -1,0 +1,125 @@
+"""From a verified checkpoint to trees on devices, with a word about everything that is not as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+from sfcore.store import Skipped
+from sfjax.checkpoint import _changes, _record
+from sfjax.checkpoint._changes import Change
+from sfjax.checkpoint._leaves import groups, named, roles, whole
+from sfjax.checkpoint._place import place
+from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint._reconcile import Fit, fit, saved_group
+from sfjax.checkpoint._storable import is_object, set_object
+
+log = logging.getLogger("sfjax.checkpoint")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run goes on with.
+
+    Attributes:
+        params, opt_state, extra_state: of the target's tree, shapes, dtypes and shardings.
+        meta: the record: step, epoch, position, accumulation, metrics, extra and more.
+        path: where it came from.
+        notices: sentences for the user: where the run resumes, and what is not as it was saved.
+        changes: the table of hyperparameters that the configuration changed.
+        skipped: newer checkpoints that do not verify, with the reason.
+    """
+
+    params: Any
+    opt_state: Any
+    extra_state: Any
+    meta: Meta
+    path: Path
+    notices: list[str] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def restore_into(
+    saved: Saved,
+    params: Any,
+    opt_state: Any,
+    extra_state: Any = None,
+    hyperparameters: Any = None,
+    accumulation: Any = None,
+    *,
+    strict: bool = False,
+    skipped: Sequence[Skipped] = (),
+    differences: Sequence[str] = (),
+    quiet: bool = False,
+) -> Restored:
+    """Returns a checkpoint in the shape of a target.
+
+    Args:
+        saved: the checkpoint, verified.
+        params, opt_state, extra_state, hyperparameters, accumulation, strict: as for `Checkpoints.restore`.
+        skipped: what was passed over to get here.
+        differences: sentences of the caller's, about what was changed before.
+        quiet: leave the notices to the caller.
+
+    Raises:
+        CheckpointError: with everything that does not fit, or with every difference if strict.
+    """
+    target = named(whole(params, opt_state, extra_state))
+    own = groups(params, opt_state)
+    configured = [
+        one if one.values else one._replace(values=_concrete_beta(group.state))
+        for group, one in zip(own, _record.configured(hyperparameters, own), strict=True)
+    ]
+    result = fit(saved, target, roles(params, opt_state), own, configured)
+    if result.problems:
+        raise CheckpointError(f"{saved.path} does not fit the program:\n  " + "\n  ".join(result.problems))
+    steps = _record.accumulated((), accumulation) if accumulation is not None else None
+    before = [saved.meta.groups[saved_group(saved.meta, group) or 0] for group in own]
+    changes = _changes.compare(saved.meta, list(zip(before, configured, strict=True)), steps)
+    differences = [*differences, *map(str, changes), *result.differences]
+    if strict:
+        _changes.refuse(saved.path, differences)
+    notices = [f"resuming at step {saved.meta.step} from {saved.path}"]
+    notices += [f"skipped {one.path}: {one.why}" for one in skipped] + differences
+    if extra_state is None and any(name.startswith("extra_state") for name in saved.arrays):
+        notices.append("the checkpoint has an extra_state that was not asked for")
+    for notice in notices if not quiet else ():
+        log.info(notice)
+    state = _assemble(target, result)
+    return Restored(
+        state["params"],
+        state["opt_state"],
+        state.get("extra_state"),
+        saved.meta,
+        saved.path,
+        notices,
+        changes,
+        list(skipped),
+    )
+
+
+def _concrete_beta(state: Any) -> dict[str, Any]:
+    """Returns the beta that a concrete target was configured with, the only hyperparameter that it tells."""
+    return {} if isinstance(state.b1, jax.ShapeDtypeStruct) else {"beta": float(np.asarray(state.b1))}
+
+
+def _assemble(target: Any, result: Fit) -> Any:
+    """Returns the target's tree with its new leaves; objects are moved last, when nothing else can fail."""
+    arrays = [i for i, leaf in enumerate(target.leaves) if not is_object(leaf)]
+    placed = place([target.leaves[i] for i in arrays], [result.values[i] for i in arrays])
+    leaves = list(target.leaves)
+    for i, leaf in zip(arrays, placed, strict=True):
+        leaves[i] = leaf
+    for i, leaf in enumerate(target.leaves):
+        if is_object(leaf):
+            leaves[i] = set_object(leaf, result.values[i])
+    return target.tree.unflatten(leaves)

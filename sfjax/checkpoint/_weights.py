@@ -1,0 +1,184 @@
+"""A start from weights alone: they are taken for x, y and z, and count as an average of earlier steps.
+
+A plain start gives the first step the whole average (c = 1), so x jumps from the loaded weights to the
+first z. `prior_steps` counts the weights as that many earlier steps. It can be given to the transformation
+when it is built; or `start_from_weights` puts it into the state of one that is there already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sfcore import exchange, restart, store
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+from sfjax.checkpoint import _folder, _read, _record
+from sfjax.checkpoint._leaves import groups, parameters
+from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint._record import Configured
+from sfjax.checkpoint._restore import Restored, restore_into
+
+log = logging.getLogger("sfjax.checkpoint")
+NO_STATE = "no optimizer state: starting from x"
+
+
+def start_from_weights(
+    weights: Any, params: Any, opt_state: Any, *, hyperparameters: Any = None, accumulation: Any = None
+) -> Restored:
+    """Returns the start of a run whose weights are the average of an earlier one, and nothing else is known.
+
+    The state is that of `tx.init`, with z = y = x = the weights and with the `prior_steps` of
+    `sfcore.restart.WEIGHTS_ONLY` in its sum of weights. Values of your own win: build the transformation
+    with `prior_steps=K`, or pass {"lr": ..., "prior_steps": K} here; 0 is a plain start.
+
+    Args:
+        weights: tree like params; or the path of a safetensors file, of a checkpoint, or of a folder of them.
+        params: target: shapes, dtypes and shardings, concrete or `jax.ShapeDtypeStruct`.
+        opt_state: what `tx.init(params)` returned, any wrapping; the values of params in it do not matter.
+        hyperparameters: a dataclass of `sfcore.hyperparameters` or a dict of its fields. `lr`, the full one,
+            is needed unless the transformation was built with `prior_steps`.
+        accumulation: as for `Checkpoints.restore`.
+
+    Returns:
+        Trees like params and opt_state; `notices` says what was assumed.
+
+    Raises:
+        CheckpointError: if weights are missing or have another shape, lr is missing, or r > 0 in a
+            transformation built without `prior_steps`.
+
+    Example:
+        >>> import jax.numpy as jnp, sfjax
+        >>> from sfjax.checkpoint import start_from_weights
+        >>> tx = sfjax.schedule_free_adamw(0.01)
+        >>> params = {"w": jnp.zeros(3)}
+        >>> weights = {"w": jnp.ones(3)}
+        >>> start = start_from_weights(weights, params, tx.init(params), hyperparameters={"lr": 0.01})
+        >>> start.params["w"].tolist(), bool(sfjax.find_state(start.opt_state).weight_sum > 0)
+        ([1.0, 1.0, 1.0], True)
+    """
+    path = Path(weights).absolute() if isinstance(weights, str | Path) else Path("weights")
+    found = read_weights(path) if isinstance(weights, str | Path) else _plain(parameters(weights))
+    notices = [f"{path}: {NO_STATE}"]
+    targets = parameters(params)
+    x, more = fitted(path, found, targets)
+    notices += more
+    own = groups(params, opt_state)
+    given = _record.configured(hyperparameters, own)
+    chosen = explicit(hyperparameters, given)
+    arrays = {f"y/{name}": leaf for name, leaf in x.items()}
+    recorded = []
+    for group, (kind, values), choice in zip(own, given, chosen, strict=True):
+        buffers = parameters(group.state.z)
+        arrays |= {f"z/{name}": x[name].astype(buffers[name].dtype) for name in group.parameters}
+        clock, sentence = opening(group.state, values, choice)
+        notices.append(sentence)
+        about = {"optimizer": kind, "hyperparameters": values, "clock": clock}
+        recorded.append(about | {"parameters": group.parameters})
+    meta = Meta(framework="jax", optimizer="+".join(one.optimizer for one in given), step=0, groups=recorded)
+    saved = Saved(path, meta, arrays, {name: name for name in arrays})
+    started = restore_into(
+        saved, params, opt_state, hyperparameters=hyperparameters, accumulation=accumulation, quiet=True
+    )
+    for notice in notices:
+        log.info(notice)
+    return Restored(started.params, started.opt_state, None, meta, path, notices)
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Returns name -> array of a safetensors file or of the inference weights of a checkpoint.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    if not path.is_dir():
+        return exchange.read_tensors(path)
+    if _read.is_ours(path) or _folder.steps(path):
+        one = path if _read.is_ours(path) else _read.newest(path) or path
+        return _read.read_inference(one, _read.read_meta(one))
+    one = path if (path / store.META).exists() else store.newest(path)
+    return store.read(one, store.INFERENCE)[1]
+
+
+def fitted(
+    path: Path, found: Mapping[str, np.ndarray], targets: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the weights in the targets' dtypes, and notices of what was converted or left out.
+
+    Raises:
+        CheckpointError: with every weight that is missing or has another shape.
+    """
+    problems = [f"{name} must be in it, got none of that name" for name in targets if name not in found]
+    problems += [
+        f"{name} must have the shape {tuple(target.shape)} of the program, got {found[name].shape}"
+        for name, target in targets.items()
+        if name in found and found[name].shape != tuple(target.shape)
+    ]
+    if problems:
+        advice = "build the same model; names of torch are turned into JAX's by import_exchange"
+        raise CheckpointError(f"{path} does not fit the program ({advice}):\n  " + "\n  ".join(problems))
+    notices = []
+    unused = [name for name in found if name not in targets]
+    if unused:
+        notices.append(f"{len(unused)} leaves are not parameters and were left out, the first {unused[0]!r}")
+    cast = [name for name, target in targets.items() if found[name].dtype != np.dtype(target.dtype)]
+    if cast:
+        notices.append(
+            f"{len(cast)} weights are converted to the program's dtype, the first {cast[0]!r}: "
+            f"{found[cast[0]].dtype} to {np.dtype(targets[cast[0]].dtype)}"
+        )
+    return {name: found[name].astype(target.dtype) for name, target in targets.items()}, notices
+
+
+def _plain(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
+
+
+def explicit(hyperparameters: Any, given: Sequence[Configured]) -> list[dict[str, Any]]:
+    """Returns what a user has chosen for each state; a dataclass has every field, so its 0 is no choice."""
+    several = hyperparameters if isinstance(hyperparameters, list | tuple) else [hyperparameters] * len(given)
+    unset = {("prior_steps", 0), ("warmup_steps", 0)}
+    return [
+        {
+            name: value
+            for name, value in one.values.items()
+            if not (is_dataclass(what) and (name, value) in unset)
+        }
+        for what, one in zip(several, given, strict=True)
+    ]
+
+
+def opening(state: Any, values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Returns the clock to begin with, and the sentence about it."""
+    abstract = isinstance(state.b1, jax.ShapeDtypeStruct)
+    if abstract and "beta" not in values:
+        raise CheckpointError(
+            "opt_state must be tx.init(params) itself to start from weights, got abstract leaves"
+        )
+    beta = values["beta"] if abstract else float(np.asarray(state.b1))
+    clock = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "beta": beta}
+    built = 0.0 if abstract else float(np.asarray(state.weight_sum))
+    if built > 0:
+        words = "the weights count as the prior_steps that the transformation was built with"
+        return clock | {"weight_sum": built}, words
+    policy = restart.weights_only_policy(chosen)
+    count = int(policy["prior_steps"])
+    if count == 0:
+        return clock, "prior_steps is 0: the first step takes the whole average"
+    lr, power = values.get("lr"), values.get("weight_lr_power", 2.0)
+    if not isinstance(lr, int | float) or lr <= 0 or values.get("r", 0.0):
+        need = "r = 0" if values.get("r", 0.0) else "lr > 0, the full one"
+        raise CheckpointError(
+            f"hyperparameters must give {need}, to start from weights, got lr = {lr!r}, "
+            f"r = {values.get('r', 0.0)!r}: or build the transformation with prior_steps={count}"
+        )
+    words = f"the weights count as the average of {count} earlier steps (prior_steps)"
+    if policy["warmup_steps"] and "warmup_steps" not in chosen:
+        words += f"; build the transformation with warmup_steps={policy['warmup_steps']} as well"
+    return clock | {"weight_sum": count * float(lr) ** power}, words

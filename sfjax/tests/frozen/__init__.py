@@ -1,0 +1,1 @@
+"""Frozen checkpoints and the program that made them."""

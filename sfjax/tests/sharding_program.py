@@ -1,0 +1,110 @@
+"""Runs on four CPU devices, in a process of its own: `python -m sfjax.tests.sharding_program` writes facts as JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sfjax
+
+LAYOUT = {"w": PartitionSpec("d", "m"), "b": PartitionSpec("m")}
+# How jax itself writes it after a step; beside the other form, any optimizer compiles twice.
+EVERYWHERE = {AxisType.Auto: PartitionSpec(), AxisType.Explicit: PartitionSpec(None)}
+MAKE = {
+    "adamw": lambda: sfjax.schedule_free_adamw(0.1, inner_momentum=0.5, weight_decay=0.1),
+    "radam": lambda: sfjax.schedule_free_radam(0.1, b2=0.9, b1=0.0),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_sgd(0.1)),
+}
+
+
+def params_on(mesh: jax.sharding.Mesh | None) -> Any:
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 8), "b": (8,), "everywhere": (3,)}
+    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    if mesh is None:
+        return params
+    layout = {**LAYOUT, "everywhere": EVERYWHERE[mesh.axis_types[0]]}
+    return {name: jax.device_put(leaf, NamedSharding(mesh, layout[name])) for name, leaf in params.items()}
+
+
+def spec(leaf: Any) -> list[Any]:
+    """Returns the partition of a leaf: the mesh axis of each of its dimensions, or the devices if it has no mesh."""
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding):
+        return [repr(sharding)]
+    return [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
+
+
+def specs(state: Any) -> dict[str, Any]:
+    state = sfjax.find_state(state)
+    moments = getattr(state.base_optimizer_state, "_asdict", dict)()
+    trees = {"z": state.z, **{name: tree for name, tree in moments.items() if tree is not None}}
+    scalars = {name: leaf for name, leaf in state._asdict().items() if name not in ("z", "base_optimizer_state")}
+    return {
+        "trees": {name: {key: spec(leaf) for key, leaf in tree.items()} for name, tree in trees.items()},
+        "scalars": {name: spec(leaf) for name, leaf in scalars.items()},
+    }
+
+
+def train(tx: Any, params: Any, state: Any) -> tuple[Any, Any, int]:
+    """Returns (params, state, compilations) after some steps on the loss sum(params^2) / 2."""
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(7):
+        params, state = step(params, state)
+    return params, state, step._cache_size()
+
+
+@functools.cache
+def alone(name: str) -> tuple[Any, Any]:
+    """Returns (x, y) of the same run on one device."""
+    tx, params = MAKE[name](), params_on(None)
+    y, state, _ = train(tx, params, tx.init(params))
+    return sfjax.schedule_free_eval_params(state, y), y
+
+
+def facts(mesh: jax.sharding.Mesh, name: str, how: str) -> dict[str, Any]:
+    tx, params = MAKE[name](), params_on(mesh)
+    if how == "described":
+        described = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
+        return {"before": specs(tx.init(described))}
+    state = (jax.jit(tx.init) if how == "jit" else tx.init)(params)
+    y, after, compilations = train(tx, params, state)
+    x = sfjax.schedule_free_eval_params(after, y)
+    pairs = zip((x, y), alone(name), strict=True)
+    errors = [np.abs(np.asarray(a[key]) - np.asarray(b[key])).max() for a, b in pairs for key in a]
+    return {
+        "before": specs(state),
+        "after": specs(after),
+        "params": {key: spec(leaf) for key, leaf in y.items()},
+        "compilations": compilations,
+        "error": float(max(errors)),
+    }
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    found = {}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(kind, kind))
+        for name in MAKE:
+            found |= {f"{kind.name}-{how}-{name}": facts(mesh, name, how) for how in ("jit", "described")}
+        found[f"{kind.name}-eager-adamw"] = facts(mesh, "adamw", "eager")
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What the configuration changes is told in a table, done as it says, and refused when strict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import sfjax
+from sfcore.checks import HyperparameterError
+from sfcore.hyperparameters import SGD, AdamW, RAdam
+from sfjax.checkpoint import CheckpointError, Checkpoints
+from sfjax.tests.checkpoint_runs import LR, begin, go, saved, transformation
+from sfjax.tests.runs import assert_close, assert_same
+
+SAVED = AdamW(lr=LR, warmup_steps=3)
+
+
+def _restored(checkpoints: Checkpoints, tx: Any, params: Any, **arguments: Any) -> Any:
+    restored = checkpoints.restore(params, tx.init(params), **arguments)
+    assert restored is not None
+    return restored
+
+
+def test_the_same_configuration_changes_nothing_and_passes_strict(tmp_path: Path) -> None:
+    with saved(tmp_path, hyperparameters=SAVED, accumulation=1) as (checkpoints, params, _):
+        restored = _restored(
+            checkpoints, transformation("adamw"), params, hyperparameters=SAVED, accumulation=1, strict=True
+        )
+    assert restored.changes == []
+    assert restored.notices == [f"resuming at step 3 from {tmp_path / '3'}"]
+
+
+def test_the_table_names_saved_and_configured_values_and_their_effect(tmp_path: Path) -> None:
+    now = AdamW(lr=0.2, warmup_steps=3, weight_decay=0.1, beta=0.95)
+    with saved(tmp_path, hyperparameters=SAVED, accumulation=4) as (checkpoints, params, _):
+        tx = transformation("adamw")
+        restored = _restored(checkpoints, tx, params, hyperparameters=now, accumulation=8)
+        with pytest.raises(CheckpointError, match=r"strict=True, got 4 difference\(s\)") as caught:
+            _restored(checkpoints, tx, params, hyperparameters=now, accumulation=8, strict=True)
+    assert {change.name: (change.saved, change.configured) for change in restored.changes} == {
+        "lr": (LR, 0.2),
+        "beta": (0.9, 0.95),
+        "weight_decay": (0.0, 0.1),
+        "accumulation": (4, 8),
+    }
+    effects = {change.name: change.effect for change in restored.changes}
+    assert "from the next step" in effects["lr"]
+    assert "so that x stays" in effects["beta"]
+    assert "8 micro-batches" in effects["accumulation"]
+    assert all(str(change) in restored.notices and str(change) in str(caught.value) for change in restored.changes)
+
+
+def test_what_is_not_given_is_not_compared(tmp_path: Path) -> None:
+    with saved(tmp_path, hyperparameters=SAVED) as (checkpoints, params, _):
+        restored = _restored(checkpoints, transformation("adamw"), params, hyperparameters={"lr": LR}, strict=True)
+    assert restored.changes == []
+
+
+def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(tmp_path: Path) -> None:
+    with saved(tmp_path) as (checkpoints, params, _):
+        restored = _restored(checkpoints, transformation("adamw", b1=0.95), params)
+    assert [change.name for change in restored.changes] == ["beta"]
+
+
+def test_a_misspelt_hyperparameter_is_refused(tmp_path: Path) -> None:
+    params = begin()
+    with pytest.raises(HyperparameterError, match="'weigth_decay', did you mean 'weight_decay'"):
+        Checkpoints(tmp_path).save(
+            1, params, transformation("sgd").init(params), hyperparameters={"weigth_decay": 0.1}
+        )
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.98, 0.0, 1.0])
+def test_a_changed_beta_moves_y_and_keeps_x(beta: float, tmp_path: Path) -> None:
+    with saved(tmp_path) as (checkpoints, params, opt_state):
+        tx = transformation("adamw", b1=beta, weight_decay=0.0)
+        restored = _restored(checkpoints, tx, params)
+    x = sfjax.schedule_free_eval_params(opt_state, params)
+    assert_same(sfjax.schedule_free_eval_params(restored.opt_state, restored.params), x)
+    zero = jax.tree.map(np.zeros_like, params)
+    updates, state = jax.jit(tx.update)(zero, restored.opt_state, restored.params)
+    moved = optax.apply_updates(restored.params, updates)
+    c = float(sfjax.metrics(state)["c"])
+    z = sfjax.iterates(state, moved)[2]
+    # With a zero gradient Adam's direction is 0, so z stays and x' = (1 - c) x + c z.
+    expected = jax.tree.map(lambda a, b: (1 - c) * np.asarray(a) + c * np.asarray(b), x, z)
+    # float32 rounding of y and of x decoded from it, 4e-7 measured at beta = 0.5
+    assert_close(sfjax.schedule_free_eval_params(state, moved), expected, 2e-6)
+
+
+def test_adamw_and_radam_carry_everything_over(tmp_path: Path) -> None:
+    with saved(tmp_path, hyperparameters=SAVED) as (checkpoints, params, opt_state):
+        tx = transformation("radam")
+        restored = _restored(checkpoints, tx, params, hyperparameters=RAdam(lr=LR, b2=0.9))
+    assert_same(restored.opt_state[1], opt_state[1])
+    (kind, *_) = restored.changes
+    assert (kind.name, kind.saved, kind.configured) == ("optimizer", "adamw", "radam")
+    assert "the second moment v are carried over" in kind.effect
+
+
+def test_sgd_takes_the_average_over_in_its_own_units_and_drops_v(tmp_path: Path) -> None:
+    with saved(tmp_path, hyperparameters=SAVED) as (checkpoints, params, opt_state):
+        tx = transformation("sgd")
+        restored = _restored(checkpoints, tx, params, hyperparameters=SGD(lr=5.0))
+        with pytest.raises(CheckpointError, match="hyperparameters must give lr > 0 when another kind"):
+            _restored(checkpoints, tx, params)
+    old, new = sfjax.find_state(opt_state), sfjax.find_state(restored.opt_state)
+    assert_same((new.z, new.step, restored.params), (old.z, old.step, params))
+    # The average of as many steps, now at lr 5: c is what it would have been.
+    np.testing.assert_allclose(new.weight_sum / new.lr_max**2, old.weight_sum / old.lr_max**2, rtol=1e-6)
+    assert float(new.lr_max) == 5.0
+    assert "the second moment v is not used and is dropped" in restored.notices
+
+
+def test_adamw_after_sgd_starts_v_and_its_bias_correction_anew(tmp_path: Path) -> None:
+    with saved(tmp_path, transformation("sgd"), hyperparameters=SGD(lr=LR)) as (checkpoints, params, opt_state):
+        tx = transformation("adamw", warmup_steps=0)
+        restored = _restored(checkpoints, tx, params, hyperparameters=AdamW(lr=0.01))
+    state = sfjax.find_state(restored.opt_state)
+    assert int(state.step) == 0
+    assert_same(state.z, sfjax.find_state(opt_state).z)
+    assert "the second moment v starts anew" in restored.notices
+    x = sfjax.schedule_free_eval_params(opt_state, params)
+    after = go(tx, restored.params, restored.opt_state, 3, 4)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), x, sfjax.schedule_free_eval_params(after[1], after[0]))
+    # lr 0.01 and c of about 1/3.3 on a step; without the rescaled clock x would jump to z.
+    assert max(jax.tree.leaves(moved)) < 0.2
+
+
+def test_an_accumulation_can_come_and_go_between_updates(tmp_path: Path) -> None:
+    with saved(tmp_path) as (checkpoints, params, opt_state):
+        tx = transformation("adamw", 4)
+        restored = _restored(checkpoints, tx, params, strict=True)
+        assert_same(sfjax.find_state(restored.opt_state), sfjax.find_state(opt_state))
+        state = restored.opt_state
+        with jax.numpy_dtype_promotion("standard"):
+            params, state = go(tx, params, state, 3, 5)
+        checkpoints.save(4, params, state)
+        restored = _restored(checkpoints, transformation("adamw"), params)
+        assert "micro-batches that were accumulated are dropped" in restored.notices
+        assert restored.meta.accumulation["position"] == 2
+
+
+def test_state_of_other_transformations_starts_anew_where_the_target_has_it(tmp_path: Path) -> None:
+    more = optax.chain(optax.clip(1.0), optax.ema(0.9), sfjax.schedule_free_adamw(LR, warmup_steps=3))
+    with saved(tmp_path) as (checkpoints, params, opt_state):
+        restored = _restored(checkpoints, more, params)
+        assert_same(sfjax.find_state(restored.opt_state), sfjax.find_state(opt_state))
+        assert any("opt_state/1/count is not in the checkpoint" in notice for notice in restored.notices)
+        with pytest.raises(CheckpointError, match=r"opt_state/1/count must be in the checkpoint.*tx\.init"):
+            checkpoints.restore(params, jax.eval_shape(more.init, params))
+
+
+def test_starting_anew_does_not_give_the_live_state_away(tmp_path: Path) -> None:
+    more = optax.chain(optax.ema(0.9), sfjax.schedule_free_adamw(LR))
+    with saved(tmp_path) as (checkpoints, params, _):
+        live = more.init(params)
+        checkpoints.restore(params, live)
+    assert [int(leaf.size) for leaf in jax.tree.leaves(live)]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(live))

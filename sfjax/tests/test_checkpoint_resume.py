@@ -1,0 +1,184 @@
+"""A run that was saved and restored goes on bit for bit as one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sfjax
+from sfjax.checkpoint import Checkpoints
+from sfjax.tests.checkpoint_runs import KINDS, LR, begin, go, saved, transformation
+from sfjax.tests.runs import assert_same, gradients
+
+
+@pytest.mark.parametrize("accumulate", [1, 4], ids=["plain", "in the middle of an accumulation"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", list(KINDS))
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    optimizer: str, dtype: Any, accumulate: int, tmp_path: Path
+) -> None:
+    tx = transformation(optimizer, accumulate)
+    params = begin(dtype)
+    expected = go(tx, params, tx.init(params), 0, 14)
+    params, opt_state = go(tx, params, tx.init(params), 0, 6)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(6, params, opt_state)
+    del params, opt_state
+    target = jax.eval_shape(lambda: begin(dtype))
+    restored = Checkpoints(tmp_path).restore(target, jax.eval_shape(tx.init, target), strict=True)
+    assert restored is not None
+    assert restored.meta.accumulation["position"] == (2 if accumulate == 4 else 0)
+    assert_same(go(tx, restored.params, restored.opt_state, 6, 14), expected)
+
+
+def test_float32_state_of_bfloat16_parameters_stays_float32(tmp_path: Path) -> None:
+    tx = transformation("adamw")
+    params = begin(jnp.bfloat16)
+    params, opt_state = go(tx, params, tx.init(params), 0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, params, opt_state)
+        restored = checkpoints.restore(params, opt_state)
+    assert restored is not None
+    assert {leaf.dtype for leaf in jax.tree.leaves(sfjax.find_state(restored.opt_state).z)} == {np.dtype("float32")}
+    assert restored.meta.precision == "bfloat16"
+
+
+def test_inference_weights_are_x_and_plain_safetensors(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    with saved(tmp_path, buffers={"mean": jnp.full(2, 7.0)}) as (_, params, opt_state):
+        pass
+    found = load_file(tmp_path / "3" / "inference" / "inference.safetensors")
+    x = jax.jit(sfjax.schedule_free_eval_params)(opt_state, params)
+    np.testing.assert_array_equal(found["c/d"], x["c"]["d"])
+    assert not np.array_equal(found["c/d"], params["c"]["d"])
+    assert sorted(found) == ["a", "b", "c/d", "c/e", "mean"]
+
+
+def test_the_record_says_what_was_saved(tmp_path: Path) -> None:
+    from sfcore.exchange import fingerprint
+
+    hyperparameters = KINDS["adamw"](lr=LR, warmup_steps=3)
+    with saved(
+        tmp_path, hyperparameters=hyperparameters, epoch=2, position=5, accumulation=(4, 1),
+        metrics={"loss": jnp.float32(0.5)}, extra={"note": "mine"}, recent={"loss": [1.0]},
+    ) as (checkpoints, params, opt_state):  # fmt: skip
+        meta = checkpoints.restore(params, opt_state, hyperparameters=hyperparameters).meta  # type: ignore[union-attr]
+    assert (meta.framework, meta.optimizer, meta.step, meta.epoch, meta.position) == ("jax", "adamw", 3, 2, 5)
+    assert (meta.weights_hold, meta.precision, meta.accumulation) == ("y", "float32", {"steps": 4, "position": 1})
+    assert (meta.metrics, meta.extra, meta.recent) == ({"loss": 0.5}, {"note": "mine"}, {"loss": [1.0]})
+    (group,) = meta.groups
+    assert group["parameters"] == ["a", "b", "c/d", "c/e"]
+    assert group["clock"]["step"] == 3
+    assert group["hyperparameters"]["warmup_steps"] == 3
+    assert meta.parameters["a"]["shape"] == [3, 2]
+    assert "jax" in meta.versions
+    x = jax.jit(sfjax.schedule_free_eval_params)(opt_state, params)
+    for held, tree in {"y": params, "x": x}.items():
+        named = {"a": tree["a"], "b": tree["b"], "c/d": tree["c"]["d"], "c/e": tree["c"]["e"]}
+        assert meta.fingerprints[held] == fingerprint({k: np.asarray(v) for k, v in named.items()})
+    assert meta.tensors["state"]["opt_state/1/z/a"]["role"] == "z/a"
+
+
+def test_restore_leaves_the_target_alone_and_its_arrays_usable(tmp_path: Path) -> None:
+    with saved(tmp_path) as (checkpoints, params, opt_state):
+        before = jax.tree.map(np.array, (params, opt_state))
+        restored = checkpoints.restore(params, opt_state)
+    assert restored is not None
+    assert_same((params, opt_state), before)
+    assert_same((restored.params, restored.opt_state), before)
+
+
+def test_nothing_to_resume_from_is_none(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "empty")
+    params = begin()
+    opt_state = transformation("sgd").init(params)
+    assert checkpoints.restore(params, opt_state) is None
+    with saved(tmp_path) as (full, *_):
+        assert full.restore(params, opt_state, resume="none") is None
+
+
+def test_a_step_and_a_path_can_be_asked_for(tmp_path: Path) -> None:
+    with saved(tmp_path) as (checkpoints, params, opt_state):
+        later = go(transformation("adamw"), params, opt_state, 3, 5)
+        checkpoints.save(5, *later)
+        for resume, step in ((3, 3), ("auto", 5), (tmp_path / "3", 3), (str(tmp_path), 5)):
+            restored = checkpoints.restore(params, opt_state, resume=resume)
+            assert restored is not None
+            assert (restored.meta.step, restored.path) == (step, tmp_path / str(step))
+
+
+def test_every_wrapper_of_optax_resumes(tmp_path: Path) -> None:
+    inner = sfjax.schedule_free_adamw(LR, inner_momentum=0.5)
+    labels = {"a": "x", "b": "y", "c": "x"}
+    many = {
+        "inject": optax.inject_hyperparams(sfjax.schedule_free_adamw)(LR),
+        "finite": optax.apply_if_finite(inner, 3),
+        "partition": optax.partition({"x": inner, "y": sfjax.schedule_free_sgd(LR)}, labels),
+        "masked": optax.chain(optax.masked(inner, {"a": True, "b": False, "c": True})),
+        "flatten": optax.flatten(inner),
+        "wrapped": sfjax.schedule_free(optax.rmsprop(LR), LR),
+        "polyak": sfjax.schedule_free_sgd(LR, b1=0.0),
+    }
+    for name, tx in many.items():
+        params = begin()
+        params, opt_state = go(tx, params, tx.init(params), 0, 3)
+        with Checkpoints(tmp_path / name) as checkpoints:
+            checkpoints.save(3, params, opt_state)
+            restored = checkpoints.restore(params, jax.eval_shape(tx.init, params), strict=True)
+        assert restored is not None
+        assert_same((restored.params, restored.opt_state), (params, opt_state))
+        assert_same(
+            go(tx, restored.params, restored.opt_state, 3, 5), go(tx, params, opt_state, 3, 5)
+        )
+
+
+def test_the_state_of_flax_nnx_resumes(tmp_path: Path) -> None:
+    from flax import nnx
+
+    def fresh() -> tuple[Any, Any]:
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, sfjax.schedule_free_adamw(LR), wrt=nnx.Param)
+
+    def train(model: Any, optimizer: Any, steps: int) -> None:
+        for _ in range(steps):
+            grads = nnx.grad(lambda m: (m(jnp.ones((1, 3))) ** 2).sum())(model)
+            optimizer.update(model, grads)
+
+    model, optimizer = fresh()
+    train(model, optimizer, 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, nnx.state(model, nnx.Param), optimizer.opt_state)
+        other, other_optimizer = fresh()
+        restored = checkpoints.restore(nnx.state(other, nnx.Param), other_optimizer.opt_state)
+    assert restored is not None
+    nnx.update(other, restored.params)
+    other_optimizer.opt_state = restored.opt_state
+    train(model, optimizer, 2)
+    train(other, other_optimizer, 2)
+    assert_same(nnx.as_pure(nnx.state(other)), nnx.as_pure(nnx.state(model)))
+
+
+def test_orbax_v1_reads_the_layout(tmp_path: Path) -> None:
+    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    with saved(tmp_path) as (_, params, opt_state):
+        pass
+    whole = {"params": params, "opt_state": opt_state}
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), whole)
+    with v1.training.Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest.step == 3
+        assert_same(checkpointer.load_checkpointables(3, {"state": shapes})["state"], whole)
+    everything = v1.load_checkpointables(tmp_path / "3")
+    assert sorted(everything) == ["inference", "meta", "state"]
+    assert everything["meta"]["step"] == 3
+
+
+def test_gradients_of_the_tests_differ_from_step_to_step() -> None:
+    first, second = gradients(2)
+    assert not np.array_equal(first["a"], second["a"])
