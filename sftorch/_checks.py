@@ -8,30 +8,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfcore.checks import HyperparameterError, nearest
+from sfcore import checks
+from sfcore.checks import HyperparameterError, Rule, nearest
+
+_UNSUPPORTED = {
+    "capturable": Rule(
+        "False", lambda v: not v, "a step computes its scalars on the host, which a CUDA graph cannot replay"
+    ),
+    "differentiable": Rule(
+        "False", lambda v: not v, "the step writes in place; use sfjax to differentiate through a step"
+    ),
+    "maximize": checks.FLAG,
+}
 
 
 def as_list(params: Any) -> list[Any]:
-    """Returns the parameters or groups as a list; an empty one and a bare tensor are refused."""
+    """Returns the parameters or groups as a list; an empty one, a bare tensor and a set are refused."""
     if isinstance(params, Tensor):
-        raise TypeError(
-            "params must be an iterable of tensors or of parameter groups, got a Tensor: pass [tensor]"
-        )
-    listed = list(params)
+        raise TypeError("params must be an iterable of tensors or groups, got a Tensor: pass [tensor]")
+    if isinstance(params, set | frozenset):
+        raise TypeError("params must be ordered, got a set: pass a list")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be an iterable, got {type(params).__name__}: pass model.parameters()")
+    return list(params)
+
+
+def as_groups(params: Any) -> list[Any]:
+    """Returns the constructor's argument as a list, which must not be empty."""
+    listed = as_list(params)
     if not listed:
         raise ValueError(
-            "params must be a non-empty iterable, got an empty one: pass model.parameters(), "
-            "and a fresh iterator if it was used before"
+            "params must be non-empty, got an empty iterable: pass model.parameters(), "
+            "and make a new iterator if it was used before"
         )
     return listed
 
 
-def _check_tensors(params: Iterable[Any]) -> None:
-    """Raises unless every parameter is a floating-point or complex leaf."""
+def as_group(param_group: Any, known: Iterable[str], taken: Iterable[Tensor]) -> dict[str, Any]:
+    """Returns a copy of a group, its parameters as a list.
+
+    Args:
+        param_group: what the user calls a group.
+        known: names of the optimizer's options.
+        taken: parameters that the optimizer already has.
+    """
+    if not isinstance(param_group, dict):
+        kind = type(param_group).__name__
+        raise TypeError(f"param_group must be a dict, got {kind}: pass {{'params': [...]}}")
+    if "params" not in param_group:
+        raise ValueError(f"param_group must have the key 'params', got the keys {list(param_group)}: add it")
+    params = param_group["params"]
+    params = [params] if isinstance(params, Tensor) else as_list(params)
+    _check_tensors(params, {id(p) for p in taken})
+    _check_names(param_group, set(known) | {"params", "param_names"})
+    return param_group | {"params": params}
+
+
+def _check_tensors(params: list[Any], seen: set[int]) -> None:
+    """Raises unless every parameter is a new floating-point or complex leaf."""
     for index, item in enumerate(params):
         p = item[1] if isinstance(item, tuple) and len(item) == 2 else item
         if not isinstance(p, Tensor):
-            raise TypeError(f"params[{index}] must be a Tensor, got {type(p).__name__}: pass model.parameters()")
+            kind = type(p).__name__
+            raise TypeError(f"params[{index}] must be a Tensor, got {kind}: pass model.parameters()")
         if not p.is_leaf:
             raise ValueError(
                 f"params[{index}] must be a leaf tensor, got the result of an operation of shape "
@@ -39,46 +78,39 @@ def _check_tensors(params: Iterable[Any]) -> None:
             )
         if not (p.is_floating_point() or p.is_complex()):
             raise ValueError(
-                f"params[{index}] must be floating point or complex, got {p.dtype}: leave it out, or make it a buffer"
+                f"params[{index}] must be floating point or complex, got {p.dtype}: "
+                "leave it out, or make it a buffer"
             )
+        if id(p) in seen:
+            raise ValueError(
+                f"params[{index}] must be in one group, once, got a tensor of shape {tuple(p.shape)} a "
+                "second time: leave one of them out"
+            )
+        seen.add(id(p))
 
 
-def as_group(param_group: Any, known: Iterable[str]) -> dict[str, Any]:
-    """Returns a copy of a parameter group with its parameters as a list, after checking both."""
-    if not isinstance(param_group, dict):
-        raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}: pass {{'params': [...]}}")
-    if "params" not in param_group:
-        raise ValueError(f"param_group must have the key 'params', got {sorted(param_group)}: add it")
-    _check_group_keys(param_group, known)
-    params = param_group["params"]
-    if isinstance(params, set):
-        raise TypeError("params must be an ordered collection, got a set: pass a list")
-    params = [params] if isinstance(params, Tensor) else list(params)
-    _check_tensors(params)
-    return param_group | {"params": params}
-
-
-def _check_group_keys(group: dict[str, Any], known: Iterable[str]) -> None:
+def _check_names(group: dict[str, Any], known: set[str]) -> None:
     """Raises on a group option that looks like a misspelling; other extra keys are the user's own."""
-    known = set(known) | {"params", "param_names"}
+    found = []
+    for key in group:
+        meant = None if key in known else nearest(str(key), known)
+        # "weight_decay_scale" and "no_weight_decay" are names of somebody's own, not slips.
+        if meant and f"{meant}_" not in key and f"_{meant}" not in key:
+            found.append(f"option {key!r} must be a known name, got an unknown one: did you mean {meant!r}?")
+    if found:
+        raise HyperparameterError(found)
+
+
+def find_group_problems(group: dict[str, Any]) -> list[str]:
+    """Returns the problems of the options that torch has and the equations do not."""
     found = [
-        f"group option {key!r} must be one of the optimizer's, got an unknown name: did you mean {meant!r}?"
-        for key in group
-        if key not in known and (meant := nearest(key, known))
+        checks.problem(name, rule, group[name])
+        for name, rule in _UNSUPPORTED.items()
+        if name in group and not rule.holds(group[name])
     ]
-    if found:
-        raise HyperparameterError(found)
-
-
-def check_unsupported(**flags: bool) -> None:
-    """Raises for torch.optim options that cannot be honoured."""
-    reasons = {
-        "capturable": "the scalars of a step are Python doubles on the host, which a CUDA graph cannot replay",
-        "differentiable": "the step updates y and z in place; write it with sfjax to differentiate through it",
-    }
-    found = [f"{name} must be False, got True: {reasons[name]}" for name, flag in flags.items() if flag]
-    if found:
-        raise HyperparameterError(found)
+    if "betas" in group and not split_betas(group["betas"]):
+        found.append(f"betas must be a pair (beta, b2), got {group['betas']!r}: (0.9, 0.999) is usual")
+    return found
 
 
 def check_gradients(params: Iterable[Tensor]) -> None:
@@ -91,13 +123,13 @@ def check_gradients(params: Iterable[Tensor]) -> None:
             )
 
 
-def as_pair(betas: Any) -> tuple[Any, Any]:
-    """Returns betas as two values; their ranges are checked by the rules."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise HyperparameterError([f"betas must be a pair (beta, b2), got {betas!r}: (0.9, 0.999) is usual"])
-    return betas[0], betas[1]
+def split_betas(betas: Any) -> dict[str, Any]:
+    """Returns betas by canonical name, for the rules to judge; nothing if it is no pair."""
+    if isinstance(betas, tuple | list) and len(betas) == 2:
+        return {"beta": betas[0], "b2": betas[1]}
+    return {}
 
 
-def as_number(lr: Any) -> Any:
+def as_number(value: Any) -> Any:
     """Returns a one-element tensor as a float, anything else as it is for the rules to judge."""
-    return float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value

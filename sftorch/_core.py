@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from sfcore import checks, hyperparameters
-from sftorch import _checks, _iterates, _scalars
+from sftorch import _checks, _reconcile, _scalars, _state_dict
 from sftorch._scalars import Clock
 
 
 class Batch(NamedTuple):
-    """Parameters of one group that share clock, device and dtype, and the scalars of their next step."""
+    """Parameters of one group that share clock, device and dtype, with the scalars of their next step.
+
+    Attributes:
+        params: those that have a gradient.
+        clock: theirs after the step.
+        c: averaging weight of the step.
+        lr_t: its step size, with warm-up and rectification.
+    """
 
     params: list[Tensor]
     clock: Clock
@@ -37,11 +44,6 @@ def new_books() -> dict[str, Any]:
     }
 
 
-def as_real(tensor: Tensor) -> Tensor:
-    """Returns a complex tensor as its pairs of reals, which is how the step treats it."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
 class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
     """Abstract base: groups and their checks, clocks, metrics, state dict. No step.
 
@@ -51,30 +53,31 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
     """
 
     hyperparameters: ClassVar[type] = hyperparameters.ScheduleFree
+    _loaded: _reconcile.Loaded | None = None
+    _watch: Any = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
-        super().__init__(_checks.as_list(params), defaults | new_books())
+        super().__init__(_checks.as_groups(params), defaults | new_books())
 
     @abstractmethod
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """Returns a group's hyperparameters by canonical name, and the names its user knows."""
 
     @abstractmethod
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Returns the names of the state tensors beside z that a parameter of this group needs."""
+    def _books(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns the dict that holds a group's bookkeeping, and the options that are ours."""
+
+    @abstractmethod
+    def _beta(self, group: dict[str, Any]) -> float:
+        """Returns the configured interpolation beta."""
 
     @abstractmethod
     def _lr_factor(self, group: dict[str, Any], t: int) -> float:
         """Returns what multiplies the group's lr at a parameter's time t (RAdam's rect, else 1)."""
 
     @abstractmethod
-    def _beta(self, group: dict[str, Any]) -> float:
-        """Returns the configured interpolation beta."""
-
-    @staticmethod
-    def books(group: dict[str, Any]) -> dict[str, Any]:
-        """Returns a group's bookkeeping: the group itself, or its drawer if the group is a base optimizer's."""
-        return group.get("schedule_free", group)
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Returns the names of the state tensors beside z that a parameter of this group needs."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, in the mode the optimizer is in; everything is checked before.
@@ -85,19 +88,33 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             HyperparameterError: with every option that is out of range or misspelt.
         """
-        group = _checks.as_group(param_group, self.defaults)
+        group = _checks.as_group(param_group, self.defaults, self._params())
         group |= self._opening_books(self.defaults | group)
         super().add_param_group(group)
 
     def _opening_books(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the books of a group that joins now, after checking its hyperparameters."""
+        """Returns the books of a group that joins now, after checking its options."""
         values, names = self._values(group)
-        checks.check(self.hyperparameters, values, names)
+        found = checks.find_problems(self.hyperparameters, values, names)
+        found += _checks.find_group_problems(self._books(group))
+        if found:
+            raise checks.HyperparameterError(found)
         prior = _scalars.prior_weight(
             values["prior_steps"], values["r"], values["lr"], values["weight_lr_power"]
         )
-        in_train_mode = self.books(self.param_groups[0])["train_mode"] if self.param_groups else True
+        in_train_mode = self._books(self.param_groups[0])["train_mode"] if self.param_groups else True
         return new_books() | {"train_mode": in_train_mode, "prior_weight": prior, "weight_sum": prior}
+
+    def _check_settings(self) -> None:
+        """Raises if a scheduler or a user has since put nonsense into a group."""
+        found = []
+        for group in self.param_groups:
+            values, names = self._values(group)
+            values["prior_steps"] = 0  # that one was weighed at the start; a scheduler may set lr to 0 now
+            found += checks.find_problems(self.hyperparameters, values, names)
+            found += _checks.find_group_problems(self._books(group))
+        if found:
+            raise checks.HyperparameterError(found)
 
     def metrics(self) -> list[dict[str, float]]:
         """Returns what the last step of each group used, for logging.
@@ -105,7 +122,8 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         Returns:
             One dict a group: `lr` (with warm-up and rectification), `lr_max`, `c` (averaging weight),
             `weight_sum`, `step` (finished updates), `effective_lr` (the multiple of the newest
-            direction by which y moved). The keys of `sfjax.metrics`.
+            direction by which y moved). The keys of `sfjax.metrics`. After `Checkpoints.restore` also
+            `restart_steps`, `restart_moved` and `restart_jump`.
 
         Example:
             >>> import sftorch, torch
@@ -115,37 +133,51 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         """
         found = []
         for group in self.param_groups:
-            books, beta = self.books(group), self._beta(group)
+            books = self._books(group)
             lr_t, c = books["scheduled_lr"], books["c"]
-            found.append(
-                {
-                    "lr": lr_t,
-                    "lr_max": books["lr_max"],
-                    "c": c,
-                    "weight_sum": books["weight_sum"],
-                    "step": books["k"],
-                    "effective_lr": _scalars.effective_lr(lr_t, c, beta),
-                }
-            )
+            of_step = {"lr": lr_t, "lr_max": books["lr_max"], "c": c, "weight_sum": books["weight_sum"]}
+            effective = _scalars.effective_lr(lr_t, c, self._beta(group))
+            restart = self._watch.metrics() if self._watch else {}
+            found.append(of_step | {"step": books["k"], "effective_lr": effective} | restart)
         return found
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of its namesake in schedulefree 1.4.1.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state in torch's shape, with what tells apart the weights that x and y are.
 
-        State keeps the dtype it was saved in (torch would cast fp32 state of a bf16 parameter to
-        bf16); options that the state dict lacks keep their defaults.
+        Each started parameter has "x_print" and "y_print", 64-bit prints of the bits of its x and y;
+        each group has "shapes" and "weights_hold", "x" or "y", what the parameters hold now.
         """
+        return _state_dict.pack(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of its namesake in schedulefree 1.4.1, as a copy.
+
+        Weights and state can be loaded in any order, and saved in either mode: the optimizer stays in
+        the mode it is in and puts into the weights what that mode wants, as soon as it recognises them;
+        `train()` and `eval()` raise if they never match. State is never narrowed (torch would cast fp32
+        state of a bf16 parameter to bf16), and options that the state dict lacks keep their defaults.
+
+        Raises:
+            ValueError: with every name, shape and entry that does not fit; nothing has changed then.
+        """
+        _state_dict.check(self, state_dict)
+        live_mode = self._books(self.param_groups[0])["train_mode"]
+        holds = _reconcile.saved_holds(self, state_dict)
+        self._load(state_dict)
+        _reconcile.accept(self, live_mode, holds)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved_ids, params, strict=True):
+        for index, p in zip(saved_ids, self._params(), strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and self.state[p][name].dtype != value.dtype:
-                    self.state[p][name] = value.to(device=p.device, copy=True)
+                if isinstance(value, Tensor):
+                    # y is the parameter itself, put aside in eval mode; all else is at least float32.
+                    dtype = value.dtype if name == "y" else torch.promote_types(value.dtype, torch.float32)
+                    self.state[p][name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
         for group in self.param_groups:
-            for p in group["params"]:
-                if "z" in self.state.get(p, {}):
-                    self._set_clock(p, self._clock(p, group))
+            for p in self._started(group):
+                self._set_clock(p, self._clock(p, group))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -153,38 +185,51 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_loaded": self._loaded}
+
+    def _wanted(self, group: dict[str, Any]) -> str:
+        """Returns what a group's parameters hold in its mode, "x" or "y"."""
+        return "x"
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _started(self, group: dict[str, Any]) -> list[Tensor]:
+        return [p for p in group["params"] if "z" in self.state.get(p, {})]
+
+    def _start(self, group: dict[str, Any]) -> None:
+        """Creates the state of parameters at their first gradient: x = y = z, and a clock at 0."""
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "z" not in state:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                state["z"] = p.detach().to(wide, copy=True, memory_format=torch.preserve_format)
+                self._set_clock(p, Clock(0, 0.0, self._books(group)["prior_weight"]))
+            for name in self._buffers(group):
+                if name not in state:
+                    state[name] = torch.zeros_like(state["z"], memory_format=torch.preserve_format)
+
     def _clock(self, p: Tensor, group: dict[str, Any]) -> Clock:
-        """Returns a parameter's clock; state of upstream's has none of its own and takes the group's."""
+        """Returns a parameter's clock; upstream's state has none of its own and takes the group's."""
         state = self.state[p]
         if "step" in state:
             return Clock(state["step"], state["lr_max"], state["weight_sum"])
         return self._group_clock(group)
 
     def _group_clock(self, group: dict[str, Any]) -> Clock:
-        books = self.books(group)
+        books = self._books(group)
         return Clock(books["k"], books["lr_max"], books["weight_sum"])
 
     def _set_clock(self, p: Tensor, clock: Clock) -> None:
         self.state[p].update(clock._asdict())
 
-    def _start(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Creates a parameter's state at its first gradient: x = y = z, and a clock at 0."""
-        wide = torch.promote_types(p.dtype, torch.float32)
-        z = p.detach().to(wide, copy=True, memory_format=torch.preserve_format)
-        state = self.state[p]
-        state["z"] = z
-        for name in self._buffers(group):
-            state[name] = torch.zeros_like(z, memory_format=torch.preserve_format)
-        if self._beta(group) == 0:
-            state["x"] = z.clone()
-        self._set_clock(p, Clock(0, 0.0, self.books(group)["prior_weight"]))
-
     def _group_lr(self, group: dict[str, Any]) -> float:
-        """Returns the group's lr with warm-up; a scheduler that wrote nonsense is refused here."""
-        values, names = self._values(group)
-        if not checks.STEP_SIZE.holds(values["lr"]):
-            raise checks.HyperparameterError([checks.problem(names["lr"], checks.STEP_SIZE, values["lr"])])
-        return values["lr"] * _scalars.ramp(self.books(group)["k"] + 1, group.get("warmup_steps", 0))  # S2
+        """Returns the group's lr with warm-up."""
+        values, _ = self._values(group)
+        return values["lr"] * _scalars.ramp(self._books(group)["k"] + 1, values.get("warmup_steps", 0))  # S2
 
     def _next(self, clock: Clock, group: dict[str, Any], lr: float) -> tuple[Clock, float, float]:
         """Returns the clock after its next step, that step's c, and its lr_t."""
@@ -200,8 +245,6 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         table: dict[tuple[Clock, torch.device, torch.dtype], list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None:
-                if "z" not in self.state[p]:
-                    self._start(p, group)
                 table.setdefault((self._clock(p, group), p.device, p.dtype), []).append(p)
         for (clock, _, _), params in table.items():
             yield Batch(params, *self._next(clock, group, lr))
@@ -209,18 +252,6 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
     def _finish(self, group: dict[str, Any], lr: float) -> None:
         """Advances the group's own clock by one step."""
         after, c, lr_t = self._next(self._group_clock(group), group, lr)
-        self.books(group).update(
+        self._books(group).update(
             k=after.step, lr_max=after.lr_max, weight_sum=after.weight_sum, scheduled_lr=lr_t, c=c
         )
-
-    def _x(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Returns a parameter's x, in z's dtype, while the parameter holds y."""
-        state = self.state[p]
-        if "x" in state:
-            return state["x"]
-        return _iterates.recover_x(p, state["z"], self._y_beta(group))
-
-    def _y_beta(self, group: dict[str, Any]) -> float:
-        """Returns the beta that built y, which a changed configuration does not change."""
-        y_beta = self.books(group)["y_beta"]
-        return self._beta(group) if y_beta is None else y_beta

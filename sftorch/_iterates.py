@@ -6,12 +6,15 @@ floats, or 0-d tensors under torch.compile. z is never narrower than y.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 Scalar = float | Tensor
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Returns a complex tensor as its pairs of reals, which is how the step treats it."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def recover_x(y: Tensor, z: Tensor, beta: float) -> Tensor:
@@ -21,9 +24,8 @@ def recover_x(y: Tensor, z: Tensor, beta: float) -> Tensor:
 
 
 def interpolate(x: Tensor, z: Tensor, beta: float) -> Tensor:
-    """Returns y = beta x + (1 - beta) z in z's dtype."""
-    x = x.to(z.dtype)
-    return x + (1.0 - beta) * (z - x)  # S9
+    """Returns y = beta x + (1 - beta) z in z's dtype; exactly z at beta = 0 and x at beta = 1."""
+    return torch.lerp(z, x.to(z.dtype), beta)  # S9
 
 
 def fold_single_(y: Tensor, z: Tensor, delta: Tensor, c: Scalar, beta: float) -> None:
@@ -42,9 +44,9 @@ def advance_single_(
 
 
 def advance_foreach_(
-    ys: Sequence[Tensor],
-    zs: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    ys: list[Tensor],
+    zs: list[Tensor],
+    directions: list[Tensor],
     lr_t: float,
     weight_decay: float,
     c: float,
@@ -52,7 +54,7 @@ def advance_foreach_(
 ) -> None:
     """Takes one step of every y and z along its -direction, in place; y and z share a dtype."""
     if weight_decay:
-        directions = torch._foreach_add(directions, ys, alpha=weight_decay)  # S6
+        directions = list(torch._foreach_add(directions, ys, alpha=weight_decay))  # S6
     torch._foreach_lerp_(ys, zs, c)
     torch._foreach_add_(ys, directions, alpha=-lr_t * (1.0 - beta * (1.0 - c)))  # S9*
     torch._foreach_add_(zs, directions, alpha=-lr_t)  # S7
@@ -68,17 +70,17 @@ def average_single_(
 
 
 def average_foreach_(
-    ys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    zs: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    ys: list[Tensor],
+    xs: list[Tensor],
+    zs: list[Tensor],
+    directions: list[Tensor],
     lr_t: float,
     weight_decay: float,
     c: float,
 ) -> None:
     """The same for lists that share a dtype; xs are used up."""
     if weight_decay:
-        directions = torch._foreach_add(directions, ys, alpha=weight_decay)  # S6
+        directions = list(torch._foreach_add(directions, ys, alpha=weight_decay))  # S6
     torch._foreach_add_(zs, directions, alpha=-lr_t)  # S7
     torch._foreach_lerp_(xs, zs, c)  # S8
     torch._foreach_copy_(ys, xs)

@@ -1,7 +1,8 @@
-"""Optimizers whose parameters hold y while training and x in eval mode: the step and the two modes."""
+"""Optimizers whose parameters hold y while training and x in eval mode: the two modes, and x on demand."""
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,23 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch import _checks, _iterates
-from sftorch._core import Batch, ScheduleFreeOptimizer, as_real
+from sftorch import _checks, _iterates, _reconcile
+from sftorch._core import Batch, ScheduleFreeOptimizer
 
 
 class TrainEvalOptimizer(ScheduleFreeOptimizer):
     """Abstract: `step`, `train`, `eval`, and x without touching the weights.
 
     In eval mode a parameter's y lies in `state[p]["y"]`, so that `train()` puts back the same bits.
+    At beta = 0, where y is z, x cannot be had from y and lies in `state[p]["x"]`.
     """
 
     @abstractmethod
     def _step_groups(self) -> None:
         """Moves every parameter that has a gradient by one step; everything has been checked."""
 
+    # torch.compile passes over this function, and over whatever else is marked so. What is left for it
+    # is the arithmetic on tensors: compiled with the numbers of a step, it would do for that step only.
     @torch.no_grad()
+    @torch.compiler.disable(recursive=False)
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step; `p.grad` is read and never written.
+
+        Under torch.compile the arithmetic is compiled, once; the bookkeeping runs as it is.
 
         Args:
             closure: optional; reevaluates the model at y and returns the loss.
@@ -36,47 +43,52 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
         Raises:
             RuntimeError: in eval mode, and for gradients that are not dense; nothing has moved then.
+            HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
         """
         self._require_train_mode()
+        _reconcile.before_step(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._group_lr(group)
-            _checks.check_gradients(group["params"])
-        for group in self.param_groups:
-            self._settle_beta(group)
+        self._open_step()
         self._step_groups()
         return loss
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts x into the parameters: for evaluating, saving and shipping the model. Idempotent."""
+        """Puts x into the parameters: for evaluating, saving and shipping the model. Idempotent.
+
+        Raises:
+            RuntimeError: if weights and state were loaded that do not belong together.
+        """
+        _reconcile.settle(self, train_mode=False)
         for group in self.param_groups:
-            if self.books(group)["train_mode"]:
+            if self._books(group)["train_mode"]:
                 for p in self._started(group):
                     x = self._x(p, group)
                     self.state[p]["y"] = p.detach().clone(memory_format=torch.preserve_format)
                     p.copy_(x)
-                self.books(group)["train_mode"] = False
+                self._books(group)["train_mode"] = False
 
     @torch.no_grad()
     def train(self) -> None:
         """Puts y back into the parameters, bit for bit as it was before `eval()`. Idempotent.
 
         Raises:
-            RuntimeError: if the weights were written to in eval mode; nothing has changed then.
+            RuntimeError: if the weights were written to in eval mode, or weights and state were loaded
+                that do not belong together; nothing has changed then.
         """
-        resting = [group for group in self.param_groups if not self.books(group)["train_mode"]]
+        _reconcile.settle(self, train_mode=True)
+        resting = [group for group in self.param_groups if not self._books(group)["train_mode"]]
         self._require_untouched(resting)
         for group in resting:
             for p in self._started(group):
                 y = self.state[p].pop("y", None)
-                if y is None:  # an eval-mode checkpoint of another program, which keeps no y
+                if y is None:  # an eval-mode checkpoint of schedulefree, which keeps no y
                     y = _iterates.interpolate(p, self.state[p]["z"], self._y_beta(group))
                 p.copy_(y)
-            self.books(group)["train_mode"] = True
+            self._books(group)["train_mode"] = True
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -89,7 +101,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             >>> with optimizer.evaluation():
             ...     loss = (p**2).sum()
         """
-        training = any(self.books(group)["train_mode"] for group in self.param_groups)
+        training = any(self._books(group)["train_mode"] for group in self.param_groups)
         self.eval()
         try:
             yield
@@ -99,26 +111,43 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
     @torch.no_grad()
     def eval_params(self) -> dict[Tensor, Tensor]:
-        """Returns parameter -> x, as new tensors of the parameter's shape, dtype and device."""
+        """Returns parameter -> x, as new tensors of the parameter's shape, dtype and device.
+
+        Example:
+            >>> import sftorch, torch
+            >>> p = torch.nn.Parameter(torch.ones(2))
+            >>> sftorch.SGDScheduleFree([p]).eval_params()[p]
+            tensor([1., 1.])
+        """
+        self._settle_weights()
         found = {}
         for group in self.param_groups:
-            holds_y = self.books(group)["train_mode"]
-            for p in group["params"]:
-                x = self._x(p, group) if holds_y and "z" in self.state.get(p, {}) else p.detach()
-                found[p] = x.to(p.dtype, copy=True)
+            found.update({p: p.detach().clone() for p in group["params"]})
+            if self._books(group)["train_mode"]:
+                found.update({p: self._x(p, group).to(p.dtype, copy=True) for p in self._started(group)})
         return found
 
     def eval_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Returns `model.state_dict()` with x in place of y: a copy, buffers included, to save or load.
 
         Args:
-            model: the module whose parameters this optimizer holds; others are copied as they are.
+            model: the module whose parameters this optimizer holds; what it does not hold is copied as it is.
+
+        Example:
+            >>> import sftorch, torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = sftorch.SGDScheduleFree(model.parameters())
+            >>> sorted(optimizer.eval_state_dict(model))
+            ['bias', 'weight']
         """
         x = self.eval_params()
-        return {
-            name: (x[value] if isinstance(value, Tensor) and value in x else _copied(value))
-            for name, value in model.state_dict(keep_vars=True).items()
-        }
+        found: dict[str, Any] = model.state_dict(keep_vars=True)
+        for name, value in found.items():
+            if not isinstance(value, Tensor):
+                found[name] = copy.deepcopy(value)
+            else:
+                found[name] = x[value] if value in x else value.detach().clone()
+        return found
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -126,25 +155,88 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
         For weights that someone else wrote (a merge, an EMA copy, load_state_dict) and that are to
         be trained on. Works in both modes and does not change the mode.
+
+        Example:
+            >>> import sftorch, torch
+            >>> p = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = sftorch.SGDScheduleFree([p])
+            >>> optimizer.eval()
+            >>> p.data.zero_()
+            tensor([0., 0.])
+            >>> optimizer.rebase()  # train() would raise without it, once there were steps
+            >>> optimizer.train()
         """
+        self._loaded = None
         for group in self.param_groups:
             for p in self._started(group):
                 state = self.state[p]
-                state["z"].copy_(p)
-                if "x" in state:
-                    state["x"].copy_(p)
-                if "y" in state:
-                    state["y"].copy_(p)
+                state.pop("y", None)
+                if not self._books(group)["train_mode"]:
+                    state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                for name in ("x", "z"):
+                    if name in state:
+                        state[name].copy_(p)
 
-    def _started(self, group: dict[str, Any]) -> list[Tensor]:
-        return [p for p in group["params"] if "z" in self.state.get(p, {})]
-
+    @torch.compiler.disable
     def _require_train_mode(self) -> None:
-        if not all(self.books(group)["train_mode"] for group in self.param_groups):
+        if not all(self._books(group)["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 "the optimizer must be in train mode for step(), got eval mode: "
                 "call optimizer.train() before training and optimizer.eval() before evaluating or saving"
             )
+
+    @torch.compiler.disable
+    def _open_step(self) -> None:
+        """Checks everything, and then makes the state ready for the step."""
+        self._require_train_mode()  # the closure may have evaluated
+        self._check_settings()
+        _checks.check_gradients(self._params())
+        for group in self.param_groups:
+            self._start(group)
+            self._settle_beta(group)
+
+    def _settle_weights(self) -> None:
+        """Makes sure that loaded weights are what the mode says."""
+        _reconcile.settle(self, self._books(self.param_groups[0])["train_mode"])
+
+    def _wanted(self, group: dict[str, Any]) -> str:
+        return "y" if self._books(group)["train_mode"] else "x"
+
+    def _settle_beta(self, group: dict[str, Any]) -> None:
+        """Moves y to the configured beta if another one built it, so that x stays; stores x at beta = 0."""
+        beta = self._beta(group)
+        changed = self._y_beta(group) != beta
+        for p in self._started(group) if changed or beta == 0 else []:
+            state = self.state[p]
+            x = self._x(p, group)
+            if changed:
+                p.copy_(_iterates.interpolate(x, state["z"], beta))
+                state.pop("x", None)
+            if beta == 0 and "x" not in state:
+                state["x"] = x.clone()
+        self._books(group)["y_beta"] = beta
+
+    def _finish_batch(self, batch: Batch) -> None:
+        """Stores the batch's clock, and S8 for the parameters that keep x."""
+        for p in batch.params:
+            state = self.state[p]
+            self._set_clock(p, batch.clock)
+            if "x" in state:
+                state["x"].add_(batch.c * (state["z"] - state["x"]))  # S8
+
+    def _x(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Returns the x of a parameter that holds y, in z's dtype."""
+        return self._recover_x(p, p, group)
+
+    def _recover_x(self, p: Tensor, y: Tensor, group: dict[str, Any]) -> Tensor:
+        state, beta = self.state[p], self._y_beta(group)
+        stored: Tensor = state["x"] if "x" in state else state["z"]
+        return _iterates.recover_x(y, state["z"], beta) if beta else stored
+
+    def _y_beta(self, group: dict[str, Any]) -> float:
+        """Returns the beta that built y, which a changed configuration does not change."""
+        y_beta = self._books(group)["y_beta"]
+        return self._beta(group) if y_beta is None else y_beta
 
     def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
         changed = [
@@ -163,86 +255,12 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             )
 
     def _holds_x(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Tells whether a parameter still holds x; a state moved to another device may round differently."""
+        """Tells whether a parameter still holds x, to the rounding that another device may do differently."""
         state = self.state[p]
-        y, z = state["y"].to(state["z"].dtype), state["z"]
-        x = state["x"] if "x" in state else _iterates.recover_x(y, z, self._y_beta(group))
-        x = x.to(p.dtype)
-        if torch.equal(p, x):
-            return True
-        slack = 8 * torch.finfo(p.dtype).eps * (y.abs() + (y - z).abs() / (self._y_beta(group) or 1.0))
-        return bool((((p - x).abs() <= slack) | (p.isnan() & x.isnan())).all())
-
-    def _settle_beta(self, group: dict[str, Any]) -> None:
-        """Moves y to the configured beta if another one built it, so that x stays."""
-        beta = self._beta(group)
-        if self._y_beta(group) != beta:
-            for p in self._started(group):
-                state, x = self.state[p], self._x(p, group)
-                p.copy_(_iterates.interpolate(x, state["z"], beta) if beta else state["z"])
-                state.pop("x", None)
-                if beta == 0:
-                    state["x"] = x
-        self.books(group)["y_beta"] = beta
-
-    def _finish_batch(self, batch: Batch) -> None:
-        """Stores the batch's clock, and S8 for the parameters that keep x (beta = 0)."""
-        for p in batch.params:
-            state = self.state[p]
-            self._set_clock(p, batch.clock)
-            if "x" in state:
-                state["x"].add_(batch.c * (state["z"] - state["x"]))  # S8
-
-
-class DirectedOptimizer(ScheduleFreeOptimizer):
-    """Abstract: optimizers that have a direction of their own (S6), one tensor or a list at a time."""
-
-    @abstractmethod
-    def _direction_single(
-        self, grad: Tensor, buffers: dict[str, Tensor], group: dict[str, Any], t: int
-    ) -> Tensor:
-        """Returns S6's direction of one gradient, which it does not write to; updates the buffers."""
-
-    @abstractmethod
-    def _direction_foreach(
-        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], group: dict[str, Any], t: int
-    ) -> list[Tensor]:
-        """The same for a list."""
-
-    def _gathered(self, group: dict[str, Any], batch: Batch) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]:
-        """Returns real views of a batch's gradients (ascent already negated), z and buffers."""
-        zs = [as_real(self.state[p]["z"]) for p in batch.params]
-        grads = [as_real(p.grad).to(z.dtype) for p, z in zip(batch.params, zs, strict=True) if p.grad is not None]
-        if group["maximize"]:
-            grads = list(torch._foreach_neg(grads))
-        buffers = {name: [as_real(self.state[p][name]) for p in batch.params] for name in self._buffers(group)}
-        return grads, zs, buffers
-
-
-class YAtRest(TrainEvalOptimizer, DirectedOptimizer):
-    """Abstract: the usual form, parameters hold y between steps."""
-
-    def _step_groups(self) -> None:
-        for group in self.param_groups:
-            lr = self._group_lr(group)
-            for batch in self._batches(group, lr):
-                self._advance(group, batch)
-                self._finish_batch(batch)
-            self._finish(group, lr)
-
-    def _advance(self, group: dict[str, Any], batch: Batch) -> None:
-        grads, zs, buffers = self._gathered(group, batch)
-        ys = [as_real(p) for p in batch.params]
-        lr_t, decay, c, beta = batch.lr_t, group["weight_decay"], batch.c, self._beta(group)
-        if group["foreach"] and all(y.dtype == z.dtype for y, z in zip(ys, zs, strict=True)):
-            directions = self._direction_foreach(grads, buffers, group, batch.clock.step)
-            _iterates.advance_foreach_(ys, zs, directions, lr_t, decay, c, beta)
-            return
-        for i, (y, z, grad) in enumerate(zip(ys, zs, grads, strict=True)):
-            own = {name: tensors[i] for name, tensors in buffers.items()}
-            direction = self._direction_single(grad, own, group, batch.clock.step)
-            _iterates.advance_single_(y, z, direction, lr_t, decay, c, beta)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+        x = self._recover_x(p, state["y"], group)
+        p, x, y, z = (_iterates.as_real(tensor) for tensor in (p, x, state["y"], state["z"]))
+        reach = (y - z).abs() / (self._y_beta(group) or 1.0)
+        slack = 8 * torch.finfo(z.dtype).eps * (y.abs() + reach)
+        # A 16-bit parameter holds x rounded, so it may be off by an ulp, but only next to a tie.
+        near = (p >= (x - slack).to(p.dtype)) & (p <= (x + slack).to(p.dtype))
+        return bool((near | (p == x.to(p.dtype)) | (p.isnan() & x.isnan())).all())

@@ -9,35 +9,56 @@ from torch import Tensor
 
 from sfcore import hyperparameters
 from sftorch import _checks
-
-from sftorch._modes import DirectedOptimizer, YAtRest
+from sftorch._directed import DirectedOptimizer, Direction, YAtRest
+from sftorch._iterates import Scalar
 from sftorch._scalars import bias_correction
 
 
 def adamw_single(
-    grad: Tensor, v: Tensor, m: Tensor | None, b2: float, eps: float, m1: float, t: int
+    grad: Tensor,
+    buffers: dict[str, Tensor],
+    b2: Scalar,
+    eps: Scalar,
+    m1: Scalar,
+    correction2: Scalar,
+    correction1: Scalar,
 ) -> Tensor:
-    """Returns AdamW's direction; v, and m if there is one, are updated in place."""
-    v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-    denominator = (v / bias_correction(b2, t)).sqrt_().add_(eps)
-    if m is not None:
-        grad = m.lerp_(grad, 1 - m1) / bias_correction(m1, t)
-    return grad / denominator  # S6
+    """Returns AdamW's direction; the moments are updated in place, the first one if there is one."""
+    v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
+    v.mul_(b2).add_(grad * grad * (1.0 - b2))
+    denominator = (v / correction2).sqrt_().add_(eps)
+    if m is None:
+        return grad / denominator  # S6
+    m.mul_(m1).add_(grad * (1.0 - m1))
+    return m / correction1 / denominator  # S6
 
 
 def adamw_foreach(
-    grads: list[Tensor], v: list[Tensor], m: list[Tensor] | None, b2: float, eps: float, m1: float, t: int
+    grads: list[Tensor],
+    buffers: dict[str, list[Tensor]],
+    b2: float,
+    eps: float,
+    m1: float,
+    correction2: float,
+    correction1: float,
 ) -> list[Tensor]:
     """The same for lists."""
+    v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
     torch._foreach_mul_(v, b2)
-    torch._foreach_addcmul_(v, grads, grads, value=1 - b2)
-    denominators = torch._foreach_div(v, bias_correction(b2, t))
+    torch._foreach_addcmul_(v, grads, grads, value=1.0 - b2)
+    denominators = torch._foreach_div(v, correction2)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, eps)
-    if m is not None:
-        torch._foreach_lerp_(m, grads, 1 - m1)
-        grads = list(torch._foreach_div(m, bias_correction(m1, t)))
-    return list(torch._foreach_div(grads, denominators))  # S6
+    if m is None:
+        return list(torch._foreach_div(grads, denominators))  # S6
+    torch._foreach_mul_(m, m1)
+    torch._foreach_add_(m, grads, alpha=1.0 - m1)
+    directions = list(torch._foreach_div(m, correction1))
+    torch._foreach_div_(directions, denominators)
+    return directions  # S6
+
+
+ADAMW = Direction(adamw_single, adamw_foreach)
 
 
 class AdamWDirection(DirectedOptimizer):
@@ -63,7 +84,6 @@ class AdamWDirection(DirectedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        _checks.check_unsupported(capturable=capturable, differentiable=differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -76,35 +96,29 @@ class AdamWDirection(DirectedOptimizer):
             "inner_momentum": inner_momentum,
             "prior_steps": prior_steps,
             "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
         }
         super().__init__(params, defaults)
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        shared = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
-        beta, b2 = _checks.as_pair(group["betas"])
-        values = {name: group[name] for name in shared}
-        return values | {"lr": _checks.as_number(group["lr"]), "beta": beta, "b2": b2}, {"beta": "betas[0]", "b2": "betas[1]"}
+        shared = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "prior_steps")
+        values = {name: group[name] for name in (*shared, "inner_momentum")}
+        values |= {"lr": _checks.as_number(group["lr"])}
+        return values | _checks.split_betas(group["betas"]), {"beta": "betas[0]", "b2": "betas[1]"}
 
     def _beta(self, group: dict[str, Any]) -> float:
         return group["betas"][0]
 
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
-
     def _lr_factor(self, group: dict[str, Any], t: int) -> float:
         return 1.0
 
-    def _direction_single(
-        self, grad: Tensor, buffers: dict[str, Tensor], group: dict[str, Any], t: int
-    ) -> Tensor:
-        v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
-        return adamw_single(grad, v, m, group["betas"][1], group["eps"], group["inner_momentum"], t)
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
 
-    def _direction_foreach(
-        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], group: dict[str, Any], t: int
-    ) -> list[Tensor]:
-        v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
-        return adamw_foreach(grads, v, m, group["betas"][1], group["eps"], group["inner_momentum"], t)
+    def _direction(self, group: dict[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+        b2, m1 = group["betas"][1], group["inner_momentum"]
+        return ADAMW, (b2, group["eps"], m1, bias_correction(b2, t), bias_correction(m1, t))
 
 
 class AdamWScheduleFree(AdamWDirection, YAtRest):

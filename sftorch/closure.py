@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch import _checks, _iterates
-from sftorch._core import Batch, as_real
-from sftorch._modes import DirectedOptimizer
+from sftorch import _checks, _iterates, _reconcile
+from sftorch._core import Batch
+from sftorch._directed import DirectedOptimizer, run
 from sftorch.adamw import AdamWDirection
 from sftorch.radam import RAdamDirection
 from sftorch.sgd import SGDDirection
@@ -20,6 +20,7 @@ class XAtRest(DirectedOptimizer):
     """Abstract: `step(closure)` for parameters that hold x, so that nothing needs to be switched."""
 
     @torch.no_grad()
+    @torch.compiler.disable(recursive=False)
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
         """Takes one step; `p.grad` is read and never written.
 
@@ -38,48 +39,51 @@ class XAtRest(DirectedOptimizer):
                 f"closure must be a function, got {closure!r}: pass one that evaluates the model and calls "
                 "backward, or use the class without 'Closure' in its name"
             )
-        lrs = [self._group_lr(group) for group in self.param_groups]
-        x = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+        _reconcile.settle(self, train_mode=True)
+        self._loaded = None
+        x = self._extrapolate()
         try:
-            self._extrapolate()
             with torch.enable_grad():
                 loss = closure()
-            for group in self.param_groups:
-                _checks.check_gradients(group["params"])
+            self._open_step(x)
         except BaseException:
             self._restore(x)
             raise
-        self._restore({p: value for p, value in x.items() if p.grad is None})
-        for group, lr in zip(self.param_groups, lrs, strict=True):
-            for batch in self._batches(group, lr):
-                self._advance(group, batch, x)
-            self._finish(group, lr)
+        lrs, batches, moves = self._plan(x)
+        run(moves)
+        self._close_step(lrs, batches)
         return loss
 
+    @torch.compiler.disable
+    def _extrapolate(self) -> dict[Tensor, Tensor]:
+        """Puts y into the parameters and returns parameter -> x."""
+        self._check_settings()
+        x = {p: p.detach().clone() for p in self._params()}
+        for group in self.param_groups:
+            for p in self._started(group):
+                p.copy_(_iterates.interpolate(x[p], self.state[p]["z"], self._beta(group)))  # S9
+        return x
+
+    @torch.compiler.disable
+    def _open_step(self, x: dict[Tensor, Tensor]) -> None:
+        self._check_settings()
+        _checks.check_gradients(x)
+        self._restore({p: value for p, value in x.items() if p.grad is None})
+        for group in self.param_groups:
+            self._start(group)
+
+    @torch.compiler.disable
+    def _close_step(self, lrs: list[float], batches: list[Batch]) -> None:
+        for batch in batches:
+            for p in batch.params:
+                self._set_clock(p, batch.clock)
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            self._finish(group, lr)
+
+    @torch.compiler.disable
     def _restore(self, x: dict[Tensor, Tensor]) -> None:
         for p, value in x.items():
             p.copy_(value)
-
-    def _extrapolate(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "z" in self.state.get(p, {}):
-                    p.copy_(_iterates.interpolate(p, self.state[p]["z"], self._beta(group)))  # S9
-
-    def _advance(self, group: dict[str, Any], batch: Batch, x: dict[Tensor, Tensor]) -> None:
-        grads, zs, buffers = self._gathered(group, batch)
-        ys, xs = [as_real(p) for p in batch.params], [as_real(x[p]) for p in batch.params]
-        lr_t, decay, c = batch.lr_t, group["weight_decay"], batch.c
-        if group["foreach"] and all(y.dtype == z.dtype for y, z in zip(ys, zs, strict=True)):
-            directions = self._direction_foreach(grads, buffers, group, batch.clock.step)
-            _iterates.average_foreach_(ys, xs, zs, directions, lr_t, decay, c)
-        else:
-            for i, (y, x_p, z, grad) in enumerate(zip(ys, xs, zs, grads, strict=True)):
-                own = {name: tensors[i] for name, tensors in buffers.items()}
-                direction = self._direction_single(grad, own, group, batch.clock.step)
-                _iterates.average_single_(y, x_p, z, direction, lr_t, decay, c)
-        for p in batch.params:
-            self._set_clock(p, batch.clock)
 
 
 class SGDScheduleFreeClosure(SGDDirection, XAtRest):
@@ -96,6 +100,38 @@ class SGDScheduleFreeClosure(SGDDirection, XAtRest):
         ...     return loss
         >>> loss = optimizer.step(closure)  # the model holds x again
     """
+
+    # Here, and only here, schedulefree has weight_decay before momentum.
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0,
+        momentum: float = 0.9,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = True,
+        *,
+        prior_steps: int = 0,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+            foreach=foreach,
+            prior_steps=prior_steps,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
 
 
 class AdamWScheduleFreeClosure(AdamWDirection, XAtRest):

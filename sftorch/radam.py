@@ -9,10 +9,26 @@ from torch import Tensor
 
 from sfcore import hyperparameters
 from sftorch import _checks
+from sftorch._directed import DirectedOptimizer, Direction, YAtRest
+from sftorch._iterates import Scalar
+from sftorch._scalars import bias_correction, rectification
+from sftorch.adamw import ADAMW
 
-from sftorch._modes import DirectedOptimizer, YAtRest
-from sftorch._scalars import rectification
-from sftorch.adamw import adamw_foreach, adamw_single
+
+def young_single(grad: Tensor, buffers: dict[str, Tensor], b2: Scalar) -> Tensor:
+    """Returns the direction while the second moment is unusable; it is gathered all the same."""
+    buffers["exp_avg_sq"].mul_(b2).add_(grad * grad * (1.0 - b2))
+    return grad  # S6
+
+
+def young_foreach(grads: list[Tensor], buffers: dict[str, list[Tensor]], b2: float) -> list[Tensor]:
+    """The same for lists."""
+    torch._foreach_mul_(buffers["exp_avg_sq"], b2)
+    torch._foreach_addcmul_(buffers["exp_avg_sq"], grads, grads, value=1.0 - b2)
+    return grads  # S6
+
+
+YOUNG = Direction(young_single, young_foreach)
 
 
 class RAdamDirection(DirectedOptimizer):
@@ -37,7 +53,6 @@ class RAdamDirection(DirectedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        _checks.check_unsupported(capturable=capturable, differentiable=differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -49,20 +64,18 @@ class RAdamDirection(DirectedOptimizer):
             "silent_sgd_phase": silent_sgd_phase,
             "prior_steps": prior_steps,
             "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
         }
         super().__init__(params, defaults)
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         shared = ("eps", "weight_decay", "r", "weight_lr_power", "silent_sgd_phase", "prior_steps")
-        beta, b2 = _checks.as_pair(group["betas"])
-        values = {name: group[name] for name in shared}
-        return values | {"lr": _checks.as_number(group["lr"]), "beta": beta, "b2": b2}, {"beta": "betas[0]", "b2": "betas[1]"}
+        values = {name: group[name] for name in shared} | {"lr": _checks.as_number(group["lr"])}
+        return values | _checks.split_betas(group["betas"]), {"beta": "betas[0]", "b2": "betas[1]"}
 
     def _beta(self, group: dict[str, Any]) -> float:
         return group["betas"][0]
-
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg_sq",)
 
     def _lr_factor(self, group: dict[str, Any], t: int) -> float:
         rect = rectification(group["betas"][1], t)
@@ -70,24 +83,14 @@ class RAdamDirection(DirectedOptimizer):
             return 0.0 if group["silent_sgd_phase"] else 1.0
         return rect
 
-    def _direction_single(
-        self, grad: Tensor, buffers: dict[str, Tensor], group: dict[str, Any], t: int
-    ) -> Tensor:
-        v, b2 = buffers["exp_avg_sq"], group["betas"][1]
-        if rectification(b2, t) is None:
-            v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-            return grad  # S6
-        return adamw_single(grad, v, None, b2, group["eps"], 0.0, t)
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg_sq",)
 
-    def _direction_foreach(
-        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], group: dict[str, Any], t: int
-    ) -> list[Tensor]:
-        v, b2 = buffers["exp_avg_sq"], group["betas"][1]
+    def _direction(self, group: dict[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+        b2 = group["betas"][1]
         if rectification(b2, t) is None:
-            torch._foreach_mul_(v, b2)
-            torch._foreach_addcmul_(v, grads, grads, value=1 - b2)
-            return grads  # S6
-        return adamw_foreach(grads, v, None, b2, group["eps"], 0.0, t)
+            return YOUNG, (b2,)
+        return ADAMW, (b2, group["eps"], 0.0, bias_correction(b2, t), 1.0)
 
 
 class RAdamScheduleFree(RAdamDirection, YAtRest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from sfcore import hyperparameters
 from sftorch import _checks, _iterates
-from sftorch._core import Batch
+from sftorch._core import Batch, ScheduleFreeOptimizer
 from sftorch._modes import TrainEvalOptimizer
 
-_BASE = "base."
+_BASE = "base"
+_DRAWER = "schedule_free"
 
 
 class ScheduleFreeWrapper(TrainEvalOptimizer):
@@ -22,6 +24,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
     It is a torch.optim.Optimizer that shares the base's groups, so lr schedulers work on either, and
     keeps the base's state apart. What it adds to a group lies under the one key "schedule_free". Use a
     base without momentum of its own, or with little. For 16-bit parameters the base sees z rounded.
+    torch.compile passes over its step, which then runs as it is.
 
     Args:
         base: the optimizer to wrap, before its first step; its groups must have an "lr".
@@ -56,8 +59,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         weight_lr_power: float = 2.0,
         prior_steps: int = 0,
     ):
-        if not isinstance(base, torch.optim.Optimizer):
-            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        _check_base(base)
         self.base = base
         self.options = {
             "momentum": momentum,
@@ -67,74 +69,93 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             "prior_steps": prior_steps,
         }
         self.param_groups = []
-        drawers = [self._drawer(group) for group in base.param_groups]
+        drawers = [self._new_drawer(group) for group in base.param_groups]
         for group, drawer in zip(base.param_groups, drawers, strict=True):
-            group["schedule_free"] = drawer
-        torch.optim.Optimizer.__init__(self, base.param_groups, {})
+            group[_DRAWER] = drawer
+        torch.optim.Optimizer.__init__(self, base.param_groups, base.defaults)
         self.param_groups = base.param_groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base, in the mode the wrapper is in; everything is checked before."""
-        if "schedule_free" in param_group:  # the constructor hands over the base's own groups
-            self.param_groups.append(param_group)
+        """Adds a group to the base, in the mode the wrapper is in; everything is checked before.
+
+        Args:
+            param_group: `{"params": ..., option: value, ...}`; missing options take the base's defaults.
+        """
+        if any(param_group is group for group in self.base.param_groups):
+            self.param_groups.append(param_group)  # the constructor hands over the base's own
             return
-        group = _checks.as_group(param_group, self.base.defaults)
-        drawer = self._drawer(self.base.defaults | group)
-        self.base.add_param_group(group)
-        self.base.param_groups[-1]["schedule_free"] = drawer
+        group = _checks.as_group(param_group, self.base.defaults, self._params())
+        drawer = self._new_drawer(self.base.defaults | group)
+        self.base.add_param_group(group | {_DRAWER: drawer})
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the whole state in torch's shape; the base's entries carry the prefix "base."."""
-        packed = super().state_dict()
-        packed["state"] = {index: dict(own) for index, own in packed["state"].items()}
-        for index, own in self.base.state_dict()["state"].items():
-            packed["state"].setdefault(index, {}).update({_BASE + name: value for name, value in own.items()})
-        return packed
+        """Returns the whole state in torch's shape; the base's lies under "base" in each parameter's."""
+        self._show_base_state()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, into the wrapper and into the base."""
-        own, base = {}, {}
-        for index, values in state_dict["state"].items():
-            own[index] = {n: v for n, v in values.items() if not n.startswith(_BASE)}
-            inner = {n.removeprefix(_BASE): v for n, v in values.items() if n.startswith(_BASE)}
-            if inner:
-                base[index] = inner
-        self.base.load_state_dict({"state": base, "param_groups": state_dict["param_groups"]})
-        super().load_state_dict({"state": own, "param_groups": state_dict["param_groups"]})
+        """Loads what `state_dict` returned into the wrapper and into the base, as a copy.
+
+        Raises:
+            ValueError: for the state dict of another optimizer; nothing has changed then.
+        """
+        if not all(_DRAWER in group for group in state_dict.get("param_groups", [])):
+            raise ValueError(
+                f"state_dict must be a ScheduleFreeWrapper's, got groups without {_DRAWER!r}: "
+                "load it into an optimizer of the class that saved it"
+            )
+        super().load_state_dict(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        # A copy, because torch would share the tensors with the state dict.
+        base = {index: copy.deepcopy(of_p[_BASE]) for index, of_p in state.items() if _BASE in of_p}
+        own = {index: {k: v for k, v in of_p.items() if k != _BASE} for index, of_p in state.items()}
+        self.base.load_state_dict({"state": copy.deepcopy(base), "param_groups": groups})
+        super()._load({"state": own, "param_groups": groups})
         self.param_groups = self.base.param_groups
+        self._show_base_state()
+
+    def _show_base_state(self) -> None:
+        """Puts the base's own dicts into ours, where whatever saves optimizers looks for state."""
+        for p in self._params():
+            if p in self.base.state:
+                self.state[p][_BASE] = self.base.state[p]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"base": self.base, "options": self.options}
 
-    def _drawer(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _new_drawer(self, group: dict[str, Any]) -> dict[str, Any]:
         if "lr" not in group:
-            raise ValueError(f"base must have an lr in its groups, got the options {sorted(group)}")
-        return self.options | self._opening_books(group | {"schedule_free": self.options})
+            raise ValueError(f"base must have an lr in its groups, got the options {list(group)}")
+        return self.options | self._opening_books(group | {_DRAWER: self.options})
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        drawer = self.books(group)
-        shared = {name: drawer[name] for name in ("r", "weight_lr_power", "prior_steps")}
-        lr = _checks.as_number(group["lr"]) * group.get("d", 1.0)  # Prodigy and D-Adaptation keep their scale in d
-        values = {"lr": lr, "beta": drawer["momentum"], "weight_decay": drawer["weight_decay_at_y"]}
-        return shared | values, {"beta": "momentum", "weight_decay": "weight_decay_at_y"}
+        drawer, lr = group[_DRAWER], _checks.as_number(group["lr"])
+        if "d" in group:  # Prodigy and D-Adaptation keep the scale of their lr there
+            lr *= _checks.as_number(group["d"])
+        values = {name: drawer[name] for name in ("r", "weight_lr_power", "prior_steps")}
+        values |= {"lr": lr, "beta": drawer["momentum"], "weight_decay": drawer["weight_decay_at_y"]}
+        return values, {"beta": "momentum", "weight_decay": "weight_decay_at_y"}
+
+    def _books(self, group: dict[str, Any]) -> dict[str, Any]:
+        drawer: dict[str, Any] = group[_DRAWER]
+        return drawer
 
     def _beta(self, group: dict[str, Any]) -> float:
-        return self.books(group)["momentum"]
-
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ()
+        return group[_DRAWER]["momentum"]
 
     def _lr_factor(self, group: dict[str, Any], t: int) -> float:
         return 1.0
 
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    @torch.compiler.disable
     def _step_groups(self) -> None:
-        active = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p, group in active:
-            if "z" not in self.state.get(p, {}):
-                self._start(p, group)
-        y = {p: p.detach().clone() for p, _ in active}
+        y = {p: p.detach().clone() for p in self._params() if p.grad is not None}
         try:
-            for p, _ in active:
+            for p in y:
                 p.copy_(self.state[p]["z"])
             self.base.step()
         except BaseException:
@@ -142,14 +163,15 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
                 p.copy_(value)
             raise
         for group in self.param_groups:
-            lr = self._group_lr(group)
+            lr = self._group_lr(group)  # after the base's step, in which Prodigy sets d
             for batch in self._batches(group, lr):
                 self._fold(group, batch, y)
                 self._finish_batch(batch)
             self._finish(group, lr)
+        self._show_base_state()
 
     def _fold(self, group: dict[str, Any], batch: Batch, y: dict[Tensor, Tensor]) -> None:
-        decay = self.books(group)["weight_decay_at_y"]
+        decay = group[_DRAWER]["weight_decay_at_y"]
         for p in batch.params:
             z = self.state[p]["z"]
             # z.to(p.dtype) is what the base started from, so a 16-bit parameter adds no rounding of z.
@@ -157,3 +179,11 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             delta = moved - batch.lr_t * decay * y[p].to(z.dtype)  # S6
             p.copy_(y[p])
             _iterates.fold_single_(p, z, delta, batch.c, self._beta(group))
+
+
+def _check_base(base: Any) -> None:
+    kind = type(base).__name__
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base must be a torch.optim.Optimizer, got {kind}: make it first and pass it")
+    if isinstance(base, ScheduleFreeOptimizer):
+        raise TypeError(f"base must not be Schedule-Free itself, got {kind}: use it as it is")

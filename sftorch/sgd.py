@@ -8,8 +8,15 @@ from torch import Tensor
 
 from sfcore import hyperparameters
 from sftorch import _checks
+from sftorch._directed import DirectedOptimizer, Direction, YAtRest
 
-from sftorch._modes import DirectedOptimizer, YAtRest
+
+def sgd(grad: Any, buffers: Any) -> Any:
+    """Returns SGD's direction of one gradient, or of a list of them: itself."""
+    return grad  # S6
+
+
+SGD = Direction(sgd, sgd)
 
 
 class SGDDirection(DirectedOptimizer):
@@ -33,7 +40,6 @@ class SGDDirection(DirectedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        _checks.check_unsupported(capturable=capturable, differentiable=differentiable)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -44,32 +50,27 @@ class SGDDirection(DirectedOptimizer):
             "foreach": foreach,
             "prior_steps": prior_steps,
             "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
         }
         super().__init__(params, defaults)
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         shared = ("weight_decay", "warmup_steps", "r", "weight_lr_power", "prior_steps")
-        values = {name: group[name] for name in shared}
-        return values | {"lr": _checks.as_number(group["lr"]), "beta": group["momentum"]}, {"beta": "momentum"}
+        values = {name: group[name] for name in shared} | {"lr": _checks.as_number(group["lr"])}
+        return values | {"beta": group["momentum"]}, {"beta": "momentum"}
 
     def _beta(self, group: dict[str, Any]) -> float:
         return group["momentum"]
 
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ()
-
     def _lr_factor(self, group: dict[str, Any], t: int) -> float:
         return 1.0
 
-    def _direction_single(
-        self, grad: Tensor, buffers: dict[str, Tensor], group: dict[str, Any], t: int
-    ) -> Tensor:
-        return grad  # S6
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ()
 
-    def _direction_foreach(
-        self, grads: list[Tensor], buffers: dict[str, list[Tensor]], group: dict[str, Any], t: int
-    ) -> list[Tensor]:
-        return grads  # S6
+    def _direction(self, group: dict[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+        return SGD, ()
 
 
 class SGDScheduleFree(SGDDirection, YAtRest):

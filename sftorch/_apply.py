@@ -1,0 +1,164 @@
+"""From a verified checkpoint to live state: everything is built and checked first, then put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+from sftorch import _arrays, _changes
+from sftorch._capture import CLOCK, MODEL_EXTRA, kind_of, parameter_names, unwrapped
+from sftorch._core import ScheduleFreeOptimizer, new_books
+from sftorch._modes import TrainEvalOptimizer
+from sftorch._saved_parameter import Saved, placed
+from sftorch._scalars import Clock
+from sftorch.schedule_free import ScheduleFreeWrapper
+
+
+@dataclass
+class Plan:
+    """New values, ready to be put in place; nothing in it shares memory with live state."""
+
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (live, new)
+    states: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    base_states: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    gradients: dict[Tensor, Tensor | None] = field(default_factory=dict)
+    books: list[dict[str, Any]] = field(default_factory=list)
+    options: list[dict[str, Any]] = field(default_factory=list)
+    model_extra: dict[str, Any] = field(default_factory=dict)
+    fresh: set[str] = field(default_factory=set)  # what starts anew
+
+
+def check_model(
+    path: Path, meta: Meta, arrays: Mapping[str, np.ndarray], model: nn.Module, names: Mapping[Tensor, str]
+) -> None:
+    """Raises unless names, shapes and dtypes agree, with every problem at once."""
+    live: dict[str, Tensor] = {f"y/{name}": p for p, name in names.items()}
+    for entry, value in unwrapped(model).state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and value not in names:
+            live[f"buffer/{entry}"] = value
+    saved = {leaf for leaf in arrays if leaf.startswith(("y/", "buffer/"))}
+    found = [
+        f"{leaf!r} must be in the checkpoint, got none of that name" for leaf in live if leaf not in saved
+    ]
+    found += [
+        f"{leaf!r} must be in the model and its optimizer, got none of that name"
+        for leaf in sorted(saved - live.keys())
+    ]
+    for leaf in live.keys() & saved:
+        for what, here, there in (
+            ("shape", tuple(live[leaf].shape), arrays[leaf].shape),
+            ("dtype", _arrays.name_of(live[leaf].dtype), arrays[leaf].dtype.name),
+        ):
+            if here != there:
+                found.append(
+                    f"{leaf!r} must have the {what} {there} of the checkpoint, got {here} in the model"
+                )
+    if found:
+        raise CheckpointError(
+            f"{path} does not fit the model; nothing has changed. Build the model and the optimizer "
+            "as they were saved, or start from the weights alone with resume='weights:PATH':\n  "
+            + "\n  ".join(sorted(found))
+        )
+
+
+@torch.no_grad()
+def plan(
+    path: Path,
+    meta: Meta,
+    arrays: Mapping[str, np.ndarray],
+    model: nn.Module,
+    optimizer: ScheduleFreeOptimizer,
+) -> tuple[Plan, list[_changes.Change]]:
+    """Builds the new state on the parameters' devices and the table of differences; changes nothing.
+
+    Raises:
+        CheckpointError: if the checkpoint is another framework's or does not fit the model.
+    """
+    if meta.framework != "torch":
+        raise CheckpointError(
+            f"{path} must be a torch checkpoint, got framework {meta.framework!r}: convert it with "
+            f"python -m sfcore convert {path} DST --to torch"
+        )
+    names = parameter_names(model, optimizer)
+    check_model(path, meta, arrays, model, names)
+    groups = _changes.saved_groups(optimizer, meta, names)
+    changes = _changes.compare(optimizer, meta, groups)
+    new = Plan()
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        _plan_group(new, optimizer, meta, group, saved)
+        for p in group["params"]:
+            one = Saved(optimizer, meta, arrays, group, saved, p, names[p])
+            new.states[p], value = one.state_and_value()
+            new.copies.append((p, value))
+            new.gradients[p] = one.gradient()
+            new.fresh |= one.fresh()
+            if isinstance(optimizer, ScheduleFreeWrapper):
+                new.base_states[p] = one.base_state()
+    for entry, value in unwrapped(model).state_dict(keep_vars=True).items():
+        if f"buffer/{entry}" in arrays:
+            new.copies.append((value, placed(arrays[f"buffer/{entry}"], value)))
+    new.model_extra = _arrays.decode(meta.extra.get(MODEL_EXTRA, {}), arrays)
+    return new, changes
+
+
+def _plan_group(
+    new: Plan, optimizer: ScheduleFreeOptimizer, meta: Meta, group: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    values, _ = optimizer._values(group)
+    old, clock, about = saved["hyperparameters"], saved["clock"], saved.get("torch", {})
+    books = {k: v for k, v in about.get("books", {}).items() if k in new_books()}
+    same = _changes.comparable(meta.optimizer, kind_of(optimizer))
+    _, lr_max, weight_sum = _changes.carry(Clock(*(clock[key] for key in CLOCK)), values, same, False)
+    books |= {"k": clock["step"], "lr_max": lr_max, "weight_sum": weight_sum}
+    if not isinstance(optimizer, TrainEvalOptimizer):
+        books["y_beta"] = None
+    elif books.get("y_beta") is None and old["beta"] != values["beta"]:
+        books["y_beta"] = old["beta"]
+    if not same or old.get("prior_steps", 0) != values["prior_steps"]:
+        books["prior_weight"] = optimizer._books(group)["prior_weight"]
+    options = {}
+    before, now, _ = _changes.lrs(group, saved)
+    if before == now:
+        options = {
+            k: v for k, v in _changes.options_of(saved).items() if k in ("lr", "initial_lr") and k in group
+        }
+    if isinstance(optimizer, ScheduleFreeWrapper) and about.get("base") == type(optimizer.base).__name__:
+        options |= _changes.base_options(optimizer, group, saved)[0]
+    new.books.append(books)
+    new.options.append(options)
+
+
+@torch.no_grad()
+def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> None:
+    """Puts a plan in place; the live mode stays."""
+    optimizer._loaded = None
+    for live, value in new.copies:
+        live.copy_(value)
+    for p, state in new.states.items():
+        optimizer.state.pop(p, None)
+        if state:
+            optimizer.state[p] = state
+    for p, state in new.base_states.items():
+        optimizer.base.state[p] = state  # type: ignore[attr-defined]
+    if isinstance(optimizer, ScheduleFreeWrapper):
+        optimizer._show_base_state()
+    for p, gradient in new.gradients.items():
+        p.grad = gradient
+    for group, books, options in zip(optimizer.param_groups, new.books, new.options, strict=True):
+        optimizer._books(group).update(books)
+        for key, value in options.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+    for entry, value in new.model_extra.items():
+        module = unwrapped(model).get_submodule(entry.removesuffix("_extra_state").removesuffix("."))
+        module.set_extra_state(value)

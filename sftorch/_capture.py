@@ -1,0 +1,239 @@
+"""What a checkpoint holds, gathered from a live model and optimizer without copying: leaves and record."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import sfcore
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+from sftorch import _arrays, _iterates, _reconcile
+from sftorch._core import ScheduleFreeOptimizer, new_books
+from sftorch._modes import TrainEvalOptimizer
+from sftorch.adamw import AdamWDirection
+from sftorch.radam import RAdamDirection
+from sftorch.schedule_free import ScheduleFreeWrapper
+from sftorch.sgd import SGDDirection
+
+KINDS = {
+    SGDDirection: "sgd",
+    AdamWDirection: "adamw",
+    RAdamDirection: "radam",
+    ScheduleFreeWrapper: "wrapper",
+}
+# State of a parameter: torch's name -> role; y is put aside in eval mode only.
+ROLES = {"z": "z", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
+CLOCK = ("step", "lr_max", "weight_sum")
+MODEL_EXTRA = "model_extra_state"
+
+
+class Average(NamedTuple):
+    """How to get a parameter's x from the leaves: at rest in y/, stored in x/, or from y/ and z/ by beta."""
+
+    name: str
+    beta: float | None
+
+    def compute(self, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Returns x in the parameter's dtype; elementwise, so the same bits on any device."""
+        held = leaves[f"y/{self.name}"]
+        if self.beta is None:
+            return held
+        if self.beta == 0:
+            return leaves.get(f"x/{self.name}", leaves[f"z/{self.name}"]).to(held.dtype)
+        return _iterates.recover_x(held, leaves[f"z/{self.name}"], self.beta).to(held.dtype)
+
+
+class Capture(NamedTuple):
+    """A checkpoint in the making.
+
+    Attributes:
+        tensors: leaf -> live tensor; to be copied before the next step.
+        arrays: leaf -> array that is a copy already.
+        averages: how to get x, one a parameter.
+        inference: entry of model.state_dict() -> parameter (its x) or leaf (as it is).
+        meta: the record, without fingerprints.
+    """
+
+    tensors: dict[str, Tensor]
+    arrays: dict[str, np.ndarray]
+    averages: list[Average]
+    inference: dict[str, str]
+    meta: Meta
+
+
+def kind_of(optimizer: ScheduleFreeOptimizer) -> str:
+    """Returns "sgd", "adamw", "radam" or "wrapper"."""
+    return next(name for kind, name in KINDS.items() if isinstance(optimizer, kind))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the user's module inside torch.compile and (Distributed)DataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def parameter_names(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> dict[Tensor, str]:
+    """Returns parameter -> name for all that the optimizer holds.
+
+    Raises:
+        CheckpointError: naming those that are not in the model; for DTensors.
+    """
+    if any(hasattr(p, "to_local") for p in optimizer._params()):
+        raise CheckpointError(
+            "parameters must lie whole on one device, got DTensors: use torch.distributed.checkpoint with "
+            "get_state_dict and set_state_dict, which know how they are divided"
+        )
+    names: dict[Tensor, str] = {p: name for name, p in unwrapped(model).named_parameters()}
+    lost = [
+        f"parameter {i} of group {g} with shape {tuple(p.shape)}"
+        for g, group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(group["params"])
+        if p not in names
+    ]
+    if lost:
+        raise CheckpointError(
+            f"model must hold every parameter of the optimizer, got {len(lost)} that it does not, the first: "
+            f"{lost[0]}: pass the module that the optimizer was built for"
+        )
+    return {p: names[p] for p in optimizer._params()}
+
+
+def capture(
+    model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any], extra: Mapping[str, Any]
+) -> Capture:
+    """Gathers everything a resume needs, without copying.
+
+    Args:
+        model: the module with the parameters, trainable and frozen, and the buffers.
+        optimizer: any Schedule-Free optimizer, in either mode.
+        place: step, epoch, position, accumulation and metrics, for the record.
+        extra: the user's own; tensors in it become leaves extra/PATH.
+
+    Raises:
+        RuntimeError: if the weights are not those of the optimizer's state, as in `optimizer.train()`.
+        CheckpointError: for what cannot be saved.
+    """
+    names = parameter_names(model, optimizer)
+    _reconcile.settle(optimizer, optimizer._books(optimizer.param_groups[0])["train_mode"])
+    if isinstance(optimizer, TrainEvalOptimizer):
+        optimizer._require_untouched(optimizer.param_groups)
+    tensors: dict[str, Tensor] = {}
+    parameters, averages = _parameters(optimizer, names, tensors)
+    if place["accumulation"]["position"]:
+        tensors |= {f"grad/{name}": p.grad for p, name in names.items() if p.grad is not None}
+    others, inference = _model_entries(unwrapped(model), names, tensors)
+    recorded = _arrays.encode(dict(extra), tensors, "extra")
+    if others:
+        recorded[MODEL_EXTRA] = _arrays.encode(others, tensors, f"extra/{MODEL_EXTRA}")
+    dtypes = {about["dtype"] for about in parameters.values()}
+    meta = Meta(
+        framework="torch",
+        optimizer=kind_of(optimizer),
+        groups=[_group(optimizer, group, names) for group in optimizer.param_groups],
+        parameters=parameters,
+        precision=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        weights_hold="y" if isinstance(optimizer, TrainEvalOptimizer) else "x",
+        versions=_versions(),
+        extra=recorded,
+        **place,
+    )
+    return Capture(tensors, {}, averages, inference, meta)
+
+
+def _parameters(
+    optimizer: ScheduleFreeOptimizer, names: Mapping[Tensor, str], tensors: dict[str, Tensor]
+) -> tuple[dict[str, dict[str, Any]], list[Average]]:
+    """Adds y, z, v, m, x and base leaves; returns the record of each parameter and the way to its x."""
+    parameters, averages = {}, []
+    base = optimizer.base.state if isinstance(optimizer, ScheduleFreeWrapper) else {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name, state = names[p], optimizer.state.get(p, {})
+            tensors[f"y/{name}"] = state.get("y", p)
+            about: dict[str, Any] = {"shape": list(p.shape), "dtype": _arrays.name_of(p.dtype), "clock": None}
+            if "z" in state:
+                about["clock"] = {key: state[key] for key in CLOCK}
+                tensors |= {f"{role}/{name}": state[key] for key, role in ROLES.items() if key in state}
+            if base.get(p):
+                about["base"] = _arrays.encode(base[p], tensors, f"base/{name}")
+            parameters[name] = about
+            averages.append(Average(name, _beta_of_y(optimizer, group) if "z" in state else None))
+    return parameters, averages
+
+
+def _beta_of_y(optimizer: ScheduleFreeOptimizer, group: dict[str, Any]) -> float | None:
+    """Returns the beta that built the group's y, None where the parameters hold x."""
+    return optimizer._y_beta(group) if isinstance(optimizer, TrainEvalOptimizer) else None
+
+
+def _model_entries(
+    model: nn.Module, names: Mapping[Tensor, str], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Adds buffers and parameters of no group; returns entries that are no tensors, and the inference map."""
+    others, inference = {}, {}
+    for entry, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            others[entry] = value
+        elif value in names:
+            inference[entry] = f"x/{names[value]}"
+        else:
+            tensors[f"buffer/{entry}"] = value
+            inference[entry] = f"buffer/{entry}"
+    return others, inference
+
+
+def _group(
+    optimizer: ScheduleFreeOptimizer, group: dict[str, Any], names: Mapping[Tensor, str]
+) -> dict[str, Any]:
+    """Returns the record of a group; what only torch needs lies under "torch"."""
+    values, _ = optimizer._values(group)
+    books = optimizer._books(group)
+    own: dict[str, Any] = {"books": {key: books[key] for key in new_books() if key != "train_mode"}}
+    options = {
+        key: _number(value)
+        for key, value in group.items()
+        if key not in own["books"] and key not in ("params", "param_names", "train_mode", "schedule_free")
+    }
+    own["options"] = _arrays.encode({k: v for k, v in options.items() if _is_plain(v)}, {}, "options")
+    if isinstance(optimizer, ScheduleFreeWrapper):
+        own["base"] = type(optimizer.base).__name__
+        defaults = {k: v for k, v in optimizer.base.defaults.items() if _is_plain(v)}
+        own["base_defaults"] = _arrays.encode(defaults, {}, "defaults")
+    return {
+        "hyperparameters": {key: _number(value) for key, value in values.items()},
+        "clock": {"step": books["k"], "lr_max": books["lr_max"], "weight_sum": books["weight_sum"]},
+        "parameters": [names[p] for p in group["params"]],
+        "torch": own,
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _number(value: Any) -> Any:
+    """Returns a one-element tensor or a NumPy scalar as the Python number that it is."""
+    single = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if single else value
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "schedulefree-twin": sfcore.__version__,
+    }

@@ -1,0 +1,155 @@
+"""From a direction of one's own (S6) to a step: gather, move, and write the books."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sftorch import _iterates
+from sftorch._core import Batch, ScheduleFreeOptimizer
+from sftorch._iterates import as_real
+from sftorch._modes import TrainEvalOptimizer
+
+
+class Direction(NamedTuple):
+    """S6 without lr and decay, twice; neither writes to a gradient, both update the buffers.
+
+    Attributes:
+        single: (gradient, buffers by name, *numbers) -> direction. The numbers may be 0-d tensors.
+        foreach: the same for lists, with plain numbers.
+    """
+
+    single: Callable[..., Tensor]
+    foreach: Callable[..., list[Tensor]]
+
+
+class Move(NamedTuple):
+    """What S6-S9 need to know of one batch; lists have one entry a parameter, complex ones as reals.
+
+    Attributes:
+        direction: how gradients become directions.
+        ys: the parameters.
+        xs: the averages if ys are to end as x (they are used up), else empty.
+        zs: base iterates, at least float32.
+        grads: gradients, in any dtype.
+        buffers: the direction's, by name.
+        scalars: lr_t, weight decay, c, beta and the direction's numbers; float64 of shape (n,), because
+            torch.compile would compile Python numbers into its program, a new one in every step.
+        foreach: whether to take a list at a time.
+        maximize: whether to ascend.
+    """
+
+    direction: Direction
+    ys: list[Tensor]
+    xs: list[Tensor]
+    zs: list[Tensor]
+    grads: list[Tensor]
+    buffers: dict[str, list[Tensor]]
+    scalars: Tensor
+    foreach: bool
+    maximize: bool
+
+
+def run(moves: Iterable[Move]) -> None:
+    """Runs S6-S9 of every batch, in place. torch.compile compiles this, one tensor at a time."""
+    for move in moves:
+        if torch.compiler.is_compiling():
+            _run_single(move, list(move.scalars.unbind()))
+        elif move.foreach and _same_dtypes(move):
+            _run_foreach(move, move.scalars.tolist())
+        else:
+            _run_single(move, move.scalars.tolist())
+
+
+def _same_dtypes(move: Move) -> bool:
+    return len({tensor.dtype for tensor in (*move.ys, *move.zs, *move.grads)}) == 1
+
+
+def _run_single(move: Move, scalars: list[Any]) -> None:
+    lr_t, weight_decay, c, beta, *numbers = scalars
+    for i, (y, z, grad) in enumerate(zip(move.ys, move.zs, move.grads, strict=True)):
+        own = {name: tensors[i] for name, tensors in move.buffers.items()}
+        grad = grad.to(z.dtype)
+        direction = move.direction.single(-grad if move.maximize else grad, own, *numbers)
+        if move.xs:
+            _iterates.average_single_(y, move.xs[i], z, direction, lr_t, weight_decay, c)
+        else:
+            _iterates.advance_single_(y, z, direction, lr_t, weight_decay, c, beta)
+
+
+def _run_foreach(move: Move, scalars: list[float]) -> None:
+    lr_t, weight_decay, c, beta, *numbers = scalars
+    grads = list(torch._foreach_neg(move.grads)) if move.maximize else move.grads
+    directions = move.direction.foreach(grads, move.buffers, *numbers)
+    if move.xs:
+        _iterates.average_foreach_(move.ys, move.xs, move.zs, directions, lr_t, weight_decay, c)
+    else:
+        _iterates.advance_foreach_(move.ys, move.zs, directions, lr_t, weight_decay, c, beta)
+
+
+def _viewed(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns views that share memory: complex tensors as pairs of reals, and no 0-d ones.
+
+    torch.compile (2.13) takes a 0-d float64 tensor for a Python number and loses what is written to it.
+    """
+    return [as_real(tensor) if tensor.ndim else as_real(tensor.view(1)) for tensor in tensors]
+
+
+class DirectedOptimizer(ScheduleFreeOptimizer):
+    """Abstract: optimizers that have a direction of their own; their groups hold options and books."""
+
+    @abstractmethod
+    def _direction(self, group: dict[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+        """Returns S6's direction at a parameter's time t, and the numbers to call it with."""
+
+    def _books(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group
+
+    @torch.compiler.disable
+    def _plan(self, x: dict[Tensor, Tensor] | None = None) -> tuple[list[float], list[Batch], list[Move]]:
+        """Returns the groups' lr, their batches and what to do with them; x for parameters that end as x."""
+        lrs, batches, moves = [], [], []
+        for group in self.param_groups:
+            lr = self._group_lr(group)
+            lrs.append(lr)
+            for batch in self._batches(group, lr):
+                batches.append(batch)
+                moves.append(self._move(group, batch, x))
+        return lrs, batches, moves
+
+    def _move(self, group: dict[str, Any], batch: Batch, x: dict[Tensor, Tensor] | None) -> Move:
+        direction, numbers = self._direction(group, batch.clock.step)
+        scalars = (batch.lr_t, group["weight_decay"], batch.c, self._beta(group), *numbers)
+        states = [self.state[p] for p in batch.params]
+        return Move(
+            direction=direction,
+            ys=_viewed(batch.params),
+            xs=_viewed(x[p] for p in batch.params) if x is not None else [],
+            zs=_viewed(state["z"] for state in states),
+            grads=_viewed(p.grad for p in batch.params if p.grad is not None),
+            buffers={name: _viewed(state[name] for state in states) for name in self._buffers(group)},
+            scalars=torch.tensor(scalars, dtype=torch.float64, device="cpu"),
+            foreach=bool(group["foreach"]),
+            maximize=group["maximize"],
+        )
+
+
+class YAtRest(TrainEvalOptimizer, DirectedOptimizer):
+    """Abstract: the usual form, parameters hold y between steps."""
+
+    @torch.compiler.disable(recursive=False)
+    def _step_groups(self) -> None:
+        lrs, batches, moves = self._plan()
+        run(moves)
+        self._close_step(lrs, batches)
+
+    @torch.compiler.disable
+    def _close_step(self, lrs: list[float], batches: list[Batch]) -> None:
+        for batch in batches:
+            self._finish_batch(batch)
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            self._finish(group, lr)

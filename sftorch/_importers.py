@@ -1,0 +1,209 @@
+"""State of other programs, carried over into an optimizer of ours that is configured as you want it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfcore.checks import HyperparameterError
+from sftorch import _changes, _prints, _reconcile, _weights_only
+from sftorch._capture import CLOCK, kind_of
+from sftorch._core import ScheduleFreeOptimizer, new_books
+from sftorch._scalars import Clock
+from sftorch._sources import Source, recognise
+from sftorch.schedule_free import ScheduleFreeWrapper
+
+# Names as other programs have them -> those of the equations.
+_NAMES = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "silent_sgd_phase", "inner_momentum")
+_IGNORED = {
+    "ams_bound": "the running maximum of the second moment is dropped",
+    "amsgrad": "the running maximum of the second moment is dropped",
+    "decoupling_c": "the average is weighed as the equations say, without the extra factor",
+    "use_palm": "the second moment decays at the constant b2",
+}
+
+
+def import_state_dict(
+    optimizer: ScheduleFreeOptimizer, state_dict: Mapping[str, Any], *, weights_hold: str | None = None
+) -> list[str]:
+    """Carries over the state of another program's optimizer; the configuration of yours holds.
+
+    Known are schedulefree 1.4.1 (all of it), pytorch_optimizer 4.1.0 (ScheduleFreeSGD, AdamW, RAdam,
+    Wrapper) and torch.optim.AdamW and Adam, whose second moment is kept while x, y and z start from the
+    weights: load those first. For schedulefree's own optimizers `load_state_dict` does as well, and
+    then their saved hyperparameters hold.
+
+    Args:
+        optimizer: of any class of ours; what the two do not share starts anew.
+        state_dict: what their `state_dict()` returned.
+        weights_hold: "x" or "y", what the weights saved beside it are; default what it says itself.
+            schedulefree's wrapper does not say.
+
+    Returns:
+        Sentences: what differs, what starts anew, what has no counterpart.
+
+    Raises:
+        ValueError: if it is of no known program or does not fit; nothing has changed then.
+
+    Example:
+        >>> import sftorch, torch
+        >>> from sftorch.checkpoint import import_state_dict
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> before = torch.optim.AdamW([w])
+        >>> w.square().sum().backward()
+        >>> before.step()
+        >>> optimizer = sftorch.AdamWScheduleFree([w], lr=0.01)
+        >>> notices = import_state_dict(optimizer, before.state_dict())
+    """
+    source = recognise(state_dict)
+    if weights_hold is not None:
+        source.holds = weights_hold
+    if source.holds not in ("x", "y"):
+        raise HyperparameterError(
+            [
+                f"weights_hold must be 'x' or 'y', got {source.holds!r}: {source.program}'s {source.kind} "
+                "does not say; 'x' if eval() was called before the model was saved"
+            ]
+        )
+    translated, notices = _translated(optimizer, source)
+    optimizer.load_state_dict(translated)
+    if source.kind == "plain":
+        _watch(optimizer)
+    return notices
+
+
+def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[str, Any], list[str]]:
+    """Returns a state dict of the live optimizer's own form, and the notices."""
+    packed = optimizer.state_dict()
+    theirs, ours = ([len(g["params"]) for g in groups] for groups in (source.groups, packed["param_groups"]))
+    if theirs != ours:
+        raise ValueError(
+            f"state_dict must have the optimizer's groups of {ours} parameters, got {theirs}: "
+            "build them as they were saved"
+        )
+    state: dict[Any, dict[str, Any]] = {}
+    notices = [f"{source.program}'s state is carried over"]
+    groups = [dict(group) for group in packed["param_groups"]]
+    for number, (group, saved, live) in enumerate(
+        zip(groups, source.groups, optimizer.param_groups, strict=True)
+    ):
+        carried = _Group(optimizer, source, number, saved, live)
+        notices += carried.notices()
+        notices += carried.fill(group)
+        for index, theirs, p in zip(group["params"], saved["params"], live["params"], strict=True):
+            values = carried.state(source.states.get(theirs, {}), source.base.get(theirs, {}), group, p)
+            if values:
+                state[index] = values
+    return packed | {"state": state, "param_groups": groups}, notices
+
+
+@dataclass
+class _Group:
+    optimizer: ScheduleFreeOptimizer
+    source: Source
+    number: int
+    saved: Mapping[str, Any]
+    live: dict[str, Any]
+
+    def notices(self) -> list[str]:
+        """Returns what differs between the saved options and the live ones."""
+        options, name = self.saved["options"], f"group {self.number}"
+        found = [f"{key} ({name}): {effect}" for key, effect in _IGNORED.items() if options.get(key)]
+        if self.source.kind == "plain":
+            first = f"{name}: x, y and z start from the weights as they are; v is kept, the first moment is "
+            kept = "kept" if self.live.get("inner_momentum") else "dropped (inner_momentum is 0)"
+            return [*found, first + kept]
+        like = {"hyperparameters": self._hyperparameters()}
+        rows = _changes.of_group(self.optimizer, self.number, self.live, like, self.source.kind)
+        if self.source.kind != kind_of(self.optimizer):
+            rows.insert(0, _changes.kind_change(self.source.kind, self.optimizer))
+        return found + [str(row) for row in rows]
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        options = self.saved["options"]
+        found = {name: options[name] for name in _NAMES if name in options and self.source.kind != "wrapper"}
+        return found | {"lr": float(options["lr"]), "beta": self._saved_beta()}
+
+    def _saved_beta(self) -> float:
+        options = self.saved["options"]
+        known: float | None = options.get("y_beta")  # ours says which one built y
+        if known is not None:
+            return known
+        if self.source.kind in ("wrapper", "plain") and "y_beta" not in options:
+            return self.optimizer._beta(self.live)  # neither program's wrapper saves it
+        return float(options["betas"][0] if "betas" in options else options["momentum"])
+
+    def fill(self, group: dict[str, Any]) -> list[str]:
+        """Writes the clock and what the weights hold into the packed group; returns notices."""
+        books = self.optimizer._books(group)
+        group[_reconcile.HOLD] = self.source.holds
+        if self.source.kind == "plain":
+            prior, notices = _weights_only.protect(self.optimizer, self.number, group)
+            books |= new_books() | {
+                "prior_weight": prior,
+                "weight_sum": prior,
+                "train_mode": books["train_mode"],
+            }
+            return notices
+        after = self._carry(self.saved["clock"], False)
+        books |= {"k": after.step, "lr_max": after.lr_max, "weight_sum": after.weight_sum}
+        books["y_beta"] = self._saved_beta()
+        return []
+
+    def state(
+        self, theirs: Mapping[str, Any], base: Mapping[str, Any], group: Mapping[str, Any], p: Tensor
+    ) -> dict[str, Any]:
+        """Returns a parameter's packed state, {} if it had not started."""
+        if self.source.kind == "plain":
+            return self._from_plain(theirs, group, p) if "exp_avg_sq" in theirs else {}
+        if "z" not in theirs:
+            return {}
+        kept = ("z", "x", "y", *_reconcile.PRINTS)
+        found: dict[str, Any] = {name: theirs[name] for name in kept if name in theirs}
+        needed = self.optimizer._buffers(self.live)
+        found |= self._buffers(theirs, needed, p)
+        clock = self.saved["clock"]
+        if "step" in theirs:  # ours has a clock for each parameter
+            clock = Clock(*(theirs[name] for name in CLOCK))
+        found |= self._carry(clock, "exp_avg_sq" in needed and "exp_avg_sq" not in theirs)._asdict()
+        if isinstance(self.optimizer, ScheduleFreeWrapper) and self.source.kind == "wrapper":
+            found["base"] = dict(base)
+        return found
+
+    def _from_plain(self, theirs: Mapping[str, Any], group: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
+        """Returns x = y = z = the weights, with v, its time and a sum of weights that protects them."""
+        z = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+        values, _ = self.optimizer._values(dict(group))
+        t, prior = int(theirs["step"]), values["prior_steps"]
+        # As many weights as prior_steps, each like the one that comes next (S4), which is t^r heavy already.
+        weight_sum = (
+            prior * (t + 1 + prior) ** values["r"] * values["lr"] ** values["weight_lr_power"]
+            if prior
+            else 0.0
+        )
+        found = {"z": z, **self._buffers(theirs, self.optimizer._buffers(self.live), p)}
+        if self.optimizer._beta(self.live) == 0:
+            found["x"] = z.clone()
+        return found | Clock(t, 0.0, weight_sum)._asdict()
+
+    @staticmethod
+    def _buffers(theirs: Mapping[str, Any], needed: tuple[str, ...], p: Tensor) -> dict[str, Tensor]:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        return {name: theirs[name] if name in theirs else torch.zeros_like(p, dtype=wide) for name in needed}
+
+    def _carry(self, clock: Clock, new_v: bool) -> Clock:
+        values, _ = self.optimizer._values(self.live)
+        same = _changes.comparable(self.source.kind, kind_of(self.optimizer))
+        return _changes.carry(clock, values, same, new_v)
+
+
+def _watch(optimizer: ScheduleFreeOptimizer) -> None:
+    """Makes weights that are loaded after the import an error: x, y and z came from those before."""
+    loaded = optimizer._loaded
+    if loaded is not None:
+        found = _prints.take(_reconcile.local(p.detach()) for p in loaded.saved)
+        loaded.prints = {p: (print_, print_) for p, print_ in zip(loaded.saved, found, strict=True)}

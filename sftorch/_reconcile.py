@@ -1,0 +1,216 @@
+"""A state dict and the weights beside it, in any order: what do the weights hold, and is that what is wanted?
+
+`state_dict()` notes two prints of each started parameter, of its x and of its y. After `load_state_dict`
+the weights are compared with them, at once and again at every use, until the first step has been taken.
+State without prints (schedulefree's, or of DTensors, which are stored in parts) is believed: its
+weights hold what its saved mode says.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sftorch import _iterates, _prints
+
+if TYPE_CHECKING:
+    from sftorch._core import ScheduleFreeOptimizer
+
+PRINTS = ("x_print", "y_print")
+HOLD = "weights_hold"
+
+
+@dataclass
+class Loaded:
+    """What is known of the weights between a load and the first step after it.
+
+    Attributes:
+        saved: parameter -> "x" or "y", what the weights saved beside the state hold.
+        prints: parameter -> (print of x, print of y), where the state has them.
+        y: parameter -> the saved y, where the state was saved in eval mode.
+        settled: parameter -> (print, "x" or "y"), what was last found or put there; empty before that.
+    """
+
+    saved: dict[Tensor, str] = field(default_factory=dict)
+    prints: dict[Tensor, tuple[int, int]] = field(default_factory=dict)
+    y: dict[Tensor, Tensor] = field(default_factory=dict)
+    settled: dict[Tensor, tuple[int, str]] = field(default_factory=dict)
+
+    def candidates(self, p: Tensor, found: int) -> set[str]:
+        """Returns the iterates that a parameter of this print can be; several where x equals y."""
+        if p not in self.prints:
+            return {self.settled[p][1]} if self.unchanged(p, found) else {self.saved[p]}
+        same = {name for name, known in zip("xy", self.prints[p], strict=True) if known == found}
+        return same | ({self.settled[p][1]} if self.unchanged(p, found) else set())
+
+    def held(self, p: Tensor, found: int) -> str | None:
+        """Returns which iterate a parameter of this print holds; None if it is neither."""
+        names = self.candidates(p, found)
+        expected = self.settled[p][1] if self.unchanged(p, found) else self.saved[p]
+        return expected if expected in names else next(iter(names), None)
+
+    def unchanged(self, p: Tensor, found: int) -> bool:
+        """Tells whether a parameter is what it was when it was last settled."""
+        return p in self.settled and self.settled[p][0] == found
+
+
+def local(p: Tensor) -> Tensor:
+    """Returns a DTensor's own part, any other tensor as it is."""
+    part: Tensor = p.to_local() if hasattr(p, "to_local") else p
+    return part
+
+
+def y_beta(optimizer: ScheduleFreeOptimizer, group: dict[str, Any]) -> float:
+    """Returns the beta that built y."""
+    beta: float | None = optimizer._books(group)["y_beta"]
+    return optimizer._beta(group) if beta is None else beta
+
+
+def recover_x(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, y: Tensor) -> Tensor:
+    state, beta = optimizer.state[p], y_beta(optimizer, group)
+    x = _iterates.recover_x(y, state["z"], beta) if beta else state.get("x", state["z"])
+    return x.to(p.dtype)
+
+
+def saved_holds(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> list[str]:
+    """Returns what the weights saved beside each group hold; schedulefree's closure forms have no mode."""
+    return [
+        group.get(HOLD, "y" if optimizer._books(group).get("train_mode") else "x")
+        for group in state_dict["param_groups"]
+    ]
+
+
+def accept(optimizer: ScheduleFreeOptimizer, live_mode: bool, holds: list[str]) -> None:
+    """Takes the notes out of state that has just been loaded, sets the live mode, and tries to settle."""
+    loaded = Loaded()
+    for group, hold in zip(optimizer.param_groups, holds, strict=True):
+        optimizer._books(group)["train_mode"] = live_mode
+        for note in (HOLD, "shapes"):
+            group.pop(note, None)
+        for p in optimizer._started(group):
+            state = optimizer.state[p]
+            notes = tuple(state.pop(key, None) for key in PRINTS)
+            if None not in notes:
+                loaded.prints[p] = notes
+            loaded.saved[p] = hold
+            if "y" in state:
+                loaded.y[p] = state["y"]
+    optimizer._loaded = loaded if loaded.saved else None
+    settle(optimizer, live_mode, or_raise=False)
+
+
+@torch.no_grad()
+def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool, or_raise: bool = True) -> None:
+    """Finds out what loaded weights hold, and puts in what the mode wants.
+
+    Raises:
+        RuntimeError: if they are neither the saved x nor the saved y; nothing has changed then.
+    """
+    loaded: Loaded | None = optimizer._loaded
+    if loaded is None:
+        return
+    found = dict(zip(loaded.saved, _prints.take(local(p.detach()) for p in loaded.saved), strict=True))
+    held = {p: loaded.held(p, print_) for p, print_ in found.items()}
+    strange = [p for p, name in held.items() if name is None]
+    if strange:
+        if or_raise:
+            raise RuntimeError(_neither(optimizer, strange, len(held)))
+        return
+    _warn(loaded, held, found)
+    for group in optimizer.param_groups:
+        optimizer._books(group)["train_mode"] = train_mode
+        for p in optimizer._started(group):
+            _put(optimizer, group, p, str(held[p]), loaded.unchanged(p, found[p]), loaded.y.get(p))
+    now = _prints.take(local(p.detach()) for p in loaded.saved)
+    wanted = {p: optimizer._wanted(group) for group in optimizer.param_groups for p in group["params"]}
+    loaded.settled = {p: (print_, wanted[p]) for p, print_ in zip(loaded.saved, now, strict=True)}
+
+
+def _put(
+    optimizer: ScheduleFreeOptimizer,
+    group: dict[str, Any],
+    p: Tensor,
+    held: str,
+    unchanged: bool,
+    saved_y: Tensor | None,
+) -> None:
+    """Makes a parameter that holds x or y hold what its mode wants; y is put aside where that is x."""
+    state, beta = optimizer.state[p], y_beta(optimizer, group)
+    aside = state.pop("y", None)
+    y = (
+        p.detach().clone(memory_format=torch.preserve_format)
+        if held == "y"
+        else aside
+        if unchanged
+        else saved_y
+    )
+    if y is None:
+        y = _iterates.interpolate(p, state["z"], beta).to(p.dtype)
+    if held == "x" and beta == 0 and "x" not in state:
+        state["x"] = p.detach().to(state["z"].dtype, copy=True)
+    if optimizer._wanted(group) == "y":
+        p.copy_(y)
+        return
+    if held == "y":
+        p.copy_(recover_x(optimizer, group, p, y))
+    if hasattr(optimizer, "eval"):
+        state["y"] = y
+    else:  # the closure forms: x is the parameter itself
+        state.pop("x", None)
+
+
+def _warn(loaded: Loaded, held: dict[Tensor, str | None], found: dict[Tensor, int]) -> None:
+    other = [p for p, name in held.items() if name != loaded.saved[p] and not loaded.unchanged(p, found[p])]
+    if other:
+        name = held[other[0]]
+        warnings.warn(
+            f"the weights hold {name} in {len(other)} of {len(held)} parameters, but the optimizer's state "
+            f"was saved beside weights that hold {loaded.saved[other[0]]}: they are put right. {name} and z "
+            "give the other iterate to rounding; save both in the same mode to get the same bits",
+            stacklevel=4,
+        )
+
+
+def _neither(optimizer: ScheduleFreeOptimizer, strange: list[Tensor], total: int) -> str:
+    places = {
+        p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
+    }
+    group, place = places[strange[0]]
+    return (
+        "weights must be the x or the y of the loaded optimizer state, got others in "
+        f"{len(strange)} of {total} parameters, the first at index {place} of group {group} with shape "
+        f"{tuple(strange[0].shape)}: load the weights that were saved with it (and pass the "
+        "parameters in the same order), or call optimizer.rebase() to take the weights as they are for x, y "
+        "and z"
+    )
+
+
+@torch.no_grad()
+def before_step(optimizer: ScheduleFreeOptimizer) -> None:
+    """Checks that the first step after a load has its gradient at y, and ends the watch.
+
+    Raises:
+        RuntimeError: if the weights hold something else; nothing has moved then.
+    """
+    loaded: Loaded | None = optimizer._loaded
+    if loaded is None:
+        return
+    found = dict(zip(loaded.saved, _prints.take(local(p.detach()) for p in loaded.saved), strict=True))
+    names = {p: loaded.candidates(p, print_) for p, print_ in found.items()}
+    strange = [p for p, candidates in names.items() if not candidates]
+    if strange:
+        raise RuntimeError(_neither(optimizer, strange, len(names)))
+    at_x = [p for p, candidates in names.items() if "y" not in candidates]
+    if at_x:
+        raise RuntimeError(
+            f"weights must hold y in the first step after load_state_dict, got x in {len(at_x)} of "
+            f"{len(names)} parameters: call optimizer.train() after loading the weights and before the "
+            "forward pass, and take the gradient anew"
+        )
+    for p in names:
+        optimizer.state[p].pop("y", None)
+    optimizer._loaded = None

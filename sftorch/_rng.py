@@ -1,0 +1,65 @@
+"""The global random number generators of torch, CUDA, NumPy and Python, as leaves of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+_CUDA = "rng/torch_cuda/"
+
+
+def capture() -> dict[str, np.ndarray]:
+    """Returns leaf -> state, as bytes. Generators of your own go through `extra`."""
+    found = {
+        "rng/torch": torch.get_rng_state().numpy().copy(),
+        "rng/numpy": _as_bytes(_numpy_state()),
+        "rng/python": _as_bytes(random.getstate()),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states = torch.cuda.get_rng_state_all()
+        found |= {f"{_CUDA}{i}": state.cpu().numpy().copy() for i, state in enumerate(states)}
+    return found
+
+
+def restore(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Sets the generators to the saved states and returns what could not be set, in sentences."""
+    if "rng/torch" not in arrays:
+        return [
+            "random numbers: the checkpoint has no states of torch's generators, so they stay as they are"
+        ]
+    torch.set_rng_state(torch.from_numpy(arrays["rng/torch"].copy()))
+    name, keys, *rest = _from_bytes(arrays["rng/numpy"])
+    position, has_gauss, gauss = rest
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, keys, gauss = _from_bytes(arrays["rng/python"])
+    random.setstate((version, tuple(keys), gauss))
+    saved = [leaf for leaf in arrays if leaf.startswith(_CUDA)]
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(min(len(saved), here)):
+        torch.cuda.set_rng_state(torch.from_numpy(arrays[f"{_CUDA}{i}"].copy()), i)
+    if len(saved) > here:
+        return [
+            f"random numbers: the checkpoint has the states of {len(saved)} CUDA device(s), this machine has "
+            f"{here}: dropout on the others continues from another state"
+        ]
+    return []
+
+
+def _numpy_state() -> list[Any]:
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = state
+    return [name, keys.tolist(), *rest]
+
+
+def _as_bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def _from_bytes(array: np.ndarray) -> list[Any]:
+    found: list[Any] = json.loads(array.tobytes())
+    return found

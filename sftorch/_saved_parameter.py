@@ -1,0 +1,119 @@
+"""One parameter of a checkpoint under the live optimizer: its value, state and gradient, as new tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfcore.meta import Meta
+from sftorch import _arrays, _changes, _iterates
+from sftorch._capture import CLOCK, ROLES, kind_of
+from sftorch._core import ScheduleFreeOptimizer
+from sftorch._modes import TrainEvalOptimizer
+from sftorch._scalars import Clock
+
+
+def placed(array: np.ndarray, like: Tensor) -> Tensor:
+    """Returns an array as a tensor on another tensor's device, with its strides."""
+    host = _arrays.to_tensor(array)
+    new = torch.empty_like(like, dtype=host.dtype, requires_grad=False)
+    return new.copy_(host)
+
+
+@dataclass
+class Saved:
+    """One parameter of a checkpoint, to be put under a live optimizer."""
+
+    optimizer: ScheduleFreeOptimizer
+    meta: Meta
+    arrays: Mapping[str, np.ndarray]
+    group: dict[str, Any]
+    saved: dict[str, Any]
+    p: Tensor
+    name: str
+
+    def state_and_value(self) -> tuple[dict[str, Any], Tensor]:
+        """Returns the new state, {} if it had not started, and what the parameter is to hold."""
+        clock = self.meta.parameters[self.name]["clock"]
+        held = placed(self.arrays[f"y/{self.name}"], self.p)
+        return ({}, held) if clock is None else self._started(clock, held)
+
+    def fresh(self) -> set[str]:
+        """Returns what starts anew although the parameter had started: "v", "m"."""
+        if self.meta.parameters[self.name]["clock"] is None:
+            return set()
+        roles = {ROLES[key] for key in self.optimizer._buffers(self.group)}
+        return {role for role in roles if f"{role}/{self.name}" not in self.arrays}
+
+    def gradient(self) -> Tensor | None:
+        """Returns the gradient accumulated so far, None if there was none."""
+        saved = self.arrays.get(f"grad/{self.name}")
+        return None if saved is None else placed(saved, self.p)
+
+    def base_state(self) -> dict[str, Any]:
+        """Returns the state in a wrapper's base, {} if that is another optimizer now."""
+        name = type(self.optimizer.base).__name__  # type: ignore[attr-defined]
+        if self.saved.get("torch", {}).get("base") != name:
+            return {}
+        on_device = self.group.get("capturable") or self.group.get("fused")
+        state = _arrays.decode(self.meta.parameters[self.name].get("base", {}), self.arrays)
+        return {
+            # torch keeps its step counters on the host unless the whole step runs on the device.
+            key: value.to(self.p.device)
+            if isinstance(value, Tensor) and (key != "step" or on_device)
+            else value
+            for key, value in state.items()
+        }
+
+    def _started(self, clock: Mapping[str, Any], held: Tensor) -> tuple[dict[str, Any], Tensor]:
+        state = {
+            key: placed(self.arrays[f"{role}/{self.name}"], self.p)
+            for key, role in ROLES.items()
+            if f"{role}/{self.name}" in self.arrays
+        }
+        held = self._converted(state, held)
+        needed = self.optimizer._buffers(self.group)
+        new_v = "v" in self.fresh()
+        same = _changes.comparable(self.meta.optimizer, kind_of(self.optimizer))
+        values, _ = self.optimizer._values(self.group)
+        after = _changes.carry(Clock(*(clock[key] for key in CLOCK)), values, same, new_v)
+        # In the order in which a first step makes them.
+        buffers = {key: state[key] if key in state else torch.zeros_like(state["z"]) for key in needed}
+        state = {"z": state["z"], **after._asdict(), **buffers, **{k: state[k] for k in ("x",) if k in state}}
+        if (
+            isinstance(self.optimizer, TrainEvalOptimizer)
+            and not self.optimizer._books(self.group)["train_mode"]
+        ):
+            state["y"], held = held, self._x(state, held)
+        return state, held
+
+    def _converted(self, state: dict[str, Any], held: Tensor) -> Tensor:
+        """Returns what the parameter holds at rest; the closure forms hold x, the others y."""
+        beta = self._y_beta()
+        holds_x, wants_x = self.meta.weights_hold == "x", not isinstance(self.optimizer, TrainEvalOptimizer)
+        if holds_x and not wants_x:
+            if beta == 0:
+                state["x"] = held.to(state["z"].dtype)
+            return _iterates.interpolate(held, state["z"], beta).to(held.dtype)
+        if wants_x and not holds_x:
+            held = self._x(state, held)
+        if wants_x:
+            state.pop("x", None)
+        return held
+
+    def _x(self, state: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        beta = self._y_beta()
+        x = _iterates.recover_x(y, state["z"], beta) if beta else state.get("x", state["z"])
+        return x.to(y.dtype)
+
+    def _y_beta(self) -> float:
+        books = self.saved.get("torch", {}).get("books", {})
+        beta: float = (
+            self.saved["hyperparameters"]["beta"] if books.get("y_beta") is None else books["y_beta"]
+        )
+        return beta

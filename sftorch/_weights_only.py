@@ -1,0 +1,145 @@
+"""A start from weights alone: they are taken for x, y and z, under a policy that protects them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfcore import exchange, store
+from sfcore.exchange import CheckpointError
+from sfcore.restart import weights_only_policy
+from sftorch import _arrays, _scalars
+from sftorch._capture import unwrapped
+from sftorch._core import ScheduleFreeOptimizer, new_books
+
+_WRAPPED = ("state_dict", "model_state_dict", "model")
+NO_STATE = "no optimizer state: starting from x"
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Returns name -> tensor, on the CPU.
+
+    Args:
+        path: one of our checkpoints or a folder of them, a safetensors file, or what torch.save wrote of
+            `model.state_dict()`, also under a key "state_dict", "model_state_dict" or "model".
+
+    Raises:
+        CheckpointError: if it cannot be read or holds no weights.
+    """
+    if path.is_dir():
+        found = path if (path / store.META).exists() else store.newest(path)
+        return _tensors(store.read(found, store.INFERENCE)[1])
+    if path.suffix == ".safetensors":
+        return _tensors(exchange.read_tensors(path))
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(exchange.cannot_read(path, error)) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} must be a safetensors file or what torch.save wrote of a state dict, got {error}: "
+            "check the path, or save model.state_dict() again"
+        ) from error
+    for key in _WRAPPED:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not any(isinstance(v, Tensor) for v in loaded.values()):
+        raise CheckpointError(
+            f"{path} must hold a model's state dict, got {type(loaded).__name__}: save model.state_dict()"
+        )
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: _arrays.to_tensor(array) for name, array in arrays.items()}
+
+
+def check(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns entry -> live tensor of the model, after checking names and shapes, every problem at once."""
+    live = {k: v for k, v in unwrapped(model).state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    found = [f"{name!r} must be in the file, got none of that name" for name in live if name not in weights]
+    found += [f"{name!r} must be in the model, got none of that name" for name in weights if name not in live]
+    found += [
+        f"{name!r} must have the model's shape {tuple(live[name].shape)}, got {tuple(weights[name].shape)}"
+        for name in live
+        if name in weights and live[name].shape != weights[name].shape
+    ]
+    if found:
+        raise CheckpointError(
+            f"{path} does not fit the model; nothing has changed. Build the model as it was saved, or load "
+            "the weights that fit yourself and call no restore:\n  " + "\n  ".join(found)
+        )
+    return live
+
+
+@torch.no_grad()
+def start(path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> list[str]:
+    """Puts the weights into the model, empties the optimizer and applies the policy; returns notices.
+
+    Raises:
+        CheckpointError: if the weights cannot be read or do not fit; nothing has changed then.
+    """
+    weights = read(path)
+    live = check(path, weights, model)
+    notices = [f"{path}: {NO_STATE}"]
+    cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
+    if cast:
+        name = next(iter(cast))
+        notices.append(
+            f"{len(cast)} weights are converted to the model's dtype, the first {name!r}: "
+            f"{_arrays.name_of(cast[name])} to {_arrays.name_of(live[name].dtype)}"
+        )
+    for name, value in live.items():
+        value.copy_(weights[name])
+    return notices + empty(optimizer)
+
+
+def empty(optimizer: ScheduleFreeOptimizer) -> list[str]:
+    """Forgets the optimizer's state and opens its groups' books anew, under the policy; returns notices."""
+    optimizer.state.clear()
+    if hasattr(optimizer, "base"):
+        optimizer.base.state.clear()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+    return [
+        notice
+        for index, group in enumerate(optimizer.param_groups)
+        for notice in _open(optimizer, index, group)
+    ]
+
+
+def _open(optimizer: ScheduleFreeOptimizer, index: int, group: dict[str, Any]) -> list[str]:
+    books = optimizer._books(group)
+    prior, notices = protect(optimizer, index, group)
+    kept = {"train_mode": books["train_mode"], "prior_weight": prior, "weight_sum": prior}
+    books.update(new_books() | kept)
+    return notices
+
+
+def protect(optimizer: ScheduleFreeOptimizer, index: int, group: dict[str, Any]) -> tuple[float, list[str]]:
+    """Sets a group's prior_steps and warmup_steps by the policy; returns the prior weight, and notices.
+
+    What differs from the optimizer's default was asked for, and stays.
+    """
+    values, _ = optimizer._values(group)
+    usual = {field.name: field.default for field in fields(optimizer.hyperparameters)}
+    asked = {name: value for name, value in values.items() if value != usual[name]}
+    lr = float(group.get("initial_lr", values["lr"]))
+    if lr == 0:
+        return 0.0, [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
+    notices = []
+    for name, value in weights_only_policy(asked).items():
+        if name in values and value != values[name]:
+            (group if name in group else optimizer._books(group))[name] = value
+            notices.append(
+                f"group {index}: {name} is set to {value} for a start from weights; pass another to change it"
+            )
+    values, _ = optimizer._values(group)
+    return _scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"]), notices

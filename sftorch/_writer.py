@@ -1,0 +1,101 @@
+"""One save at a time: copied here, written in a thread, its error kept until someone asks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfcore import exchange, store
+from sfcore.exchange import CheckpointError
+from sftorch import _arrays
+from sftorch._capture import Capture
+from sftorch._restart_watch import distance, recent
+from sftorch._snapshot import Snapshot
+
+_log = logging.getLogger("sftorch.checkpoint")
+
+
+class Writer:
+    """Writes captures into a folder and drops what is not to be kept.
+
+    Args:
+        folder: where checkpoints lie.
+        keep: (keep_newest, keep_best, metric) of `sfcore.store.prune`.
+        background: write in a thread.
+    """
+
+    def __init__(self, folder: Path, keep: tuple[int, int, str], background: bool):
+        self._folder, self._keep, self._background = folder, keep, background
+        self._snapshot = Snapshot()
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._path: Path | None = None
+        self._cleaned = False
+
+    def write(self, captured: Capture) -> None:
+        """Writes at once, or copies and leaves the rest to a thread; no save may be in flight."""
+        if not self._background:
+            self._save(captured, {leaf: tensor.detach().cpu() for leaf, tensor in captured.tensors.items()})
+            self.wait()
+            return
+        leaves = self._snapshot.take(captured.tensors)
+        # No daemon: a program that ends normally waits for its last save.
+        self._thread = threading.Thread(target=self._save, args=(captured, leaves), name="sftorch.checkpoint")
+        self._thread.start()
+
+    def wait(self) -> Path | None:
+        """Waits for the save in flight; returns the last path, or raises the save's error, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._path
+
+    def close(self) -> None:
+        """Waits, and frees the copies."""
+        try:
+            self.wait()
+        finally:
+            self._snapshot = Snapshot()
+
+    @torch.no_grad()
+    def _save(self, captured: Capture, leaves: Mapping[str, Tensor]) -> None:
+        try:
+            self._snapshot.wait()
+            self._path = self._write(captured, leaves)
+        except CheckpointError as error:
+            self._error = error
+        except Exception as error:
+            self._error = CheckpointError(f"the save of step {captured.meta.step} failed: {error!r}")
+            self._error.__cause__ = error
+        if self._error is not None:
+            _log.error("%s", self._error)
+
+    def _write(self, captured: Capture, leaves: Mapping[str, Tensor]) -> Path:
+        if not self._cleaned:  # not at construction: another process may be saving while this one only reads
+            store.clean(self._folder)
+            self._cleaned = True
+        arrays = captured.arrays | {leaf: _arrays.to_numpy(tensor, leaf) for leaf, tensor in leaves.items()}
+        x = {f"x/{average.name}": average.compute(leaves) for average in captured.averages}
+        averages = {leaf: _arrays.to_numpy(tensor) for leaf, tensor in x.items()}
+        prints = {"x": exchange.fingerprint(exchange.of_role(averages, "x"))}
+        if captured.meta.weights_hold == "y":
+            prints["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
+        started = [average.name for average in captured.averages if f"z/{average.name}" in leaves]
+        gap = distance((x[f"x/{name}"], leaves[f"z/{name}"], 1.0) for name in started)
+        meta = replace(captured.meta, fingerprints=prints, recent=recent(captured.meta.groups, gap))
+        inference = {
+            entry: averages[leaf] if leaf in averages else arrays[leaf]
+            for entry, leaf in captured.inference.items()
+        }
+        path = store.write(self._folder, meta, arrays, inference)
+        store.prune(self._folder, *self._keep)
+        return path

@@ -1,0 +1,247 @@
+"""Checkpoints of a torch run: one call saves x for inference and the state for an exact resume.
+
+FOLDER/step_000000100/state.safetensors      y, z, moments, buffers, gradients, random states
+                      inference.safetensors  x and the buffers, by the names of model.state_dict()
+                      meta.json              what it is: sfcore.meta, the same in both frameworks
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from sfcore import store
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+from sfcore.store import Skipped
+from sftorch import _apply, _arrays, _changes, _place, _rng, _weights_only
+from sftorch._capture import MODEL_EXTRA, capture
+from sftorch._core import ScheduleFreeOptimizer
+from sftorch._importers import import_state_dict
+from sftorch._restart_watch import RestartWatch
+from sftorch._writer import Writer
+
+__all__ = ["CheckpointError", "Checkpoints", "Restored", "Skipped", "import_state_dict"]
+
+_log = logging.getLogger("sftorch.checkpoint")
+
+
+class Restored(NamedTuple):
+    """What a restore found and did.
+
+    Attributes:
+        path: the checkpoint or weights file.
+        meta: its record; None for weights alone. step, epoch and position say where to go on.
+        notices: sentences for the user, also logged: what differs, what was skipped, what starts anew.
+        skipped: newer checkpoints that do not verify, and why.
+        extra: what `save` was given as extra; its tensors are on the CPU.
+    """
+
+    path: Path
+    meta: Meta | None
+    notices: list[str]
+    skipped: list[Skipped]
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """Saves and restores runs in a folder; a context manager that waits for the last save.
+
+    Args:
+        folder: where the checkpoints lie; made at the first save.
+        keep_newest: how many of the newest to keep, >= 1, default 2.
+        keep_best: how many of the smallest metric to keep beside those, >= 0, default 1.
+        metric: the key of `save(metrics=...)` that ranks, default "loss".
+        background: copy the state and write it in a thread, default True. An error of the thread is
+            logged at once and raised by the next `save`, `wait` or `close`.
+
+    Raises:
+        ValueError: if keep_newest or keep_best is out of range.
+
+    Example:
+        >>> import sftorch, tempfile, torch
+        >>> from sftorch.checkpoint import Checkpoints
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = sftorch.AdamWScheduleFree(model.parameters())
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        ...     checkpoints.save(model, optimizer, metrics={"loss": 0.5})
+        ...     restored = checkpoints.restore(model, optimizer)
+        >>> restored.meta.step
+        1
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_newest: int = 2,
+        keep_best: int = 1,
+        metric: str = "loss",
+        background: bool = True,
+    ):
+        for name, value, least in (("keep_newest", keep_newest, 1), ("keep_best", keep_best, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name} must be a whole number >= {least}, got {value!r}: 2 and 1 are usual"
+                )
+        self.folder = Path(folder)
+        self._keep = (keep_newest, keep_best, metric)
+        self._writer = Writer(self.folder, self._keep, background)
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: ScheduleFreeOptimizer,
+        *,
+        step: int | None = None,
+        epoch: int = 0,
+        position: int = 0,
+        accumulation: tuple[int, int] = (1, 0),
+        batch_size: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves everything a resume needs, and x for inference. In either mode, at any micro-batch.
+
+        Args:
+            model: the module that holds the optimizer's parameters.
+            optimizer: any of sftorch's.
+            step: finished optimizer steps, default the optimizer's own count.
+            epoch: epochs finished, default 0.
+            position: micro-batches taken in this epoch, default 0.
+            accumulation: (micro-batches an update, of them already in the gradients), default (1, 0);
+                the gradients are saved if the second is not 0.
+            batch_size: of a micro-batch, to be compared on resume; default not recorded.
+            metrics: finite numbers that rank checkpoints; the smallest `metric` is kept.
+            extra: your own, back from `restore` in `Restored.extra`: nested dicts, lists, numbers,
+                strings and tensors, such as scheduler.state_dict() and scaler.state_dict().
+
+        Raises:
+            CheckpointError: if something cannot be saved, or the save before this one failed.
+        """
+        self._writer.wait()
+        place = {
+            "step": max(optimizer._books(g)["k"] for g in optimizer.param_groups) if step is None else step,
+            "epoch": epoch,
+            "position": position,
+            "accumulation": _place.accumulation_of(accumulation, batch_size),
+            "metrics": _place.finite(metrics or {}),
+        }
+        captured = capture(model, optimizer, place, extra or {})
+        captured.arrays.update(_rng.capture())
+        self._writer.write(captured)
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: ScheduleFreeOptimizer,
+        *,
+        resume: str | int | Path = "auto",
+        strict: bool = False,
+        rng: bool = True,
+        accumulation: int | None = None,
+        batch_size: int | None = None,
+    ) -> Restored | None:
+        """Brings model, optimizer and random states back; everything is verified before anything changes.
+
+        The optimizer stays in the mode it is in, and the weights hold what that mode wants. Its next 20
+        steps are watched (`sfcore.watch`): a jump of c or of x is logged once, and `metrics()` has
+        restart_steps, restart_moved and restart_jump.
+
+        Args:
+            model: built as the saved one was.
+            optimizer: built over its parameters; its configuration holds where it differs from the
+                checkpoint's, and `Restored.notices` says so. Build lr schedulers before.
+            resume: "auto" the newest checkpoint if there is one; "latest-good" the newest that verifies;
+                "none"; a step; the path of a checkpoint; "weights:PATH" weights without state.
+            strict: refuse any difference of configuration instead, default False.
+            rng: set torch's, CUDA's, NumPy's and Python's random states, default True.
+            accumulation: micro-batches an update in this run, to be compared; default not compared.
+            batch_size: of a micro-batch in this run, to be compared; default not compared.
+
+        Returns:
+            What was found, or None for "none" and for "auto" in a folder without checkpoints.
+
+        Raises:
+            CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
+        """
+        self._writer.wait()
+        if isinstance(resume, str) and resume.startswith("weights:"):
+            path = Path(resume.removeprefix("weights:"))
+            restored = Restored(path, None, _weights_only.start(path, model, optimizer), [], {})
+            RestartWatch(optimizer, None, fresh=("clock", "v"))
+            return self._report(restored)
+        found, skipped = self._find(resume)
+        if found is None:
+            return None
+        path = found
+        meta, arrays = store.read(path)
+        plan, changes = _apply.plan(path, meta, arrays, model, optimizer)
+        changes += _changes.of_batches(meta, accumulation, batch_size)
+        if strict:
+            _changes.refuse(path, changes)
+        extra = {k: v for k, v in meta.extra.items() if k != MODEL_EXTRA}
+        notices = [f"{skip.path} was skipped: {skip.why}" for skip in skipped]
+        notices += [str(change) for change in changes]
+        notices += _place.drop_partial_update(plan, meta, accumulation)
+        _apply.commit(plan, model, optimizer)
+        notices += _rng.restore(arrays) if rng else []
+        RestartWatch(optimizer, meta.recent, {change.name for change in changes}, plan.fresh)
+        return self._report(Restored(path, meta, notices, skipped, _arrays.decode(extra, arrays)))
+
+    def wait(self) -> Path | None:
+        """Waits for the save in flight; returns the path of the last one.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        return self._writer.wait()
+
+    def close(self) -> None:
+        """Waits for the save in flight and frees the copies.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        self._writer.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None:  # it is logged; the error that ends the block matters more
+                raise
+
+    def _find(self, resume: str | int | Path) -> tuple[Path | None, list[Skipped]]:
+        if resume == "none":
+            return None, []
+        if resume == "latest-good":
+            return store.latest_good(self.folder)
+        found = store.steps(self.folder)
+        if resume == "auto":
+            return (found[max(found)] if found else None), []
+        if isinstance(resume, int):
+            if resume not in found:
+                raise CheckpointError(f"{self.folder} must hold step {resume}, got the steps {sorted(found)}")
+            return found[resume], []
+        path = Path(resume)
+        return (store.newest(path) if store.steps(path) else path), []
+
+    def _report(self, restored: Restored) -> Restored:
+        step = "" if restored.meta is None else f" at step {restored.meta.step}"
+        _log.info("resumed from %s%s", restored.path, step)
+        for notice in restored.notices:
+            _log.warning("%s", notice)
+        return restored

@@ -1,0 +1,226 @@
+"""What save accepts, keeps and refuses."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import sftorch
+from sfcore import store
+from sftorch.checkpoint import CheckpointError, Checkpoints
+from sftorch.tests.checkpoint_runs import Case, build, train
+
+CASE = Case("adamw", "float32", 1, 4, "train")
+
+
+def started(updates=3):
+    model, optimizer = build(CASE)
+    train(model, optimizer, CASE, 0, updates)
+    return model, optimizer
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    model, optimizer = started()
+    with Checkpoints(tmp_path, keep_newest=2, keep_best=1) as checkpoints:
+        for step, loss in enumerate((0.5, 0.1, 0.3, 0.4, 0.2)):
+            checkpoints.save(model, optimizer, step=step, metrics={"loss": loss})
+    assert list(store.steps(tmp_path)) == [1, 3, 4]
+
+
+def test_a_step_saved_again_is_replaced(tmp_path):
+    model, optimizer = started()
+    with Checkpoints(tmp_path) as checkpoints:
+        for epoch in range(3):
+            checkpoints.save(model, optimizer, epoch=epoch)
+    restored = checkpoints.restore(model, optimizer)
+    assert list(store.steps(tmp_path)) == [3]
+    assert (restored.meta.step, restored.meta.epoch) == (3, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", True])
+def test_a_metric_that_is_no_finite_number_is_refused_before_anything_is_written(tmp_path, value):
+    model, optimizer = started()
+    with pytest.raises(CheckpointError, match="loss"):
+        Checkpoints(tmp_path / "new").save(model, optimizer, metrics={"loss": value})
+    assert not (tmp_path / "new").exists()
+
+
+def test_metrics_may_be_tensors_and_numpy_scalars(tmp_path):
+    model, optimizer = started()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, metrics={"loss": torch.tensor(0.5), "accuracy": np.float32(0.25)})
+        assert checkpoints.restore(model, optimizer).meta.metrics == {"loss": 0.5, "accuracy": 0.25}
+
+
+@pytest.mark.parametrize("accumulation", [(4, 4), (0, 0), (4, -1)])
+def test_an_accumulation_that_cannot_be_is_refused(tmp_path, accumulation):
+    model, optimizer = started()
+    with pytest.raises(CheckpointError, match="0 <= position < steps"):
+        Checkpoints(tmp_path).save(model, optimizer, accumulation=accumulation)
+
+
+@pytest.mark.parametrize(("name", "value"), [("keep_newest", 0), ("keep_best", -1), ("keep_newest", 1.5)])
+def test_numbers_that_keep_nothing_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        Checkpoints(tmp_path, **{name: value})
+
+
+def test_a_model_without_the_optimizers_parameters_is_refused(tmp_path):
+    _, optimizer = started()
+    with pytest.raises(CheckpointError, match=r"got 6 that it does not, the first: parameter 0 of group 0"):
+        Checkpoints(tmp_path).save(torch.nn.Linear(2, 2), optimizer)
+
+
+def test_extra_comes_back_as_it_was(tmp_path):
+    model, optimizer = started()
+    extra = {
+        "nested": {"list": [1, 2.5, None, True], "tuple": (1, (2, 3)), "set": {4}},
+        "milestones": Counter({30: 1, 60: 2}),
+        "by number": {1: "one", (2, 3): "pair"},
+        "tensor": torch.arange(3, dtype=torch.bfloat16),
+        "array": np.arange(4.0),
+        "infinity": float("inf"),
+        "__is__": "a key that the format uses itself",
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, extra=extra)
+        found = checkpoints.restore(model, optimizer).extra
+    assert torch.equal(found.pop("tensor"), extra.pop("tensor"))
+    assert np.array_equal(found.pop("array"), extra.pop("array"))
+    assert found == extra
+    assert type(found["milestones"]) is Counter
+
+
+def test_extra_that_has_no_form_is_refused_with_its_place(tmp_path):
+    model, optimizer = started()
+    with pytest.raises(CheckpointError, match=r"extra/scheduler/1 must be JSON-like or a tensor, got object"):
+        Checkpoints(tmp_path).save(model, optimizer, extra={"scheduler": [0, object()]})
+
+
+def test_a_grad_scaler_comes_back(tmp_path):
+    model, optimizer = started()
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, extra={"scaler": scaler.state_dict()})
+        other = torch.amp.GradScaler("cpu")
+        other.load_state_dict(checkpoints.restore(model, optimizer).extra["scaler"])
+    assert other.state_dict() == scaler.state_dict()
+
+
+def test_the_record_says_what_it_is(tmp_path):
+    model, optimizer = started()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, epoch=2, position=7, batch_size=5, accumulation=(4, 1))
+        meta = json.loads((checkpoints.wait() / "meta.json").read_text())
+    assert (meta["framework"], meta["optimizer"], meta["precision"], meta["weights_hold"]) == (
+        "torch",
+        "adamw",
+        "float32",
+        "y",
+    )
+    assert (meta["step"], meta["epoch"], meta["position"]) == (3, 2, 7)
+    assert meta["accumulation"] == {"steps": 4, "position": 1, "batch_size": 5}
+    assert meta["groups"][0]["hyperparameters"]["beta"] == 0.9
+    assert meta["groups"][0]["parameters"] == [name for name, _ in model.named_parameters()]
+    assert meta["parameters"]["0.weight"]["clock"]["step"] == 3
+    assert meta["fingerprints"]["x"] != meta["fingerprints"]["y"]
+    assert "torch" in meta["versions"]
+
+
+def test_frozen_and_late_parameters_come_back(tmp_path):
+    model, _ = build(CASE)
+    model[0].requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    optimizer = sftorch.AdamWScheduleFree([p for p in model.parameters() if p.requires_grad])
+    optimizer.add_param_group({"params": [model[3].bias], "lr": 0.5})
+    train(model, optimizer, CASE, 0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        frozen = model[0].weight.clone()
+        with torch.no_grad():
+            model[0].weight.zero_()
+        checkpoints.restore(model, optimizer)
+    assert torch.equal(model[0].weight, frozen)
+    assert "z" not in optimizer.state.get(model[3].bias, {})
+
+
+def test_tied_parameters_are_saved_once_and_shipped_under_both_names(tmp_path):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    optimizer = sftorch.SGDScheduleFree(model.parameters())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        path = checkpoints.wait()
+    _, state = store.read(path)
+    _, shipped = store.read(path, store.INFERENCE)
+    assert [leaf for leaf in state if leaf.endswith("weight")] == ["y/a.weight"]
+    assert shipped.keys() == model.state_dict().keys()
+
+
+def test_a_model_with_state_of_its_own_comes_back(tmp_path):
+    class Counting(torch.nn.Linear):
+        calls = 0
+
+        def get_extra_state(self):
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+    model = torch.nn.Sequential(Counting(2, 2))
+    optimizer = sftorch.SGDScheduleFree(model.parameters())
+    model[0].calls = 5
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, extra={"mine": 1})
+        model[0].calls = 0
+        assert checkpoints.restore(model, optimizer).extra == {"mine": 1}
+    assert model[0].calls == 5
+
+
+def test_weights_that_were_written_to_in_eval_mode_are_not_saved(tmp_path):
+    model, optimizer = started()
+    optimizer.eval()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="rebase"):
+        Checkpoints(tmp_path).save(model, optimizer)
+
+
+def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
+    model, optimizer = started()
+    assert Checkpoints(tmp_path).restore(model, optimizer) is None
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        assert checkpoints.restore(model, optimizer, resume="none") is None
+
+
+@pytest.mark.parametrize("form", [str, lambda path: path])
+def test_a_path_may_be_a_checkpoint_or_a_folder_of_them(tmp_path, form):
+    model, optimizer = started()
+    with Checkpoints(tmp_path / "a") as checkpoints:
+        checkpoints.save(model, optimizer)
+        path = checkpoints.wait()
+    other = Checkpoints(tmp_path / "b")
+    for place in (path, tmp_path / "a"):
+        assert other.restore(model, optimizer, resume=form(place)).path == path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64, torch.complex128])
+def test_other_dtypes_and_shapes_come_back(tmp_path, dtype):
+    shapes = [(2, 3), (), (0,)]
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(s).to(dtype)) for s in shapes])
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()], repr(optimizer.state_dict())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        checkpoints.restore(model, optimizer)
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before[0], strict=True))
+    assert repr(optimizer.state_dict()) == before[1]

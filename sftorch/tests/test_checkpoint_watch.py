@@ -1,0 +1,125 @@
+"""The first steps after a restart are watched, and a jump is reported once."""
+
+import logging
+
+import pytest
+import torch
+
+import sftorch
+from sfcore.watch import WATCHED_STEPS
+from sftorch.checkpoint import Checkpoints
+from sftorch.tests.checkpoint_runs import Case, build, train
+
+CASE = Case("adamw", "float32", 1, 30, "train")
+
+
+def reports(caplog):
+    return [message for message in caplog.messages if "after the restart" in message]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model, optimizer = build(CASE)
+    train(model, optimizer, CASE, 0, CASE.saved_at)
+    checkpoints = Checkpoints(tmp_path, background=False)
+    checkpoints.save(model, optimizer)
+    return checkpoints
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "radam", "polyak", "wrapper"])
+def test_an_exact_resume_reports_nothing_and_the_watch_ends(tmp_path, caplog, kind):
+    case = CASE._replace(kind=kind)
+    model, optimizer = build(case)
+    train(model, optimizer, case, 0, case.saved_at)
+    checkpoints = Checkpoints(tmp_path, background=False)
+    checkpoints.save(model, optimizer)
+    checkpoints.restore(model, optimizer)
+    train(model, optimizer, case, 30, 30 + WATCHED_STEPS + 5)
+    (metrics,) = optimizer.metrics()
+    assert reports(caplog) == []
+    assert metrics["restart_steps"] == WATCHED_STEPS
+    assert metrics["restart_jump"] == 0
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_the_way_of_x_is_at_least_its_distance(saved):
+    model, optimizer = build(CASE, seed=7)
+    saved.restore(model, optimizer)
+    before = {p: x.clone() for p, x in optimizer.eval_params().items()}
+    train(model, optimizer, CASE, 30, 40)
+    after = optimizer.eval_params()
+    distance = sum(float((after[p] - x).square().sum()) for p, x in before.items()) ** 0.5
+    way = optimizer.metrics()[0]["restart_moved"]
+    # The steps of x turn little, so their sum is not far above; measured 1.3 times.
+    assert distance <= way * (1 + 1e-6) <= 3 * distance
+
+
+def test_an_average_that_began_anew_is_reported_once_with_cause_and_fix(saved, caplog):
+    model, optimizer = build(CASE, seed=7)
+    saved.restore(model, optimizer)
+    for p in model.parameters():  # what a state without its clocks would do
+        optimizer.state[p]["weight_sum"] = 0.0
+    optimizer.param_groups[0]["weight_sum"] = 0.0
+    with caplog.at_level(logging.WARNING, "sftorch.checkpoint"):
+        train(model, optimizer, CASE, 30, 40)
+    (report,) = reports(caplog)
+    assert "the averaging began anew" in report
+    assert "prior_steps" in report
+    assert optimizer.metrics()[0]["restart_jump"] == 1
+
+
+def test_a_much_larger_lr_is_named_as_the_cause(saved, caplog):
+    model, _ = build(CASE, seed=7)
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.1, weight_decay=0.1)
+    saved.restore(model, optimizer)
+    train(model, optimizer, CASE, 30, 33)
+    (report,) = reports(caplog)
+    assert "by the changed lr" in report
+
+
+def test_a_start_from_weights_under_the_policy_reports_nothing(saved, caplog):
+    model, optimizer = build(CASE, seed=7)
+    saved.restore(model, optimizer, resume=f"weights:{saved.folder}")
+    train(model, optimizer, CASE, 0, WATCHED_STEPS)
+    assert reports(caplog) == []
+
+
+def test_a_start_from_weights_without_it_is_reported(saved, caplog):
+    model, _ = build(CASE, seed=7)
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.01, prior_steps=1)
+    saved.restore(model, optimizer, resume=f"weights:{saved.folder}")
+    train(model, optimizer, CASE, 0, 2)
+    (report,) = reports(caplog)
+    assert "the share of x that one step replaces" in report
+
+
+def test_a_second_restore_watches_anew(saved):
+    model, optimizer = build(CASE, seed=7)
+    for _ in range(2):
+        saved.restore(model, optimizer)
+        train(model, optimizer, CASE, 30, 33)
+    assert optimizer.metrics()[0]["restart_steps"] == 3
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
+def test_the_closure_form_is_watched_too(tmp_path):
+    model, _ = build(CASE)
+    optimizer = sftorch.SGDScheduleFreeClosure(model.parameters(), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(5, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    checkpoints = Checkpoints(tmp_path, background=False)
+    checkpoints.save(model, optimizer)
+    checkpoints.restore(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step(closure)
+    distance = (
+        sum(float((p - x).square().sum()) for p, x in zip(model.parameters(), before, strict=True)) ** 0.5
+    )
+    assert optimizer.metrics()[0]["restart_moved"] == pytest.approx(distance, rel=1e-4)

@@ -1,0 +1,151 @@
+"""A start from weights alone."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sftorch
+from sfcore.restart import WEIGHTS_ONLY
+from sftorch.checkpoint import CheckpointError, Checkpoints
+from sftorch.tests.checkpoint_runs import Case, build, train
+
+CASE = Case("adamw", "float32", 1, 8, "train")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A model that holds x, and a folder with a checkpoint of its run."""
+    model, optimizer = build(CASE)
+    train(model, optimizer, CASE, 0, 8)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(model, optimizer)
+    optimizer.eval()
+    return model, tmp_path
+
+
+def write(form, model, folder):
+    """Returns a path or folder that holds the weights in some form."""
+    if form in ("folder", "checkpoint"):
+        return folder / "run" if form == "folder" else Checkpoints(folder / "run")._find("auto")[0]
+    if form == "safetensors":
+        save_file(model.state_dict(), folder / "w.safetensors")
+        return folder / "w.safetensors"
+    torch.save(
+        model.state_dict() if form == "pt" else {"state_dict": model.state_dict(), "epoch": 3},
+        folder / "w.pt",
+    )
+    return folder / "w.pt"
+
+
+def start(path, kind="adamw", mode="train", **options):
+    model, _ = build(CASE, seed=7)
+    classes = {
+        "adamw": sftorch.AdamWScheduleFree,
+        "radam": sftorch.RAdamScheduleFree,
+        "sgd": sftorch.SGDScheduleFree,
+    }
+    optimizer = classes[kind](model.parameters(), **options)
+    train(model, optimizer, CASE, 0, 2)  # what it had learnt is forgotten
+    getattr(optimizer, mode)()
+    restored = Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}")
+    return model, optimizer, restored
+
+
+@pytest.mark.parametrize("form", ["folder", "checkpoint", "safetensors", "pt", "nested pt"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_run_starts_from_the_weights_and_says_so(trained, form, mode):
+    shipped, folder = trained
+    path = write(form, shipped, folder)
+    model, optimizer, restored = start(path, mode=mode)
+    assert restored.meta is None
+    assert restored.notices[0] == f"{path}: no optimizer state: starting from x"
+    assert all(torch.equal(value, shipped.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not optimizer.state
+    assert optimizer.metrics()[0]["step"] == 0
+    assert optimizer.param_groups[0]["train_mode"] is (mode == "train")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "radam", "sgd"])
+def test_the_policy_protects_the_weights_in_the_first_steps(trained, kind):
+    model, optimizer, restored = start(write("pt", *trained), kind, lr=0.01)
+    assert f"prior_steps is set to {WEIGHTS_ONLY['prior_steps']}" in restored.notices[1]
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, CASE, 8, 14)
+    # RAdam's first steps weigh less than a full one.
+    assert 0 < optimizer.metrics()[0]["c"] <= 1 / WEIGHTS_ONLY["prior_steps"]
+    moved = [
+        float((optimizer.eval_params()[p] - x).abs().max())
+        for p, x in zip(model.parameters(), before, strict=True)
+    ]
+    away = [
+        float((optimizer.state[p]["z"] - x).abs().max())
+        for p, x in zip(model.parameters(), before, strict=True)
+    ]
+    assert all(x_moved <= 0.02 * z_moved for x_moved, z_moved in zip(moved, away, strict=True))
+
+
+def test_explicit_arguments_win(trained):
+    _, optimizer, restored = start(write("pt", *trained), prior_steps=7, warmup_steps=3)
+    assert (optimizer.param_groups[0]["prior_steps"], optimizer.param_groups[0]["warmup_steps"]) == (7, 3)
+    assert len(restored.notices) == 1
+    assert optimizer.param_groups[0]["weight_sum"] == pytest.approx(7 * 0.0025**2)
+
+
+def test_the_wrapper_is_protected_too(trained):
+    model, _ = build(CASE, seed=7)
+    optimizer = sftorch.ScheduleFreeWrapper(torch.optim.RMSprop(model.parameters(), lr=0.01))
+    train(model, optimizer, CASE, 0, 2)
+    Checkpoints("unused").restore(model, optimizer, resume=f"weights:{write('pt', *trained)}")
+    train(model, optimizer, CASE, 0, 1)
+    assert optimizer.metrics()[0]["c"] == pytest.approx(1 / (WEIGHTS_ONLY["prior_steps"] + 1))
+
+
+def test_another_dtype_is_converted_and_said(trained):
+    shipped, folder = trained
+    save_file(
+        {
+            name: value.to(torch.float16) if value.is_floating_point() else value
+            for name, value in shipped.state_dict().items()
+        },
+        folder / "half.safetensors",
+    )
+    model, _, restored = start(folder / "half.safetensors")
+    assert "converted to the model's dtype, the first '0.weight': float16 to float32" in restored.notices[1]
+    assert torch.equal(model[0].weight, shipped[0].weight.half().float())
+
+
+def test_weights_of_another_model_are_refused_with_every_problem(trained):
+    shipped, folder = trained
+    weights = dict(shipped.state_dict())
+    weights["0.weight"] = weights["0.weight"].T.contiguous()
+    weights["other"] = weights.pop("3.bias")
+    save_file(weights, folder / "w.safetensors")
+    with pytest.raises(CheckpointError, match="nothing has changed") as caught:
+        start(folder / "w.safetensors")
+    for problem in (
+        "'3.bias' must be in the file",
+        "'other' must be in the model",
+        "shape (6, 4), got (4, 6)",
+    ):
+        assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of torch", None])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, content):
+    path = tmp_path / "w.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"w\.pt"):
+        start(path)
+
+
+def test_a_file_without_weights_is_refused(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="must hold a model's state dict"):
+        start(tmp_path / "w.pt")
+
+
+def test_an_lr_of_zero_cannot_weigh_the_weights_and_that_is_said(trained):
+    _, optimizer, restored = start(write("pt", *trained), lr=0.0)
+    assert "lr is 0, so the loaded weights cannot be weighed" in restored.notices[1]
+    assert optimizer.param_groups[0]["weight_sum"] == 0

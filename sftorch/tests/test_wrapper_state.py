@@ -1,0 +1,92 @@
+"""The wrapper's whole state, its base's included, is saved, loaded and copied."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import sftorch
+from sftorch.tests.bases import BASES
+from sftorch.tests.plain import STEP_SIZE, copies, feed, same_bits, some_grads, some_params
+
+
+def matrices(dtype=torch.float32):
+    return some_params(dtype, shapes=[(3, 2), (4, 4)])
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("base", BASES)
+def test_a_round_trip_in_the_middle_is_bit_identical(base, beta, evaluating):
+    params, grads = matrices(), some_grads(10, matrices())
+    optimizer = sftorch.ScheduleFreeWrapper(BASES[base](params), momentum=beta, prior_steps=2)
+    feed(optimizer, params, grads[:5])
+    if evaluating:
+        optimizer.eval()
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = sftorch.ScheduleFreeWrapper(BASES[base](others))
+    other.param_groups[0]["lr"] = 9.0  # what is loaded replaces every option
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert other.param_groups is other.base.param_groups
+    for o in (optimizer, other):
+        o.train()
+    feed(optimizer, params, grads[5:])
+    feed(other, others, grads[5:])
+    assert same_bits(others, params)
+    assert other.metrics() == optimizer.metrics()
+
+
+def test_the_state_dict_keeps_the_bases_entries_apart():
+    params = matrices()
+    optimizer = sftorch.ScheduleFreeWrapper(torch.optim.AdamW(params, lr=STEP_SIZE))
+    feed(optimizer, params, some_grads(3, params))
+    state = optimizer.state_dict()["state"][0]
+    assert set(state) == {"z", "step", "lr_max", "weight_sum", "base"}
+    assert set(state["base"]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert (state["step"], int(state["base"]["step"])) == (3, 3)
+    assert set(optimizer.base.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_z_of_16_bit_parameters_is_loaded_in_float32():
+    params, others = matrices(torch.bfloat16), matrices(torch.bfloat16)
+    optimizer, other = (
+        sftorch.ScheduleFreeWrapper(torch.optim.SGD(ps, lr=STEP_SIZE)) for ps in (params, others)
+    )
+    feed(optimizer, params, some_grads(3, params))
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, others, strict=True):
+        assert same_bits([other.state[q]["z"]], [optimizer.state[p]["z"]])
+        assert other.state[q]["z"].dtype == torch.float32
+
+
+def test_a_copied_wrapper_sees_its_own_bases_state():
+    params = matrices()
+    optimizer = sftorch.ScheduleFreeWrapper(torch.optim.AdamW(params, lr=STEP_SIZE))
+    feed(optimizer, params, some_grads(3, params))
+    other = copy.deepcopy(optimizer)
+    (q, _), p = other.param_groups[0]["params"], params[0]
+    assert other.state[q]["base"] is other.base.state[q]
+    assert other.base.state[q]["exp_avg"] is not optimizer.base.state[p]["exp_avg"]
+
+
+@pytest.mark.parametrize("of_what", ["its base", "another class"])
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(of_what):
+    params = matrices()
+    optimizer = sftorch.ScheduleFreeWrapper(torch.optim.AdamW(params, lr=STEP_SIZE))
+    feed(optimizer, params, some_grads(3, params))
+    other = torch.optim.AdamW(matrices()) if of_what == "its base" else sftorch.AdamWScheduleFree(matrices())
+    held, state = copies(params), repr(optimizer.state_dict())
+    with pytest.raises(ValueError, match="state_dict must be a ScheduleFreeWrapper's, got groups without"):
+        optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert same_bits(params, held)
+    assert repr(optimizer.state_dict()) == state
