@@ -36,10 +36,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One framework's points and its wall time, compilation included."""
+    """One framework's points, its wall time (compilation included), where it went on from, its digests."""
 
     points: list[Point]
     seconds: float
+    resumed: int
+    sha256: dict[str, str]
 
 
 def summarize(settings: Settings, runs: Mapping[str, Run]) -> dict[str, Any]:
@@ -51,6 +53,8 @@ def summarize(settings: Settings, runs: Mapping[str, Run]) -> dict[str, Any]:
         "frameworks": {
             framework: {
                 "seconds": round(run.seconds, 3),
+                "resumed_from_step": run.resumed,
+                "sha256": run.sha256,
                 "points": [
                     {name: value for name, value in vars(point).items() if name not in ("x", "y")}
                     for point in run.points

@@ -2,6 +2,7 @@
 
     python examples/train.py
     python examples/train.py --framework jax --optimizer sgd --accumulate 4 --out out/sgd
+    python examples/train.py --save-every 50 --resume auto    # stop it at any time, and start it again
 
 Both frameworks get the same first weights and the same batches. train_jax.py and train_torch.py show
 how each is used; this file holds the command line. Writes OUT/result.json and OUT/curves.png.
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +34,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     frameworks = FRAMEWORKS if arguments.framework == "both" else (arguments.framework,)
     backends = {framework: load_backend(parser, framework) for framework in frameworks}
 
-    from tqdm import tqdm
-
+    # After the backends, so that --help is quick and a missing package is named with what to install.
     import _digits
     import _report
+    import _resume
 
     digits = _digits.load()
-    settings = _digits.Settings(**{name: getattr(arguments, name) for name in SETTINGS})
+    settings = _digits.Settings(
+        **{field.name: getattr(arguments, field.name) for field in fields(_digits.Settings)}
+    )
+    plan = _resume.Plan(
+        arguments.out / "checkpoints", arguments.save_every, arguments.resume, arguments.kill_at
+    )
     runs: dict[str, _report.Run] = {}
     for framework, backend in backends.items():
         start = time.perf_counter()
-        batches = tqdm(
-            _digits.batches(settings, digits), desc=f"{framework:>5}", total=settings.steps, unit="step"
-        )
-        points = list(backend.train(settings, digits, batches))
-        runs[framework] = _report.Run(points, time.perf_counter() - start)
+        points = list(backend.train(settings, digits, plan))
+        seconds = time.perf_counter() - start
+        runs[framework] = _report.Run(points, seconds, plan.resumed[framework], plan.digests[framework])
 
     result = _report.summarize(settings, runs)
     _report.show(result)
@@ -54,9 +59,42 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
-SETTINGS = (
-    *("optimizer", "lr", "beta", "weight_decay", "warmup_steps", "clip", "steps", "batch_size"),
-    *("accumulate", "seed", "every"),
+def whole(text: str) -> int:
+    """Reads a whole number; argparse shows the message."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """Reads a number; argparse shows the message."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def resume(text: str) -> str:
+    """Reads --resume; argparse shows the message."""
+    if text in ("none", "auto", "latest-good") or text.startswith("weights:"):
+        return text
+    raise argparse.ArgumentTypeError(f"must be none, auto, latest-good or weights:PATH, got {text!r}")
+
+
+OPTIONS: tuple[tuple[str, Callable[[str], float], float | None, str], ...] = (
+    ("--lr", number, None, "step size; default: 1 for sgd, 0.01 for adamw and radam"),
+    ("--beta", number, 0.9, "interpolation of y between z and x; default: 0.9"),
+    ("--weight-decay", number, 0.0, "decoupled decay, taken at y; default: 0"),
+    ("--warmup-steps", number, None, "default: a twentieth of the steps; radam has none"),
+    ("--clip", number, 1.0, "largest global norm of the gradient; default: 1"),
+    ("--steps", whole, 1500, "optimizer steps; default: 1500"),
+    ("--batch-size", whole, 64, "images an optimizer step; default: 64"),
+    ("--accumulate", whole, 1, "cut each batch into N micro-batches; default: 1"),
+    ("--seed", whole, 0, "of the first weights and the batches; default: 0"),
+    ("--every", whole, None, "steps between evaluations; default: a thirtieth of the steps"),
+    ("--save-every", whole, None, "steps between checkpoints; default: none are saved"),
+    ("--kill-at", whole, None, "the run kills itself after this step, to show that it resumes"),
 )
 
 
@@ -71,40 +109,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--framework", choices=(*FRAMEWORKS, "both"), default="both", help="default: both")
     add("--optimizer", choices=tuple(KINDS), default="adamw", help="default: adamw")
-    add("--lr", metavar="X", type=number, help="step size; default: 1 for sgd, 0.01 for adamw and radam")
-    add(
-        "--beta",
-        metavar="X",
-        type=number,
-        default=0.9,
-        help="interpolation of y between z and x; default: 0.9",
-    )
-    add(
-        "--weight-decay",
-        metavar="X",
-        type=number,
-        default=0.0,
-        help="decoupled decay, taken at y; default: 0",
-    )
-    add("--warmup-steps", metavar="N", type=number, help="default: a twentieth of the steps; radam has none")
-    add(
-        "--clip",
-        metavar="X",
-        type=number,
-        default=1.0,
-        help="largest global norm of the gradient; default: 1",
-    )
-    add("--steps", metavar="N", type=whole, default=1500, help="optimizer steps; default: 1500")
-    add("--batch-size", metavar="N", type=whole, default=64, help="images an optimizer step; default: 64")
-    add("--accumulate", type=whole, default=1, metavar="N", help="cut each batch into N; default: 1")
-    add("--seed", metavar="N", type=whole, default=0, help="of the first weights and the batches; default: 0")
-    add(
-        "--every",
-        metavar="N",
-        type=whole,
-        help="steps between evaluations; default: a thirtieth of the steps",
-    )
     add("--out", type=Path, default=Path("out/digits"), metavar="DIR", help="default: out/digits")
+    text = "none (default), auto, latest-good, or weights:PATH for weights without optimizer state"
+    add("--resume", type=resume, default="none", metavar="HOW", help=text)
+    for option, kind, default, text in OPTIONS:
+        add(option, type=kind, default=default, metavar="N" if kind is whole else "X", help=text)
     return parser
 
 
@@ -142,8 +151,8 @@ def find_argument_problems(arguments: argparse.Namespace) -> list[str]:
         )
     if not 0 < arguments.clip < float("inf"):
         problems.append(f"--clip must be a finite number > 0, got {arguments.clip}: 1 is the usual value")
-    for name in ("steps", "batch_size", "accumulate", "every"):
-        if (value := getattr(arguments, name)) < 1:
+    for name in ("steps", "batch_size", "accumulate", "every", "save_every", "kill_at"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
             option = f"--{name.replace('_', '-')}"
             problems.append(f"{option} must be a whole number >= 1, got {value}: pass 1 or more")
     if arguments.seed < 0:
@@ -158,22 +167,6 @@ def find_argument_problems(arguments: argparse.Namespace) -> list[str]:
             "each batch is cut into that many equal parts"
         )
     return problems
-
-
-def whole(text: str) -> int:
-    """Reads a whole number; argparse shows the message."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-
-
-def number(text: str) -> float:
-    """Reads a number; argparse shows the message."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def load_backend(parser: argparse.ArgumentParser, framework: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from flax import linen
 
 import sfjax
 from _digits import LAYERS, Digits, Point, Settings, Weights, initial_weights, make_point
+from _resume import Plan
+from sfjax.checkpoint import Checkpoints
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -38,8 +40,8 @@ class Network(linen.Module):
         return linen.Dense(LAYERS[-1])(images)
 
 
-def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterator[Point]:
-    """Trains on `batches` and yields a point every `settings.every` steps."""
+def train(settings: Settings, digits: Digits, plan: Plan) -> Iterator[Point]:
+    """Trains as `plan` says and yields a point every `settings.every` steps."""
     model = Network()
     params = to_flax(initial_weights(settings.seed))
     optimizer = make_optimizer(settings)
@@ -63,15 +65,46 @@ def train(settings: Settings, digits: Digits, batches: Iterable[Any]) -> Iterato
         hits = logits_of(params, digits.test_images).argmax(-1) == digits.test_labels
         return loss_of(params, digits.test_images, digits.test_labels), hits.mean()
 
-    losses: list[jax.Array] = []
-    for step, batch in enumerate(batches, start=1):
-        for images, labels in zip(*batch, strict=True):
-            params, state, loss = micro_step(params, state, images, labels)
-            losses.append(loss)
-        if step % settings.every == 0 or step == settings.steps:
-            x = sfjax.schedule_free_eval_params(state, params)  # the weights to evaluate and to ship
-            yield make_point(step, losses, (*measure(x), to_numpy(x)), (*measure(params), to_numpy(params)))
-            losses.clear()
+    checkpoints = Checkpoints(plan.folder / "jax")
+    restored = checkpoints.restore(params, state, resume=plan.resume, accumulation=settings.accumulate)
+    if restored:
+        params, state = restored.params, restored.opt_state
+    done = restored.meta.step if restored else 0
+    losses: list[float] = restored.meta.extra.get("losses", []) if restored else []
+
+    def save() -> Any:
+        extra = {"losses": losses}
+        return checkpoints.save(done, params, state, accumulation=settings.accumulate, extra=extra)
+
+    def save_now() -> Any:
+        where = save()
+        checkpoints.wait()
+        return where
+
+    with checkpoints, plan.guard(save_now) as preemption:
+        for step, batch in plan.batches("jax", settings, digits, done):
+            new, taken = (params, state), []
+            for images, labels in zip(*batch, strict=True):
+                *new, loss = micro_step(*new, images, labels)
+                taken.append(loss)
+            with preemption.updating():  # a signal saves before or after this, not in between
+                (params, state), done = new, step
+                losses += map(float, taken)
+                if step % settings.every == 0 or step == settings.steps:
+                    x = sfjax.schedule_free_eval_params(state, params)  # the weights to evaluate and to ship
+                    at_x, at_y = (*measure(x), to_numpy(x)), (*measure(params), to_numpy(params))
+                    yield make_point(step, losses, at_x, at_y)
+                    losses.clear()
+                if plan.is_due(step):
+                    save()  # x for inference and the state for resume, in the background
+            plan.kill(step)
+    plan.finish("jax", to_arrays(sfjax.schedule_free_eval_params(state, params)), to_arrays((params, state)))
+
+
+def to_arrays(tree: Any) -> dict[str, np.ndarray]:
+    """Returns the leaves of a tree by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def to_flax(weights: Weights) -> dict[str, dict[str, jax.Array]]:

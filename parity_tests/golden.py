@@ -1,7 +1,7 @@
 """Golden files: recorded gradients, one file a problem, and the reference's iterates, one file a case.
 
-    golden/problem-ID.npz   params-LEAF, grads-LEAF (float32, steps first)
-    golden/CASE.npz         x, y, z (float64, [checkpoint, all leaves flat]), steps, case (JSON)
+golden/problem-ID.npz   params-LEAF, grads-LEAF (float32, steps first)
+golden/CASE.npz         x, y, z (float64, [checkpoint, all leaves flat]), steps, case (JSON)
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ CHECKPOINTS = (0, 1, 2, 3, 5, 7, 10, 20, 40, 60, 100, 200, 300)
 def replay(case: Case, recorded: Record) -> Trajectory:
     """Returns the reference's run of a case on recorded gradients, every step of it."""
     run = Reference(case.optimizer, recorded.params, case.options)
-    rows = [(run.x.copy(), run.y.copy(), run.z.copy())]
+    rows = {0: run.iterates()}
     for step, lr in enumerate(case.lrs):
         run.update(recorded.step(step), lr)
-        rows.append((run.x.copy(), run.y.copy(), run.z.copy()))
+        rows[step + 1] = run.iterates()
     return stack(rows)
 
 
 def problem_file(id: str) -> dict[str, np.ndarray]:
     """Returns what a problem's golden file must hold."""
     made = record(PROBLEMS[id])
-    return {f"params-{k}": np.float32(v) for k, v in made.params.items()} | {
-        f"grads-{k}": np.float32(v) for k, v in made.grads.items()
+    parts = {f"params-{k}": a for k, a in made.params.items()} | {
+        f"grads-{k}": a for k, a in made.grads.items()
     }
+    return {name: a.astype(np.float32) for name, a in parts.items()}
 
 
 def case_file(case: Case, recorded: Record) -> dict[str, np.ndarray]:
@@ -53,7 +54,9 @@ def case_file(case: Case, recorded: Record) -> dict[str, np.ndarray]:
 def load_record(problem: str) -> Record:
     """Returns the recorded gradients of a problem, as float64."""
     with np.load(FOLDER / f"problem-{problem}.npz") as file:
-        params, grads = ({k: np.float64(file[f"{part}-{k}"]) for k in SHAPES} for part in ("params", "grads"))
+        params, grads = (
+            {k: file[f"{part}-{k}"].astype(np.float64) for k in SHAPES} for part in ("params", "grads")
+        )
     return Record(params, grads)
 
 
@@ -71,7 +74,9 @@ def unpack(arrays: dict[str, np.ndarray]) -> Trajectory:
 
 def _flatten(leaves: Arrays, rows: int) -> np.ndarray:
     # An empty leaf has no size from which reshape could infer a -1.
-    return np.concatenate([leaves[k].reshape(rows, int(np.prod(shape))) for k, shape in SHAPES.items()], axis=1)
+    return np.concatenate(
+        [leaves[k].reshape(rows, int(np.prod(shape))) for k, shape in SHAPES.items()], axis=1
+    )
 
 
 def _unflatten(flat: np.ndarray) -> Arrays:

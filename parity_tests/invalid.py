@@ -33,12 +33,18 @@ RAMPED = ("sgd", "adamw")
 ADAPTIVE = ("adamw", "radam")
 
 
-def _bad(name: str, value: Any, rule: str, fix: str, optimizers: tuple[str, ...] = ALL, **more: Any) -> BadOption:
+def _bad(
+    name: str, value: Any, rule: str, fix: str, optimizers: tuple[str, ...] = ALL, **more: Any
+) -> BadOption:
     return BadOption(f"{name}={value!r}", name, {name: value} | more, rule, fix, optimizers)
 
 
 _SIZE, _UNIT = "a finite number >= 0", "a number in [0, 1]"
-_DECAY, _STEPS, _POSITIVE = "a number in [0, 1)", "a whole number of optimizer steps >= 0", "a finite number > 0"
+_DECAY, _STEPS, _POSITIVE = (
+    "a number in [0, 1)",
+    "a whole number of optimizer steps >= 0",
+    "a finite number > 0",
+)
 
 BAD_OPTIONS = [
     _bad("lr", -1.0, _SIZE, "negate the loss"),

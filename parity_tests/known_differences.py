@@ -43,7 +43,9 @@ def _beta(case: Case) -> float:
 def _seen_ahead(case: Case) -> bool:
     """Tells whether reading lr one step ahead changes the averaging weights."""
     ahead = [*case.lrs[1:], case.lrs[-1]]
-    return case.schedule != "constant" and not np.allclose(_averaging(case, ahead), _averaging(case, case.lrs))
+    return case.schedule != "constant" and not np.allclose(
+        _averaging(case, ahead), _averaging(case, case.lrs)
+    )
 
 
 def _averaging(case: Case, lrs: list[float]) -> np.ndarray:
@@ -85,7 +87,9 @@ KNOWN_DIFFERENCES = (
     KnownDifference(
         "warmup-from-0",
         "optax.contrib",
-        lambda case: case.options.get("warmup_steps", 0) > 0 and case.schedule == "constant" and _beta(case) > 0,
+        lambda case: (
+            case.options.get("warmup_steps", 0) > 0 and case.schedule == "constant" and _beta(case) > 0
+        ),
         AssertionError,
         "the ramp starts at lr 0, not at lr / warmup_steps, and the averaging weight reads it one step "
         "ahead of the update",
@@ -138,5 +142,7 @@ def known(program: str, case: Case) -> KnownDifference | None:
     """Returns the listed difference that a case shows in a program, if there is one."""
     found = [d for d in KNOWN_DIFFERENCES if program.startswith(d.program) and d.applies(case)]
     if len(found) > 1:
-        raise ValueError(f"differences must not overlap, got {[d.id for d in found]} for {case.id} in {program}")
+        raise ValueError(
+            f"differences must not overlap, got {[d.id for d in found]} for {case.id} in {program}"
+        )
     return found[0] if found else None

@@ -32,7 +32,9 @@ def find_problems(folder: Path = golden.FOLDER) -> list[str]:
     files = wanted()
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     found = [f"{name} must not be there: no case has that id" for name in sorted(there - set(files))]
-    found += [f"{name} must be there, got nothing: run without --check" for name in sorted(set(files) - there)]
+    found += [
+        f"{name} must be there, got nothing: run without --check" for name in sorted(set(files) - there)
+    ]
     for name in sorted(set(files) & there):
         with np.load(folder / name) as file:
             found += [f"{name}: {text}" for text in _differences(dict(file), files[name])]
@@ -43,13 +45,17 @@ def _differences(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> lis
     if set(got) != set(want):
         return [f"arrays must be {sorted(want)}, got {sorted(got)}"]
     exact = [name for name in want if name not in SEQUENCES]
-    found = [f"{k} must be {_short(want[k])}, got {_short(got[k])}" for k in exact if not _equal(got[k], want[k])]
+    found = [
+        f"{k} must be {_short(want[k])}, got {_short(got[k])}" for k in exact if not _equal(got[k], want[k])
+    ]
     if found or len(exact) == len(want):
         return found
     if any(got[s].shape != want[s].shape for s in SEQUENCES):
         return [f"x, y and z must have shape {want['x'].shape}"]
     try:
-        compare.assert_same("iterates", golden.unpack(got), golden.unpack(want), TOLERANCES["float64", "regenerate"])
+        compare.assert_same(
+            "iterates", golden.unpack(got), golden.unpack(want), TOLERANCES["float64", "regenerate"]
+        )
     except AssertionError as error:
         return [str(error)]
     return []

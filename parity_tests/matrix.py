@@ -42,7 +42,7 @@ class Cell:
         if self.error is None:
             return "refused"
         number = "NaN" if math.isinf(self.error) else "0" if self.error == 0 else f"{self.error:.0e}"
-        return number + (f", {self.refused} refused" if self.refused else "")
+        return number + ("†" if self.refused else "")
 
 
 Matrix = dict[str, dict[str, Cell]]
@@ -76,8 +76,9 @@ def _with(cell: Cell, driver: Driver, case: Case, dtype: str) -> Cell:
         shown = (*shown, difference.id)
     cell = replace(cell, cases=cell.cases + 1, differences=shown)
     try:
-        run = driver.run(case, golden.load_record(case.problem), dtype)
-        error = largest(run, golden.load(case.id), tolerance)
+        want = golden.load(case.id)
+        run = driver.run(case, golden.load_record(case.problem), dtype, want.steps.tolist())
+        error = largest(run, want, tolerance)
     except Exception:  # a peer may fail in any way; that is what the matrix shows
         return replace(cell, refused=cell.refused + 1, conforms=False)
     conforms = cell.conforms and error <= tolerance.relative
@@ -106,18 +107,27 @@ def markdown(matrix: Matrix, dtype: str = "float64") -> str:
     lines += [
         "",
         f"Largest error of x, y and z in {dtype} over {len(CASES)} recorded cases, relative to the largest "
-        f"displacement from the start; {tolerance:g} is allowed, bold is beyond it, · has no such option.",
+        f"displacement from the start; {tolerance:g} is allowed, bold is beyond it or refuses cases (†), "
+        "· has no such option.",
         "",
     ]
     by_id = {difference.id: difference for difference in KNOWN_DIFFERENCES}
-    lines += [f"- <sup>{letter}</sup> {by_id[id].reason} ([read]({by_id[id].link}))" for id, letter in letters.items()]
+    lines += [
+        f"- <sup>{letter}</sup> {by_id[id].reason} ([read]({by_id[id].link}))"
+        for id, letter in letters.items()
+    ]
     return "\n".join(lines)
 
 
 def as_json(matrix: Matrix, dtype: str) -> dict[str, Any]:
     """Returns the matrix as plain data."""
     rows = {name: {family: asdict(cell) for family, cell in row.items()} for name, row in matrix.items()}
-    return {"dtype": dtype, "tolerance": TOLERANCES[dtype, "golden"].relative, "cases": len(CASES), "rows": rows}
+    return {
+        "dtype": dtype,
+        "tolerance": TOLERANCES[dtype, "golden"].relative,
+        "cases": len(CASES),
+        "rows": rows,
+    }
 
 
 def write_between_markers(path: Path, text: str) -> None:

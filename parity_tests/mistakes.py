@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parity_tests import reference
-from parity_tests.cases import Case
 from parity_tests.drivers import Driver
-from parity_tests.reference import Arrays, Reference
+from parity_tests.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -40,27 +39,51 @@ MISTAKES = (
     Mistake("lr^1 in the weight", 'self.lr_max ** o["weight_lr_power"]', "self.lr_max"),
     Mistake("decay at z", 'o["weight_decay"] * self.y[k]', 'o["weight_decay"] * self.z[k]'),
     Mistake("decay at x", 'o["weight_decay"] * self.y[k]', 'o["weight_decay"] * self.x[k]'),
-    Mistake("eps inside the root", _DENOMINATOR, 'np.sqrt(self.v[k] / one_minus_power(b2, t) + self.options["eps"])'),
+    Mistake(
+        "eps inside the root",
+        _DENOMINATOR,
+        'np.sqrt(self.v[k] / one_minus_power(b2, t) + self.options["eps"])',
+    ),
     Mistake("old z in the average", "(1 - c) * self.x[k] + c * z", "(1 - c) * self.x[k] + c * self.z[k]"),
     Mistake("beta swapped", _S9, '(1 - o["beta"]) * x + o["beta"] * z'),
     Mistake("no bias correction", _DENOMINATOR, '(np.sqrt(self.v[k]) + self.options["eps"])'),
     Mistake("warm-up one step short", _RAMP, 'min(1.0, (t + 1) / o["warmup_steps"])'),
     Mistake("weight of the current lr", "max(self.lr_max, lr_t)", "lr_t"),
-    Mistake("weight of the unramped lr, rect missing in S4", "max(self.lr_max, lr_t)", "max(self.lr_max, lr)"),
+    Mistake(
+        "weight of the unramped lr, rect missing in S4", "max(self.lr_max, lr_t)", "max(self.lr_max, lr)"
+    ),
     Mistake("r counted from 0", '(t + o["prior_steps"]) ** o["r"]', '(t - 1 + o["prior_steps"]) ** o["r"]'),
     Mistake("r ignored", '(t + o["prior_steps"]) ** o["r"]', "1"),
     Mistake("prior forgotten in t", '(t + o["prior_steps"])', "t"),
     Mistake("prior off by one", _SUM, "math.fsum(i**r * lr**power for i in range(options["),
     Mistake("prior one step long", '"prior_steps"] + 1)', '"prior_steps"] + 2)'),
-    Mistake("sum without the new weight", "total = self.weight_sum + weight", "total = self.weight_sum or weight"),
-    Mistake("sum in float32", "total = self.weight_sum + weight", "total = float(np.float32(self.weight_sum + weight))"),
+    Mistake(
+        "sum without the new weight", "total = self.weight_sum + weight", "total = self.weight_sum or weight"
+    ),
+    Mistake(
+        "sum in float32",
+        "total = self.weight_sum + weight",
+        "total = float(np.float32(self.weight_sum + weight))",
+    ),
     Mistake("old x in y", _S9, 'o["beta"] * self.x[k] + (1 - o["beta"]) * z'),
     Mistake("old z in y", _S9, 'o["beta"] * x + (1 - o["beta"]) * self.z[k]'),
-    Mistake("decay without the lr", 'delta = -lr_t * (direction + o["weight_decay"] * self.y[k])', 'delta = -lr_t * direction - o["weight_decay"] * self.y[k]'),
-    Mistake("bias correction in float32", "-math.expm1(t * math.log(decay))", "float(1 - np.float32(decay) ** np.float32(t))"),
+    Mistake(
+        "decay without the lr",
+        'delta = -lr_t * (direction + o["weight_decay"] * self.y[k])',
+        'delta = -lr_t * direction - o["weight_decay"] * self.y[k]',
+    ),
+    Mistake(
+        "bias correction in float32",
+        "-math.expm1(t * math.log(decay))",
+        "float(1 - np.float32(decay) ** np.float32(t))",
+    ),
     Mistake("bias correction one step late", _DENOMINATOR, _DENOMINATOR.replace("t)", "max(t - 1, 1))")),
     Mistake("first moment without bias correction", "self.m[k] / one_minus_power(m1, t)", "self.m[k]"),
-    Mistake("v asleep in the silent phase", "self.v[k] = np.asarray(b2", "self.v[k] = self.v[k] if not usable else np.asarray(b2"),
+    Mistake(
+        "v asleep in the silent phase",
+        "self.v[k] = np.asarray(b2",
+        "self.v[k] = self.v[k] if not usable else np.asarray(b2",
+    ),
     Mistake("silent phase not silent", 'float(not o["silent_sgd_phase"])', "1.0"),
     Mistake("rectified one step late", "if rho_t <= 4:", "if rho_t <= 5:"),
     Mistake("rect without rho_inf", " * rho_inf / (", " / ("),
@@ -71,20 +94,14 @@ def planted(mistake: Mistake) -> Driver:
     """Returns the reference with one mistake in it, as a driver."""
     source = Path(reference.__file__).read_text()
     if source.count(mistake.right) != 1:
-        raise ValueError(f"{mistake.id}: the reference must have {mistake.right!r} once, got {source.count(mistake.right)}")
+        raise ValueError(
+            f"{mistake.id}: the reference must have {mistake.right!r} once, got {source.count(mistake.right)}"
+        )
     module = types.ModuleType(f"reference with {mistake.id}")
     exec(compile(source.replace(mistake.right, mistake.wrong), module.__name__, "exec"), module.__dict__)
-    return Driver(mistake.id, lambda case, params, dtype: ReferenceRun(module.Reference, case, params))
+    return reference_driver(mistake.id, module.Reference)
 
 
-class ReferenceRun:
-    """The reference, right or wrong, as a driver's run."""
-
-    def __init__(self, make: type[Reference], case: Case, params: Arrays):
-        self.run = make(case.optimizer, params, case.options)
-
-    def update(self, grads: Arrays, lr: float) -> None:
-        self.run.update(grads, lr)
-
-    def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
-        return self.run.x.copy(), self.run.y.copy(), self.run.z.copy()
+def reference_driver(name: str, make: type[Reference] = Reference) -> Driver:
+    """Returns the reference, right or wrong, as a driver."""
+    return Driver(name, lambda case, params, dtype: make(case.optimizer, params, case.options))

@@ -62,6 +62,10 @@ class Reference:
             self.x[k], self.y[k], self.z[k] = np.asarray(x), np.asarray(y), np.asarray(z)
         self.step, self.weight_sum, self.c = t, total, c
 
+    def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
+        """Returns x, y and z as they are now; an update replaces arrays and writes to none."""
+        return self.x.copy(), self.y.copy(), self.z.copy()
+
     def direction(self, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndarray:
         """Returns what leaf k moves against, the gradient made the optimizer's own (S6)."""
         if self.optimizer == "sgd":

@@ -11,16 +11,26 @@ import pytest
 from parity_tests import golden, make_golden
 from parity_tests.cases import CASES, DEFAULTS, FAMILIES
 from parity_tests.compare import assert_same
-from parity_tests.drivers import TWINS, on_golden
+from parity_tests.drivers import TWINS, first_of_their_family, on_golden
 from parity_tests.problems import PROBLEMS, SHAPES
 from parity_tests.tolerances import TOLERANCES
 
 
+def _pairs() -> list:
+    """Returns (driver, case) for all that a twin supports."""
+    found = []
+    for driver in TWINS:
+        # Each case compiles, and it is the same update underneath: one case of a family is enough here.
+        fast = first_of_their_family(driver) if driver.name == "sfjax wrapper" else list(CASES)
+        for case in CASES.values():
+            if driver.supports(case):
+                marks = [] if case.id in fast else [pytest.mark.slow]
+                found.append(pytest.param(driver.name, case.id, marks=marks))
+    return found
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize(
-    ("driver", "case"),
-    [(driver.name, case.id) for driver in TWINS for case in CASES.values() if driver.supports(case)],
-)
+@pytest.mark.parametrize(("driver", "case"), _pairs())
 def test_a_twin_follows_the_golden(driver: str, case: str, dtype: str):
     got = on_golden(driver, case, dtype)
     assert_same(f"{driver} on {case} in {dtype}", got, golden.load(case), TOLERANCES[dtype, "golden"])

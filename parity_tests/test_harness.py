@@ -11,13 +11,12 @@ from parity_tests import golden
 from parity_tests.cases import CASES
 from parity_tests.compare import assert_same, largest
 from parity_tests.drivers import Driver
-from parity_tests.mistakes import MISTAKES, Mistake, ReferenceRun, planted
-from parity_tests.reference import Reference
+from parity_tests.mistakes import MISTAKES, Mistake, planted, reference_driver
 from parity_tests.tolerances import TOLERANCES, Tolerance
 from parity_tests.trajectory import Trajectory
 
 EXACT = TOLERANCES["float64", "golden"]
-RIGHT = Driver("reference", lambda case, params, dtype: ReferenceRun(Reference, case, params))
+RIGHT = reference_driver("reference")
 SHORT = 10
 
 
@@ -64,7 +63,12 @@ def test_a_difference_anywhere_is_found_and_named(sequence: str, by: float):
     message = str(caught.value)
     value = float(want.sequence(sequence)["bias"][5, -1])
     step = int(want.steps[5])
-    for part in ("somebody on sgd-decay", f"{sequence}['bias'][2] after step {step}", repr(value), repr(value + by)):
+    for part in (
+        "somebody on sgd-decay",
+        f"{sequence}['bias'][2] after step {step}",
+        repr(value),
+        repr(value + by),
+    ):
         assert part in message
     assert f"{abs(by) / np.spacing(abs(value)):.3g} ulps" in message
     assert "of the largest displacement" in message

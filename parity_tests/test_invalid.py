@@ -25,7 +25,9 @@ from parity_tests.invalid import BAD_OPTIONS, MISSPELT, BadOption
 from sfcore import HyperparameterError
 
 TABLE = [
-    pytest.param(optimizer, bad, id=f"{optimizer}-{bad.id}") for bad in BAD_OPTIONS for optimizer in bad.optimizers
+    pytest.param(optimizer, bad, id=f"{optimizer}-{bad.id}")
+    for bad in BAD_OPTIONS
+    for optimizer in bad.optimizers
 ]
 
 
@@ -82,7 +84,9 @@ def test_the_wrappers_refuse_too(bad: BadOption):
     name = {"beta": "momentum"}.get(bad.name, bad.name)
     value = bad.options[bad.name]
     with pytest.raises(HyperparameterError, match=f"^{name} must be"):
-        sftorch.ScheduleFreeWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **{name: value})
+        sftorch.ScheduleFreeWrapper(
+            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **{name: value}
+        )
     with pytest.raises(HyperparameterError, match=f"^{names.shown('jax', 'sgd', bad.name)} must be"):
         sfjax.schedule_free(optax.sgd(0.1), 0.1, **names.for_jax({bad.name: value}))
 
@@ -108,7 +112,11 @@ TENSOR_INPUTS = {
     "a bare tensor": (torch.ones(2, requires_grad=True), TypeError, "params must be an iterable"),
     "a non-leaf": ([torch.ones(2, requires_grad=True) * 2], ValueError, r"params\[0\] must be a leaf tensor"),
     "an array": ([np.ones(2)], TypeError, r"params\[0\] must be a Tensor"),
-    "integers": ([torch.ones(2, dtype=torch.int64)], ValueError, r"params\[0\] must be floating point or complex"),
+    "integers": (
+        [torch.ones(2, dtype=torch.int64)],
+        ValueError,
+        r"params\[0\] must be floating point or complex",
+    ),
 }
 
 
@@ -121,8 +129,14 @@ def test_sftorch_refuses_what_it_cannot_train(name: str, what: str):
 
 
 TREE_INPUTS: dict[str, tuple[Callable[..., Any], str]] = {
-    "missing params": (lambda tx, g, s, p: tx.update(g, s), r"params must be passed to update\(\), got None: "),
-    "gradients of another tree": (lambda tx, g, s, p: tx.update({"b": g["a"]}, s, p), "updates must have the tree"),
+    "missing params": (
+        lambda tx, g, s, p: tx.update(g, s),
+        r"params must be passed to update\(\), got None: ",
+    ),
+    "gradients of another tree": (
+        lambda tx, g, s, p: tx.update({"b": g["a"]}, s, p),
+        "updates must have the tree",
+    ),
     "params of another tree": (lambda tx, g, s, p: tx.update(g, s, [p["a"]]), "must have the tree of params"),
     "gradients of another shape": (
         lambda tx, g, s, p: tx.update({"a": jnp.ones(3)}, s, p),
@@ -148,7 +162,11 @@ def test_sfjax_refuses_trees_that_do_not_fit(optimizer: str, what: str):
     jax.tree.map(np.testing.assert_array_equal, before, state)
 
 
-LEAVES = {"integers": (jnp.arange(3), "int32"), "a key": (jax.random.key(0), "key<fry>"), "text": ("weights", "str")}
+LEAVES = {
+    "integers": (jnp.arange(3), "int32"),
+    "a key": (jax.random.key(0), "key<fry>"),
+    "text": ("weights", "str"),
+}
 
 
 @pytest.mark.parametrize("what", LEAVES)
@@ -171,7 +189,9 @@ def test_a_scheduler_that_writes_nonsense_is_refused_before_anything_moves(optim
         if moves:
             made.step(lambda: 0.0)
         else:
-            with pytest.raises(HyperparameterError, match=r"^lr must be a finite number >= 0, got (-0.1|nan): "):
+            with pytest.raises(
+                HyperparameterError, match=r"^lr must be a finite number >= 0, got (-0.1|nan): "
+            ):
                 made.step(lambda: 0.0)
         assert (repr((p, made.state_dict()["state"])) != before) is moves
 

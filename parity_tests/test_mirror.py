@@ -60,7 +60,14 @@ def test_the_same_modules_hold_the_same_things():
     assert all(shared <= {path.stem for path in folder.glob("*.py")} for folder in PACKAGES.values())
     ours, theirs = (_functions(folder / "_scalars.py") for folder in PACKAGES.values())
     assert [name for name in ours if name in theirs] == theirs
-    assert {"ramp", "prior_weight", "next_scalars", "bias_correction", "rectification", "effective_lr"} == set(theirs)
+    assert {
+        "ramp",
+        "prior_weight",
+        "next_scalars",
+        "bias_correction",
+        "rectification",
+        "effective_lr",
+    } == set(theirs)
 
 
 def _functions(path: Path) -> list[str]:
@@ -68,7 +75,9 @@ def _functions(path: Path) -> list[str]:
 
 
 def test_every_public_optimizer_has_its_twin():
-    jax_side = {name for name in sfjax.__all__ if name.startswith("schedule_free")} - {"schedule_free_eval_params"}
+    jax_side = {name for name in sfjax.__all__ if name.startswith("schedule_free")} - {
+        "schedule_free_eval_params"
+    }
     torch_side = {name for name in sftorch.__all__ if not name.endswith("Closure")}
     assert jax_side == {*FACTORIES.values(), "schedule_free"}
     assert torch_side == {*CLASSES.values(), "ScheduleFreeWrapper"}
@@ -102,12 +111,16 @@ def test_defaults_of_the_wrappers_agree():
     assert ours == theirs
 
 
-@pytest.mark.parametrize("case", ["sgd-warmup-power-1-r-2", "adamw-warmup-prior", "radam-everything", "radam-falling"])
+@pytest.mark.parametrize(
+    "case", ["sgd-warmup-power-1-r-2", "adamw-warmup-prior", "radam-everything", "radam-falling"]
+)
 def test_metrics_have_the_same_keys_and_are_the_references_numbers(case: str):
     chosen = CASES[case]
     recorded = golden.load_record(chosen.problem)
     truth = Reference(chosen.optimizer, recorded.params, chosen.options)
-    runs = {name: DRIVERS[name].start(chosen, recorded.params, "float64") for name in ("sfjax", "sftorch foreach")}
+    runs = {
+        name: DRIVERS[name].start(chosen, recorded.params, "float64") for name in ("sfjax", "sftorch foreach")
+    }
     for step, lr in enumerate(chosen.lrs[:15]):
         for run in (truth, *runs.values()):
             run.update(recorded.step(step), lr)
@@ -123,7 +136,9 @@ def test_metrics_have_the_same_keys_and_are_the_references_numbers(case: str):
         assert theirs["effective_lr"] == theirs["lr"] * (1 - chosen.options["beta"] * (1 - theirs["c"]))
 
 
-@pytest.mark.parametrize(("package", "other"), [("sfjax", "torch"), ("sftorch", "jax"), ("sfcore", "jax"), ("sfcore", "torch")])
+@pytest.mark.parametrize(
+    ("package", "other"), [("sfjax", "torch"), ("sftorch", "jax"), ("sfcore", "jax"), ("sfcore", "torch")]
+)
 def test_importing_one_twin_never_imports_the_others_framework(package: str, other: str):
     code = f"import sys, {package}; sys.exit({other!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGES["sfjax"].parent, check=False)

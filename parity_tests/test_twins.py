@@ -6,6 +6,7 @@ would be (1e-4 after 3000), which is why the goldens replay recorded gradients i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -28,8 +29,16 @@ from parity_tests.trajectory import Trajectory, stack
 STEPS, BATCH, WIDTHS = 50, 64, (64, 24, 10)
 CASES = [
     Case("sgd", "as in the tutorial", "twins", "sgd", {"lr": 2.0, "warmup_steps": 10, "weight_decay": 1e-3}),
-    Case("adamw", "as in the tutorial", "twins", "adamw", {"lr": 0.02, "warmup_steps": 10, "weight_decay": 0.01}),
-    Case("adamw-inner", "momentum on top", "twins", "adamw", {"lr": 0.01, "inner_momentum": 0.5, "beta": 0.95}),
+    Case(
+        "adamw",
+        "as in the tutorial",
+        "twins",
+        "adamw",
+        {"lr": 0.02, "warmup_steps": 10, "weight_decay": 0.01},
+    ),
+    Case(
+        "adamw-inner", "momentum on top", "twins", "adamw", {"lr": 0.01, "inner_momentum": 0.5, "beta": 0.95}
+    ),
     Case("radam", "as in the tutorial", "twins", "radam", {"lr": 0.02}),
     Case("adamw-polyak", "x stored, y = z", "twins", "adamw", {"lr": 0.02, "beta": 0.0, "prior_steps": 5}),
 ]
@@ -39,7 +48,7 @@ def initial_weights() -> Arrays:
     """Returns kernels of shape [inputs, outputs] and biases, uniform as torch.nn.Linear draws them."""
     noise = np.random.default_rng(0)
     weights: Arrays = {}
-    for number, (inputs, outputs) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(WIDTHS)):
         bound = inputs**-0.5
         weights[f"kernel{number}"] = noise.uniform(-bound, bound, (inputs, outputs))
         weights[f"bias{number}"] = noise.uniform(-bound, bound, outputs)
@@ -64,7 +73,8 @@ class FlaxNetwork:
 
         def loss(weights: Arrays, images: jax.Array, labels: jax.Array) -> jax.Array:
             layers = {
-                f"layers_{2 * i}": {"kernel": weights[f"kernel{i}"], "bias": weights[f"bias{i}"]} for i in range(2)
+                f"layers_{2 * i}": {"kernel": weights[f"kernel{i}"], "bias": weights[f"bias{i}"]}
+                for i in range(2)
             }
             logits = model.apply({"params": layers}, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -103,10 +113,10 @@ class TorchNetwork:
 
 def train(run: Run, network: FlaxNetwork | TorchNetwork, lr: float) -> Trajectory:
     """Returns the trajectory of a run that follows its own network's gradients at its own y."""
-    rows = [run.iterates()]
-    for images, labels in batches():
-        run.update(network.gradients(rows[-1][1], images, labels), lr)
-        rows.append(run.iterates())
+    rows = {0: run.iterates()}
+    for step, (images, labels) in enumerate(batches()):
+        run.update(network.gradients(rows[step][1], images, labels), lr)
+        rows[step + 1] = run.iterates()
     return stack(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from parity_tests.reference import Arrays
 
 SEQUENCES = ("x", "y", "z")
+Iterates = tuple[Arrays, Arrays, Arrays]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Trajectory:
         return Trajectory(steps, *({k: a[rows] for k, a in self.sequence(s).items()} for s in SEQUENCES))
 
 
-def stack(rows: list[tuple[Arrays, Arrays, Arrays]]) -> Trajectory:
-    """Returns the trajectory of a run that noted (x, y, z) at step 0 and after each update."""
-    leaves = rows[0][0]
+def stack(rows: Mapping[int, Iterates]) -> Trajectory:
+    """Returns the trajectory of a run that noted step -> (x, y, z), steps rising from 0."""
     x, y, z = (
-        {k: np.stack([np.asarray(row[i][k], np.float64) for row in rows]) for k in leaves} for i in range(3)
+        {k: np.stack([np.asarray(row[i][k], np.float64) for row in rows.values()]) for k in rows[0][0]}
+        for i in range(3)
     )
-    return Trajectory(np.arange(len(rows)), x, y, z)
+    return Trajectory(np.array(list(rows)), x, y, z)

@@ -6,16 +6,16 @@ Frameworks and peers are imported when a driver first runs, so that one package 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from parity_tests import golden
-from parity_tests.cases import Case
+from parity_tests.cases import CASES, Case
 from parity_tests.drivers import names
 from parity_tests.problems import Record
-from parity_tests.reference import Arrays
-from parity_tests.trajectory import Trajectory, stack
+from parity_tests.reference import Arrays, Reference
+from parity_tests.trajectory import Iterates, Trajectory, stack
 
 
 class Run(Protocol):
@@ -24,8 +24,15 @@ class Run(Protocol):
     def update(self, grads: Arrays, lr: float) -> None:
         """Takes one step; lr is the schedule's value, before warm-up."""
 
-    def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
-        """Returns x, y and z."""
+    def iterates(self) -> Iterates:
+        """Returns x, y and z, without touching the run."""
+
+
+class ForcedRun(Run, Protocol):
+    """One whose state can be overwritten."""
+
+    def put(self, truth: Reference) -> None:
+        """Overwrites weights and state with the reference's."""
 
 
 Start = Callable[[Case, Arrays, str], Run]
@@ -40,33 +47,48 @@ class Driver:
         start: (case, initial values, "float64" or "float32") -> a run.
         optimizers: those it has.
         lacks: canonical options it does not have.
+        apart: options that it has, but not together.
     """
 
     name: str
     start: Start
     optimizers: tuple[str, ...] = ("sgd", "adamw", "radam")
     lacks: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def supports(self, case: Case) -> bool:
         """Tells whether a case can be put to this implementation at all."""
-        return case.optimizer in self.optimizers and not any(case.options.get(name) for name in self.lacks)
+        has = case.options.get
+        together = bool(self.apart) and all(has(name) for name in self.apart)
+        return (
+            case.optimizer in self.optimizers and not together and not any(has(name) for name in self.lacks)
+        )
 
-    def run(self, case: Case, recorded: Record, dtype: str = "float64") -> Trajectory:
-        """Returns the trajectory of a case on recorded gradients, every step of it."""
+    def run(
+        self, case: Case, recorded: Record, dtype: str = "float64", noted: Iterable[int] | None = None
+    ) -> Trajectory:
+        """Returns the trajectory of a case on recorded gradients at the noted steps, by default all."""
+        steps = range(case.steps + 1) if noted is None else set(noted)
         run = self.start(case, recorded.params, dtype)
-        rows = [run.iterates()]
+        rows = {0: run.iterates()}
         for step, lr in enumerate(case.lrs):
             run.update(recorded.step(step), lr)
-            rows.append(run.iterates())
+            if step + 1 in steps:
+                rows[step + 1] = run.iterates()
         return stack(rows)
 
 
 @functools.cache
 def on_golden(driver: str, case: str, dtype: str = "float64") -> Trajectory:
     """Returns a driver's run of a case on its golden gradients, once a session."""
-    from parity_tests.cases import CASES
+    recorded = golden.load_record(CASES[case].problem)
+    return DRIVERS[driver].run(CASES[case], recorded, dtype, golden.load(case).steps.tolist())
 
-    return DRIVERS[driver].run(CASES[case], golden.load_record(CASES[case].problem), dtype)
+
+def first_of_their_family(driver: Driver) -> list[str]:
+    """Returns the first case of every optimizer and family that a driver supports."""
+    supported = [case for case in CASES.values() if driver.supports(case)]
+    return list({(case.optimizer, case.family): case.id for case in reversed(supported)}.values())
 
 
 def _torch(run: str, make: str, **options: Any) -> Start:
@@ -88,18 +110,22 @@ def _jax(make: str) -> Start:
 
 
 _PAIR = ("sgd", "adamw")
+_UPSTREAM = Driver("schedulefree 1.4.1", _torch("TorchRun", "upstream"), lacks=names.UPSTREAM_LACKS)
 TWINS = [
     Driver("sfjax", _jax("ours")),
-    Driver("sfjax wrapper", _jax("wrapped"), _PAIR),
+    # There the ramp is part of a schedule, and the prior's full lr is what the schedule shows of it.
+    Driver("sfjax wrapper", _jax("wrapped"), _PAIR, apart=("warmup_steps", "prior_steps")),
     Driver("sftorch foreach", _torch("OurRun", "ours")),
     Driver("sftorch single", _torch("OurRun", "ours", foreach=False)),
     Driver("sftorch closure", _torch("OurClosureRun", "ours", suffix="Closure")),
     Driver("sftorch wrapper", _torch("WrapperRun", "wrapped"), _PAIR),
 ]
 PEERS = [
-    Driver("schedulefree 1.4.1", _torch("TorchRun", "upstream"), lacks=names.UPSTREAM_LACKS),
-    Driver("schedulefree 1.4.1 closure", _torch("ClosureRun", "upstream", suffix="Closure"), lacks=names.UPSTREAM_LACKS),
+    _UPSTREAM,
+    replace(
+        _UPSTREAM, name="schedulefree 1.4.1 closure", start=_torch("ClosureRun", "upstream", suffix="Closure")
+    ),
     Driver("optax.contrib 0.2.8", _jax("optax_contrib"), _PAIR, names.OPTAX_LACKS),
-    Driver("pytorch_optimizer 4.1.0", _torch("TorchRun", "pytorch_optimizer"), lacks=names.UPSTREAM_LACKS),
+    replace(_UPSTREAM, name="pytorch_optimizer 4.1.0", start=_torch("TorchRun", "pytorch_optimizer")),
 ]
 DRIVERS = {driver.name: driver for driver in TWINS + PEERS}

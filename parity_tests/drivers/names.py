@@ -6,8 +6,8 @@ from typing import Any
 
 # canonical name -> the name in an error message; others keep their name.
 JAX_NAMES = {"lr": "learning_rate", "beta": "b1"}
-TORCH_NAMES = {"sgd": {"beta": "momentum"}}
-TORCH_NAMES |= dict.fromkeys(("adamw", "radam"), {"beta": "betas[0]", "b2": "betas[1]"})
+_BETAS = {"beta": "betas[0]", "b2": "betas[1]"}
+TORCH_NAMES = {"sgd": {"beta": "momentum"}, "adamw": _BETAS, "radam": _BETAS}
 
 
 def shown(framework: str, optimizer: str, name: str) -> str:

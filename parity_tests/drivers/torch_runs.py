@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from parity_tests.cases import Case
 from parity_tests.drivers import names
 from parity_tests.reference import Arrays, Reference
+from parity_tests.trajectory import Iterates
 
 CLASSES = {"sgd": "SGDScheduleFree", "adamw": "AdamWScheduleFree", "radam": "RAdamScheduleFree"}
 Make = Callable[[Case, list[Tensor]], Any]
@@ -40,12 +42,13 @@ class TorchRun:
     def step(self) -> None:
         self.optimizer.step()
 
-    def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
+    def iterates(self) -> Iterates:
         """Returns x, y and z, without touching the run."""
         y = {k: p.detach() for k, p in self.params.items()}
         z = {k: self.optimizer.state[p].get("z", p).detach() for k, p in self.params.items()}
-        x, y, z = ({k: a.numpy().copy() for k, a in s.items()} for s in (self.average(y, z), y, z))
-        return x, y, z
+        seen = (self.average(y, z), y, z)
+        x_seen, y_seen, z_seen = ({k: a.numpy().copy() for k, a in s.items()} for s in seen)
+        return x_seen, y_seen, z_seen
 
     def average(self, y: dict[str, Tensor], z: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns x as the program's own eval() makes it, and puts y back as it was."""
@@ -84,7 +87,7 @@ class ClosureRun(TorchRun):
     def step(self) -> None:
         self.optimizer.step(lambda: 0.0)
 
-    def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
+    def iterates(self) -> Iterates:
         _, x, z = super().iterates()
         return x, self.peek(x, z), z
 
@@ -106,10 +109,8 @@ class OurClosureRun(ClosureRun):
             seen.update({k: p.detach().numpy().copy() for k, p in self.params.items()})
             raise _Seen  # a closure that raises must leave everything as it was
 
-        try:
+        with contextlib.suppress(_Seen):
             self.optimizer.step(closure)
-        except _Seen:
-            pass
         return seen
 
 
@@ -167,5 +168,6 @@ def pytorch_optimizer(case: Case, params: list[Tensor]) -> Any:
     """Returns the pytorch_optimizer package's optimizer for a case."""
     import pytorch_optimizer
 
-    make = getattr(pytorch_optimizer, {"sgd": "ScheduleFreeSGD", "adamw": "ScheduleFreeAdamW", "radam": "ScheduleFreeRAdam"}[case.optimizer])
+    classes = {"sgd": "ScheduleFreeSGD", "adamw": "ScheduleFreeAdamW", "radam": "ScheduleFreeRAdam"}
+    make = getattr(pytorch_optimizer, classes[case.optimizer])
     return make(params, **names.for_upstream(case.optimizer, case.options))

@@ -1,0 +1,1 @@
+"""Measurements, not tests: each file measures one thing and writes results/*.jsonl."""

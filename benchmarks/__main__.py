@@ -1,0 +1,23 @@
+"""Runs one benchmark: `python -m benchmarks NAME [options]`; NAME --help lists its options."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+BENCHMARKS = {"resume": "what a restart costs: loss after a restart from weights alone"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code of the benchmark that the first word names."""
+    name, *rest = argv or ["--help"]
+    if name in BENCHMARKS:
+        return importlib.import_module(f"benchmarks.{name}").main(rest)
+    listed = "\n".join(f"  {known:<10}{text}" for known, text in BENCHMARKS.items())
+    print(f"usage: python -m benchmarks NAME [options]\n\nNAME is one of\n{listed}")
+    return 0 if name in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

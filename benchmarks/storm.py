@@ -1,0 +1,132 @@
+"""Kills training runs with SIGKILL at random moments, saves in flight, until they have had enough; then
+lets them end and compares them with the run that was never killed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# Seconds that an attempt lives at most. jax compiles for most of it.
+LIFE = {"torch": 0.8, "jax": 8.0}
+
+
+def attempt(framework: str, steps: int, out: Path, save_every: int | None, life: float | None) -> int | None:
+    """Runs the example in a process of its own; returns its exit code, or None if it was killed."""
+    options = ["--resume", "auto", "--save-every", str(save_every)] if save_every else []
+    child = os.fork()
+    if child == 0:
+        os._exit(_train(framework, steps, out, options))
+    if life is not None:
+        end = time.monotonic() + life
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return None if code == -signal.SIGKILL else code
+
+
+def _train(framework: str, steps: int, out: Path, options: list[str]) -> int:
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        import train
+
+        train.main(
+            [
+                "--framework",
+                framework,
+                "--steps",
+                str(steps),
+                "--every",
+                str(steps),
+                "--out",
+                str(out),
+                *options,
+            ]
+        )
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def storm(framework: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str, object]:
+    """Returns what came of a storm of kills on one framework.
+
+    Raises:
+        RuntimeError: if an attempt failed by itself: something unreadable was left behind.
+    """
+    draw = random.Random(seed)
+    calm, stormy = folder / f"{framework}-calm", folder / f"{framework}-storm"
+    _require(attempt(framework, steps, calm, None, None), calm)
+    killed = 0
+    with tqdm(total=kills, desc=f"{framework} kills") as bar:
+        while killed < kills:
+            code = attempt(framework, steps, stormy, 3, draw.uniform(0, LIFE[framework]))
+            if code is None:
+                killed += 1
+                bar.update()
+            else:
+                _require(code, stormy)
+                break  # it came to its end: more steps are needed for so many kills
+    _require(attempt(framework, steps, stormy, 3, None), stormy)
+    checkpoints = stormy / "checkpoints" / framework
+    return {
+        "kills": killed,
+        "same bits": _digest(calm, framework) == _digest(stormy, framework),
+        "leftovers": [path.name for path in checkpoints.iterdir() if not _is_checkpoint(path.name)],
+    }
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name.isdigit() or name.startswith("step_") or name == "inference"
+
+
+def _require(code: int | None, out: Path) -> None:
+    if code != 0:
+        raise RuntimeError(f"a run must end well, got the exit code {code}: see {out.with_suffix('.log')}")
+
+
+def _digest(out: Path, framework: str) -> object:
+    return json.loads((out / "result.json").read_text())["frameworks"][framework]["sha256"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints one JSON line a framework; the exit code is 0 if every run ended in the same bits."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks storm", description=__doc__)
+    parser.add_argument("--framework", choices=tuple(LIFE), action="append", help="default: both")
+    parser.add_argument("--kills", type=int, default=100, help="of each framework; default: 100")
+    parser.add_argument("--steps", type=int, default=2000, help="of the run; default: 2000")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    arguments = parser.parse_args(argv)
+    sys.path.insert(0, str(EXAMPLES))
+    good = True
+    for framework in arguments.framework or tuple(LIFE):
+        __import__(f"train_{framework}")  # once, here: an attempt is a fork, and starts at once
+        with tempfile.TemporaryDirectory() as folder:
+            found = storm(framework, arguments.kills, arguments.steps, arguments.seed, Path(folder))
+        print(json.dumps({"framework": framework, **found}))
+        good = (
+            good
+            and found["same bits"] is True
+            and not found["leftovers"]
+            and found["kills"] == arguments.kills
+        )
+    return 0 if good else 1
