@@ -118,7 +118,7 @@ def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, 
 
 
 def _with_note(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a state dict whose groups say what the weights hold; the older ones of ours have a flag only."""
+    """Returns a state dict whose groups say what the weights hold; our older ones have a flag only."""
     if "param_groups" not in state_dict:
         return state_dict
     groups = [

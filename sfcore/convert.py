@@ -53,6 +53,10 @@ def convert(src: str | Path, dst: str | Path, to: str, user: UserMap = None) -> 
     source = _sources.load(Path(src))
     if to == "inference":
         return _write_inference(source, Path(dst)), list(source.notes)
+    return _write_checkpoint(source, Path(dst), to, user)
+
+
+def _write_checkpoint(source: Source, folder: Path, to: str, user: UserMap) -> tuple[Path, list[str]]:
     meta = _whole(source)
     state, x = dict(source.state), _inference(source)
     notices = list(source.notes)
@@ -64,9 +68,9 @@ def convert(src: str | Path, dst: str | Path, to: str, user: UserMap = None) -> 
         raise CheckpointError(
             f"a map has no use here, got one: {source.path} has the names of {meta.framework}"
         )
-    if meta.step in store.steps(Path(dst)):
-        raise CheckpointError(f"{dst} must not hold step {meta.step} yet: choose another folder")
-    return store.write(Path(dst), meta, state, x), notices
+    if meta.step in store.steps(folder):
+        raise CheckpointError(f"{folder} must not hold step {meta.step} yet: choose another folder")
+    return store.write(folder, meta, state, x), notices
 
 
 def _whole(source: Source) -> Meta:

@@ -30,6 +30,8 @@ UserMap = Path | str | Mapping[str, Any] | None
 class NameMap:
     """Pairs of JAX and torch leaves; turns arrays of one framework into the other's, bit for bit.
 
+    What comes out may share memory with what went in, where nothing had to move.
+
     Attributes:
         pairs: the pairs; a torch leaf that stacks several JAX leaves has one for each.
 

@@ -56,12 +56,7 @@ def write(
     try:
         _folder.make(folder)
         partial.mkdir()
-        record = {
-            STATE: exchange.write_tensors(partial / STATE, state),
-            INFERENCE: exchange.write_tensors(partial / INFERENCE, inference, about_inference(meta)),
-        }
-        _folder.write_text(partial / META, replace(meta, tensors=record).to_json())
-        _folder.sync(partial)
+        _fill(partial, meta, state, inference)
         older = steps(folder).get(meta.step)
         final = folder / _folder.next_name(meta.step, older)
         os.rename(partial, final)
@@ -73,6 +68,17 @@ def write(
     if older is not None:
         _folder.remove(older)
     return final
+
+
+def _fill(
+    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
+) -> None:
+    record = {
+        STATE: exchange.write_tensors(folder / STATE, state),
+        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta)),
+    }
+    _folder.write_text(folder / META, replace(meta, tensors=record).to_json())
+    _folder.sync(folder)
 
 
 def about_inference(meta: Meta) -> dict[str, str]:

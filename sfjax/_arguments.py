@@ -1,4 +1,4 @@
-"""Reads the arguments of the factories: numbers become Python's, traced values become scalars, rules are kept."""
+"""Reads the factories' arguments: numbers become Python's, traced values scalars, and rules are kept."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def read(kind: type[Kind], **values: Any) -> Kind:
 
     Args:
         kind: a dataclass of `sfcore.hyperparameters`.
-        values: its fields. A number may be Python's, NumPy's, or an array of one element of any dtype; `lr` may
-            also be a schedule.
+        values: its fields. A number may be Python's, NumPy's, or an array of one element of any dtype;
+            `lr` may also be a schedule.
 
     Returns:
         Each value as a Python number, as a scalar tracer (of inject_hyperparams, jit, vmap, grad), or the

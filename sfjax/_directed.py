@@ -29,8 +29,10 @@ class Direction(NamedTuple):
     lr_factor: Callable[[jax.Array], jax.Array]
 
 
-def directed(direction: Direction, hp: Any, mask: Any, state_dtype: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns the Schedule-Free transformation along `direction`; `hp` is what `_arguments.read` returned."""
+def directed(
+    direction: Direction, hp: Any, mask: Any, state_dtype: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the Schedule-Free transformation along `direction`; `hp` is what `_arguments` read."""
     lr = _scalars.lr_schedule(hp.lr)
 
     def delta(grads: Any, state: Any, params: Any, lr_t: Any, t: Any, extra_args: Any) -> tuple[Any, Any]:

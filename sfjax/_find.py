@@ -170,8 +170,8 @@ def _kinds(opt_state: Any) -> str:
     def note(node: Any) -> bool:
         kind = type(node)
         if not names or hasattr(kind, "_fields"):
-            public = [part for part in kind.__module__.split(".") if part != "builtins" and not part.startswith("_")]
-            names.append(".".join([*public, kind.__qualname__]))
+            module = [part for part in kind.__module__.split(".") if part[0] != "_" and part != "builtins"]
+            names.append(".".join([*module, kind.__qualname__]))
         return False
 
     jax.tree.leaves(opt_state, is_leaf=note)
@@ -179,7 +179,7 @@ def _kinds(opt_state: Any) -> str:
 
 
 def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[..., Any]) -> Any:
-    """Returns params with the leaves that the states hold recovered; MaskedNode marks those a state does not."""
+    """Returns params with the leaves that states hold recovered; a state has MaskedNode for the others."""
     new = _pure(params)
     for state in states:
         if state.b1.ndim:
@@ -195,8 +195,9 @@ def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[...
                 f"params must have the tree that tx.init got, got {jax.tree.structure(new)} for {tree}: "
                 "pass what the last update left (with flax.nnx, nnx.state(model, nnx.Param))"
             ) from error
+        pairs = zip(below, stored, strict=True)
         new = tree.unflatten(
-            [y if _is_masked(s) else recover(_same_shape(y, s), s, state.b1) for s, y in zip(stored, below, strict=True)]
+            y if _is_masked(s) else recover(_same_shape(y, s), s, state.b1) for y, s in pairs
         )
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(new))
 

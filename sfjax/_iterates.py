@@ -73,7 +73,9 @@ def recover_z(y: jax.Array, stored: jax.Array, beta: jax.Array) -> jax.Array:
     return jnp.where(beta == 0, y.astype(stored.dtype), stored)
 
 
-def advance(y: jax.Array, stored: jax.Array, delta: jax.Array, k: Coefficients) -> tuple[jax.Array, jax.Array]:
+def advance(
+    y: jax.Array, stored: jax.Array, delta: jax.Array, k: Coefficients
+) -> tuple[jax.Array, jax.Array]:
     """Takes one step of y and z by delta.
 
     Args:

@@ -47,6 +47,7 @@ def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
 def _everywhere(params: Any) -> NamedSharding | None:
     """Returns the sharding of a scalar that every device of params' mesh has, or None without a mesh."""
     for leaf in jax.tree.leaves(params):
-        if not isinstance(leaf, jax.core.Tracer) and isinstance(getattr(leaf, "sharding", None), NamedSharding):
-            return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
     return None

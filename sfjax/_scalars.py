@@ -75,9 +75,7 @@ def ramp(t: jax.Array, warmup_steps: Any) -> jax.Array:
     return jnp.where(steps > 0, jnp.minimum(1.0, as_scalar(t) / jnp.maximum(steps, 1.0)), 1.0)  # S2
 
 
-def prior_weight(
-    prior_steps: Any, r: Any, lr: Callable[[], jax.Array], weight_lr_power: Any
-) -> jax.Array:
+def prior_weight(prior_steps: Any, r: Any, lr: Callable[[], jax.Array], weight_lr_power: Any) -> jax.Array:
     """Returns the weight_sum that `prior_steps` earlier steps at the full lr would have left."""
     if isinstance(prior_steps, int | float) and prior_steps == 0:
         return as_scalar(0.0)

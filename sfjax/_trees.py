@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_BELONG = "pass the params that tx.init got, their gradients and their state"
+
 
 def check_params(params: Any) -> None:
     """Raises TypeError unless every leaf is an array of floating-point or complex numbers."""
@@ -19,24 +21,23 @@ def check_params(params: Any) -> None:
             )
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"params must be floating point or complex, got {dtype} at params{jax.tree_util.keystr(path)}: "
-                "leave such leaves out, with optax.partition and optax.set_to_zero or with a filter of your framework"
+                f"params must be floating point or complex, got {dtype} at "
+                f"params{jax.tree_util.keystr(path)}: leave such leaves out, with a filter of your framework "
+                "or with optax.partition and optax.set_to_zero"
             )
 
 
 def check_same(name: str, tree: Any, params: Any) -> None:
     """Raises ValueError unless tree has the structure and the shapes of params."""
-    if jax.tree.structure(tree) != jax.tree.structure(params):
-        raise ValueError(
-            f"{name} must have the tree of params, got {jax.tree.structure(tree)} for {jax.tree.structure(params)}: "
-            "pass the params that tx.init got, their gradients and their state"
-        )
+    structure, wanted = jax.tree.structure(tree), jax.tree.structure(params)
+    if structure != wanted:
+        raise ValueError(f"{name} must have the tree of params, got {structure} for {wanted}: {_BELONG}")
     leaves = jax.tree.leaves(tree)
     for (path, p), leaf in zip(jax.tree_util.tree_leaves_with_path(params), leaves, strict=True):
         if jnp.shape(leaf) != jnp.shape(p):
             raise ValueError(
                 f"{name} must have the shapes of params, got {jnp.shape(leaf)} for {jnp.shape(p)} at "
-                f"params{jax.tree_util.keystr(path)}: pass the params that tx.init got, their gradients and their state"
+                f"params{jax.tree_util.keystr(path)}: {_BELONG}"
             )
 
 

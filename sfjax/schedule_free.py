@@ -62,7 +62,7 @@ class Base(NamedTuple):
 def build(
     base: Base, hp: hyperparameters.ScheduleFree, lr_at: Callable[[jax.Array], jax.Array], state_dtype: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation; `lr_at` is S2 as a function of the step, `hp` what `_arguments.read` returned."""
+    """Returns the transformation; `lr_at` is S2 as a function of the step, `hp` is what `_arguments` read."""
     state_dtype = _arguments.read_dtype(state_dtype)
 
     def stored_dtype(p: Any) -> Any:
@@ -74,11 +74,12 @@ def build(
         _trees.check_params(params)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return _layout.abstract_init(init_fn, params)
-        prior = _scalars.prior_weight(
+        scalars = {name: _scalars.as_scalar(0.0) for name in ("lr", "lr_max", "c", "weight_sum_low")}
+        scalars["b1"] = _scalars.as_scalar(hp.beta)
+        scalars["step"] = jnp.zeros((), jnp.int32)
+        scalars["weight_sum"] = _scalars.prior_weight(
             hp.prior_steps, hp.r, lambda: _scalars.full_lr(hp.lr), hp.weight_lr_power
         )
-        zeros = {name: _scalars.as_scalar(0.0) for name in ("lr", "lr_max", "c", "weight_sum_low")}
-        scalars = {"b1": _scalars.as_scalar(hp.beta), "step": jnp.zeros((), jnp.int32), "weight_sum": prior, **zeros}
         return ScheduleFreeState(
             **_layout.on_every_device(scalars, params),
             base_optimizer_state=base.init(params),
@@ -118,8 +119,8 @@ def _check(updates: Any, state: Any, params: Any) -> None:
         raise ValueError("params must be passed to update(), got None: call tx.update(grads, state, params)")
     if not isinstance(state, ScheduleFreeState):
         raise TypeError(
-            f"state must be a ScheduleFreeState of sfjax, got {type(state).__name__}: pass what tx.init returned; "
-            "restore a checkpoint with jax.eval_shape(tx.init, params) as its target"
+            f"state must be a ScheduleFreeState of sfjax, got {type(state).__name__}: pass what tx.init "
+            "returned; restore a checkpoint with jax.eval_shape(tx.init, params) as its target"
         )
     _trees.check_same("updates", updates, params)
     _trees.check_same("state.z", state.z, params)

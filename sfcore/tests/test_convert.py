@@ -1,8 +1,6 @@
 """convert: the same numbers under other names, bit for bit, or a reason why not."""
 
-import errno
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,9 @@ import schedulefree
 import torch
 
 import sfjax
-from sfcore import __main__, _sources, exchange, names, store
+from sfcore import __main__, exchange, names, store
+from sfcore._iterates import iterates
 from sfcore.convert import convert
-from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfcore.tests import examples, runs
 
@@ -165,8 +163,8 @@ def test_a_file_of_schedulefree_goes_to_every_target(tmp_path, mode):
     shipped = exchange.read_tensors(convert(tmp_path / "run.pt", tmp_path / "x.safetensors", "inference")[0])
     assert shipped.keys() == x.keys()
     for name, value in x.items():
-        # One rounding of float32 against another; measured: at most 1.2e-7.
-        assert np.allclose(shipped[name], value, rtol=0, atol=5e-7), name
+        # One rounding of float32 against another, values up to 1; measured: at most 3e-8.
+        assert np.allclose(shipped[name], value, rtol=0, atol=1.5e-7), name
     meta, state, _ = _all(convert(tmp_path / "run.pt", tmp_path / "exchange", "exchange")[0])
     assert (meta.framework, meta.weights_hold, meta.step) == ("torch", "y" if mode == "train" else "x", 7)
     assert state.keys() >= {"z/0.weight", "v/0.weight", "y/0.weight", "buffer/1.running_mean"}
@@ -209,7 +207,7 @@ def test_a_run_of_torch_goes_on_in_jax(tmp_path):
         params = optax.apply_updates(params, updates)
     moved = found.to_jax({n: p.detach().numpy() for n, p in model.named_parameters()})
     way = max(np.abs(moved[n] - start[n]).max() for n in moved)
-    # 50 float32 steps; relative to the way; measured: 4.4e-7.
+    # 50 float32 steps of two programs, relative to the way; measured: 1.3e-6.
     assert max(np.abs(moved[n] - params[n]).max() for n in moved) <= 1e-5 * way
 
 
@@ -228,77 +226,6 @@ def test_gradients_of_an_unfinished_update_go_back_to_their_place_in_the_data(to
     assert examples.same(_all(kept)[1], state)
 
 
-def _weights(path):
-    exchange.write_tensors(path, {"w": np.ones(2)})
-
-
-def _optimizer_alone(path):
-    _, optimizer = runs.torch_run(lambda params: schedulefree.SGDScheduleFree(params))
-    torch.save(optimizer.state_dict(), path)
-
-
-def _plain(path):
-    model, optimizer = runs.torch_run(lambda params: torch.optim.AdamW(params))
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-
-
-def _nothing(path):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("make", "to", "message"),
-    [
-        (_weights, "exchange", "must have optimizer state, got weights without"),
-        (_weights, "inference", "must say whether it holds x or y"),
-        (_optimizer_alone, "jax", "must hold the weights and their names beside the state"),
-        (_optimizer_alone, "inference", "must hold the weights and their names beside the state"),
-        (_plain, "torch", "must be of a Schedule-Free optimizer"),
-        (_plain, "inference", "must be of a Schedule-Free optimizer"),
-        (_nothing, "exchange", "is missing"),
-    ],
-)
-def test_a_source_that_is_not_enough_is_refused(tmp_path, make, to, message):
-    make(tmp_path / "src")
-    with pytest.raises(CheckpointError, match=message):
-        convert(tmp_path / "src", tmp_path / "dst", to)
-    assert not (tmp_path / "dst").exists()
-
-
-def test_nothing_is_overwritten(torch_checkpoint, tmp_path):
-    path, _, _ = torch_checkpoint
-    with pytest.raises(CheckpointError, match="must not hold step 7 yet"):
-        convert(path, path.parent, "jax")
-    (tmp_path / "x.safetensors").touch()
-    with pytest.raises(CheckpointError, match="must not be there yet"):
-        convert(path, tmp_path / "x.safetensors", "inference")
-    assert (tmp_path / "x.safetensors").read_bytes() == b""
-
-
-def test_a_map_without_use_is_refused(torch_checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match="a map has no use here"):
-        convert(torch_checkpoint[0], tmp_path / "same", "torch", {"a": "b"})
-
-
-def test_an_unknown_target_is_refused(torch_checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match="to must be one of jax, torch, exchange, inference, got 'tf'"):
-        convert(torch_checkpoint[0], tmp_path / "dst", "tf")
-
-
-@pytest.mark.parametrize("to", ["inference", "exchange", "jax"])
-def test_a_full_disk_leaves_nothing(torch_checkpoint, tmp_path, monkeypatch, to):
-    path, _, _ = torch_checkpoint
-    (tmp_path / "dst").mkdir()
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="the disk or the quota is full"):
-        convert(path, tmp_path / "dst" / "it", to)
-    assert [p for p in (tmp_path / "dst").rglob("*") if p.is_file()] == []
-
-
 @pytest.mark.parametrize("hold", ["y", "x"])
 @pytest.mark.parametrize("beta", [0.0, 0.9, 1.0])
 def test_x_follows_from_what_a_checkpoint_holds(hold, beta):
@@ -310,10 +237,7 @@ def test_x_follows_from_what_a_checkpoint_holds(hold, beta):
     meta.groups = [{"hyperparameters": {"beta": beta}, "clock": clock, "parameters": ["w"]}]
     meta.parameters = {"w": {"shape": [5], "dtype": "float64", "clock": clock}}
     state = {"y/w": x if hold == "x" else y, "z/w": z} | ({"x/w": x} if beta == 0 else {})
-    source = _sources.Source(None, "", meta, state)
-    from sfcore._iterates import iterates
-
-    (found,) = iterates(source.meta, source.state)
-    # float64, one division by beta; measured: at most 4.5e-16.
-    assert np.allclose(found.x, x, rtol=0, atol=4e-15)
-    assert np.allclose(found.y, y, rtol=0, atol=4e-15)
+    (found,) = iterates(meta, state)
+    # float64, values up to 2, one division by beta; measured: at most 2.3e-16 over 50 seeds.
+    assert np.allclose(found.x, x, rtol=0, atol=1e-15)
+    assert np.allclose(found.y, y, rtol=0, atol=1e-15)

@@ -1,19 +1,16 @@
 """Real signals to real processes: everything is saved, whatever the main thread is doing."""
 
-import asyncio
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import pytest
 
-from sfcore.preemption import EXIT_SAVED, EXIT_UNSAVED, Preemption
+from sfcore.preemption import EXIT_SAVED, EXIT_UNSAVED
 
 # Counts in two halves; a save that sees one half only is torn.
 PROGRAM = """
@@ -275,65 +272,3 @@ def test_the_end_of_a_forked_worker_is_not_the_parents(tmp_path):
     assert code == 0, errors
     assert printed == ["unwound", "went", "on"]
     assert not (tmp_path / "saved").exists()
-
-
-def test_without_a_signal_everything_is_as_before():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Preemption(lambda: None) as preemption:
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-        with preemption.updating(), preemption.updating():
-            pass
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    assert signal.set_wakeup_fd(-1) == -1
-    assert threading.active_count() == 1 or "sfcore.preemption" not in {t.name for t in threading.enumerate()}
-
-
-def test_an_error_of_the_program_comes_through():
-    with pytest.raises(ZeroDivisionError), Preemption(lambda: None):
-        _ = 1 / 0
-    assert signal.set_wakeup_fd(-1) == -1
-
-
-def test_signals_of_others_reach_them():
-    async def program():
-        heard = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, heard.set)
-        with Preemption(lambda: None):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            await asyncio.wait_for(heard.wait(), 10)
-        return heard.is_set()
-
-    assert asyncio.run(program())
-
-
-def test_a_second_preemption_is_refused():
-    with Preemption(lambda: None), pytest.raises(RuntimeError, match="one Preemption must be active"):
-        Preemption(lambda: None).__enter__()
-
-
-def test_another_thread_than_the_main_one_is_refused():
-    caught = []
-
-    def enter():
-        try:
-            Preemption(lambda: None).__enter__()
-        except RuntimeError as error:
-            caught.append(str(error))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert "must be entered in the main thread" in caught[0]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"signals": ()}, "signals must name at least one"),
-        ({"grace": -1}, "grace must be a number of seconds >= 0, got -1"),
-        ({"patience": float("nan")}, "patience must be a number of seconds >= 0, got nan"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Preemption(lambda: None, **options)

@@ -64,11 +64,19 @@ def compare(
             for name, value in configured.values.items()
             if name in saved and not _equal(saved[name], value)
         ]
-    before, now = meta.accumulation["steps"], accumulation["steps"] if accumulation else 0
+    return found + _of_batches(meta.accumulation, accumulation or {})
+
+
+def _of_batches(saved: Mapping[str, int], configured: Mapping[str, int]) -> list[Change]:
+    found = []
+    before, now = saved["steps"], configured.get("steps", 0)
     if before and now and before != now:
-        found.append(
-            Change("accumulation", None, before, now, f"an optimizer step takes {now} micro-batches now")
-        )
+        effect = f"an update now takes {now} micro-batches; steps still count updates"
+        found.append(Change("accumulation", None, before, now, effect))
+    before, now = saved.get("batch_size", 0), configured.get("batch_size", 0)
+    if before and now and before != now:
+        effect = "position counts micro-batches of the saved size; an epoch has another number of steps now"
+        found.append(Change("batch_size", None, before, now, effect))
     return found
 
 

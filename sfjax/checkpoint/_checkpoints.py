@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import numbers
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,15 +12,17 @@ from typing import Any
 import jax
 
 from sfcore import _folder as _names
+from sfcore import store
 from sfcore.checks import HyperparameterError
 from sfcore.exchange import CheckpointError
-from sfcore.store import Skipped
 from sfjax._find import _pure
-from sfjax.checkpoint import _folder, _read, _record
+from sfjax.checkpoint import _read, _record
+from sfjax.checkpoint._import import import_exchange
 from sfjax.checkpoint._leaves import named, parameters, whole
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import Job, evaluated, on_host
 from sfjax.checkpoint._storable import Snapshot
+from sfjax.checkpoint._weights import start_from_weights
 
 log = logging.getLogger("sfjax.checkpoint")
 
@@ -64,16 +66,13 @@ class Checkpoints:
         metric: str = "loss",
         background: bool = True,
     ) -> None:
-        problems = [
-            f"{name} must be a whole number >= {least}, got {value!r}: {why}"
-            for name, value, least, why in (
-                ("keep_newest", keep_newest, 1, "without the newest there is nothing to resume from"),
-                ("keep_best", keep_best, 0, "pass 0 to keep the newest only"),
+        options = (("keep_newest", keep_newest, 1), ("keep_best", keep_best, 0))
+        wrong = [(name, value, least) for name, value, least in options if not _record.is_count(value, least)]
+        if wrong:
+            raise HyperparameterError(
+                f"{name} must be a whole number >= {least}, got {value!r}: 2 and 1 are usual"
+                for name, value, least in wrong
             )
-            if isinstance(value, bool) or not isinstance(value, int) or value < least
-        ]
-        if problems:
-            raise HyperparameterError(problems)
         if jax.process_count() > 1:
             raise CheckpointError(
                 f"Checkpoints must run in one process, got {jax.process_count()}: use Orbax for several"
@@ -84,6 +83,8 @@ class Checkpoints:
         self._snapshot = Snapshot()
         self._scores: dict[int, float] = {}
         self._writer: Any = None
+        # A signal may save from another thread (sfcore.preemption) while the main one is in here.
+        self._lock = threading.RLock()
 
     def save(
         self,
@@ -97,6 +98,7 @@ class Checkpoints:
         epoch: int = 0,
         position: int = 0,
         accumulation: Any = None,
+        batch_size: int | None = None,
         metrics: Mapping[str, Any] | None = None,
         recent: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
@@ -117,7 +119,9 @@ class Checkpoints:
             buffers: tree that goes beside x into the inference weights, such as batch statistics
                 re-estimated at x. Not restored.
             epoch, position: place in the data; position counts the micro-batches taken in this epoch.
-            accumulation: micro-batches an update, or (that, how many are in the gradient).
+            accumulation: micro-batches an update, or (that, how many are in the gradient), which is read off
+                the state of optax.MultiSteps if it is not given.
+            batch_size: of a micro-batch, to be compared on resume; default not recorded.
             metrics: name -> finite number or array of one.
             recent: what the last steps did, as `sfcore.watch` has it.
             extra: JSON of your own.
@@ -127,27 +131,29 @@ class Checkpoints:
                 anything is written; if an earlier save of the background failed; if the disk is full or
                 there is no permission.
         """
-        values: dict[str, Any] = {"epoch": epoch, "position": position, "recent": dict(recent or {})}
+        values: dict[str, Any] = {"epoch": epoch, "position": position, "extra": dict(extra or {})}
         values |= {
-            "step": _whole("step", step),
+            "step": _record.step(step),
             "metrics": _record.finite(metrics or {}),
-            "extra": dict(extra or {}),
+            "recent": dict(recent or {}),
         }
         flat = named(whole(_pure(params), _pure(opt_state), extra_state))
-        writer = self._open()
-        writer.wait()
-        x = evaluated(_pure(opt_state), _pure(params))
-        host = on_host(flat, self._snapshot)
-        values["extra"] |= {"sfjax.objects": host.objects} if host.objects else {}
-        meta = _record.make(
-            host.tree["params"], host.tree["opt_state"], hyperparameters, accumulation, **values
-        )
-        meta.to_json()  # what JSON has no form for must not fail later, in the background
-        if self.metric in meta.metrics:
-            self._scores[step] = meta.metrics[self.metric]
-        job = Job(meta, host, parameters(x), {} if buffers is None else parameters(buffers))
-        writer.save(step, host.stored, job.write_meta, job.write_inference)
-        return self.folder / str(step)
+        with self._lock:
+            self.wait()
+            x = evaluated(_pure(opt_state), _pure(params))
+            host = on_host(flat, self._snapshot)
+            values["extra"] |= {"sfjax.objects": host.objects} if host.objects else {}
+            batches = _record.accumulated(host.tree["opt_state"], accumulation, batch_size)
+            meta = _record.make(
+                host.tree["params"], host.tree["opt_state"], hyperparameters, batches, **values
+            )
+            meta.to_json()  # what JSON has no form for must not fail later, in the background
+            writer = self._open()
+            if self.metric in meta.metrics:
+                self._scores[meta.step] = meta.metrics[self.metric]
+            job = Job(meta, host, parameters(x), {} if buffers is None else parameters(buffers))
+            writer.save(meta.step, host.stored, job.write_meta, job.write_inference)
+        return self.folder / str(meta.step)
 
     def restore(
         self,
@@ -157,6 +163,7 @@ class Checkpoints:
         extra_state: Any = None,
         hyperparameters: Any = None,
         accumulation: Any = None,
+        batch_size: int | None = None,
         resume: str | int | Path = "auto",
         strict: bool = False,
     ) -> Restored | None:
@@ -168,9 +175,11 @@ class Checkpoints:
         Args:
             params, opt_state, extra_state: targets, concrete or of `jax.ShapeDtypeStruct` (as from
                 `jax.eval_shape`), on any devices. Iterators and generators in extra_state are moved.
-            hyperparameters, accumulation: the configured ones, as for `save`, to be compared with the saved.
+            hyperparameters, accumulation, batch_size: the configured ones, as for `save`; what is given is
+                compared with the saved.
             resume: "auto" (the newest, or None if there is none), "none", "latest-good" (the newest that
-                verifies), "weights:PATH" (x alone, see `start_from_weights`), a step, or a path.
+                verifies), "weights:PATH" (x alone, see `start_from_weights`), a step, or the path of a
+                checkpoint, also of the framework-free store (see `import_exchange`).
             strict: refuse any difference from what was saved.
 
         Returns:
@@ -180,37 +189,20 @@ class Checkpoints:
             CheckpointError: naming file and leaf if it is damaged, or every leaf that does not fit.
         """
         self.wait()
-        skipped: list[Skipped] = []
-        if resume == "none":
-            return None
+        configured = {"hyperparameters": hyperparameters, "accumulation": accumulation}
         if isinstance(resume, str) and resume.startswith("weights:"):
-            from sfjax.checkpoint._weights import start_from_weights
-
-            return start_from_weights(
-                resume.removeprefix("weights:"),
-                params,
-                opt_state,
-                hyperparameters=hyperparameters,
-                accumulation=accumulation,
-            )
+            return start_from_weights(resume.removeprefix("weights:"), params, opt_state, **configured)
+        configured |= {"batch_size": batch_size, "strict": strict}
         if resume == "latest-good":
             saved, skipped = _read.latest_good(self.folder)
-        else:
-            path = self._choose(resume)
-            if path is None:
-                log.info("%s holds no checkpoint: starting anew", self.folder)
-                return None
-            saved = _read.read(path)
-        return restore_into(
-            saved,
-            params,
-            opt_state,
-            extra_state,
-            hyperparameters,
-            accumulation,
-            strict=strict,
-            skipped=skipped,
-        )
+            return restore_into(saved, params, opt_state, extra_state, skipped=skipped, **configured)
+        path = None if resume == "none" else _read.choose(self.folder, resume)
+        if path is None:
+            log.info("starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder)
+            return None
+        if (path / store.META).is_file():
+            return import_exchange(path, params, opt_state, **configured)
+        return restore_into(_read.read(path), params, opt_state, extra_state, **configured)
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -218,14 +210,20 @@ class Checkpoints:
         Raises:
             CheckpointError: if it failed; the older checkpoints are untouched.
         """
-        if self._writer is not None:
-            self._writer.wait()
+        with self._lock:
+            if self._writer is not None:
+                self._writer.wait()
 
     def close(self) -> None:
-        """Waits, and ends the background threads; a later save starts them again."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+        """Waits, and ends the background threads; a later save starts them again.
+
+        Raises:
+            CheckpointError: if the last save failed.
+        """
+        with self._lock:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                writer.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -233,20 +231,11 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def _choose(self, resume: Any) -> Path | None:
-        if resume == "auto":
-            return _read.newest(self.folder)
-        if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
-            return self.folder / str(resume)
-        if isinstance(resume, Path) or (isinstance(resume, str) and Path(resume).exists()):
-            path = Path(resume).absolute()
-            return path if _read.is_ours(path) else _read.newest(path) or path
-        raise CheckpointError(
-            "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is there, "
-            f"got {resume!r}: check the spelling"
-        )
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None:  # it is logged; the error that ends the block matters more
+                raise
 
     def _open(self) -> Any:
         if self._writer is None:
@@ -257,23 +246,5 @@ class Checkpoints:
                 self._writer = Writer(self.folder, keep_newest, keep_best, self._scores, background)
             except OSError as error:
                 raise CheckpointError(f"cannot write into {self.folder}: {_names.why(error)}") from error
-            self._scores.update(scores(self.folder, self.metric))
+            self._scores.update(_read.scores(self.folder, self.metric))
         return self._writer
-
-
-def scores(folder: Path, metric: str) -> dict[int, float]:
-    """Returns step -> metric of the checkpoints that have one and can be read."""
-    found = {}
-    for step, path in _folder.steps(folder).items():
-        try:
-            found[step] = _read.read_meta(path).metrics[metric]
-        except (CheckpointError, KeyError):
-            continue
-    return found
-
-
-def _whole(name: str, value: Any) -> int:
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"{name} must be a whole number >= 0, got {value!r}: pass int(...)")
-    return value

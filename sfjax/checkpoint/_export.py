@@ -73,7 +73,8 @@ def export_exchange(
         "metrics": _record.finite(metrics or {}),
         "extra": dict(extra or {}),
     }
-    meta = _record.make(tree["params"], tree["opt_state"], hyperparameters, accumulation, **values)
+    batches = _record.accumulated(tree["opt_state"], accumulation)
+    meta = _record.make(tree["params"], tree["opt_state"], hyperparameters, batches, **values)
     meta.position = position - meta.accumulation["position"]
     meta.accumulation["position"] = 0
     state = content(tree["params"], tree["opt_state"])

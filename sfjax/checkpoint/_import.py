@@ -12,6 +12,7 @@ import numpy as np
 
 from sfcore import names as _names
 from sfcore import store
+from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError, of_role
 from sfcore.meta import Meta
 from sfcore.names import NameMap
@@ -19,7 +20,6 @@ from sfjax.checkpoint._export import renamed
 from sfjax.checkpoint._leaves import parameters
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
-from sfjax.checkpoint._reconcile import beta_of
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._storable import stored_form
 
@@ -35,13 +35,14 @@ def import_exchange(
     buffers: Any = None,
     hyperparameters: Any = None,
     accumulation: Any = None,
+    batch_size: int | None = None,
     strict: bool = False,
 ) -> Restored:
     """Takes over a checkpoint of the framework-free store, of JAX or of the torch twin.
 
     Args:
         path: the checkpoint, or a folder of them: the newest.
-        params, opt_state, hyperparameters, accumulation, strict: as for `Checkpoints.restore`.
+        params, opt_state, hyperparameters, accumulation, batch_size, strict: as for `Checkpoints.restore`.
         names: for a checkpoint with torch's names, a `sfcore.names.NameMap`, or what `sfcore.names.between`
             takes as a user's map; by default it is derived from names and shapes.
         buffers: target for model state without gradient; it comes back as `Restored.extra_state`.
@@ -68,6 +69,7 @@ def import_exchange(
         opt_state,
         hyperparameters=hyperparameters,
         accumulation=accumulation,
+        batch_size=batch_size,
         strict=strict,
         differences=differences + more,
     )

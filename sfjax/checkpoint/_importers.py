@@ -78,9 +78,7 @@ def import_optax(
                 f"source_state must hold optax.contrib.schedule_free's state or one of Adam, got {len(adam)} "
                 f"of Adam in {type(source_state).__name__}: pass the whole state, or one part at a time"
             )
-        saved = _from_adam(
-            adam[0], weights, own, [(one.values, choice) for one, choice in zip(given, chosen, strict=True)]
-        )
+        saved = _from_adam(adam[0], weights, own, list(zip(given, chosen, strict=True)))
     return restore_into(
         saved,
         params,
@@ -135,8 +133,8 @@ def _from_adam(
     arrays |= {f"m/{name}": _wide(leaf) for name, leaf in _arrays(node["mu"]).items()}
     step = int(np.asarray(node["count"]))
     recorded, notices = [], []
-    for group, (values, choice) in zip(own, given, strict=True):
-        clock, sentence = opening(group.state, values, choice)
+    for group, (one, choice) in zip(own, given, strict=True):
+        clock, sentence = opening(group.state, one, choice, step)
         notices.append(sentence)
         about = {"optimizer": "adamw or radam", "hyperparameters": {}, "clock": clock | {"step": step}}
         recorded.append(about | {"parameters": group.parameters})

@@ -173,6 +173,7 @@ class Writer:
 
     def _failed(self, error: Exception) -> CheckpointError:
         step, self._step = self._step, None
+        _log.error("the save of step %s failed: %s", step, error)
         _join_threads()
         _folder.clean(self.folder)
         self._reopen()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfcore import exchange
+from sfcore import exchange, store
 from sfcore.exchange import OLDER, CheckpointError, describe
 from sfcore.meta import Meta
 from sfcore.store import Skipped
@@ -89,6 +90,42 @@ def newest(folder: Path) -> Path | None:
     """Returns the newest checkpoint of a folder, or None if it holds none."""
     found = _folder.steps(folder)
     return found[max(found)] if found else None
+
+
+def choose(folder: Path, resume: Any) -> Path | None:
+    """Returns the checkpoint that a user asks for; None if that is the newest and there is none.
+
+    Args:
+        folder: where "auto" and steps are looked for.
+        resume: "auto", a step, or the path of a checkpoint or of a folder of them.
+
+    Raises:
+        CheckpointError: if it is none of these.
+    """
+    if resume == "auto":
+        return newest(folder)
+    if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
+        return folder / str(resume)
+    if isinstance(resume, Path) or (isinstance(resume, str) and Path(resume).exists()):
+        path = Path(resume).absolute()
+        if is_ours(path) or (path / store.META).is_file():
+            return path
+        return newest(path) or (store.newest(path) if store.steps(path) else path)
+    raise CheckpointError(
+        "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is there, "
+        f"got {resume!r}: check the spelling"
+    )
+
+
+def scores(folder: Path, metric: str) -> dict[int, float]:
+    """Returns step -> metric of the checkpoints that have one and can be read."""
+    found = {}
+    for step, path in _folder.steps(folder).items():
+        try:
+            found[step] = read_meta(path).metrics[metric]
+        except (CheckpointError, KeyError):
+            continue
+    return found
 
 
 def latest_good(folder: Path) -> tuple[Saved, list[Skipped]]:

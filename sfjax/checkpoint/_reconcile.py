@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax.checkpoint import _changes
@@ -95,11 +96,6 @@ def _stored(saved: Saved) -> dict[str, str]:
             if kind == first or (kind == second and f"stored/{parameter}" not in found):
                 found[f"stored/{parameter}"] = name
     return found
-
-
-def beta_of(group: Mapping[str, Any]) -> float:
-    """Returns the beta that built a saved group's y."""
-    return float(group["clock"].get("beta", group["hyperparameters"].get("beta", 0.9)))
 
 
 def _source_role(role: str | None, saved: Saved, own: Sequence[Group]) -> str:

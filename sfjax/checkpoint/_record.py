@@ -13,12 +13,12 @@ import optax
 
 from sfcore import hyperparameters as kinds
 from sfcore.checks import HyperparameterError, nearest
-from sfcore.exchange import describe
+from sfcore.exchange import CheckpointError, describe
 from sfcore.meta import Meta, check_metrics
 from sfjax.adamw import MomentsState
 from sfjax.checkpoint._leaves import CLOCK, Group, groups, parameters
 
-_KINDS: dict[str, type] = {
+KINDS: dict[str, type] = {
     "sgd": kinds.SGD,
     "adamw": kinds.AdamW,
     "radam": kinds.RAdam,
@@ -40,13 +40,13 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
     if hyperparameters is None:
         return None, {}
     if is_dataclass(hyperparameters):
-        optimizer = next((name for name, kind in _KINDS.items() if type(hyperparameters) is kind), None)
+        optimizer = next((name for name, kind in KINDS.items() if type(hyperparameters) is kind), None)
         return optimizer, {name: _plain(value) for name, value in asdict(hyperparameters).items()}  # type: ignore[arg-type]
     values = dict(hyperparameters)
     optimizer = values.pop("optimizer", None)
-    known = {field.name for kind in _KINDS.values() for field in fields(kind)}
+    known = {field.name for kind in KINDS.values() for field in fields(kind)}
     wrong = [f"{name!r}, did you mean {nearest(name, known)!r}?" for name in values if name not in known]
-    if optimizer not in (None, *_KINDS):
+    if optimizer not in (None, *KINDS):
         wrong.append(f"optimizer {optimizer!r}")
     if wrong:
         raise HyperparameterError(
@@ -131,14 +131,15 @@ def clock_from(clock: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:
     return scalars | {"step": np.asarray(values["step"], np.int32)}
 
 
-def make(params: Any, opt_state: Any, hyperparameters: Any, accumulation: Any, **values: Any) -> Meta:
+def make(
+    params: Any, opt_state: Any, hyperparameters: Any, accumulation: Mapping[str, int], **values: Any
+) -> Meta:
     """Returns the record of a state of host arrays, but for `tensors` and `fingerprints`.
 
     Args:
         params, opt_state: trees of host arrays.
         hyperparameters: as for `configured`.
-        accumulation: micro-batches an update, or (that, how many are in the gradient), or None to read
-            what the state of optax.MultiSteps tells.
+        accumulation: from `accumulated`.
         values: further fields of Meta.
     """
     own = groups(params, opt_state)
@@ -164,7 +165,7 @@ def make(params: Any, opt_state: Any, hyperparameters: Any, accumulation: Any, *
             name: {"shape": list(array.shape), "dtype": array.dtype.name, "clock": clocks.get(name)}
             for name, array in arrays.items()
         },
-        accumulation=accumulated(opt_state, accumulation),
+        accumulation=dict(accumulation),
         precision=dtypes.pop() if len(dtypes) == 1 else "mixed",
         weights_hold="y",
         versions=versions(),
@@ -172,20 +173,24 @@ def make(params: Any, opt_state: Any, hyperparameters: Any, accumulation: Any, *
     )
 
 
-def accumulated(opt_state: Any, given: Any) -> dict[str, int]:
+def accumulated(opt_state: Any, given: Any, batch_size: int | None = None) -> dict[str, int]:
     """Returns Meta.accumulation; the position comes from the state of optax.MultiSteps unless it is given.
 
     Args:
         opt_state: of host arrays.
         given: micro-batches an update, or (that, position), or None. MultiSteps does not say how many an
             update takes, so its `steps` is then 0, for unknown.
+        batch_size: of a micro-batch, if it is known.
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_multi_steps)
     positions = [int(np.asarray(node.mini_step)) for node in nodes if _is_multi_steps(node)]
     if isinstance(given, Sequence):
-        return {"steps": int(given[0]), "position": int(given[1])}
-    unknown = 0 if positions else 1
-    return {"steps": unknown if given is None else int(given), "position": positions[0] if positions else 0}
+        found = {"steps": int(given[0]), "position": int(given[1])}
+    else:
+        unknown = 0 if positions else 1
+        steps = unknown if given is None else int(given)
+        found = {"steps": steps, "position": positions[0] if positions else 0}
+    return found if batch_size is None else found | {"batch_size": batch_size}
 
 
 def _is_multi_steps(node: Any) -> bool:
@@ -203,6 +208,23 @@ def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
     check_metrics(plain)
     return {name: float(value) for name, value in plain.items()}
+
+
+def step(value: Any) -> int:
+    """Returns a step as a Python number.
+
+    Raises:
+        CheckpointError: if it is no whole number >= 0.
+    """
+    value = value.item() if hasattr(value, "item") else value
+    if not is_count(value, 0):
+        raise CheckpointError(f"step must be a whole number >= 0, got {value!r}: pass int(...)")
+    return int(value)
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Tells whether a value is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def versions() -> dict[str, str]:

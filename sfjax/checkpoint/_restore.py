@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def restore_into(
     extra_state: Any = None,
     hyperparameters: Any = None,
     accumulation: Any = None,
+    batch_size: int | None = None,
     *,
     strict: bool = False,
     skipped: Sequence[Skipped] = (),
@@ -65,7 +66,8 @@ def restore_into(
 
     Args:
         saved: the checkpoint, verified.
-        params, opt_state, extra_state, hyperparameters, accumulation, strict: as for `Checkpoints.restore`.
+        params, opt_state, extra_state, hyperparameters, accumulation, batch_size, strict: as for
+            `Checkpoints.restore`.
         skipped: what was passed over to get here.
         differences: sentences of the caller's, about what was changed before.
         quiet: leave the notices to the caller.
@@ -79,13 +81,14 @@ def restore_into(
         one if one.values else one._replace(values=_concrete_beta(group.state))
         for group, one in zip(own, _record.configured(hyperparameters, own), strict=True)
     ]
+    batches = _record.accumulated((), accumulation or 0, batch_size)
+    saved, dropped = _without_partial_update(saved, batches["steps"])
     result = fit(saved, target, roles(params, opt_state), own, configured)
     if result.problems:
         raise CheckpointError(f"{saved.path} does not fit the program:\n  " + "\n  ".join(result.problems))
-    steps = _record.accumulated((), accumulation) if accumulation is not None else None
     before = [saved.meta.groups[saved_group(saved.meta, group) or 0] for group in own]
-    changes = _changes.compare(saved.meta, list(zip(before, configured, strict=True)), steps)
-    differences = [*differences, *map(str, changes), *result.differences]
+    changes = _changes.compare(saved.meta, list(zip(before, configured, strict=True)), batches)
+    differences = [*differences, *map(str, changes), *dropped, *result.differences]
     if strict:
         _changes.refuse(saved.path, differences)
     notices = [f"resuming at step {saved.meta.step} from {saved.path}"]
@@ -105,6 +108,27 @@ def restore_into(
         changes,
         list(skipped),
     )
+
+
+def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]:
+    """Forgets the gradients of an unfinished update whose length has changed: their mean would be wrong."""
+    meta = saved.meta
+    taken = meta.accumulation["position"]
+    if not taken or not steps or steps == meta.accumulation["steps"]:
+        return saved, []
+    kinds = {name: role.partition("/")[0] for name, role in saved.roles.items()}
+    zeroed = {
+        name: np.zeros_like(array)
+        for name, array in saved.arrays.items()
+        if kinds.get(name) == "grad" or saved.roles.get(name) == "accumulation/mini_step"
+    }
+    batches = meta.accumulation | {"position": 0}
+    sentence = (
+        f"the gradients of {taken} micro-batches of an unfinished update are dropped, because accumulation "
+        f"changed: take them again from position {meta.position - taken}"
+    )
+    moved = replace(meta, position=meta.position - taken, accumulation=batches)
+    return saved._replace(meta=moved, arrays=saved.arrays | zeroed), [sentence]
 
 
 def _concrete_beta(state: Any) -> dict[str, Any]:

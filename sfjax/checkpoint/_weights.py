@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from sfcore import exchange, restart, store
+from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax.checkpoint import _folder, _read, _record
@@ -30,7 +31,13 @@ NO_STATE = "no optimizer state: starting from x"
 
 
 def start_from_weights(
-    weights: Any, params: Any, opt_state: Any, *, hyperparameters: Any = None, accumulation: Any = None
+    weights: Any,
+    params: Any,
+    opt_state: Any,
+    *,
+    hyperparameters: Any = None,
+    accumulation: Any = None,
+    trained_steps: int | None = None,
 ) -> Restored:
     """Returns the start of a run whose weights are the average of an earlier one, and nothing else is known.
 
@@ -45,6 +52,8 @@ def start_from_weights(
         hyperparameters: a dataclass of `sfcore.hyperparameters` or a dict of its fields. `lr`, the full one,
             is needed unless the transformation was built with `prior_steps`.
         accumulation: as for `Checkpoints.restore`.
+        trained_steps: optimizer steps that the weights were trained for, if you know; a checkpoint says it
+            itself. The weights then count as that many.
 
     Returns:
         Trees like params and opt_state; `notices` says what was assumed.
@@ -64,7 +73,10 @@ def start_from_weights(
         ([1.0, 1.0, 1.0], True)
     """
     path = Path(weights).absolute() if isinstance(weights, str | Path) else Path("weights")
-    found = read_weights(path) if isinstance(weights, str | Path) else _plain(parameters(weights))
+    found, known = (
+        read_weights(path) if isinstance(weights, str | Path) else (_plain(parameters(weights)), None)
+    )
+    trained_steps = known if trained_steps is None else trained_steps
     notices = [f"{path}: {NO_STATE}"]
     targets = parameters(params)
     x, more = fitted(path, found, targets)
@@ -77,7 +89,7 @@ def start_from_weights(
     for group, (kind, values), choice in zip(own, given, chosen, strict=True):
         buffers = parameters(group.state.z)
         arrays |= {f"z/{name}": x[name].astype(buffers[name].dtype) for name in group.parameters}
-        clock, sentence = opening(group.state, values, choice)
+        clock, sentence = opening(group.state, Configured(kind, values), choice, trained_steps)
         notices.append(sentence)
         about = {"optimizer": kind, "hyperparameters": values, "clock": clock}
         recorded.append(about | {"parameters": group.parameters})
@@ -91,19 +103,21 @@ def start_from_weights(
     return Restored(started.params, started.opt_state, None, meta, path, notices)
 
 
-def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Returns name -> array of a safetensors file or of the inference weights of a checkpoint.
+def read_weights(path: Path) -> tuple[dict[str, np.ndarray], int | None]:
+    """Returns name -> array of a safetensors file or of the inference weights of a checkpoint, and its step.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
     if not path.is_dir():
-        return exchange.read_tensors(path)
+        return exchange.read_tensors(path), None
     if _read.is_ours(path) or _folder.steps(path):
         one = path if _read.is_ours(path) else _read.newest(path) or path
-        return _read.read_inference(one, _read.read_meta(one))
+        meta = _read.read_meta(one)
+        return _read.read_inference(one, meta), meta.step
     one = path if (path / store.META).exists() else store.newest(path)
-    return store.read(one, store.INFERENCE)[1]
+    meta, weights = store.read(one, store.INFERENCE)
+    return weights, meta.step
 
 
 def fitted(
@@ -154,8 +168,21 @@ def explicit(hyperparameters: Any, given: Sequence[Configured]) -> list[dict[str
     ]
 
 
-def opening(state: Any, values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Returns the clock to begin with, and the sentence about it."""
+def opening(
+    state: Any, configured: Configured, chosen: Mapping[str, Any], trained_steps: int | None
+) -> tuple[dict[str, Any], str]:
+    """Returns the clock to begin with, and the sentence about it.
+
+    Args:
+        state: the target's, of `tx.init`.
+        configured: what is known of its configuration.
+        chosen: from `explicit`.
+        trained_steps: of the weights, if it is known.
+
+    Raises:
+        CheckpointError: if the policy needs a number that is not known.
+    """
+    values = configured.values
     abstract = isinstance(state.b1, jax.ShapeDtypeStruct)
     if abstract and "beta" not in values:
         raise CheckpointError(
@@ -167,18 +194,18 @@ def opening(state: Any, values: Mapping[str, Any], chosen: Mapping[str, Any]) ->
     if built > 0:
         words = "the weights count as the prior_steps that the transformation was built with"
         return clock | {"weight_sum": built}, words
-    policy = restart.weights_only_policy(chosen)
+    kind = _record.KINDS.get(configured.optimizer, kinds.ScheduleFree)
+    policy = restart.weights_only_policy(chosen, kind, trained_steps=trained_steps)
     count = int(policy["prior_steps"])
     if count == 0:
         return clock, "prior_steps is 0: the first step takes the whole average"
-    lr, power = values.get("lr"), values.get("weight_lr_power", 2.0)
-    if not isinstance(lr, int | float) or lr <= 0 or values.get("r", 0.0):
-        need = "r = 0" if values.get("r", 0.0) else "lr > 0, the full one"
+    lr, r = values.get("lr"), values.get("r", 0.0)
+    if not isinstance(lr, int | float) or lr <= 0 or r:
         raise CheckpointError(
-            f"hyperparameters must give {need}, to start from weights, got lr = {lr!r}, "
-            f"r = {values.get('r', 0.0)!r}: or build the transformation with prior_steps={count}"
+            f"hyperparameters must give {'r = 0' if r else 'lr > 0, the full one'}, to start from weights, "
+            f"got lr = {lr!r}, r = {r!r}: or build the transformation with prior_steps={count}"
         )
     words = f"the weights count as the average of {count} earlier steps (prior_steps)"
-    if policy["warmup_steps"] and "warmup_steps" not in chosen:
+    if policy.get("warmup_steps") and "warmup_steps" not in chosen:
         words += f"; build the transformation with warmup_steps={policy['warmup_steps']} as well"
-    return clock | {"weight_sum": count * float(lr) ** power}, words
+    return clock | {"weight_sum": count * float(lr) ** values.get("weight_lr_power", 2.0)}, words

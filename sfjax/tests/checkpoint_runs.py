@@ -52,7 +52,9 @@ def go(tx: Any, params: Any, opt_state: Any, first: int, last: int) -> tuple[Any
 
 
 @contextmanager
-def saved(folder: Path, tx: Any = None, steps: int = 3, **arguments: Any) -> Iterator[tuple[Checkpoints, Any, Any]]:
+def saved(
+    folder: Path, tx: Any = None, steps: int = 3, **arguments: Any
+) -> Iterator[tuple[Checkpoints, Any, Any]]:
     """Yields (checkpoints, params, opt_state) of a short AdamW run that is saved as step 3."""
     tx = tx or transformation("adamw")
     params = begin()

@@ -26,7 +26,9 @@ def rect(b2: float, t: int) -> float:
     power = b2**t
     rho_inf = 2 / (1 - b2) - 1
     rho = rho_inf - 2 * t * power / (1.0 if b2 == 0 else -math.expm1(t * math.log(b2)))
-    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) if rho > 4 else 0.0
+    return (
+        math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) if rho > 4 else 0.0
+    )
 
 
 def plain_run(
@@ -46,7 +48,7 @@ def plain_run(
     inner_momentum: float = 0.0,
     silent_sgd_phase: bool = True,
 ) -> Point:
-    """Returns where `optimizer` ("sgd", "adamw" or "radam") takes `start`; lr and b1 may be functions of the step."""
+    """Returns where "sgd", "adamw" or "radam" takes `start`; lr and b1 may be functions of the step."""
     wide = np.complex128 if np.iscomplexobj(start) else np.float64
     x = y = z = np.array(start, wide)
     v, m = np.zeros_like(z), np.zeros_like(z)

@@ -51,7 +51,9 @@ def gradients(steps: int, seed: int = 1, like: Any = None) -> list[Any]:
     """Returns recorded gradients for `steps` steps."""
     rng = np.random.default_rng(seed)
     tree = start() if like is None else like
-    return [jax.tree.map(lambda leaf: np.asarray(rng.standard_normal(leaf.shape)), tree) for _ in range(steps)]
+    return [
+        jax.tree.map(lambda leaf: np.asarray(rng.standard_normal(leaf.shape)), tree) for _ in range(steps)
+    ]
 
 
 def typed(tree: Any, dtype: Any = float) -> Any:
@@ -75,7 +77,9 @@ def plain_points(optimizer: str, params: Any, grads: Sequence[Any], **options: A
     leaves, tree = jax.tree.flatten(params)
     columns = [[jax.tree.leaves(g)[i] for g in grads] for i in range(len(leaves))]
     options = {**OPTIONS[optimizer], **options}
-    return tree.unflatten([plain_run(optimizer, p, g, **options) for p, g in zip(leaves, columns, strict=True)])
+    return tree.unflatten(
+        [plain_run(optimizer, p, g, **options) for p, g in zip(leaves, columns, strict=True)]
+    )
 
 
 def of(points: Any, name: str) -> Any:
@@ -83,22 +87,26 @@ def of(points: Any, name: str) -> Any:
     return jax.tree.map(lambda p: getattr(p, name), points, is_leaf=lambda p: isinstance(p, Point))
 
 
-WORST = [0.0]
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Raises unless both trees are the same and differ by no more than tolerance times the largest number."""
+    """Raises unless the trees are alike and each leaf is right to tolerance times its largest entry."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+    for (path, want), got in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+    ):
         got, want = (np.asarray(a, np.complex128 if np.iscomplexobj(a) else np.float64) for a in (got, want))
         assert got.shape == want.shape, jax.tree_util.keystr(path)
         size = max(1e-300, float(np.abs(want).max(initial=0.0)))
-        WORST[0]=max(WORST[0],float(np.abs(got-want).max(initial=0))/size)
-        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * size, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            got, want, rtol=0, atol=tolerance * size, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def assert_same(actual: Any, expected: Any) -> None:
     """Raises unless both trees are the same bit for bit, dtypes included."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+    for (path, want), got in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+    ):
         assert got.dtype == want.dtype, jax.tree_util.keystr(path)
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want), err_msg=jax.tree_util.keystr(path))
 

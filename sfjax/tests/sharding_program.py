@@ -1,4 +1,4 @@
-"""Runs on four CPU devices, in a process of its own: `python -m sfjax.tests.sharding_program` writes facts as JSON."""
+"""Runs on four CPU devices: `python -m sfjax.tests.sharding_program` writes what it found as JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def params_on(mesh: jax.sharding.Mesh | None) -> Any:
 
 
 def spec(leaf: Any) -> list[Any]:
-    """Returns the partition of a leaf: the mesh axis of each of its dimensions, or the devices if it has no mesh."""
+    """Returns the mesh axis of each dimension of a leaf, or the name of its sharding if it has no mesh."""
     sharding = leaf.sharding
     if not isinstance(sharding, NamedSharding):
         return [repr(sharding)]
@@ -47,7 +47,9 @@ def specs(state: Any) -> dict[str, Any]:
     state = sfjax.find_state(state)
     moments = getattr(state.base_optimizer_state, "_asdict", dict)()
     trees = {"z": state.z, **{name: tree for name, tree in moments.items() if tree is not None}}
-    scalars = {name: leaf for name, leaf in state._asdict().items() if name not in ("z", "base_optimizer_state")}
+    scalars = {
+        name: leaf for name, leaf in state._asdict().items() if name not in ("z", "base_optimizer_state")
+    }
     return {
         "trees": {name: {key: spec(leaf) for key, leaf in tree.items()} for name, tree in trees.items()},
         "scalars": {name: spec(leaf) for name, leaf in scalars.items()},
@@ -78,7 +80,9 @@ def alone(name: str) -> tuple[Any, Any]:
 def facts(mesh: jax.sharding.Mesh, name: str, how: str) -> dict[str, Any]:
     tx, params = MAKE[name](), params_on(mesh)
     if how == "described":
-        described = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
+        described = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
+        )
         return {"before": specs(tx.init(described))}
     state = (jax.jit(tx.init) if how == "jit" else tx.init)(params)
     y, after, compilations = train(tx, params, state)

@@ -52,12 +52,16 @@ def test_the_table_names_saved_and_configured_values_and_their_effect(tmp_path: 
     assert "from the next step" in effects["lr"]
     assert "so that x stays" in effects["beta"]
     assert "8 micro-batches" in effects["accumulation"]
-    assert all(str(change) in restored.notices and str(change) in str(caught.value) for change in restored.changes)
+    assert all(
+        str(change) in restored.notices and str(change) in str(caught.value) for change in restored.changes
+    )
 
 
 def test_what_is_not_given_is_not_compared(tmp_path: Path) -> None:
     with saved(tmp_path, hyperparameters=SAVED) as (checkpoints, params, _):
-        restored = _restored(checkpoints, transformation("adamw"), params, hyperparameters={"lr": LR}, strict=True)
+        restored = _restored(
+            checkpoints, transformation("adamw"), params, hyperparameters={"lr": LR}, strict=True
+        )
     assert restored.changes == []
 
 
@@ -107,7 +111,7 @@ def test_sgd_takes_the_average_over_in_its_own_units_and_drops_v(tmp_path: Path)
     with saved(tmp_path, hyperparameters=SAVED) as (checkpoints, params, opt_state):
         tx = transformation("sgd")
         restored = _restored(checkpoints, tx, params, hyperparameters=SGD(lr=5.0))
-        with pytest.raises(CheckpointError, match="hyperparameters must give lr > 0 when another kind"):
+        with pytest.raises(CheckpointError, match=r"hyperparameters must give lr > 0 when another kind"):
             _restored(checkpoints, tx, params)
     old, new = sfjax.find_state(opt_state), sfjax.find_state(restored.opt_state)
     assert_same((new.z, new.step, restored.params), (old.z, old.step, params))
@@ -118,7 +122,11 @@ def test_sgd_takes_the_average_over_in_its_own_units_and_drops_v(tmp_path: Path)
 
 
 def test_adamw_after_sgd_starts_v_and_its_bias_correction_anew(tmp_path: Path) -> None:
-    with saved(tmp_path, transformation("sgd"), hyperparameters=SGD(lr=LR)) as (checkpoints, params, opt_state):
+    with saved(tmp_path, transformation("sgd"), hyperparameters=SGD(lr=LR)) as (
+        checkpoints,
+        params,
+        opt_state,
+    ):
         tx = transformation("adamw", warmup_steps=0)
         restored = _restored(checkpoints, tx, params, hyperparameters=AdamW(lr=0.01))
     state = sfjax.find_state(restored.opt_state)
@@ -127,7 +135,9 @@ def test_adamw_after_sgd_starts_v_and_its_bias_correction_anew(tmp_path: Path) -
     assert "the second moment v starts anew" in restored.notices
     x = sfjax.schedule_free_eval_params(opt_state, params)
     after = go(tx, restored.params, restored.opt_state, 3, 4)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), x, sfjax.schedule_free_eval_params(after[1], after[0]))
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), x, sfjax.schedule_free_eval_params(after[1], after[0])
+    )
     # lr 0.01 and c of about 1/3.3 on a step; without the rescaled clock x would jump to z.
     assert max(jax.tree.leaves(moved)) < 0.2
 
@@ -144,6 +154,30 @@ def test_an_accumulation_can_come_and_go_between_updates(tmp_path: Path) -> None
         restored = _restored(checkpoints, transformation("adamw"), params)
         assert "micro-batches that were accumulated are dropped" in restored.notices
         assert restored.meta.accumulation["position"] == 2
+
+
+def test_a_changed_accumulation_drops_an_unfinished_update_and_says_where_to_take_it_again(
+    tmp_path: Path,
+) -> None:
+    tx = transformation("adamw", 4)
+    params = begin()
+    params, opt_state = go(tx, params, tx.init(params), 0, 7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state, accumulation=4, batch_size=16, position=7)
+        restored = checkpoints.restore(params, opt_state, accumulation=2, batch_size=8)
+        kept = checkpoints.restore(params, opt_state, accumulation=4, batch_size=16, strict=True)
+    assert restored is not None
+    assert kept is not None
+    assert int(restored.opt_state.mini_step) == 0
+    assert int(restored.opt_state.gradient_step) == 1
+    assert not np.any(restored.opt_state.acc_grads["a"])
+    assert (restored.meta.position, restored.meta.accumulation["position"]) == (4, 0)
+    assert any("3 micro-batches of an unfinished update are dropped" in notice for notice in restored.notices)
+    assert [(c.name, c.saved, c.configured) for c in restored.changes] == [
+        ("accumulation", 4, 2),
+        ("batch_size", 16, 8),
+    ]
+    assert_same(kept.opt_state, opt_state)
 
 
 def test_state_of_other_transformations_starts_anew_where_the_target_has_it(tmp_path: Path) -> None:

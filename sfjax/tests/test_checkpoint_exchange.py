@@ -46,7 +46,12 @@ def test_there_and_back_is_the_identity_bit_for_bit(kind: str, b1: float, dtype:
     path = export_exchange(tmp_path, params, opt_state, step=5, epoch=1, position=20, metrics={"loss": 0.5})
     back = import_exchange(path, params, jax.eval_shape(tx.init, params), strict=True)
     assert_same((back.params, back.opt_state), (params, opt_state))
-    assert (back.meta.step, back.meta.epoch, back.meta.position, back.meta.metrics) == (5, 1, 20, {"loss": 0.5})
+    assert (back.meta.step, back.meta.epoch, back.meta.position, back.meta.metrics) == (
+        5,
+        1,
+        20,
+        {"loss": 0.5},
+    )
 
 
 def test_inner_momentum_and_wrapped_bases_cross_too(tmp_path: Path) -> None:
@@ -63,12 +68,16 @@ def test_inner_momentum_and_wrapped_bases_cross_too(tmp_path: Path) -> None:
 def test_torch_names_and_layouts_go_there_and_back(tmp_path: Path) -> None:
     tx, params = sfjax.schedule_free_adamw(LR), _model()
     params, opt_state = _one_step(tx, params)
-    found = names.to_torch({"Dense_0/kernel": (2, 3), "Dense_0/bias": (3,), "Conv_0/kernel": (3, 3, 2, 2), "Conv_0/bias": (2,)})
+    found = names.to_torch(
+        {"Dense_0/kernel": (2, 3), "Dense_0/bias": (3,), "Conv_0/kernel": (3, 3, 2, 2), "Conv_0/bias": (2,)}
+    )
     path = export_exchange(tmp_path, params, opt_state, step=1, names=found, hyperparameters=AdamW(lr=LR))
     meta, arrays = store.read(path)
     weight, conv = found.torch_name("Dense_0/kernel"), found.torch_name("Conv_0/kernel")
     np.testing.assert_array_equal(arrays[f"y/{weight}"], np.asarray(params["Dense_0"]["kernel"]).T)
-    np.testing.assert_array_equal(arrays[f"z/{conv}"], np.asarray(opt_state.z["Conv_0"]["kernel"]).transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(
+        arrays[f"z/{conv}"], np.asarray(opt_state.z["Conv_0"]["kernel"]).transpose(3, 2, 0, 1)
+    )
     assert (meta.framework, meta.optimizer) == ("torch", "adamw")
     assert meta.parameters[weight]["shape"] == [3, 2]
     assert weight in meta.groups[0]["parameters"]
@@ -88,7 +97,7 @@ def test_buffers_cross_and_lie_beside_x_in_the_inference_weights(tmp_path: Path)
     back = import_exchange(path, params, tx.init(params), buffers=_zeros(buffers))
     assert_same(back.extra_state, buffers)
     assert "mean" in store.read(path, store.INFERENCE)[1]
-    with pytest.raises(CheckpointError, match="buffer 'var' must be .* got none of that name"):
+    with pytest.raises(CheckpointError, match=r"buffer 'var' must be .* got none of that name"):
         import_exchange(path, params, tx.init(params), buffers={"var": jnp.zeros(2)})
 
 
@@ -117,7 +126,9 @@ def _torch_file(folder: Path, *, weights_hold: str = "y", beta: float = 0.9, **m
         optimizer="sgd",
         step=10,
         weights_hold=weights_hold,
-        groups=[{"hyperparameters": {"lr": LR, "beta": beta}, "clock": clock, "parameters": ["weight", "bias"]}],
+        groups=[
+            {"hyperparameters": {"lr": LR, "beta": beta}, "clock": clock, "parameters": ["weight", "bias"]}
+        ],
         parameters={"weight": about, "bias": late},
         **meta,
     )
@@ -138,7 +149,9 @@ def test_a_torch_checkpoint_is_taken_over_by_derived_names(tmp_path: Path) -> No
     np.testing.assert_allclose(state.weight_sum, 10 * LR**2, rtol=1e-6)
     # A parameter without a gradient so far joins the clock of the others, from where it is.
     np.testing.assert_array_equal(state.z["bias"], np.ones(3))
-    assert any("1 parameters have a clock of their own, the first 'bias'" in notice for notice in start.notices)
+    assert any(
+        "1 parameters have a clock of their own, the first 'bias'" in notice for notice in start.notices
+    )
     with pytest.raises(CheckpointError, match="strict=True"):
         import_exchange(path, params, tx.init(params), strict=True)
 

@@ -62,7 +62,9 @@ def test_a_step_that_is_no_count_is_refused(step: Any, tmp_path: Path) -> None:
 
 
 def test_an_unknown_resume_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="resume must be 'auto'.*got 'lattest-good': check the spelling"):
+    with pytest.raises(
+        CheckpointError, match=r"resume must be 'auto'.*got 'lattest-good': check the spelling"
+    ):
         Checkpoints(tmp_path).restore(*_state(), resume="lattest-good")
 
 
@@ -84,8 +86,8 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch:
     with saved(tmp_path) as (checkpoints, params, opt_state):
         with monkeypatch.context() as patch:
             patch.setattr(exchange, "write_tensors", fail)
+            checkpoints.save(3, *go(transformation("adamw"), params, opt_state, 3, 4))
             with pytest.raises(CheckpointError, match="full"):
-                checkpoints.save(3, *go(transformation("adamw"), params, opt_state, 3, 4))
                 checkpoints.wait()
         assert files(tmp_path) == ["3"]
         restored = checkpoints.restore(params, opt_state)

@@ -27,7 +27,9 @@ def _close(tree: Any, expected: dict[str, Any], tolerance: float) -> None:
     found = make.numbers(tree)
     assert sorted(found) == sorted(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], np.asarray(value), rtol=tolerance, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], np.asarray(value), rtol=tolerance, atol=tolerance, err_msg=name
+        )
 
 
 def test_todays_checkpoint_loads_and_goes_on() -> None:
@@ -74,7 +76,11 @@ def test_a_checkpoint_of_optax_contrib_loads(typed: bool) -> None:
     # contrib recovers x by a division, which costs it some ulps.
     _close(sfjax.schedule_free_eval_params(start.opt_state, start.params), held["x"], 2e-6)
     _close(sfjax.find_state(start.opt_state).z, _below(held, "1/1/z/"), 0)
-    _close(sfjax.find_state(start.opt_state).base_optimizer_state.nu, _below(held, "1/1/base_optimizer_state/0/nu/"), 0)
+    _close(
+        sfjax.find_state(start.opt_state).base_optimizer_state.nu,
+        _below(held, "1/1/base_optimizer_state/0/nu/"),
+        0,
+    )
     _close(start.params, _below(held, "0/"), 0)
     assert int(sfjax.find_state(start.opt_state).step) == 10
 
@@ -85,7 +91,9 @@ def test_a_checkpoint_of_optax_adamw_loads(typed: bool) -> None:
     old = _read("optax_adamw", make.plain(), typed)
     params = make.begin()
     tx = optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.05, **OPTIONS))
-    start = import_optax(old["opt_state"], old["params"], params, tx.init(params), hyperparameters=AdamW(lr=0.05))
+    start = import_optax(
+        old["opt_state"], old["params"], params, tx.init(params), hyperparameters=AdamW(lr=0.05)
+    )
     held = EXPECTED["optax_adamw"]
     state = sfjax.find_state(start.opt_state)
     _close(state.base_optimizer_state.nu, _below(held, "1/1/0/nu/"), 0)
@@ -96,4 +104,6 @@ def test_a_checkpoint_of_optax_adamw_loads(typed: bool) -> None:
 
 
 def _below(held: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in held["held"].items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in held["held"].items() if name.startswith(prefix)
+    }

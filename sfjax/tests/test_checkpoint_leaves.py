@@ -53,7 +53,10 @@ def test_extra_state_of_every_kind_comes_back(tmp_path: Path) -> None:
     for name in ("key", "keys"):
         assert back[name].dtype == extra[name].dtype
         np.testing.assert_array_equal(jax.random.key_data(back[name]), jax.random.key_data(extra[name]))
-    assert_same({k: back[k] for k in ("old_key", "stats", "host")}, {k: extra[k] for k in ("old_key", "stats", "host")})
+    assert_same(
+        {k: back[k] for k in ("old_key", "stats", "host")},
+        {k: extra[k] for k in ("old_key", "stats", "host")},
+    )
     assert back["numbers"] == extra["numbers"]
     assert [type(n) for n in back["numbers"]] == [int, float, bool, complex, np.float64]
     assert (back["text"], back["nothing"]) == ("epoch 3", None)

@@ -30,7 +30,9 @@ def _donating(tx: Any) -> Any:
 
 @pytest.mark.parametrize("abstract", [True, False], ids=["into shapes", "into a live state"])
 @pytest.mark.parametrize("inject", [False, True], ids=["plain", "inject_hyperparams"])
-def test_a_restored_state_is_donated_and_compiles_nothing_anew(abstract: bool, inject: bool, tmp_path: Path) -> None:
+def test_a_restored_state_is_donated_and_compiles_nothing_anew(
+    abstract: bool, inject: bool, tmp_path: Path
+) -> None:
     tx = optax.inject_hyperparams(sfjax.schedule_free_adamw)(0.1) if inject else transformation("adamw")
     step, params = _donating(tx), begin()
     opt_state = jax.jit(tx.init)(params)
@@ -38,7 +40,9 @@ def test_a_restored_state_is_donated_and_compiles_nothing_anew(abstract: bool, i
         before = (params, opt_state)
         params, opt_state = step(params, opt_state)
     given = _deleted(before)
-    assert sum(given) >= 3 * len(jax.tree.leaves(params))  # y, z and v; a step has no use for the last lr and c
+    assert sum(given) >= 3 * len(
+        jax.tree.leaves(params)
+    )  # y, z and v; a step has no use for the last lr and c
     assert step._cache_size() == 1
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, params, opt_state)
@@ -134,7 +138,10 @@ assert step._cache_size() == 1, step._cache_size()
 def _run(folder: Path, devices: int, mode: str) -> np.ndarray:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(folder), str(devices), mode], env=env, capture_output=True, text=True
+        [sys.executable, "-c", SHARDED, str(folder), str(devices), mode],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found: np.ndarray = np.load(folder / f"{mode}-{devices}.npy")

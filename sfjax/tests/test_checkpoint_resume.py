@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import optax
 import pytest
 
 import sfjax
-from sfjax.checkpoint import Checkpoints
-from sfjax.tests.checkpoint_runs import KINDS, LR, begin, go, saved, transformation
+from sfjax.checkpoint import Checkpoints, export_exchange
+from sfjax.tests.checkpoint_runs import KINDS, LR, begin, files, go, saved, transformation
 from sfjax.tests.runs import assert_same, gradients
 
 
@@ -45,7 +46,9 @@ def test_float32_state_of_bfloat16_parameters_stays_float32(tmp_path: Path) -> N
         checkpoints.save(3, params, opt_state)
         restored = checkpoints.restore(params, opt_state)
     assert restored is not None
-    assert {leaf.dtype for leaf in jax.tree.leaves(sfjax.find_state(restored.opt_state).z)} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(sfjax.find_state(restored.opt_state).z)} == {
+        np.dtype("float32")
+    }
     assert restored.meta.precision == "bfloat16"
 
 
@@ -71,7 +74,11 @@ def test_the_record_says_what_was_saved(tmp_path: Path) -> None:
     ) as (checkpoints, params, opt_state):  # fmt: skip
         meta = checkpoints.restore(params, opt_state, hyperparameters=hyperparameters).meta  # type: ignore[union-attr]
     assert (meta.framework, meta.optimizer, meta.step, meta.epoch, meta.position) == ("jax", "adamw", 3, 2, 5)
-    assert (meta.weights_hold, meta.precision, meta.accumulation) == ("y", "float32", {"steps": 4, "position": 1})
+    assert (meta.weights_hold, meta.precision, meta.accumulation) == (
+        "y",
+        "float32",
+        {"steps": 4, "position": 1},
+    )
     assert (meta.metrics, meta.extra, meta.recent) == ({"loss": 0.5}, {"note": "mine"}, {"loss": [1.0]})
     (group,) = meta.groups
     assert group["parameters"] == ["a", "b", "c/d", "c/e"]
@@ -134,9 +141,7 @@ def test_every_wrapper_of_optax_resumes(tmp_path: Path) -> None:
             restored = checkpoints.restore(params, jax.eval_shape(tx.init, params), strict=True)
         assert restored is not None
         assert_same((restored.params, restored.opt_state), (params, opt_state))
-        assert_same(
-            go(tx, restored.params, restored.opt_state, 3, 5), go(tx, params, opt_state, 3, 5)
-        )
+        assert_same(go(tx, restored.params, restored.opt_state, 3, 5), go(tx, params, opt_state, 3, 5))
 
 
 def test_the_state_of_flax_nnx_resumes(tmp_path: Path) -> None:
@@ -165,12 +170,34 @@ def test_the_state_of_flax_nnx_resumes(tmp_path: Path) -> None:
     assert_same(nnx.as_pure(nnx.state(other)), nnx.as_pure(nnx.state(model)))
 
 
+def test_a_checkpoint_of_the_framework_free_store_can_be_asked_for(tmp_path: Path) -> None:
+    with saved(tmp_path / "run") as (checkpoints, params, opt_state):
+        path = export_exchange(tmp_path / "store", params, opt_state, step=3)
+        for resume in (path, tmp_path / "store"):
+            restored = checkpoints.restore(params, opt_state, resume=resume)
+            assert restored is not None
+            assert_same((restored.params, restored.opt_state), (params, opt_state))
+
+
+def test_another_thread_can_save_while_this_one_does(tmp_path: Path) -> None:
+    with saved(tmp_path) as (checkpoints, params, opt_state), ThreadPoolExecutor() as pool:
+        saves = [pool.submit(checkpoints.save, step, params, opt_state) for step in (5, 5, 5)]
+        checkpoints.save(5, params, opt_state)
+        assert [one.result() for one in saves] == [tmp_path / "5"] * 3
+        restored = checkpoints.restore(params, opt_state)
+    assert restored is not None
+    assert_same((restored.params, restored.opt_state), (params, opt_state))
+    assert files(tmp_path) == ["3", "5"]
+
+
 def test_orbax_v1_reads_the_layout(tmp_path: Path) -> None:
     v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
     with saved(tmp_path) as (_, params, opt_state):
         pass
     whole = {"params": params, "opt_state": opt_state}
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), whole)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), whole
+    )
     with v1.training.Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest.step == 3
         assert_same(checkpointer.load_checkpointables(3, {"state": shapes})["state"], whole)

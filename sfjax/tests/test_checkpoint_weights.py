@@ -63,12 +63,24 @@ def test_explicit_prior_steps_win(options: Any, given: Any, expected: int) -> No
     np.testing.assert_allclose(sfjax.find_state(start.opt_state).weight_sum, expected * LR**2, rtol=1e-6)
 
 
+def test_trained_steps_can_be_told() -> None:
+    tx, params = sfjax.schedule_free_adamw(LR), begin()
+    start = start_from_weights(
+        _weights(), params, tx.init(params), hyperparameters={"lr": LR}, trained_steps=5000
+    )
+    np.testing.assert_allclose(sfjax.find_state(start.opt_state).weight_sum, 5000 * LR**2, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("given", "message"), [(None, "must give lr > 0"), ({"lr": LR, "r": 1.0}, "must give r = 0")], ids=["lr", "r"]
+    ("given", "message"),
+    [(None, "must give lr > 0"), ({"lr": LR, "r": 1.0}, "must give r = 0")],
+    ids=["lr", "r"],
 )
 def test_what_the_policy_needs_is_asked_for(given: Any, message: str) -> None:
     tx, params = sfjax.schedule_free_adamw(LR), begin()
-    with pytest.raises(CheckpointError, match=f"{message}.*or build the transformation with prior_steps={PRIOR}"):
+    with pytest.raises(
+        CheckpointError, match=f"{message}.*or build the transformation with prior_steps={PRIOR}"
+    ):
         start_from_weights(_weights(), params, tx.init(params), hyperparameters=given)
 
 
@@ -100,13 +112,20 @@ def test_weights_come_from_files_checkpoints_and_folders(tmp_path: Path) -> None
             assert start is not None
             assert_same(start.params, x)
             assert start.notices[0] == f"{path}: no optimizer state: starting from x"
+            # A checkpoint knows for how many steps its weights were trained; a bare file does not.
+            prior = PRIOR if path == inference else 3
+            assert any(f"average of {prior} earlier steps" in notice for notice in start.notices)
 
 
 def test_weights_are_converted_to_the_programs_dtype_with_a_word(tmp_path: Path) -> None:
     tx, params = sfjax.schedule_free_sgd(LR), begin(jnp.bfloat16)
-    exchange.write_tensors(tmp_path / "w.safetensors", {"a": np.full((3, 2), 1.5), "b": np.ones(()), "more": np.ones(1)})
+    exchange.write_tensors(
+        tmp_path / "w.safetensors", {"a": np.full((3, 2), 1.5), "b": np.ones(()), "more": np.ones(1)}
+    )
     target = {"a": params["a"], "b": params["b"]}
-    start = start_from_weights(tmp_path / "w.safetensors", target, tx.init(target), hyperparameters={"lr": LR})
+    start = start_from_weights(
+        tmp_path / "w.safetensors", target, tx.init(target), hyperparameters={"lr": LR}
+    )
     assert start.params["a"].dtype == jnp.bfloat16
     assert sfjax.find_state(start.opt_state).z["a"].dtype == jnp.float32
     assert any("'a': float64 to bfloat16" in notice for notice in start.notices)

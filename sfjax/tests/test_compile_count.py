@@ -13,7 +13,9 @@ MADE = {
     "array-lr": lambda: sfjax.schedule_free_adamw(jnp.asarray([0.1], jnp.bfloat16)),
     "schedule": lambda: sfjax.schedule_free_adamw(optax.linear_schedule(0.0, 0.1, 10)),
     "chain": lambda: optax.chain(optax.clip(1.0), sfjax.schedule_free_adamw(0.1, b1=0.0)),
-    "injected": lambda: optax.inject_hyperparams(sfjax.schedule_free_sgd, static_args=("prior_steps", "warmup_steps"))(0.1),
+    "injected": lambda: optax.inject_hyperparams(
+        sfjax.schedule_free_sgd, static_args=("prior_steps", "warmup_steps")
+    )(0.1),
     "wrapped": lambda: sfjax.schedule_free(optax.rmsprop(0.1), 0.1),
 }
 
@@ -47,7 +49,9 @@ def test_a_changed_hyperparameter_compiles_nothing():
 
 def test_evaluation_compiles_once():
     tx = sfjax.schedule_free_sgd(0.1)
-    evaluate = jax.jit(lambda *of: sfjax.schedule_free_eval_params(*of))  # a function, and so a cache, of its own
+    evaluate = jax.jit(
+        lambda *of: sfjax.schedule_free_eval_params(*of)
+    )  # a function, and so a cache, of its own
     params = {"w": jnp.ones(2)}
     state = tx.init(params)
     for _ in range(3):

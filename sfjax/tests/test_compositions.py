@@ -24,7 +24,9 @@ def doubled(grads):
 
 
 def in_pairs(grads):
-    return [jax.tree.map(lambda a, b: (a + b) / 2.0, *pair) for pair in zip(grads[::2], grads[1::2], strict=True)]
+    return [
+        jax.tree.map(lambda a, b: (a + b) / 2.0, *pair) for pair in zip(grads[::2], grads[1::2], strict=True)
+    ]
 
 
 def every_other(grads):
@@ -53,7 +55,9 @@ WHOLE = {
     "apply_if_finite": (lambda sf: optax.apply_if_finite(sf, 3), as_they_are),
     "inject_hyperparams": (lambda _: optax.inject_hyperparams(sfjax.schedule_free_adamw)(LR), as_they_are),
     "inject_hyperparams-static": (
-        lambda _: optax.inject_hyperparams(sfjax.schedule_free_adamw, static_args=("learning_rate", "b1"))(LR),
+        lambda _: optax.inject_hyperparams(sfjax.schedule_free_adamw, static_args=("learning_rate", "b1"))(
+            LR
+        ),
         as_they_are,
     ),
     "masked": (lambda sf: optax.masked(sf, True), as_they_are),
@@ -63,10 +67,17 @@ WHOLE = {
     "flatten": (optax.flatten, as_they_are),
     "flatten-in-chain": (lambda sf: optax.chain(optax.scale(2.0), optax.flatten(sf)), doubled),
     "freeze": (lambda sf: optax.chain(optax.transforms.freeze(False), sf), as_they_are),
-    "selective_transform": (lambda sf: optax.transforms.selective_transform(sf, freeze_mask=False), as_they_are),
+    "selective_transform": (
+        lambda sf: optax.transforms.selective_transform(sf, freeze_mask=False),
+        as_they_are,
+    ),
     "four-deep": (
         lambda sf: optax.apply_if_finite(
-            optax.chain(optax.scale(2.0), optax.partition({"sf": optax.MultiSteps(optax.masked(sf, True), 2)}, all_labelled)), 3
+            optax.chain(
+                optax.scale(2.0),
+                optax.partition({"sf": optax.MultiSteps(optax.masked(sf, True), 2)}, all_labelled),
+            ),
+            3,
         ),
         lambda grads: in_pairs(doubled(grads)),
     ),
@@ -98,7 +109,12 @@ def test_conditionally_transform_passes_gradients_on_and_keeps_the_state():
 
 def test_a_step_that_is_not_finite_leaves_no_trace():
     params, grads = runs.start(), runs.gradients(6)
-    bad = [*grads[:3], {**grads[3], "b": np.asarray(np.nan)}, {**grads[3], "a": np.full((3, 2), np.inf)}, *grads[3:]]
+    bad = [
+        *grads[:3],
+        {**grads[3], "b": np.asarray(np.nan)},
+        {**grads[3], "a": np.full((3, 2), np.inf)},
+        *grads[3:],
+    ]
     y, state = runs.run(optax.apply_if_finite(sfjax.schedule_free_adamw(LR), 5), runs.typed(params), bad)
     runs.assert_iterates(state, y, runs.plain_points("adamw", params, grads, lr=LR), TOLERANCE)
     bare, _ = runs.run(sfjax.schedule_free_adamw(LR), runs.typed(params), bad)

@@ -20,8 +20,7 @@ def labels(params):
 def expected(params, grads, y, of_leaf, field):
     """Returns the tree of x or z: of a plain run where of_leaf names an optimizer, else y."""
     points = {name: runs.plain_points(name, params, grads, lr=LR) for name in set(of_leaf.values()) - {None}}
-    parts = {key: runs.of(points[name], field)[key] if name else y[key] for key, name in of_leaf.items()}
-    return parts
+    return {key: runs.of(points[name], field)[key] if name else y[key] for key, name in of_leaf.items()}
 
 
 def assert_parts(tx, of_leaf):
@@ -61,7 +60,9 @@ def test_partition_with_one_part():
 
 
 def test_partition_with_a_prefix_of_labels():
-    tx = optax.partition({"one": sfjax.schedule_free_sgd(LR), "two": optax.set_to_zero()}, {"a": "two", "b": "one", "c": "one"})
+    tx = optax.partition(
+        {"one": sfjax.schedule_free_sgd(LR), "two": optax.set_to_zero()}, {"a": "two", "b": "one", "c": "one"}
+    )
     assert_parts(tx, {"a": None, "b": "sgd", "c": "sgd"})
 
 
@@ -71,13 +72,18 @@ def test_partition_with_two_parts_of_different_kinds():
     found = sfjax.find_states(state)
     assert len(found) == 2
     assert [int(sfjax.metrics(one)["step"]) for one in found] == [STEPS, STEPS]
-    with pytest.raises(ValueError, match="must hold one Schedule-Free state, got 2: take them from find_states"):
+    with pytest.raises(
+        ValueError, match="must hold one Schedule-Free state, got 2: take them from find_states"
+    ):
         sfjax.find_state(state)
 
 
 def test_partition_four_levels_deep():
     inner = optax.partition(
-        {"one": optax.chain(optax.identity(), optax.masked(sfjax.schedule_free_adamw(LR), True)), "two": optax.sgd(0.1)},
+        {
+            "one": optax.chain(optax.identity(), optax.masked(sfjax.schedule_free_adamw(LR), True)),
+            "two": optax.sgd(0.1),
+        },
         labels,
     )
     outer = {"rest": optax.adam(0.1), "deep": optax.apply_if_finite(optax.chain(optax.identity(), inner), 3)}
@@ -86,8 +92,13 @@ def test_partition_four_levels_deep():
 
 
 def test_several_parts_four_levels_deep():
-    inner = optax.partition({"one": sfjax.schedule_free_sgd(LR), "two": sfjax.schedule_free_adamw(LR)}, labels)
-    outer = {"rest": sfjax.schedule_free_radam(LR, b2=0.9), "deep": optax.apply_if_finite(optax.chain(inner), 3)}
+    inner = optax.partition(
+        {"one": sfjax.schedule_free_sgd(LR), "two": sfjax.schedule_free_adamw(LR)}, labels
+    )
+    outer = {
+        "rest": sfjax.schedule_free_radam(LR, b2=0.9),
+        "deep": optax.apply_if_finite(optax.chain(inner), 3),
+    }
     tx = optax.partition(outer, {"a": "deep", "b": "deep", "c": "rest"})
     assert_parts(tx, {"a": "sgd", "b": "adamw", "c": "radam"})
 
@@ -101,7 +112,9 @@ def test_selective_transform():
 
 
 def test_frozen_leaves_before_it_in_a_chain_stay_put():
-    tx = optax.chain(optax.transforms.freeze({"a": False, "b": False, "c": True}), sfjax.schedule_free_adamw(LR))
+    tx = optax.chain(
+        optax.transforms.freeze({"a": False, "b": False, "c": True}), sfjax.schedule_free_adamw(LR)
+    )
     params, grads = runs.start(), runs.gradients(STEPS)
     y, state = runs.run(tx, runs.typed(params), grads)
     stopped = [{**g, "c": jax.tree.map(lambda leaf: 0.0 * leaf, g["c"])} for g in grads]

@@ -26,7 +26,9 @@ MASKS = {
 def test_masked_leaves_decay_and_the_others_do_not(mask):
     given, decays = MASKS[mask]
     params, grads = runs.start(), runs.gradients(STEPS)
-    y, state = runs.run(sfjax.schedule_free_adamw(0.1, weight_decay=0.3, mask=given), runs.typed(params), grads)
+    y, state = runs.run(
+        sfjax.schedule_free_adamw(0.1, weight_decay=0.3, mask=given), runs.typed(params), grads
+    )
     with_decay = runs.plain_points("adamw", params, grads, weight_decay=0.3)
     without = runs.plain_points("adamw", params, grads)
     points = jax.tree.map(lambda flag, a, b: a if flag else b, decays, with_decay, without)
@@ -64,5 +66,8 @@ def test_a_mask_may_be_injected_as_a_static_argument():
 def test_a_mask_of_another_tree_is_refused():
     params = {"a": jnp.ones(2)}
     tx = sfjax.schedule_free_sgd(0.1, weight_decay=0.1, mask={"b": True})
-    with pytest.raises(ValueError, match="mask must be a tree of bools like params or a prefix of it, got .*: pass a function"):
+    with pytest.raises(
+        ValueError,
+        match=r"mask must be a tree of bools like params or a prefix of it, got .*: pass a function",
+    ):
         tx.update(params, tx.init(params), params)

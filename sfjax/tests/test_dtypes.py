@@ -1,4 +1,4 @@
-"""Scalars are float32 whatever the parameters are; buffers are at least float32; updates have the parameters' dtypes."""
+"""Scalars are float32 whatever the parameters are, buffers at least float32, updates as the parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,10 @@ def test_buffers_are_wide_and_updates_are_the_parameters(name, dtype, wide):
     tx = runs.FACTORIES[name](0.1, **options)
     updates, state = jax.eval_shape(tx.update, params, tx.init(params), params)
     assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
-    buffers = [state.z, *jax.tree.leaves(state.base_optimizer_state, is_leaf=lambda node: isinstance(node, dict))]
+    buffers = [
+        state.z,
+        *jax.tree.leaves(state.base_optimizer_state, is_leaf=lambda node: isinstance(node, dict)),
+    ]
     for buffer in buffers:
         assert (buffer["w"].dtype, buffer["single"].dtype) == (wide, "float32")
     assert len(buffers) == {"sgd": 1, "adamw": 3, "radam": 2}[name]
@@ -67,7 +70,9 @@ def test_a_low_precision_leaf_changes_nothing_for_the_others(low):
     params, grads = runs.leaf(), runs.gradients(30, like=runs.leaf())
     alone, state = runs.run(sfjax.schedule_free_adamw(1e-4), runs.typed(params, jnp.float32), grads)
     mixed = {**runs.typed(params, jnp.float32), "low": jnp.ones(3, low)}
-    both, mixed_state = runs.run(sfjax.schedule_free_adamw(1e-4), mixed, [{**g, "low": np.ones(3)} for g in grads])
+    both, mixed_state = runs.run(
+        sfjax.schedule_free_adamw(1e-4), mixed, [{**g, "low": np.ones(3)} for g in grads]
+    )
     # Another program, so an ulp or so; bfloat16 scalars would be 1e-2 off.
     runs.assert_close({"w": both["w"]}, alone, 3e-7)
     runs.assert_close({"w": mixed_state.z["w"]}, state.z, 3e-7)
@@ -85,7 +90,9 @@ def test_a_low_precision_run_keeps_z_and_its_scalars_exact(low, ulp):
     runs.assert_close(state.z, runs.of(points, "z"), 2e-6)
     np.testing.assert_allclose(float(state.c), 1 / 300, rtol=1e-6)
     # y does, by half an ulp a step at most; in fp16 an lr of 1e-4 must still move it.
-    assert np.abs(np.asarray(y["w"], float) - points["w"].y).max() <= 300 * ulp / 2 * np.abs(points["w"].y).max()
+    assert (
+        np.abs(np.asarray(y["w"], float) - points["w"].y).max() <= 300 * ulp / 2 * np.abs(points["w"].y).max()
+    )
     assert not np.array_equal(np.asarray(state.z["w"]), params["w"])
 
 

@@ -16,7 +16,9 @@ def test_at_constant_lr_sgd_averages_all_its_points_alike():
     y, state = runs.run(sfjax.schedule_free_sgd(0.1), runs.typed(params), grads)
     points = params["w"] - 0.1 * np.cumsum([g["w"] for g in grads], axis=0)
     np.testing.assert_allclose(state.z["w"], points[-1], rtol=1e-13)
-    np.testing.assert_allclose(sfjax.schedule_free_eval_params(state, y)["w"], points.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(
+        sfjax.schedule_free_eval_params(state, y)["w"], points.mean(axis=0), rtol=1e-13
+    )
     np.testing.assert_allclose(float(state.c), 1 / 20, rtol=1e-13)
 
 
@@ -46,7 +48,11 @@ def test_at_lr_0_everything_stays_put(name, b1):
 @pytest.mark.parametrize("name", ["sgd", "radam"])
 def test_a_schedule_may_begin_at_0(name):
     def lr(step):
-        return 0.05 * max(0, step - 1) if isinstance(step, int) else 0.05 * jnp.maximum(0, step - 1).astype(float)
+        return (
+            0.05 * max(0, step - 1)
+            if isinstance(step, int)
+            else 0.05 * jnp.maximum(0, step - 1).astype(float)
+        )
 
     params, grads = runs.leaf(), runs.gradients(10, like=runs.leaf())
     y, state = runs.run(runs.FACTORIES[name](lr, **runs.OPTIONS[name]), runs.typed(params), grads)

@@ -19,7 +19,9 @@ def test_x_and_y_have_the_dtype_of_params_and_z_its_own(dtype):
     y, state = trained(sfjax.schedule_free_adamw(0.1), dtype)
     x, same_y, z = sfjax.iterates(state, y)
     assert (x["w"].dtype, same_y["w"].dtype, z["w"].dtype) == (dtype, dtype, "float32")
-    exact = (np.float64(y["w"]) - (1 - np.float64(np.float32(0.9))) * np.float64(z["w"])) / np.float64(np.float32(0.9))
+    exact = (np.float64(y["w"]) - (1 - np.float64(np.float32(0.9))) * np.float64(z["w"])) / np.float64(
+        np.float32(0.9)
+    )
     # x is computed in float32 and rounded once: half an ulp, and 2e-7 for the float32 arithmetic.
     half_ulp = float(jnp.finfo(dtype).eps) / 2
     np.testing.assert_allclose(np.float64(x["w"]), exact, rtol=half_ulp + 2e-7)
@@ -54,7 +56,9 @@ def test_x_is_read_at_full_precision_behind_a_low_state_dtype():
     z = np.float64(state.z["w"])
     want = (np.float64(params["w"]) - 0.1 * z) / 0.9
     # Measured: 1e-7. In bfloat16, x would be off by 1e-3.
-    np.testing.assert_allclose(np.float64(sfjax.schedule_free_eval_params(state, params)["w"]), want, rtol=5e-7)
+    np.testing.assert_allclose(
+        np.float64(sfjax.schedule_free_eval_params(state, params)["w"]), want, rtol=5e-7
+    )
 
 
 def test_a_vmapped_state_is_refused_with_the_way_out():
@@ -83,7 +87,7 @@ def test_parameters_of_another_shape_or_tree_are_refused(params, message):
 def test_a_flattened_state_of_other_parameters_is_refused():
     tx = optax.flatten(sfjax.schedule_free_sgd(0.1))
     state = tx.init({"a": jnp.ones(2), "b": jnp.ones((2, 2))})
-    with pytest.raises(ValueError, match="params must have the 6 numbers that tx.init got, got 4"):
+    with pytest.raises(ValueError, match=r"params must have the 6 numbers that tx.init got, got 4"):
         sfjax.schedule_free_eval_params(state, {"a": jnp.ones(2), "b": jnp.ones((1, 2))})
 
 
@@ -95,7 +99,10 @@ def test_a_flattened_state_of_other_parameters_is_refused():
         (lambda p: p, "got dict"),
         (lambda p: (), "got tuple"),
         (lambda p: None, "got NoneType"),
-        (lambda p: sfjax.schedule_free_sgd(0.1).init(p)._asdict(), "got .*dict.* restore a checkpoint with jax.eval_shape"),
+        (
+            lambda p: sfjax.schedule_free_sgd(0.1).init(p)._asdict(),
+            "got .*dict.* restore a checkpoint with jax.eval_shape",
+        ),
     ],
     ids=["sgd", "optax.contrib", "params", "empty", "none", "restored-as-a-dict"],
 )
@@ -103,7 +110,9 @@ def test_a_state_without_schedule_free_is_refused_with_what_was_found(make, foun
     params = {"w": jnp.ones(2)}
     state = make(params)
     for read in (sfjax.find_state, sfjax.metrics, lambda s: sfjax.schedule_free_eval_params(s, params)):
-        with pytest.raises(ValueError, match="opt_state must hold a ScheduleFreeState of sfjax, .*") as error:
+        with pytest.raises(
+            ValueError, match=r"opt_state must hold a ScheduleFreeState of sfjax, .*"
+        ) as error:
             read(state)
         assert error.match(found)
     assert sfjax.find_states(state) == []

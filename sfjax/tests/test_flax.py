@@ -65,7 +65,9 @@ WRAPPERS: dict[str, Callable[[], Any]] = {
     "bare": lambda: sfjax.schedule_free_adamw(0.1),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.1)),
     "flatten": lambda: optax.flatten(sfjax.schedule_free_sgd(0.1)),
-    "masked": lambda: optax.masked(sfjax.schedule_free_sgd(0.1), lambda p: jax.tree.map(lambda v: v.ndim > 1, p)),
+    "masked": lambda: optax.masked(
+        sfjax.schedule_free_sgd(0.1), lambda p: jax.tree.map(lambda v: v.ndim > 1, p)
+    ),
 }
 
 

@@ -30,7 +30,10 @@ def test_described_parameters_give_the_described_state(tx):
     described = shapes_and_dtypes(PARAMS)
     assert jax.tree.leaves(tx.init(described))
     assert shapes_and_dtypes(tx.init(described)) == want
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(sfjax.find_state(tx.init(described))))
+    assert all(
+        isinstance(leaf, jax.ShapeDtypeStruct)
+        for leaf in jax.tree.leaves(sfjax.find_state(tx.init(described)))
+    )
     assert shapes_and_dtypes(jax.eval_shape(tx.init, described)) == want
 
 
@@ -52,14 +55,18 @@ def test_numpy_parameters_are_taken_as_they_are():
         y = optax.apply_updates(y, updates)
     want, want_state = runs.run(tx, {"w": jnp.ones(3)}, grads)
     runs.assert_close(y, want, 2e-7)
-    runs.assert_close(sfjax.schedule_free_eval_params(state, y), sfjax.schedule_free_eval_params(want_state, want), 3e-7)
+    runs.assert_close(
+        sfjax.schedule_free_eval_params(state, y), sfjax.schedule_free_eval_params(want_state, want), 3e-7
+    )
     assert np.array_equal(params["w"], np.ones(3))
 
 
 def test_optax_finds_the_parameters_inside_the_state():
     for tx in EVERY[:4]:
         state = tx.init(PARAMS)
-        marked = optax.tree.map_params(tx, lambda leaf: "params", state, transform_non_params=lambda leaf: "scalar")
+        marked = optax.tree.map_params(
+            tx, lambda leaf: "params", state, transform_non_params=lambda leaf: "scalar"
+        )
         assert marked.z == {"w": "params", "half": "params"}
         assert marked.step == marked.b1 == marked.weight_sum == "scalar"
     state = EVERY[1].init(PARAMS)
@@ -74,6 +81,8 @@ def test_prior_steps_weigh_as_much_as_they_would_have(r, prior_steps):
     np.testing.assert_allclose(float(tx.init(PARAMS).weight_sum), want, rtol=3e-7)
     # Traced, r needs a loop in float32; measured: 2e-7 at 400 steps.
     if prior_steps <= 400:
-        traced = jax.jit(lambda lr, r, k: sfjax.schedule_free_sgd(lr, prior_steps=k, r=r, weight_lr_power=1.5).init(PARAMS))
+        traced = jax.jit(
+            lambda lr, r, k: sfjax.schedule_free_sgd(lr, prior_steps=k, r=r, weight_lr_power=1.5).init(PARAMS)
+        )
         np.testing.assert_allclose(float(traced(0.01, r, prior_steps).weight_sum), want, rtol=2e-6)
         np.testing.assert_allclose(float(traced(0.01, r, 0).weight_sum), 0.0)

@@ -46,7 +46,10 @@ def test_float32_is_as_good_traced_as_static(name):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_lr_and_b1_may_change_on_the_fly(name):
-    lrs, betas = [0.1, 0.1, 0.02, 0.3, 0.05, 0.05, 0.2, 0.0, 0.1], [0.9, 0.9, 0.5, 0.98, 0.0, 0.0, 0.9, 1.0, 0.0]
+    lrs, betas = (
+        [0.1, 0.1, 0.02, 0.3, 0.05, 0.05, 0.2, 0.0, 0.1],
+        [0.9, 0.9, 0.5, 0.98, 0.0, 0.0, 0.9, 1.0, 0.0],
+    )
     params = runs.leaf()
     grads = runs.gradients(len(lrs), like=params)
     tx = optax.inject_hyperparams(runs.FACTORIES[name])(lrs[0])

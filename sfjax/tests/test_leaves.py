@@ -28,7 +28,10 @@ def test_a_leaf_that_cannot_be_trained_is_refused_with_its_place(kind):
 
 def test_integer_and_key_leaves_may_be_left_out_by_partition():
     params = {"w": jnp.ones(3), "count": jnp.arange(3), "key": jax.random.key(0)}
-    tx = optax.partition({"train": sfjax.schedule_free_sgd(0.5), "keep": optax.set_to_zero()}, {"w": "train", "count": "keep", "key": "keep"})
+    tx = optax.partition(
+        {"train": sfjax.schedule_free_sgd(0.5), "keep": optax.set_to_zero()},
+        {"w": "train", "count": "keep", "key": "keep"},
+    )
     state = tx.init(params)
     grads = {"w": jnp.ones(3), "count": jnp.zeros(3, jnp.int32), "key": jnp.zeros(())}
     updates, state = tx.update(grads, state, params)
@@ -44,7 +47,9 @@ def test_integer_and_key_leaves_may_be_left_out_by_partition():
 def test_none_empty_and_0_d_leaves_are_part_of_a_tree(name):
     params = {"none": None, "empty": np.ones((0, 3)), "number": np.asarray(1.5), "w": np.ones(2)}
     grads = runs.gradients(6, like=params)
-    y, state = runs.run(runs.FACTORIES[name](0.1, weight_decay=0.1, **runs.OPTIONS[name]), runs.typed(params), grads)
+    y, state = runs.run(
+        runs.FACTORIES[name](0.1, weight_decay=0.1, **runs.OPTIONS[name]), runs.typed(params), grads
+    )
     runs.assert_iterates(state, y, runs.plain_points(name, params, grads, weight_decay=0.1), 1e-13)
     assert y["none"] is None
     assert y["empty"].shape == (0, 3)
@@ -63,8 +68,14 @@ def test_an_empty_tree_trains_to_an_empty_tree(name, tree):
 @pytest.mark.parametrize("name", runs.FACTORIES)
 def test_masked_nodes_in_the_parameters_pass_through(name):
     params = {"w": jnp.ones(2), "out": optax.MaskedNode()}
-    y, state = runs.run(runs.FACTORIES[name](0.1, **runs.OPTIONS[name]), params, [{"w": np.ones(2), "out": optax.MaskedNode()}] * 6)
-    alone, alone_state = runs.run(runs.FACTORIES[name](0.1, **runs.OPTIONS[name]), {"w": jnp.ones(2)}, [{"w": np.ones(2)}] * 6)
+    y, state = runs.run(
+        runs.FACTORIES[name](0.1, **runs.OPTIONS[name]),
+        params,
+        [{"w": np.ones(2), "out": optax.MaskedNode()}] * 6,
+    )
+    alone, alone_state = runs.run(
+        runs.FACTORIES[name](0.1, **runs.OPTIONS[name]), {"w": jnp.ones(2)}, [{"w": np.ones(2)}] * 6
+    )
     runs.assert_same(y["w"], alone["w"])
     x = sfjax.schedule_free_eval_params(state, y)
     runs.assert_same(x["w"], sfjax.schedule_free_eval_params(alone_state, alone)["w"])

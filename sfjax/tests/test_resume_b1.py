@@ -31,7 +31,9 @@ def test_a_run_resumed_with_another_b1_follows_the_equations(betas):
 @CHANGES
 def test_a_new_b1_moves_y_and_neither_x_nor_z(betas):
     y, state = runs.run(
-        sfjax.schedule_free_sgd(0.1, b1=betas[0]), runs.typed(runs.leaf(), jnp.float32), runs.gradients(5, like=runs.leaf())
+        sfjax.schedule_free_sgd(0.1, b1=betas[0]),
+        runs.typed(runs.leaf(), jnp.float32),
+        runs.gradients(5, like=runs.leaf()),
     )
     x, _, z = sfjax.iterates(state, y)
     for b1 in betas[1:]:

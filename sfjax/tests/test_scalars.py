@@ -22,12 +22,21 @@ def exact_rectification(b2, t):
     """Returns the published formula in doubles, or None while the variance is unusable."""
     rho_inf = 2 / (1 - b2) - 1
     rho = rho_inf - 2 * t * b2**t / exact_bias_correction(b2, t)
-    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) if rho > 4 else None
+    return (
+        math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        if rho > 4
+        else None
+    )
 
 
 @pytest.mark.parametrize(
     ("lr", "warmup_steps", "r", "power", "prior_steps"),
-    [(0.1, 0, 0.0, 2.0, 0), (0.0025, 1000, 0.0, 2.0, 400), (0.003, 50, 1.0, 2.0, 7), (0.003, 50, 0.5, 1.0, 0)],
+    [
+        (0.1, 0, 0.0, 2.0, 0),
+        (0.0025, 1000, 0.0, 2.0, 400),
+        (0.003, 50, 1.0, 2.0, 7),
+        (0.003, 50, 0.5, 1.0, 0),
+    ],
 )
 def test_c_is_right_after_10_million_float32_steps(lr, warmup_steps, r, power, prior_steps):
     def lr_at(step):
@@ -105,7 +114,9 @@ def test_prior_weight_is_the_sum_static_or_traced(prior_steps, r, lr, power, wan
 
     np.testing.assert_allclose(float(weight(prior_steps, r, lr, power)), want, rtol=3e-7)
     np.testing.assert_allclose(float(jax.jit(weight)(prior_steps, r, lr, power)), want, rtol=1e-6)
-    np.testing.assert_allclose(float(jax.jit(lambda lr: weight(prior_steps, r, lr, power))(lr)), want, rtol=1e-6)
+    np.testing.assert_allclose(
+        float(jax.jit(lambda lr: weight(prior_steps, r, lr, power))(lr)), want, rtol=1e-6
+    )
 
 
 def test_the_first_steps_of_a_real_state_are_bias_corrected_to_1e_6():

@@ -9,7 +9,12 @@ import pytest
 import sfjax
 from sfjax.tests import runs
 
-MIXED = {"half": jnp.ones(3, jnp.bfloat16), "single": jnp.ones((2, 2)), "number": jnp.ones(()), "empty": jnp.ones((0, 3))}
+MIXED = {
+    "half": jnp.ones(3, jnp.bfloat16),
+    "single": jnp.ones((2, 2)),
+    "number": jnp.ones(()),
+    "empty": jnp.ones((0, 3)),
+}
 SHARED = [
     {"learning_rate": 0.0},
     {"learning_rate": jnp.asarray([0.1], jnp.bfloat16)},
@@ -51,9 +56,11 @@ def test_the_state_has_one_signature_before_and_after_an_update(name, options):
 def test_only_inner_momentum_adds_a_buffer():
     without, given = sfjax.schedule_free_adamw(), sfjax.schedule_free_adamw(inner_momentum=0.5)
     assert without.init(MIXED).base_optimizer_state.mu is None
-    one, other = (jax.eval_shape(tx.init, MIXED) for tx in (given, sfjax.schedule_free_adamw(inner_momentum=0.9)))
+    one, other = (
+        jax.eval_shape(tx.init, MIXED) for tx in (given, sfjax.schedule_free_adamw(inner_momentum=0.9))
+    )
     assert signature(one) == signature(other)
-    updates, after = jax.eval_shape(given.update, MIXED, one, MIXED)
+    _, after = jax.eval_shape(given.update, MIXED, one, MIXED)
     assert signature(after) == signature(one)
 
 
@@ -63,11 +70,18 @@ def test_an_injected_inner_momentum_of_0_keeps_its_buffer_under_jit():
     state = tx.init(params)
     y, after = runs.run(tx, params, runs.gradients(3, like=runs.leaf()), state)
     assert signature(jax.eval_shape(lambda: state)) == signature(jax.eval_shape(lambda: after))
-    runs.assert_close(y, runs.of(runs.plain_points("adamw", runs.leaf(), runs.gradients(3, like=runs.leaf())), "y"), 1e-6)
+    runs.assert_close(
+        y, runs.of(runs.plain_points("adamw", runs.leaf(), runs.gradients(3, like=runs.leaf())), "y"), 1e-6
+    )
 
 
 def test_wrapped_bases_keep_the_signature_too():
-    for base in (optax.sgd(0.1), optax.adam(0.1, b1=0.0), optax.rmsprop(0.1), optax.chain(optax.clip(1.0), optax.sgd(0.1))):
+    for base in (
+        optax.sgd(0.1),
+        optax.adam(0.1, b1=0.0),
+        optax.rmsprop(0.1),
+        optax.chain(optax.clip(1.0), optax.sgd(0.1)),
+    ):
         tx = sfjax.schedule_free(base, 0.1)
         state = jax.eval_shape(tx.init, MIXED)
         with jax.numpy_dtype_promotion("standard"):  # optax's own bias correction mixes dtypes

@@ -23,7 +23,9 @@ CASES = [
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value).strip("{}").replace(" ", ""))
+@pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=lambda value: str(value).strip("{}").replace(" ", "")
+)
 def test_a_run_is_that_of_the_equations(name, options):
     options = {**runs.OPTIONS[name], **options}
     params = runs.leaf()

@@ -33,7 +33,9 @@ DONATED = {
     "radam-b1-0": lambda: sfjax.schedule_free_radam(0.1, b1=0.0),
     "injected": lambda: optax.inject_hyperparams(sfjax.schedule_free_adamw)(0.1),
     "wrapped": lambda: sfjax.schedule_free(optax.sgd(0.1, momentum=0.5), 0.1),
-    "arrays": lambda: sfjax.schedule_free_sgd(jnp.float32(0.1), b1=jnp.float32(0.9), prior_steps=jnp.int32(2)),
+    "arrays": lambda: sfjax.schedule_free_sgd(
+        jnp.float32(0.1), b1=jnp.float32(0.9), prior_steps=jnp.int32(2)
+    ),
 }
 
 

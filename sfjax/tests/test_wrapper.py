@@ -1,4 +1,4 @@
-"""schedule_free around any optax optimizer: z follows the base, with gradients at y; x and y follow the equations."""
+"""schedule_free around any optax optimizer: z follows the base, with gradients at y."""
 
 import jax
 import jax.numpy as jnp

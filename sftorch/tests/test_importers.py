@@ -188,7 +188,7 @@ def test_options_without_a_counterpart_are_said():
     ("state", "finding"),
     [
         ({"model": {}}, r"got the keys \['model'\]"),
-        (torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]).state_dict(), "start from the weights alone"),
+        (torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]).state_dict(), "start from the weights with"),
     ],
 )
 def test_state_of_an_unknown_program_is_refused(state, finding):

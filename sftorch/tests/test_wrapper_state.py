@@ -51,7 +51,7 @@ def test_the_state_dict_keeps_the_bases_entries_apart():
     optimizer = sftorch.ScheduleFreeWrapper(torch.optim.AdamW(params, lr=STEP_SIZE))
     feed(optimizer, params, some_grads(3, params))
     state = optimizer.state_dict()["state"][0]
-    assert set(state) == {"z", "step", "lr_max", "weight_sum", "base"}
+    assert set(state) == {"z", "step", "lr_max", "weight_sum", "base", "x_print", "y_print"}
     assert set(state["base"]) == {"step", "exp_avg", "exp_avg_sq"}
     assert (state["step"], int(state["base"]["step"])) == (3, 3)
     assert set(optimizer.base.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}

@@ -40,7 +40,10 @@ def begin() -> dict[str, Any]:
 def gradients(steps: int) -> list[Any]:
     """Returns the gradients of every run."""
     rng = np.random.default_rng(1)
-    return [jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), begin()) for _ in range(steps)]
+    return [
+        jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), begin())
+        for _ in range(steps)
+    ]
 
 
 def ours() -> Any:
@@ -51,7 +54,9 @@ def ours() -> Any:
 
 def contrib() -> Any:
     """Returns the transformation of optax_0_2_8/."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.schedule_free_adamw(0.05, 4, weight_decay=0.01))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.contrib.schedule_free_adamw(0.05, 4, weight_decay=0.01)
+    )
 
 
 def plain() -> Any:
@@ -70,7 +75,10 @@ def run(tx: Any, params: Any, state: Any, first: int, last: int) -> tuple[Any, A
 def numbers(tree: Any) -> dict[str, Any]:
     """Returns path -> nested lists."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf).tolist() for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf).tolist()
+        for path, leaf in leaves
+    }
 
 
 def main(folder: Path) -> None:
@@ -79,11 +87,18 @@ def main(folder: Path) -> None:
     tx = ours()
     params, state = run(tx, begin(), tx.init(begin()), 0, 10)
     hyperparameters = AdamW(lr=0.05, warmup_steps=4, weight_decay=0.01)
+    place = {"epoch": 1, "position": 10, "metrics": {"loss": 0.25}, "extra": {"note": "kept"}}
+    extra_state = {"key": jax.random.key(3), "text": "frozen"}
     with Checkpoints(folder / "today") as checkpoints:
         checkpoints.save(
-            2, params, state, hyperparameters=hyperparameters, accumulation=(4, 2), epoch=1, position=10,
-            metrics={"loss": 0.25}, extra_state={"key": jax.random.key(3), "text": "frozen"}, extra={"note": "kept"},
-        )  # fmt: skip
+            2,
+            params,
+            state,
+            hyperparameters=hyperparameters,
+            accumulation=4,
+            extra_state=extra_state,
+            **place,
+        )
     after = run(tx, params, state, 10, 15)
     expected["today"] = {"held": numbers((params, state)), "five on": numbers(after)}
     for name, make in (("optax_0_2_8", contrib), ("optax_adamw", plain)):

@@ -1,0 +1,91 @@
+"""convert refuses what it cannot do right, and leaves nothing behind."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import schedulefree
+import torch
+
+from sfcore import exchange
+from sfcore.convert import convert
+from sfcore.exchange import CheckpointError
+from sfcore.tests import runs
+
+
+@pytest.fixture
+def torch_checkpoint(tmp_path):
+    model, optimizer = runs.torch_run(lambda params: schedulefree.AdamWScheduleFree(params, lr=0.01))
+    return runs.store_checkpoint(tmp_path / "torch", model, optimizer), model, optimizer
+
+
+def _weights(path):
+    exchange.write_tensors(path, {"w": np.ones(2)})
+
+
+def _optimizer_alone(path):
+    _, optimizer = runs.torch_run(lambda params: schedulefree.SGDScheduleFree(params))
+    torch.save(optimizer.state_dict(), path)
+
+
+def _plain(path):
+    model, optimizer = runs.torch_run(lambda params: torch.optim.AdamW(params))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+
+
+def _nothing(path):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "to", "message"),
+    [
+        (_weights, "exchange", "must have optimizer state, got weights without"),
+        (_weights, "inference", "must say whether it holds x or y"),
+        (_optimizer_alone, "jax", "must hold the weights and their names beside the state"),
+        (_optimizer_alone, "inference", "must hold the weights and their names beside the state"),
+        (_plain, "torch", "must be of a Schedule-Free optimizer"),
+        (_plain, "inference", "must be of a Schedule-Free optimizer"),
+        (_nothing, "exchange", "is missing"),
+    ],
+)
+def test_a_source_that_is_not_enough_is_refused(tmp_path, make, to, message):
+    make(tmp_path / "src")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "src", tmp_path / "dst", to)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_nothing_is_overwritten(torch_checkpoint, tmp_path):
+    path, _, _ = torch_checkpoint
+    with pytest.raises(CheckpointError, match="must not hold step 7 yet"):
+        convert(path, path.parent, "jax")
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(CheckpointError, match="must not be there yet"):
+        convert(path, tmp_path / "x.safetensors", "inference")
+    assert (tmp_path / "x.safetensors").read_bytes() == b""
+
+
+def test_a_map_without_use_is_refused(torch_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="a map has no use here"):
+        convert(torch_checkpoint[0], tmp_path / "same", "torch", {"a": "b"})
+
+
+def test_an_unknown_target_is_refused(torch_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="to must be one of jax, torch, exchange, inference, got 'tf'"):
+        convert(torch_checkpoint[0], tmp_path / "dst", "tf")
+
+
+@pytest.mark.parametrize("to", ["inference", "exchange", "jax"])
+def test_a_full_disk_leaves_nothing(torch_checkpoint, tmp_path, monkeypatch, to):
+    path, _, _ = torch_checkpoint
+    (tmp_path / "dst").mkdir()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="the disk or the quota is full"):
+        convert(path, tmp_path / "dst" / "it", to)
+    assert [p for p in (tmp_path / "dst").rglob("*") if p.is_file()] == []
