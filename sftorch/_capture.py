@@ -130,6 +130,7 @@ def capture(
         optimizer._require_untouched(optimizer.param_groups)
     tensors: dict[str, Tensor] = {}
     parameters, averages = _parameters(optimizer, names, tensors)
+    _note_kinds(unwrapped(model), parameters)
     if place["accumulation"]["position"]:
         tensors |= {f"grad/{name}": p.grad for p, name in names.items() if p.grad is not None}
     others, inference = _model_entries(unwrapped(model), names, tensors)
@@ -170,6 +171,15 @@ def _parameters(
             parameters[name] = about
             averages.append(Average(name, _beta_of_y(optimizer, group) if "z" in state else None))
     return parameters, averages
+
+
+def _note_kinds(model: nn.Module, parameters: Mapping[str, dict[str, Any]]) -> None:
+    """Adds the class of each parameter's module to its record, by which the converter knows its layout."""
+    for path, module in model.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}" if path else leaf
+            if name in parameters:
+                parameters[name]["kind"] = type(module).__name__
 
 
 def _beta_of_y(optimizer: ScheduleFreeOptimizer, group: dict[str, Any]) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import exchange, store
+from sfcore import _safetensors, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import weights_only_policy
 from sftorch import _arrays, _scalars
@@ -88,6 +88,8 @@ def start(path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> lis
     weights = read(path)
     live = check(path, weights, model)
     notices = [f"{path}: {NO_STATE}"]
+    if path.suffix == ".safetensors" and _safetensors.read_metadata(path).get("weights_hold") == "y":
+        notices.append(f"{path} says that it holds y, which is taken for x: save in eval mode to ship x")
     cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
     if cast:
         name = next(iter(cast))

@@ -4,9 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import sftorch
+from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import LENGTH, Case, build, digest, train
 
 CASES = [Case(kind, "float32", 1, 10, "train") for kind in ("sgd", "adamw", "radam", "wrapper")]
@@ -99,3 +104,51 @@ def test_the_digest_sees_a_changed_bit():
     torch.set_rng_state(generator)
     optimizer.state[model[0].weight]["z"].view(torch.int32)[0, 0] ^= 1
     assert digest(model, optimizer) != before
+
+
+class TestDTensors:
+    """Parameters that lie in parts: no prints, their saved mode is believed."""
+
+    @pytest.fixture
+    def mesh(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        dist.destroy_process_group()
+
+    def build(self, mesh, seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(4, 3, bias=False)
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+        return model, sftorch.AdamWScheduleFree(model.parameters(), lr=0.01)
+
+    def advance(self, mesh, model, optimizer, first, last):
+        for step in range(first, last):
+            gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+            model.weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+            optimizer.step()
+
+    @pytest.mark.parametrize("order", [("weights", "state"), ("state", "weights")])
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_a_run_goes_on_exactly_in_either_order(self, mesh, mode, order):
+        model, optimizer = self.build(mesh, 0)
+        self.advance(mesh, model, optimizer, 0, 5)
+        getattr(optimizer, mode)()
+        weights, state = model.weight.detach().clone(), copy.deepcopy(optimizer.state_dict())
+        assert "x_print" not in state["state"][0]
+        optimizer.train()
+        self.advance(mesh, model, optimizer, 5, 8)
+        other, resumed = self.build(mesh, 1)
+        for what in order:
+            if what == "weights":
+                with torch.no_grad():
+                    other.weight.copy_(weights)
+            else:
+                resumed.load_state_dict(state)
+        resumed.train()
+        self.advance(mesh, other, resumed, 5, 8)
+        assert torch.equal(model.weight.to_local(), other.weight.to_local())
+
+    def test_checkpoints_name_the_tool_that_knows_them(self, mesh, tmp_path):
+        model, optimizer = self.build(mesh, 0)
+        with pytest.raises(CheckpointError, match=r"got DTensors: use torch\.distributed\.checkpoint"):
+            Checkpoints(tmp_path).save(model, optimizer)

@@ -125,6 +125,10 @@ def test_the_record_says_what_it_is(tmp_path):
     assert meta["groups"][0]["hyperparameters"]["beta"] == 0.9
     assert meta["groups"][0]["parameters"] == [name for name, _ in model.named_parameters()]
     assert meta["parameters"]["0.weight"]["clock"]["step"] == 3
+    assert [meta["parameters"][name]["kind"] for name in ("0.weight", "1.weight")] == [
+        "Linear",
+        "BatchNorm1d",
+    ]
     assert meta["fingerprints"]["x"] != meta["fingerprints"]["y"]
     assert "torch" in meta["versions"]
 

@@ -114,6 +114,13 @@ def test_another_dtype_is_converted_and_said(trained):
     assert torch.equal(model[0].weight, shipped[0].weight.half().float())
 
 
+def test_a_file_that_says_it_holds_y_is_taken_for_x_and_that_is_said(trained):
+    shipped, folder = trained
+    save_file(shipped.state_dict(), folder / "y.safetensors", metadata={"weights_hold": "y"})
+    _, _, restored = start(folder / "y.safetensors")
+    assert "says that it holds y, which is taken for x" in restored.notices[1]
+
+
 def test_weights_of_another_model_are_refused_with_every_problem(trained):
     shipped, folder = trained
     weights = dict(shipped.state_dict())

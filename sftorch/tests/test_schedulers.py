@@ -128,6 +128,18 @@ def test_one_cycle_on_the_wrapper_cycles_the_bases_own_momentum():
     assert base.param_groups[0]["schedule_free"]["momentum"] == 0.9
 
 
+def test_a_scheduler_may_reach_0_with_prior_steps():
+    params, run = some_params(), truth("sgd", some_params(), prior_steps=5)
+    optimizer = sftorch.SGDScheduleFree(params, lr=STEP_SIZE, prior_steps=5)
+    schedule = SCHEDULERS["LambdaLR to 0"](optimizer)
+    for of_step in some_grads(STEPS, params):
+        feed_truth(run, [of_step], lr=schedule.get_last_lr()[0])
+        feed(optimizer, params, [of_step])
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    assert_is(params, run.y)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), -1.0, float("inf")])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_nonsense_from_a_scheduler_is_refused_before_anything_changes(bad, wrapped):

@@ -79,6 +79,26 @@ def test_a_copied_wrapper_sees_its_own_bases_state():
     assert other.base.state[q]["exp_avg"] is not optimizer.base.state[p]["exp_avg"]
 
 
+def test_a_loaded_state_is_apart_from_the_one_it_came_from():
+    params, others = matrices(), matrices()
+    optimizer, other = (
+        sftorch.ScheduleFreeWrapper(torch.optim.AdamW(ps, lr=STEP_SIZE)) for ps in (params, others)
+    )
+    feed(optimizer, params, some_grads(3, params))
+    other.load_state_dict(optimizer.state_dict())
+    held = copies(other.base.state[q]["exp_avg"] for q in others)
+    feed(optimizer, params, some_grads(3, params))
+    assert same_bits([other.base.state[q]["exp_avg"] for q in others], held)
+
+
+def test_a_state_dict_has_what_the_base_holds_now():
+    params = matrices()
+    optimizer = sftorch.ScheduleFreeWrapper(torch.optim.AdamW(params, lr=STEP_SIZE))
+    feed(optimizer, params, some_grads(3, params))
+    optimizer.base.state[params[0]] = {"put there": 7}
+    assert optimizer.state_dict()["state"][0]["base"] == {"put there": 7}
+
+
 @pytest.mark.parametrize("of_what", ["its base", "another class"])
 def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(of_what):
     params = matrices()
