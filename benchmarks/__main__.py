@@ -6,7 +6,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = {"resume": "what a restart costs: loss after a restart from weights alone"}
+BENCHMARKS = {
+    "resume": "what a restart costs: loss after a restart from weights alone",
+    "exact": "whether a run resumed in a fresh process ends in the same bits: a table",
+    "storm": "the same under SIGKILL at random moments, saves in flight",
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -76,7 +76,7 @@ def train(settings: Settings, digits: Digits, plan: Plan) -> Iterator[Point]:
                 for images, labels in zip(*map(torch.from_numpy, batch), strict=True):
                     loss = cross_entropy(model(images), labels)  # the parameters hold y
                     (loss / settings.accumulate).backward()
-                    losses.append(float(loss))
+                    losses.append(loss.item())
                 clip_grad_norm_(model.parameters(), settings.clip)
                 optimizer.step()
                 if step % settings.every == 0 or step == settings.steps:

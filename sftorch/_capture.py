@@ -125,7 +125,7 @@ def capture(
         CheckpointError: for what cannot be saved.
     """
     names = parameter_names(model, optimizer)
-    _reconcile.settle(optimizer, optimizer._books(optimizer.param_groups[0])["train_mode"])
+    _reconcile.settle(optimizer)
     if isinstance(optimizer, TrainEvalOptimizer):
         optimizer._require_untouched(optimizer.param_groups)
     tensors: dict[str, Tensor] = {}

@@ -119,7 +119,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             >>> sftorch.SGDScheduleFree([p]).eval_params()[p]
             tensor([1., 1.])
         """
-        self._settle_weights()
+        _reconcile.settle(self)
         found = {}
         for group in self.param_groups:
             found.update({p: p.detach().clone() for p in group["params"]})
@@ -194,10 +194,6 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         for group in self.param_groups:
             self._start(group)
             self._settle_beta(group)
-
-    def _settle_weights(self) -> None:
-        """Makes sure that loaded weights are what the mode says."""
-        _reconcile.settle(self, self._books(self.param_groups[0])["train_mode"])
 
     def _wanted(self, group: dict[str, Any]) -> str:
         return "y" if self._books(group)["train_mode"] else "x"

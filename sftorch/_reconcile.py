@@ -100,12 +100,18 @@ def accept(optimizer: ScheduleFreeOptimizer, live_mode: bool, holds: list[str]) 
             if "y" in state:
                 loaded.y[p] = state["y"]
     optimizer._loaded = loaded if loaded.saved else None
-    settle(optimizer, live_mode, or_raise=False)
+    settle(optimizer, or_raise=False)
 
 
+@torch.compiler.disable
 @torch.no_grad()
-def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool, or_raise: bool = True) -> None:
+def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_raise: bool = True) -> None:
     """Finds out what loaded weights hold, and puts in what the mode wants.
+
+    Args:
+        optimizer: of any class.
+        train_mode: the mode to go to, None for the one it is in.
+        or_raise: False leaves weights that are neither as they are.
 
     Raises:
         RuntimeError: if they are neither the saved x nor the saved y; nothing has changed then.
@@ -122,7 +128,8 @@ def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool, or_raise: bool = 
         return
     _warn(loaded, held, found)
     for group in optimizer.param_groups:
-        optimizer._books(group)["train_mode"] = train_mode
+        if train_mode is not None:
+            optimizer._books(group)["train_mode"] = train_mode
         for p in optimizer._started(group):
             _put(optimizer, group, p, str(held[p]), loaded.unchanged(p, found[p]), loaded.y.get(p))
     now = _prints.take(local(p.detach()) for p in loaded.saved)
@@ -189,6 +196,7 @@ def _neither(optimizer: ScheduleFreeOptimizer, strange: list[Tensor], total: int
     )
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def before_step(optimizer: ScheduleFreeOptimizer) -> None:
     """Checks that the first step after a load has its gradient at y, and ends the watch.

@@ -39,7 +39,7 @@ class XAtRest(DirectedOptimizer):
                 f"closure must be a function, got {closure!r}: pass one that evaluates the model and calls "
                 "backward, or use the class without 'Closure' in its name"
             )
-        _reconcile.settle(self, train_mode=True)
+        _reconcile.settle(self)
         self._loaded = None
         x = self._extrapolate()
         try:

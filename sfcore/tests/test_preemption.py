@@ -45,8 +45,8 @@ print("went on", flush=True)
 """
 
 
-def _start(tmp_path, body, save_seconds=0.0, grace=5.0, patience=25.0):
-    source = PROGRAM.replace("BODY", textwrap.indent(textwrap.dedent(body), " " * 8))
+def _start(tmp_path, body, save_seconds=0.0, grace=5.0, patience=25.0, first=""):
+    source = first + PROGRAM.replace("BODY", textwrap.indent(textwrap.dedent(body), " " * 8))
     source = source.replace("SAVE_SECONDS", str(save_seconds)).replace("GRACE", str(grace))
     return subprocess.Popen(
         [sys.executable, "-c", source.replace("PATIENCE", str(patience)), str(tmp_path / "saved")],
@@ -116,10 +116,30 @@ raise SystemExit("the compilation was too short to be interrupted")
 """
 
 
-def test_a_signal_during_a_compilation_of_xla_saves(tmp_path):
-    code, _, errors = _ended(_start(tmp_path, COMPILING, grace=0.1), signal.SIGTERM, pause=0.2)
+@pytest.mark.parametrize("grace", [0.0, 20.0])
+def test_a_signal_during_a_compilation_of_xla_saves(tmp_path, grace):
+    code, printed, errors = _ended(_start(tmp_path, COMPILING, grace=grace), signal.SIGTERM, pause=0.2)
+    # With grace JAX lets the main thread out while XLA compiles on, and crashes in a normal end of Python.
     assert code == EXIT_SAVED, errors
+    assert printed == (["unwound"] if grace else [])
     assert len(_saves(tmp_path)) == 1
+
+
+LATER = """
+import atexit
+atexit.register(print, "later")
+update()
+ready()
+time.sleep(60)
+"""
+
+
+def test_what_was_registered_before_the_module_does_not_run_at_the_end(tmp_path):
+    # It may take apart what a compilation still uses, and with a crash there the exit code would be lost.
+    child = _start(tmp_path, LATER, first='import atexit; atexit.register(print, "before")')
+    code, printed, _ = _ended(child, signal.SIGTERM, pause=0.05)
+    assert code == EXIT_SAVED
+    assert printed == ["unwound", "later"]
 
 
 EVALUATING = """
@@ -145,6 +165,15 @@ while True:
     with preemption.updating():
         update()
 """
+
+
+def test_the_next_update_ends_a_program_that_the_system_does_not_interrupt(tmp_path):
+    body = "signal.pthread_kill = lambda *_: None\n" + TRAINING
+    code, printed, _ = _ended(_start(tmp_path, body, save_seconds=0.1), signal.SIGTERM, pause=0.02)
+    assert code == EXIT_SAVED
+    assert printed == ["unwound"]
+    (state,) = _saves(tmp_path)
+    assert state["a"] == state["b"]
 
 
 def test_an_update_is_never_saved_by_half(tmp_path):

@@ -50,8 +50,8 @@ def test_the_way_of_x_is_at_least_its_distance(saved):
     after = optimizer.eval_params()
     distance = sum(float((after[p] - x).square().sum()) for p, x in before.items()) ** 0.5
     way = optimizer.metrics()[0]["restart_moved"]
-    # The steps of x turn little, so their sum is not far above; measured 1.3 times.
-    assert distance <= way * (1 + 1e-6) <= 3 * distance
+    # The steps of x turn little, so their sum is not far above: measured 1.005 to 1.012 times, 6 seeds.
+    assert distance <= way * (1 + 1e-6) <= 1.1 * distance
 
 
 def test_an_average_that_began_anew_is_reported_once_with_cause_and_fix(saved, caplog):

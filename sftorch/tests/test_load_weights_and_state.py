@@ -51,6 +51,20 @@ def test_weights_loaded_after_the_state_had_settled_are_caught_at_the_first_step
         advance(model, optimizer, 1, 9)
 
 
+def test_a_compiled_step_is_checked_like_any_other():
+    weights, state, _, _ = run("sgd", torch.float32, "y", "y")
+    model, optimizer = build("sgd", seed=1)
+    follow(("weights", "state"), model, optimizer, weights, state)
+    model.load_state_dict({name: value + 1 for name, value in weights.items()})
+    model(torch.ones(1, 3)).sum().backward()
+    step = torch.compile(optimizer.step, backend="eager")
+    with pytest.raises(RuntimeError, match="got others"):
+        step()
+    model.load_state_dict(weights)
+    step()
+    assert optimizer.metrics()[0]["step"] == 10
+
+
 def test_after_the_first_step_the_weights_are_the_users_own():
     weights, state, _, _ = run("sgd", torch.float32, "y", "y")
     model, optimizer = build("sgd", seed=1)

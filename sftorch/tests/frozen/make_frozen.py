@@ -107,17 +107,15 @@ def makers():
 
 
 def write_checkpoint(folder):
-    """Writes a checkpoint of today's format, and what became of its run beside it."""
-    from sftorch.checkpoint import Checkpoints
-    from sftorch.tests.checkpoint_runs import LENGTH, Case, build, digest, save, train
+    """Writes a checkpoint of today's format, and the digest of what it restores beside it."""
+    from sftorch.tests.checkpoint_runs import Case, build, digest, save, train
 
     case = Case("adamw", "bfloat16", 4, 14, "eval")
     model, optimizer = build(case)
     train(model, optimizer, case, 0, case.saved_at)
     save(folder / str(case), model, optimizer, case, metrics={"loss": 0.5}, extra={"note": (1, 2)})
-    train(model, optimizer, case, case.saved_at, LENGTH)
+    # Of the state itself: what a matrix product makes of it differs between processors.
     (folder / "digest.txt").write_text(digest(model, optimizer) + "\n")
-    return Checkpoints(folder / str(case))
 
 
 def main():

@@ -1,0 +1,25 @@
+"""Runs that are killed again and again, in saves too, end in the bits of the run that was not."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import exact, storm
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_ten_kills_change_no_bit_and_leave_nothing_behind(framework, capfd):
+    arguments = ["--framework", framework, "--kills", "10", "--steps", "1000", "--seed", "1"]
+    assert storm.main(arguments) == 0, capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_every_combination_resumes_in_a_fresh_process_to_the_same_bits(framework, tmp_path):
+    digests = exact.run(framework, tmp_path)
+    assert len(digests) == 24
+    assert [name for name, (whole, resumed) in digests.items() if whole != resumed] == []
+    assert len({whole for whole, _ in digests.values()}) == 12  # accumulate and precision matter, the mode does not
