@@ -78,9 +78,27 @@ def check(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> dict[s
     return live
 
 
+def trained_steps(path: Path) -> int | None:
+    """Returns how many optimizer steps the weights were trained for, where one of our files says so."""
+    if path.is_dir():
+        return store.read_meta(path if (path / store.META).exists() else store.newest(path)).step
+    if path.suffix != ".safetensors":
+        return None
+    step = _safetensors.read_metadata(path).get("step", "")
+    return int(step) if step.isdecimal() else None
+
+
 @torch.no_grad()
-def start(path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> list[str]:
+def start(
+    path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer, prior_steps: int | None = None
+) -> list[str]:
     """Puts the weights into the model, empties the optimizer and applies the policy; returns notices.
+
+    Args:
+        path: as for `read`.
+        model: built as the saved one was.
+        optimizer: over its parameters.
+        prior_steps: in place of the policy's; None leaves it to the optimizer's own, and then the policy.
 
     Raises:
         CheckpointError: if the weights cannot be read or do not fit; nothing has changed then.
@@ -99,11 +117,14 @@ def start(path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> lis
         )
     for name, value in live.items():
         value.copy_(weights[name])
-    return notices + empty(optimizer)
+    return notices + empty(optimizer, prior_steps, trained_steps(path))
 
 
-def empty(optimizer: ScheduleFreeOptimizer) -> list[str]:
+def empty(
+    optimizer: ScheduleFreeOptimizer, prior_steps: int | None = None, trained: int | None = None
+) -> list[str]:
     """Forgets the optimizer's state and opens its groups' books anew, under the policy; returns notices."""
+    given = {} if prior_steps is None else {"prior_steps": prior_steps}
     optimizer.state.clear()
     if hasattr(optimizer, "base"):
         optimizer.base.state.clear()
@@ -113,31 +134,43 @@ def empty(optimizer: ScheduleFreeOptimizer) -> list[str]:
     return [
         notice
         for index, group in enumerate(optimizer.param_groups)
-        for notice in _open(optimizer, index, group)
+        for notice in _open(optimizer, index, group, given, trained)
     ]
 
 
-def _open(optimizer: ScheduleFreeOptimizer, index: int, group: dict[str, Any]) -> list[str]:
+def _open(
+    optimizer: ScheduleFreeOptimizer,
+    index: int,
+    group: dict[str, Any],
+    given: dict[str, int],
+    trained: int | None,
+) -> list[str]:
     books = optimizer._books(group)
-    prior, notices = protect(optimizer, index, group)
+    prior, notices = protect(optimizer, index, group, given, trained)
     kept = {"train_mode": books["train_mode"], "prior_weight": prior, "weight_sum": prior}
     books.update(new_books() | kept)
     return notices
 
 
-def protect(optimizer: ScheduleFreeOptimizer, index: int, group: dict[str, Any]) -> tuple[float, list[str]]:
+def protect(
+    optimizer: ScheduleFreeOptimizer,
+    index: int,
+    group: dict[str, Any],
+    given: Mapping[str, int] | None = None,
+    trained: int | None = None,
+) -> tuple[float, list[str]]:
     """Sets a group's prior_steps and warmup_steps by the policy; returns the prior weight, and notices.
 
-    What differs from the optimizer's default was asked for, and stays.
+    What is given, and what differs from the optimizer's default, was asked for and stays.
     """
     values, _ = optimizer._values(group)
     usual = {field.name: field.default for field in fields(optimizer.hyperparameters)}
-    asked = {name: value for name, value in values.items() if value != usual[name]}
+    asked = {name: value for name, value in values.items() if value != usual[name]} | dict(given or {})
     lr = float(group.get("initial_lr", values["lr"]))
     if lr == 0:
         return 0.0, [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
     notices = []
-    for name, value in weights_only_policy(asked).items():
+    for name, value in weights_only_policy(asked, optimizer.hyperparameters, trained_steps=trained).items():
         if name in values and value != values[name]:
             (group if name in group else optimizer._books(group))[name] = value
             notices.append(

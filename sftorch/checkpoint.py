@@ -148,6 +148,7 @@ class Checkpoints:
         rng: bool = True,
         accumulation: int | None = None,
         batch_size: int | None = None,
+        prior_steps: int | None = None,
     ) -> Restored | None:
         """Brings model, optimizer and random states back; everything is verified before anything changes.
 
@@ -165,6 +166,8 @@ class Checkpoints:
             rng: set torch's, CUDA's, NumPy's and Python's random states, default True.
             accumulation: micro-batches an update in this run, to be compared; default not compared.
             batch_size: of a micro-batch in this run, to be compared; default not compared.
+            prior_steps: for "weights:PATH": as how many earlier steps the weights count, 0 included;
+                default the optimizer's own, or else `sfcore.restart.weights_only_policy`.
 
         Returns:
             What was found, or None for "none" and for "auto" in a folder without checkpoints.
@@ -175,7 +178,7 @@ class Checkpoints:
         self._writer.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):
             path = Path(resume.removeprefix("weights:"))
-            restored = Restored(path, None, _weights_only.start(path, model, optimizer), [], {})
+            restored = Restored(path, None, _weights_only.start(path, model, optimizer, prior_steps), [], {})
             RestartWatch(optimizer, None, fresh=("clock", "v"))
             return self._report(restored)
         found, skipped = self._find(resume)

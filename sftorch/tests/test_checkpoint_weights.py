@@ -156,3 +156,22 @@ def test_an_lr_of_zero_cannot_weigh_the_weights_and_that_is_said(trained):
     _, optimizer, restored = start(write("pt", *trained), lr=0.0)
     assert "lr is 0, so the loaded weights cannot be weighed" in restored.notices[1]
     assert optimizer.param_groups[0]["weight_sum"] == 0
+
+
+@pytest.mark.parametrize(("form", "steps"), [("folder", 8), ("safetensors", WEIGHTS_ONLY["prior_steps"])])
+def test_weights_count_as_the_steps_they_were_trained_for_where_a_file_says_so(trained, form, steps):
+    shipped, folder = trained
+    _, optimizer, _ = start(write(form, shipped, folder))
+    assert optimizer.param_groups[0]["prior_steps"] == steps
+
+
+@pytest.mark.parametrize("prior_steps", [0, 5])
+def test_prior_steps_given_to_restore_win(trained, prior_steps):
+    shipped, folder = trained
+    model, _ = build(CASE, seed=7)
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.01)
+    path = write("safetensors", shipped, folder)
+    Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}", prior_steps=prior_steps)
+    group = optimizer.param_groups[0]
+    assert group["prior_steps"] == prior_steps
+    assert group["weight_sum"] == pytest.approx(prior_steps * 0.01**2, rel=1e-12)
