@@ -9,6 +9,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "resume": "what a restart costs: loss after a restart from weights alone",
     "exact": "whether a run resumed in a fresh process ends in the same bits: a table",
+    "cost": "what a save and a restore cost, against the size of the state",
     "storm": "the same under SIGKILL at random moments, saves in flight",
 }
 
