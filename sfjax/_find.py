@@ -149,7 +149,10 @@ def _is_masked(node: Any) -> bool:
 def _pure(tree: Any) -> Any:
     """Returns a tree of arrays for a tree of flax.nnx variables; others as they are."""
     nnx = sys.modules.get("flax.nnx")
-    return tree if nnx is None else nnx.as_pure(tree)
+    if nnx is None:
+        return tree
+    as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # its name before flax 0.12
+    return as_pure(tree)
 
 
 def _require(opt_state: Any) -> list[ScheduleFreeState]:

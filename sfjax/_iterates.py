@@ -89,15 +89,18 @@ def advance(
     c, keep, stretch, per_gap = (s.astype(wide) for s in (k.c, k.keep, k.stretch, k.per_gap))
     y_wide, s = y.astype(wide), stored.astype(wide)
     z = jnp.where(k.stores_x, y_wide, s)
-    z_new = _as_held(z + delta.astype(wide), stored.dtype)  # S7
+    z_new = z + delta.astype(wide)  # S7
+    z_new = jnp.where(k.will_store_x, z_new, _as_held(z_new, stored.dtype))
     # In terms of z_new, not delta: one fusion on every backend. While beta stays, moved is exactly y - z.
     moved = stretch * jnp.where(k.stores_x, s - y_wide, y_wide - s)
     step = (moved - (y_wide - z)) - c * moved + keep * (z_new - z)  # S9*
+    update = step.astype(y.dtype)
     if k.will_store_x is False:
-        return step.astype(y.dtype), z_new.astype(stored.dtype)
+        return update, z_new.astype(stored.dtype)
     x = jnp.where(k.stores_x, s, y_wide + per_gap * (y_wide - s))
-    x_new = x + c * (z_new - x)  # S8
-    return step.astype(y.dtype), jnp.where(k.will_store_x, x_new, z_new).astype(stored.dtype)
+    # In terms of y', which at beta = 0 is z' as the parameter holds it: still one fusion.
+    x_new = x + c * ((y + update).astype(wide) - x)  # S8
+    return update, jnp.where(k.will_store_x, x_new, z_new).astype(stored.dtype)
 
 
 def _as_held(value: jax.Array, dtype: Any) -> jax.Array:

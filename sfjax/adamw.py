@@ -93,12 +93,12 @@ def schedule_free_adamw(
             the step from 0. 1 to 10 times that of scheduled AdamW is a usual start.
         warmup_steps: updates of linear warm-up, default 0 (None is 0); about 5% of a run helps.
         b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
-        b2: decay of the second moment, in [0, 1), default 0.999. A traced value is rounded to float32
-            first, which costs 1.3e-5 in the first bias corrections.
+        b2: decay of the second moment, in [0, 1), default 0.999. inject_hyperparams rounds it to the
+            parameters' dtype, and bfloat16 makes 1 of it: then pass hyperparam_dtype=jnp.float32.
         eps: added to the denominator outside the root, > 0, default 1e-8.
         weight_decay: decoupled decay taken at y, >= 0, default 0 (None is 0).
         weight_lr_power: the average weighs a step by the largest lr so far to this power, >= 0, default 2.
-        state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
+        state_dtype: dtype of z (at b1 = 0 of x); None (default) is the parameter's own, at least float32.
         r: the average also weighs step t by t^r, >= 0, default 0.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
         inner_momentum: decay of a first moment in the numerator, in [0, 1); the number 0 (default) keeps

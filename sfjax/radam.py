@@ -43,11 +43,12 @@ def schedule_free_radam(
         learning_rate: >= 0, default 0.0025: number, array of one element, traced value, or schedule of
             the step from 0.
         b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
-        b2: decay of the second moment, in [0, 1), above 0.6 with silent_sgd_phase; default 0.999.
+        b2: decay of the second moment, in [0, 1), above 0.6 with silent_sgd_phase; default 0.999. Under
+            inject_hyperparams as for AdamW.
         eps: added to the denominator outside the root, > 0, default 1e-8.
         weight_decay: decoupled decay taken at y, >= 0, default 0 (None is 0).
         weight_lr_power: the average weighs a step by the largest lr so far to this power, >= 0, default 2.
-        state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
+        state_dtype: dtype of z (at b1 = 0 of x); None (default) is the parameter's own, at least float32.
         r: the average also weighs step t by t^r, >= 0, default 0.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
         silent_sgd_phase: nothing moves in the first steps (four at b2 = 0.999), whose second moment is

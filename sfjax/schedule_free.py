@@ -74,14 +74,8 @@ def build(
         _trees.check_params(params)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return _layout.abstract_init(init_fn, params)
-        scalars = {name: _scalars.as_scalar(0.0) for name in ("lr", "lr_max", "c", "weight_sum_low")}
-        scalars["b1"] = _scalars.as_scalar(hp.beta)
-        scalars["step"] = jnp.zeros((), jnp.int32)
-        scalars["weight_sum"] = _scalars.prior_weight(
-            hp.prior_steps, hp.r, lambda: _scalars.full_lr(hp.lr), hp.weight_lr_power
-        )
         return ScheduleFreeState(
-            **_layout.on_every_device(scalars, params),
+            **_layout.on_every_device(_initial_scalars(hp), params),
             base_optimizer_state=base.init(params),
             # A copy, so that params and state can both be donated.
             z=jax.tree.map(lambda p: jnp.array(p, stored_dtype(p), copy=True), params),
@@ -101,7 +95,7 @@ def build(
         ys, tree = jax.tree.flatten(params)
         columns = zip(ys, jax.tree.leaves(state.z), jax.tree.leaves(delta), strict=True)
         moved = [_iterates.advance(y, z, d, k) for y, z, d in columns]
-        return tree.unflatten([step for step, _ in moved]), ScheduleFreeState(
+        return tree.unflatten([update for update, _ in moved]), ScheduleFreeState(
             b1=_scalars.as_scalar(hp.beta),
             lr=lr_t,
             c=c,
@@ -111,6 +105,18 @@ def build(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _initial_scalars(hp: hyperparameters.ScheduleFree) -> dict[str, jax.Array]:
+    """Returns the scalars of a new state; the prior steps weigh in with the lr before its ramp."""
+    prior = _scalars.prior_weight(hp.prior_steps, hp.r, lambda: _scalars.full_lr(hp.lr), hp.weight_lr_power)
+    zeros = {name: _scalars.as_scalar(0.0) for name in ("lr", "lr_max", "c", "weight_sum_low")}
+    return {
+        "b1": _scalars.as_scalar(hp.beta),
+        "step": jnp.zeros((), jnp.int32),
+        "weight_sum": prior,
+        **zeros,
+    }
 
 
 def _check(updates: Any, state: Any, params: Any) -> None:
@@ -150,7 +156,7 @@ def schedule_free(
         b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9. A value other than the
             state's moves y so that x stays.
         weight_lr_power: the average weighs a step by the largest lr so far to this power, >= 0, default 2.
-        state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
+        state_dtype: dtype of z (at b1 = 0 of x); None (default) is the parameter's own, at least float32.
         r: the average also weighs step t by t^r, >= 0, default 0.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0. A
             schedule's full lr is then its largest value at the steps 0, 1, 2, 4, ... 2^20.

@@ -32,7 +32,7 @@ def schedule_free_sgd(
         b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
         weight_decay: decoupled decay taken at y, >= 0, default 0 (None is 0).
         weight_lr_power: the average weighs a step by the largest lr so far to this power, >= 0, default 2.
-        state_dtype: dtype of z; None (default) is the parameter's own, at least float32.
+        state_dtype: dtype of z (at b1 = 0 of x); None (default) is the parameter's own, at least float32.
         r: the average also weighs step t by t^r, >= 0, default 0.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
         mask: tree of bools, or function of params giving one: the leaves that decay; None is all.

@@ -27,7 +27,13 @@ _ADAM = ("adamw", "radam", "adamw or radam")
 
 
 class Change(NamedTuple):
-    """One row of the table; group is None where it concerns all of them."""
+    """One row of the table; group is None where it concerns all of them.
+
+    Example:
+        >>> from sfjax.checkpoint import Change
+        >>> print(Change("lr", None, 0.1, 0.2, "the configured value holds from the next step"))
+        lr: saved 0.1, configured 0.2: the configured value holds from the next step
+    """
 
     name: str
     group: int | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,21 +18,21 @@ from sfcore.checks import HyperparameterError
 from sfcore.exchange import CheckpointError
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
+from sfjax.checkpoint._background import Background
 from sfjax.checkpoint._import import import_exchange
 from sfjax.checkpoint._leaves import named, parameters, whole
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import Job, evaluated, on_host
-from sfjax.checkpoint._storable import Snapshot
+from sfjax.checkpoint._storable import OBJECTS, Snapshot
 from sfjax.checkpoint._weights import start_from_weights
 
 log = logging.getLogger("sfjax.checkpoint")
 
 
 class Checkpoints:
-    """A folder of checkpoints of one run.
+    """A folder of checkpoints of one run: the newest stay, and those with the smallest metric.
 
-    A save returns as soon as the state is copied to the host; the rest happens in the background. The
-    newest checkpoints stay, and those with the smallest metric.
+    A save returns as soon as the state is copied to the host; the rest happens in the background.
 
     Args:
         folder: where they lie, as FOLDER/STEP; made by the first save.
@@ -66,20 +67,21 @@ class Checkpoints:
         metric: str = "loss",
         background: bool = True,
     ) -> None:
-        options = (("keep_newest", keep_newest, 1), ("keep_best", keep_best, 0))
-        wrong = [(name, value, least) for name, value, least in options if not _record.is_count(value, least)]
-        if wrong:
-            raise HyperparameterError(
-                f"{name} must be a whole number >= {least}, got {value!r}: 2 and 1 are usual"
-                for name, value, least in wrong
-            )
+        wanted = (("keep_newest", keep_newest, 1), ("keep_best", keep_best, 0))
+        problems = [
+            f"{name} must be a whole number >= {least}, got {value!r}: 2 and 1 are usual"
+            for name, value, least in wanted
+            if not _record.is_count(value, least)
+        ]
+        if problems:
+            raise HyperparameterError(problems)
         if jax.process_count() > 1:
             raise CheckpointError(
                 f"Checkpoints must run in one process, got {jax.process_count()}: use Orbax for several"
             )
-        self.folder = Path(folder).absolute()
-        self.metric = metric
-        self._options = (keep_newest, keep_best, background)
+        self.folder, self.metric = Path(folder).absolute(), metric
+        self._keep = (keep_newest, keep_best)
+        self._background = Background(background)
         self._snapshot = Snapshot()
         self._scores: dict[int, float] = {}
         self._writer: Any = None
@@ -105,8 +107,8 @@ class Checkpoints:
     ) -> Path:
         """Saves x for inference and the whole state for resume, or nothing at all; returns the path.
 
-        An error of the background comes with the next `save`, `wait` or `close`. A checkpoint of the same
-        step is replaced; newer ones, of a run that was turned back from, are moved to FOLDER/set-aside.
+        An error of the background is logged, and comes with the next `save`, `wait` or `close`. A checkpoint
+        of the same step is replaced; newer ones, of a run that was turned back from, go to FOLDER/set-aside.
 
         Args:
             step: finished optimizer updates, >= 0.
@@ -127,32 +129,27 @@ class Checkpoints:
             extra: JSON of your own.
 
         Raises:
-            CheckpointError: for a metric that is not finite or a leaf that cannot be stored, before
-                anything is written; if an earlier save of the background failed; if the disk is full or
-                there is no permission.
+            CheckpointError: for a metric that is not finite or a leaf that cannot be stored, before anything
+                is written; if the save before this one failed; if there is no space or no permission.
         """
-        values: dict[str, Any] = {"epoch": epoch, "position": position, "extra": dict(extra or {})}
-        values |= {
-            "step": _record.step(step),
-            "metrics": _record.finite(metrics or {}),
-            "recent": dict(recent or {}),
-        }
+        values: dict[str, Any] = {"step": _record.step(step), "metrics": _record.finite(metrics or {})}
+        values |= {"epoch": epoch, "position": position, "recent": dict(recent or {})}
         flat = named(whole(_pure(params), _pure(opt_state), extra_state))
         with self._lock:
-            self.wait()
-            x = evaluated(_pure(opt_state), _pure(params))
+            self._background.wait()
             host = on_host(flat, self._snapshot)
-            values["extra"] |= {"sfjax.objects": host.objects} if host.objects else {}
+            x = evaluated(_pure(opt_state), _pure(params))  # goes on while this thread does
+            values["extra"] = dict(extra or {}) | ({OBJECTS: host.objects} if host.objects else {})
             batches = _record.accumulated(host.tree["opt_state"], accumulation, batch_size)
-            meta = _record.make(
-                host.tree["params"], host.tree["opt_state"], hyperparameters, batches, **values
-            )
+            meta = _record.make(host.tree, hyperparameters, batches, **values)
             meta.to_json()  # what JSON has no form for must not fail later, in the background
             writer = self._open()
             if self.metric in meta.metrics:
                 self._scores[meta.step] = meta.metrics[self.metric]
             job = Job(meta, host, parameters(x), {} if buffers is None else parameters(buffers))
-            writer.save(meta.step, host.stored, job.write_meta, job.write_inference)
+            self._background.start(
+                partial(writer.save, meta.step, host.stored, job.write_meta, job.write_inference)
+            )
         return self.folder / str(meta.step)
 
     def restore(
@@ -179,7 +176,8 @@ class Checkpoints:
                 compared with the saved.
             resume: "auto" (the newest, or None if there is none), "none", "latest-good" (the newest that
                 verifies), "weights:PATH" (x alone, see `start_from_weights`), a step, or the path of a
-                checkpoint, also of the framework-free store (see `import_exchange`).
+                checkpoint, also of the framework-free store (see `import_exchange`; extra_state is then
+                the target for its buffers).
             strict: refuse any difference from what was saved.
 
         Returns:
@@ -201,7 +199,7 @@ class Checkpoints:
             log.info("starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder)
             return None
         if (path / store.META).is_file():
-            return import_exchange(path, params, opt_state, **configured)
+            return import_exchange(path, params, opt_state, buffers=extra_state, **configured)
         return restore_into(_read.read(path), params, opt_state, extra_state, **configured)
 
     def wait(self) -> None:
@@ -211,8 +209,7 @@ class Checkpoints:
             CheckpointError: if it failed; the older checkpoints are untouched.
         """
         with self._lock:
-            if self._writer is not None:
-                self._writer.wait()
+            self._background.wait()
 
     def close(self) -> None:
         """Waits, and ends the background threads; a later save starts them again.
@@ -222,8 +219,11 @@ class Checkpoints:
         """
         with self._lock:
             writer, self._writer = self._writer, None
-            if writer is not None:
-                writer.close()
+            try:
+                self._background.close()
+            finally:
+                if writer is not None:
+                    writer.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -234,16 +234,15 @@ class Checkpoints:
         try:
             self.close()
         except CheckpointError:
-            if error is None:  # it is logged; the error that ends the block matters more
+            if error is None:  # it is logged; the one that ends the block matters more
                 raise
 
     def _open(self) -> Any:
         if self._writer is None:
             from sfjax.checkpoint._orbax import Writer
 
-            keep_newest, keep_best, background = self._options
             try:
-                self._writer = Writer(self.folder, keep_newest, keep_best, self._scores, background)
+                self._writer = Writer(self.folder, *self._keep, self._scores)
             except OSError as error:
                 raise CheckpointError(f"cannot write into {self.folder}: {_names.why(error)}") from error
             self._scores.update(_read.scores(self.folder, self.metric))

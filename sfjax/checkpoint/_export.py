@@ -19,9 +19,10 @@ from sfcore import store
 from sfcore.exchange import fingerprint, of_role
 from sfcore.meta import Meta
 from sfcore.names import NameMap
-from sfjax._find import _pure, schedule_free_eval_params
+from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._leaves import groups, named, parameters, roles, whole
+from sfjax.checkpoint._save import evaluated
 
 PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
 
@@ -74,12 +75,12 @@ def export_exchange(
         "extra": dict(extra or {}),
     }
     batches = _record.accumulated(tree["opt_state"], accumulation)
-    meta = _record.make(tree["params"], tree["opt_state"], hyperparameters, batches, **values)
+    meta = _record.make(tree, hyperparameters, batches, **values)
     meta.position = position - meta.accumulation["position"]
     meta.accumulation["position"] = 0
     state = content(tree["params"], tree["opt_state"])
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
-    x = jax.jit(schedule_free_eval_params)(_pure(opt_state), _pure(params))
+    x = evaluated(_pure(opt_state), _pure(params))
     inference = {name: np.asarray(leaf) for name, leaf in parameters(x).items()}
     if names is not None:
         state = renamed(state, names.to_torch)
@@ -109,10 +110,24 @@ def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
 
 
 def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns (record, ROLE/NAME -> array, inference weights) of one Orbax checkpoint, verified.
+    """Returns (record, ROLE/NAME -> array, inference weights) of one Orbax checkpoint, verified, on the host.
+
+    Args:
+        path: FOLDER/STEP, as `Checkpoints.save` returned it.
 
     Raises:
         CheckpointError: naming file and leaf if it is damaged.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, sfjax
+        >>> from sfjax.checkpoint import Checkpoints, read
+        >>> tx, params = sfjax.schedule_free_sgd(0.1), {"w": jnp.ones(3)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Checkpoints(folder) as checkpoints:
+        ...         path = checkpoints.save(0, params, tx.init(params))
+        ...     meta, state, inference = read(path)
+        >>> sorted(state), sorted(inference)
+        (['y/w', 'z/w'], ['w'])
     """
     saved = _read.read(Path(path).absolute())
     state = {}

@@ -25,17 +25,24 @@ REMOVED, REPLACED, SET_ASIDE = ".removed", ".replaced", "set-aside"
 def steps(folder: Path) -> dict[int, Path]:
     """Returns step -> path of the checkpoints in a folder, oldest first; {} if there is no folder.
 
+    One whose replacement was never finished counts, where it lies.
+
     Raises:
         CheckpointError: if it is no folder or cannot be read.
     """
+    found = _numbered(folder / REPLACED) | _numbered(folder)
+    return {step: found[step] for step in sorted(found)}
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise CheckpointError(cannot_read(folder, error)) from error
-    found = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
-    return {step: folder / str(step) for step in found if (folder / str(step)).is_dir()}
+    own = [name for name in names if name.isdecimal() and str(int(name)) == name]
+    return {int(name): folder / name for name in own if (folder / name).is_dir()}
 
 
 def clean(folder: Path) -> list[Path]:
@@ -43,9 +50,9 @@ def clean(folder: Path) -> list[Path]:
 
     A replaced checkpoint comes back if its replacement was never finished.
     """
-    there = set(steps(folder))
-    for path in (folder / REPLACED).glob("*"):
-        if path.name.isdecimal() and int(path.name) not in there:
+    there = _numbered(folder)
+    for step, path in _numbered(folder / REPLACED).items():
+        if step not in there:
             os.rename(path, folder / path.name)
     left = [*folder.glob("*.orbax-checkpoint-tmp*"), folder / REMOVED, folder / REPLACED]
     left = [path for path in left if path.exists()]
@@ -60,7 +67,7 @@ def make_way(folder: Path, step: int) -> tuple[list[Path], list[Path]]:
     Newer checkpoints are of a run that this one has turned back from. They are kept, but a resume must
     not take them for the newest of this run.
     """
-    found = steps(folder)
+    found = _numbered(folder)
     replaced = [_move(found[step], folder / REPLACED)] if step in found else []
     return replaced, [_move(path, folder / SET_ASIDE) for there, path in found.items() if there > step]
 

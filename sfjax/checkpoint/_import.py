@@ -49,6 +49,15 @@ def import_exchange(
 
     Raises:
         CheckpointError: if it is damaged or does not fit; NamesError if the names do not.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, sfjax
+        >>> from sfjax.checkpoint import export_exchange, import_exchange
+        >>> tx, params = sfjax.schedule_free_sgd(0.1), {"w": jnp.ones(3)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_exchange(folder, params, tx.init(params), step=7)
+        ...     import_exchange(path, params, tx.init(params)).meta.step
+        7
     """
     folder = Path(path).absolute()
     folder = folder if (folder / store.META).exists() else store.newest(folder)

@@ -45,14 +45,16 @@ def named(tree: Any) -> Named:
     """Returns the leaves of a tree with their names; flax.nnx variables count as their arrays.
 
     Raises:
-        ValueError: if two leaves would have one name, as in {"a": {"b": 1}, "a/b": 2}.
+        ValueError: if two leaves would have one name, as in {"a": {"b": 1}, "a/b": 2}; or one in Orbax,
+            which joins keys by dots, as in {"a": {"b": 1}, "a.b": 2}.
     """
     pure = _pure(tree)
     paths = jax.tree_util.tree_leaves_with_path(pure)
     names = [_name(path) for path, _ in paths]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
-    if twice:
-        raise ValueError(f"leaves must have different names, got two called {min(twice)!r}: rename a key")
+    dotted = [name.replace("/", ".") for name in names]
+    if len(set(dotted)) < len(dotted):
+        twice = min(name for name, dots in zip(names, dotted, strict=True) if dotted.count(dots) > 1)
+        raise ValueError(f"leaves must have different names, got two called {twice!r}: rename a key")
     return Named(names, [leaf for _, leaf in paths], jax.tree.structure(tree), jax.tree.structure(pure))
 
 

@@ -1,8 +1,7 @@
 """Writes and reads one checkpoint with Orbax: state, record and inference weights, all or nothing.
 
 State goes in as host arrays, so that the number of devices leaves no trace in the checkpoint. Record and
-inference weights are written by functions that run in Orbax's background thread, because hashing
-everything would hold up the next step.
+inference weights are written by functions, so that hashing goes on while tensorstore writes.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ except ImportError as error:
 
 _log = logging.getLogger("sfjax.checkpoint")
 Write = Callable[[Path], None]
-_TIMEOUT = 24 * 3600  # seconds that a background save may take; Orbax gives up after 10 minutes
 
 
 class _Held(np.ndarray):
@@ -43,7 +41,7 @@ class _Held(np.ndarray):
 
 
 class _Late(ocp.JsonCheckpointHandler):
-    """Writes an item by calling a function in the background; on disk it is a JSON item like any other."""
+    """Writes an item by calling a function in a thread; on disk it is a JSON item like any other."""
 
     @classmethod
     def typestr(cls) -> str:
@@ -78,15 +76,11 @@ class Writer:
         folder: an absolute path; made if it is not there.
         keep_newest, keep_best: how many checkpoints stay.
         scores: step -> metric, filled in by the owner before each save; the smallest are best.
-        background: whether `save` returns before everything is on disk.
     """
 
-    def __init__(
-        self, folder: Path, keep_newest: int, keep_best: int, scores: Mapping[int, float], background: bool
-    ):
-        self.folder, self.background = folder, background
+    def __init__(self, folder: Path, keep_newest: int, keep_best: int, scores: Mapping[int, float]):
+        self.folder = folder
         self._keep = (keep_newest, _KeepBest(keep_best, scores))
-        self._step: int | None = None
         _names.make(folder)
         _folder.clean(folder)
         self._manager = self._open()
@@ -99,8 +93,8 @@ class Writer:
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_newest), best]),
-            enable_async_checkpointing=self.background,
-            async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT),
+            # The whole save runs in a thread of ours, which holds the run up for less time.
+            enable_async_checkpointing=False,
             # A rename, so that a kill never leaves half a checkpoint among the whole ones.
             todelete_subdir=_folder.REMOVED,
             # Orbax's own files may be damaged, which must not keep a run from saving.
@@ -115,15 +109,16 @@ class Writer:
         self._manager = self._open()
 
     def save(self, step: int, state: Any, meta: Write, inference: Write) -> None:
-        """Saves one checkpoint; an error of the background comes with the next `save` or `wait`.
+        """Saves one checkpoint; when it returns, everything is on disk and what is superfluous is gone.
 
         Args:
             step: its number; one that is there already is replaced, newer ones are set aside.
-            state: tree of host arrays that do not change until `wait` returns.
+            state: tree of host arrays that do not change meanwhile.
             meta, inference: write their item's files into the folder that they get.
+
+        Raises:
+            CheckpointError: if it failed; what it left is removed.
         """
-        self.wait()
-        self._step = step
         try:
             replaced, aside = _folder.make_way(self.folder, step)
             if replaced or aside:
@@ -138,42 +133,19 @@ class Writer:
                 ),
             )
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._failed(step, error) from error
         for path in aside:
             _log.warning("%s is newer than step %d, where this run is: it was set aside", path, step)
-        if not self.background:
-            self._finish()
-
-    def wait(self) -> None:
-        """Waits until the last save is on disk.
-
-        Raises:
-            CheckpointError: if it failed; what it left is removed.
-        """
-        if self._step is None:
-            return
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
-        self._finish()
-
-    def close(self) -> None:
-        """Waits, and ends Orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
-
-    def _finish(self) -> None:
-        self._step = None
         _names.sync(self.folder)
-        for name in (_folder.REMOVED, _folder.REPLACED):
+        for name in (_folder.REPLACED, _folder.REMOVED):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _failed(self, error: Exception) -> CheckpointError:
-        step, self._step = self._step, None
-        _log.error("the save of step %s failed: %s", step, error)
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._manager.close()
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        _log.error("the save of step %d failed: %s", step, error)
         _join_threads()
         _folder.clean(self.folder)
         self._reopen()

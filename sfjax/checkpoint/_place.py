@@ -30,7 +30,8 @@ def place(targets: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
         if isinstance(target, Number):
             placed[i] = type(target)(array.item())
         elif isinstance(target, np.ndarray | np.generic):
-            placed[i] = np.array(array) if isinstance(target, np.ndarray) else array[()]
+            copied = np.array(array, target.dtype)
+            placed[i] = copied if isinstance(target, np.ndarray) else copied[()]
         else:
             sharding = sharding_of(target)
             together.setdefault(None if sharding is None else frozenset(sharding.device_set), []).append(i)

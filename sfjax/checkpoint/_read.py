@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from sfcore import exchange, store
@@ -183,6 +184,4 @@ def _checked(path: Path, name: str, array: np.ndarray | None, about: Mapping[str
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    import ml_dtypes
-
     return np.dtype(getattr(ml_dtypes, name, name))

@@ -16,7 +16,7 @@ from sfjax.checkpoint import _changes
 from sfjax.checkpoint._leaves import CLOCK, Group, Named
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured, clock_from
-from sfjax.checkpoint._storable import array_like, is_object, stored_form
+from sfjax.checkpoint._storable import OBJECTS, array_like, is_object, stored_form
 
 _ANEW = {
     "v": "the second moment v starts anew",
@@ -163,7 +163,7 @@ def _clocks(
 
 
 def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Saved, result: Fit) -> Any:
-    objects = saved.meta.extra.get("sfjax.objects", {})
+    objects = saved.meta.extra.get(OBJECTS, {})
     if is_object(leaf):
         if name not in objects:
             result.problems.append(f"{name} must be in the checkpoint, got none of that name: leave it out")

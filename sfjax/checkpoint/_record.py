@@ -131,18 +131,16 @@ def clock_from(clock: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:
     return scalars | {"step": np.asarray(values["step"], np.int32)}
 
 
-def make(
-    params: Any, opt_state: Any, hyperparameters: Any, accumulation: Mapping[str, int], **values: Any
-) -> Meta:
+def make(tree: Any, hyperparameters: Any, accumulation: Mapping[str, int], **values: Any) -> Meta:
     """Returns the record of a state of host arrays, but for `tensors` and `fingerprints`.
 
     Args:
-        params, opt_state: trees of host arrays.
+        tree: {"params", "opt_state"} of host arrays.
         hyperparameters: as for `configured`.
         accumulation: from `accumulated`.
         values: further fields of Meta.
     """
-    own = groups(params, opt_state)
+    own = groups(tree["params"], tree["opt_state"])
     of_groups: list[dict[str, Any]] = [
         {
             "optimizer": one.optimizer,
@@ -155,7 +153,7 @@ def make(
         )
     ]
     clocks = {name: group["clock"] for group in of_groups for name in group["parameters"]}
-    arrays = parameters(params)
+    arrays = parameters(tree["params"])
     dtypes = {array.dtype.name for array in arrays.values()}
     return Meta(
         framework="jax",

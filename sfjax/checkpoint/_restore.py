@@ -20,7 +20,7 @@ from sfjax.checkpoint._leaves import groups, named, roles, whole
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._reconcile import Fit, fit, saved_group
-from sfjax.checkpoint._storable import is_object, set_object
+from sfjax.checkpoint._storable import OBJECTS, is_object, set_object
 
 log = logging.getLogger("sfjax.checkpoint")
 
@@ -36,6 +36,16 @@ class Restored:
         notices: sentences for the user: where the run resumes, and what is not as it was saved.
         changes: the table of hyperparameters that the configuration changed.
         skipped: newer checkpoints that do not verify, with the reason.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, sfjax
+        >>> from sfjax.checkpoint import Checkpoints
+        >>> tx, params = sfjax.schedule_free_sgd(0.1), {"w": jnp.ones(3)}
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+        ...     path = checkpoints.save(5, params, tx.init(params), position=20)
+        ...     restored = checkpoints.restore(params, tx.init(params))
+        >>> restored.meta.step, restored.meta.position, len(restored.notices)
+        (5, 20, 1)
     """
 
     params: Any
@@ -95,19 +105,26 @@ def restore_into(
     notices += [f"skipped {one.path}: {one.why}" for one in skipped] + differences
     if extra_state is None and any(name.startswith("extra_state") for name in saved.arrays):
         notices.append("the checkpoint has an extra_state that was not asked for")
-    for notice in notices if not quiet else ():
-        log.info(notice)
+    if not quiet:
+        tell(notices)
     state = _assemble(target, result)
+    meta = replace(saved.meta, extra={k: v for k, v in saved.meta.extra.items() if k != OBJECTS})
     return Restored(
         state["params"],
         state["opt_state"],
         state.get("extra_state"),
-        saved.meta,
+        meta,
         saved.path,
         notices,
         changes,
         list(skipped),
     )
+
+
+def tell(notices: Sequence[str]) -> None:
+    """Logs where a run starts, and warns of what is not as it was."""
+    for number, notice in enumerate(notices):
+        log.log(logging.WARNING if number else logging.INFO, "%s", notice)
 
 
 def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]:
@@ -132,8 +149,12 @@ def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]
 
 
 def _concrete_beta(state: Any) -> dict[str, Any]:
-    """Returns the beta that a concrete target was configured with, the only hyperparameter that it tells."""
-    return {} if isinstance(state.b1, jax.ShapeDtypeStruct) else {"beta": float(np.asarray(state.b1))}
+    """Returns the beta that a live target was configured with, the only hyperparameter that it tells."""
+    if isinstance(state.b1, jax.ShapeDtypeStruct) or (
+        isinstance(state.b1, jax.Array) and state.b1.is_deleted()
+    ):
+        return {}
+    return {"beta": float(np.asarray(state.b1))}
 
 
 def _assemble(target: Any, result: Fit) -> Any:

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from sfcore.exchange import CheckpointError
 
+OBJECTS = "sfjax.objects"  # the key of Meta.extra under which they lie
 Number = bool | int | float | complex
 
 
@@ -72,15 +74,15 @@ def array_like(name: str, leaf: Any) -> Any:
     """
     if is_key(leaf):
         return jax.random.key_data(leaf)
-    if isinstance(leaf, jax.Array | np.ndarray):
+    if isinstance(leaf, jax.Array):
         return leaf
-    if isinstance(leaf, Number | np.generic):
-        array = np.asarray(leaf)
-        if array.dtype.kind in "biufcV":
-            return array
+    array = np.asarray(leaf) if isinstance(leaf, np.ndarray | Number | np.generic) else None
+    if array is not None and (array.dtype.kind in "biufc" or hasattr(ml_dtypes, array.dtype.name)):
+        return array
+    found = type(leaf).__name__ if array is None else f"dtype {array.dtype}"
     raise CheckpointError(
-        f"{name} must be an array, a number, text, or an object with get_state and set_state, "
-        f"got {type(leaf).__name__}: leave it out of extra_state"
+        f"{name} must be an array of numbers, a number, text, or an object with get_state and set_state, "
+        f"got {found}: leave it out of extra_state, or convert it"
     )
 
 

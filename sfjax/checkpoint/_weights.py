@@ -7,7 +7,6 @@ when it is built; or `start_from_weights` puts it into the state of one that is 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -24,9 +23,8 @@ from sfjax.checkpoint import _folder, _read, _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured
-from sfjax.checkpoint._restore import Restored, restore_into
+from sfjax.checkpoint._restore import Restored, restore_into, tell
 
-log = logging.getLogger("sfjax.checkpoint")
 NO_STATE = "no optimizer state: starting from x"
 
 
@@ -98,8 +96,7 @@ def start_from_weights(
     started = restore_into(
         saved, params, opt_state, hyperparameters=hyperparameters, accumulation=accumulation, quiet=True
     )
-    for notice in notices:
-        log.info(notice)
+    tell(notices)
     return Restored(started.params, started.opt_state, None, meta, path, notices)
 
 

@@ -21,6 +21,7 @@ KINDS = {"sgd": SGD, "adamw": AdamW, "radam": RAdam}
 LR = 0.05
 
 
+@cache  # the same object again, so that its step compiles once for all tests
 def transformation(optimizer: str, accumulate: int = 1, **options: Any) -> Any:
     """Returns clip, then Schedule-Free, then accumulation, as a user has it."""
     options = {"radam": {"b2": 0.9}}.get(optimizer, {"warmup_steps": 3}) | options

@@ -132,6 +132,16 @@ def test_leftovers_go_at_the_first_save_and_a_replaced_checkpoint_comes_back(tmp
     assert files(tmp_path) == ["3", "5"]
 
 
+def test_a_checkpoint_whose_replacement_was_killed_is_found_without_a_save(tmp_path: Path) -> None:
+    with saved(tmp_path) as (_, params, opt_state):
+        pass
+    (tmp_path / ".replaced").mkdir()
+    os.rename(tmp_path / "3", tmp_path / ".replaced" / "3")
+    restored = Checkpoints(tmp_path).restore(params, opt_state)
+    assert restored is not None
+    assert restored.meta.step == 3
+
+
 def test_reading_cleans_nothing_that_another_process_may_be_writing(tmp_path: Path) -> None:
     with saved(tmp_path):
         pass

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 
 import sfjax
 from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.checkpoint._leaves import named
 from sfjax.tests.checkpoint_runs import begin, go, saved, snapshot, transformation
 from sfjax.tests.runs import assert_same
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
 
 
 class Batches:
@@ -93,7 +100,11 @@ def test_a_failing_restore_moves_no_iterator(tmp_path: Path) -> None:
     assert other.place == 0
 
 
-@pytest.mark.parametrize("leaf", [object(), Batches(lambda n: {n, 2})], ids=["object", "state of no JSON"])
+@pytest.mark.parametrize(
+    "leaf",
+    [object(), Batches(lambda n: {n, 2}), np.array(["text"]), np.array([object()])],
+    ids=["object", "state of no JSON", "array of text", "array of objects"],
+)
 def test_a_leaf_that_cannot_be_stored_is_named(leaf: Any, tmp_path: Path) -> None:
     params = begin()
     with pytest.raises(CheckpointError, match=r"extra_state/mine must (be an array|have a state of JSON)"):
@@ -135,9 +146,25 @@ def test_parameters_that_are_one_array_resume(tmp_path: Path) -> None:
     assert list(restored.meta.parameters) == ["value"]
 
 
-def test_two_leaves_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="leaves must have different names, got two called 'a/b'"):
-        named({"a": {"b": 1}, "a/b": 2})
+@pytest.mark.parametrize("key", ["a/b", "a.b"], ids=["here", "in Orbax"])
+def test_two_leaves_of_one_name_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=r"leaves must have different names, got two called 'a[/.]b'"):
+        named({"a": {"b": 1}, key: 2})
+
+
+def test_trees_of_every_kind_of_node_resume(tmp_path: Path) -> None:
+    extra = {
+        "int keys": {0: jnp.ones(1), 1: {2: jnp.zeros(2)}},
+        "ordered": collections.OrderedDict(b=jnp.ones(1), a=jnp.zeros(2)),
+        "own node": Pair(jnp.ones(2), [jnp.zeros(1)]),
+        "frozen": FrozenDict({"mean": jnp.ones(2)}),
+        "empty": [{}, (), None],
+        "rare dtypes": [jnp.ones(3, jnp.int4), jnp.ones(3, jnp.float8_e4m3fn), np.ones(2, ">f4")],
+    }
+    with saved(tmp_path, extra_state=extra) as (checkpoints, params, opt_state):
+        restored = checkpoints.restore(params, opt_state, extra_state=extra)
+    assert restored is not None
+    assert_same(restored.extra_state, extra)
 
 
 def test_later_steps_do_not_reach_a_save_in_flight(tmp_path: Path) -> None:
@@ -165,28 +192,31 @@ def _step(tx: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
 def test_a_run_with_its_data_order_and_keys_resumes_exactly(tmp_path: Path) -> None:
     tx = transformation("sgd")
 
+    @jax.jit
+    def step(params: Any, opt_state: Any, key: Any, number: Any) -> tuple[Any, Any]:
+        scale = jax.random.uniform(key) * number.astype(jnp.float32)
+        updates, opt_state = tx.update(jax.tree.map(lambda p: p * scale, params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     def epoch(params: Any, opt_state: Any, extra: Any, steps: int) -> tuple[Any, Any, Any]:
         for _ in range(steps):
             extra["key"], key = jax.random.split(extra["key"])
-            scale = jax.random.uniform(key) * extra["order"].integers(1, 5)
-            grads = jax.tree.map(lambda p, scale=scale: p * scale.astype(p.dtype), params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params, opt_state = step(params, opt_state, key, extra["order"].integers(1, 5))
         return params, opt_state, extra
 
     def fresh(seed: int) -> dict[str, Any]:
         return {"key": jax.random.key(seed), "order": np.random.default_rng(seed)}
 
-    with jax.numpy_dtype_promotion("standard"):
-        params = begin()
-        whole = epoch(params, tx.init(params), fresh(0), 4)
-        half = epoch(params, tx.init(params), fresh(0), 2)
-        with Checkpoints(tmp_path) as checkpoints:
-            checkpoints.save(2, *half[:2], extra_state=half[2])
-            restored = checkpoints.restore(params, tx.init(params), extra_state=fresh(9))
-        assert restored is not None
-        again = epoch(restored.params, restored.opt_state, restored.extra_state, 2)
+    params = begin()
+    whole = epoch(params, tx.init(params), fresh(0), 4)
+    half = epoch(params, tx.init(params), fresh(0), 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, *half[:2], extra_state=half[2])
+        restored = checkpoints.restore(params, tx.init(params), extra_state=fresh(9))
+    assert restored is not None
+    again = epoch(restored.params, restored.opt_state, restored.extra_state, 2)
     assert_same(again[:2], whole[:2])
+    assert np.any(whole[0]["a"] != half[0]["a"])
 
 
 def test_grain_iterators_resume_on_the_same_batch(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from sfjax.checkpoint import Checkpoints
 from sfjax.tests.checkpoint_runs import transformation
 
-folder, optimizer, dtype, accumulate, stop = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+folder, optimizer, dtype, accumulate, stop = *sys.argv[1:4], *map(int, sys.argv[4:])
 rng = np.random.default_rng(0)
-images, labels = jnp.asarray(rng.standard_normal((64, 5)), dtype), jnp.asarray(rng.standard_normal((64, 2)), dtype)
+images = jnp.asarray(rng.standard_normal((64, 5)), dtype)
+labels = jnp.asarray(rng.standard_normal((64, 2)), dtype)
 params = {"w": jnp.asarray(rng.standard_normal((5, 2)), dtype), "b": jnp.zeros(2, dtype)}
 tx = transformation(optimizer, accumulate)
 opt_state = tx.init(params)
@@ -35,7 +36,8 @@ with Checkpoints(folder) as checkpoints:
     restored = checkpoints.restore(params, jax.eval_shape(tx.init, params), extra_state=extra)
     first = 0
     if restored is not None:
-        params, opt_state, extra, first = restored.params, restored.opt_state, restored.extra_state, restored.meta.position
+        params, opt_state, extra = restored.params, restored.opt_state, restored.extra_state
+        first = restored.meta.position
     for number in range(first, stop):
         extra["key"], key = jax.random.split(extra["key"])
         params, opt_state = step(params, opt_state, extra["order"].integers(0, 64, 8), key)

@@ -53,11 +53,9 @@ WHOLE = {
         in_pairs,
     ),
     "apply_if_finite": (lambda sf: optax.apply_if_finite(sf, 3), as_they_are),
-    "inject_hyperparams": (lambda _: optax.inject_hyperparams(sfjax.schedule_free_adamw)(LR), as_they_are),
+    "inject_hyperparams": (lambda _: optax.inject_hyperparams(sfjax.schedule_free_sgd)(LR), as_they_are),
     "inject_hyperparams-static": (
-        lambda _: optax.inject_hyperparams(sfjax.schedule_free_adamw, static_args=("learning_rate", "b1"))(
-            LR
-        ),
+        lambda _: optax.inject_hyperparams(sfjax.schedule_free_sgd, static_args=("learning_rate", "b1"))(LR),
         as_they_are,
     ),
     "masked": (lambda sf: optax.masked(sf, True), as_they_are),
@@ -88,8 +86,8 @@ WHOLE = {
 def test_x_is_right_through(wrapper):
     wrap, seen = WHOLE[wrapper]
     params, grads = runs.start(), runs.gradients(STEPS)
-    y, state = runs.run(wrap(sfjax.schedule_free_adamw(LR)), runs.typed(params), grads)
-    points = runs.plain_points("adamw", params, seen(grads), lr=LR)
+    y, state = runs.run(wrap(sfjax.schedule_free_sgd(LR)), runs.typed(params), grads)
+    points = runs.plain_points("sgd", params, seen(grads), lr=LR)
     runs.assert_iterates(state, y, points, TOLERANCE)
     jitted = jax.jit(sfjax.schedule_free_eval_params)(state, y)
     runs.assert_close(jitted, runs.of(points, "x"), TOLERANCE)

@@ -162,5 +162,6 @@ def test_what_is_neither_is_refused() -> None:
 
 def test_adam_without_a_known_lr_is_refused() -> None:
     params = typed(start(), jnp.float32)
+    half, state = run(optax.adam(LR), params, gradients(2))
     with pytest.raises(CheckpointError, match="hyperparameters must give lr > 0"):
-        import_optax(optax.adam(LR).init(params), params, params, sfjax.schedule_free_adamw(LR).init(params))
+        import_optax(state, half, params, sfjax.schedule_free_adamw(LR).init(params))

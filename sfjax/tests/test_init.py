@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import sfjax
 from sfjax.tests import runs
@@ -35,6 +36,22 @@ def test_described_parameters_give_the_described_state(tx):
         for leaf in jax.tree.leaves(sfjax.find_state(tx.init(described)))
     )
     assert shapes_and_dtypes(jax.eval_shape(tx.init, described)) == want
+
+
+def test_a_base_buffer_of_another_shape_takes_no_sharding_from_its_parameter():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    sharding = NamedSharding(mesh, PartitionSpec("d", None))
+    tx = sfjax.schedule_free(optax.adafactor(0.1, min_dim_size_to_factor=2), 0.1)
+    state = tx.init({"w": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=sharding)})
+    specs = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state)}
+    everywhere = PartitionSpec()
+    assert specs == {
+        (4, 2): sharding.spec,
+        (4,): everywhere,
+        (2,): everywhere,
+        (1,): everywhere,
+        (): everywhere,
+    }
 
 
 @pytest.mark.parametrize("name", runs.FACTORIES)

@@ -68,6 +68,7 @@ def test_an_injected_inner_momentum_of_0_keeps_its_buffer_under_jit():
     params = runs.typed(runs.leaf(), jnp.float32)
     tx = optax.inject_hyperparams(sfjax.schedule_free_adamw)(0.1)
     state = tx.init(params)
+    assert signature(state) == signature(jax.jit(tx.init)(params))
     y, after = runs.run(tx, params, runs.gradients(3, like=runs.leaf()), state)
     assert signature(jax.eval_shape(lambda: state)) == signature(jax.eval_shape(lambda: after))
     runs.assert_close(

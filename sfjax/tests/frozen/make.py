@@ -66,8 +66,9 @@ def plain() -> Any:
 
 def run(tx: Any, params: Any, state: Any, first: int, last: int) -> tuple[Any, Any]:
     """Returns (params, state) after gradients first..last-1."""
+    update = jax.jit(tx.update)
     for g in gradients(last)[first:]:
-        updates, state = tx.update(g, state, params)
+        updates, state = update(g, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 

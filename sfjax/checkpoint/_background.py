@@ -1,0 +1,61 @@
+"""One thing at a time in the background, finished before the program ends."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Background:
+    """A thread for work that nobody waits for, until they ask whether it went well.
+
+    Args:
+        enabled: False does the work at once, in the caller's thread.
+    """
+
+    def __init__(self, enabled: bool):
+        self._enabled = enabled
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+        _live.add(self)
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Starts the work; the caller has waited for what was started before."""
+        if not self._enabled:
+            work()
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="sfjax-save")
+        self._pending = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Waits for the work; raises its error, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            pool, self._pool = self._pool, None
+            if pool is not None:
+                pool.shutdown()
+
+
+_live: weakref.WeakSet[Background] = weakref.WeakSet()
+
+
+def _finish() -> None:
+    for one in list(_live):
+        if one._pending is not None:
+            one._pending.exception()  # waits; an error is logged where it happens
+
+
+# Python accepts no new threads once the main one has ended, and atexit comes after that: a save in flight
+# would fail. This hook, which concurrent.futures itself uses, comes before.
+if hasattr(threading, "_register_atexit"):
+    threading._register_atexit(_finish)
