@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SECTIONS = (
     *("Install, and run", "Ten lines of JAX", "Ten lines of torch", "The equations"),
-    *("The conformance matrix", "How it differs", "What you must tune", "Caveats", "The map"),
-    "Every public name",
+    *("The conformance matrix", "How it differs", "What you must tune", "Caveats"),
+    *("Stopping and resuming", "The map", "Every public name"),
 )
 
 

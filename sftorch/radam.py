@@ -106,7 +106,7 @@ class RAdamScheduleFree(RAdamDirection, YAtRest):
         r: the average weighs step t by t^r, >= 0, default 0.
         weight_lr_power: and by the largest lr so far to this power, >= 0, default 2.
         foreach: one call for a list of tensors instead of a loop, default True.
-        silent_sgd_phase: nothing moves in the first steps (5 at b2 = 0.999), whose second moment is
+        silent_sgd_phase: nothing moves in the first steps (four at b2 = 0.999), whose second moment is
             unusable; False takes SGD steps there. Default True.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
         maximize: ascend instead of descend, default False.
