@@ -66,7 +66,7 @@ def train(settings: Settings, digits: Digits, plan: Plan) -> Iterator[Point]:
         return loss_of(params, digits.test_images, digits.test_labels), hits.mean()
 
     checkpoints = Checkpoints(plan.folder / "jax")
-    options = {"accumulation": settings.accumulate, "hyperparameters": {"lr": settings.lr}}
+    options: dict[str, Any] = {"accumulation": settings.accumulate, "hyperparameters": {"lr": settings.lr}}
     restored = checkpoints.restore(params, state, resume=plan.resume, **options)
     if restored:
         params, state = restored.params, restored.opt_state
