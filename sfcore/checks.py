@@ -58,7 +58,7 @@ def _whole(value: Any) -> bool:
 STEP_SIZE = Rule(
     "a finite number >= 0",
     lambda v: _finite(v) and v >= 0,
-    "to ascend, pass maximize=True or negate the loss instead of the step size",
+    "to ascend, negate the loss instead of the step size",
 )
 NON_NEGATIVE = Rule("a finite number >= 0", lambda v: _finite(v) and v >= 0, "pass 0 to switch it off")
 POSITIVE = Rule("a finite number > 0", lambda v: _finite(v) and v > 0, "1e-8 is the usual value")
