@@ -23,6 +23,7 @@ from benchmarks.resume_restart import Setting, compare, steps_of
 from benchmarks.resume_rows import Row
 
 ACCUMULATIONS = (1, 8, 32)
+USUAL = ", ".join(f"{kind.usual} for {kind.name}" for kind in PROBLEMS)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="digits only, 3 seeds, accumulation 1 and 8: half a minute")
-    add("--seeds", type=int, metavar="N", help="default: 10")
+    add("--seeds", type=int, metavar="N", help=f"default: {USUAL}")
     add("--trained", type=int, default=1000, metavar="N", help="steps before the restart; default: 1000")
     add("--sweep", action="store_true", help="other policies, to resume_sweep.jsonl")
     add("--problem", choices=[kind.name for kind in PROBLEMS], help="this one only; default: all")
@@ -59,13 +60,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="default: benchmarks/results; out/benchmarks with --quick")
     add("--markdown", type=Path, metavar="FILE", help="write the table between <!-- restart --> and its end")
     options = parser.parse_args(argv)
-    options.seeds = options.seeds if options.seeds is not None else 3 if options.quick else 10
+    options.seeds = 3 if options.seeds is None and options.quick else options.seeds
     options.out = options.out or (Path("out/benchmarks") if options.quick else RESULTS)
     for name in ("seeds", "trained"):
-        if getattr(options, name) < 1:
-            parser.error(
-                f"--{name} must be a whole number >= 1, got {getattr(options, name)}: pass 1 or more"
-            )
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be a whole number >= 1, got {value}: pass 1 or more")
     if options.markdown and (options.quick or options.sweep or options.problem):
         parser.error(
             "--markdown must come alone, not with --quick, --sweep or --problem: a README holds full runs"
@@ -85,7 +85,8 @@ def restart(options: argparse.Namespace) -> list[Row]:
         : 1 if options.quick else None
     ]
     accumulations = ACCUMULATIONS[: 2 if options.quick else None]
-    settings = [Setting(kind(options.seeds), n, options.trained) for kind in kinds for n in accumulations]
+    problems = [kind(options.seeds or kind.usual) for kind in kinds]
+    settings = [Setting(problem, n, options.trained) for problem in problems for n in accumulations]
     methods, path, part = METHODS, options.out / "resume.jsonl", resume_rows.PART
     if options.sweep:
         names = "+".join(kind.name for kind in kinds)
@@ -95,8 +96,7 @@ def restart(options: argparse.Namespace) -> list[Row]:
     with tqdm(total=sum(steps_of(s, methods) for s in settings), unit="step", smoothing=0.05) as bar:
         for setting in settings:
             bar.set_description(f"{setting.problem.name}, accumulate {setting.accumulate}")
-            lead, *runs = (curve for _, curve in compare(setting, methods, bar.update))
-            found += resume_rows.rows(setting, lead, dict(zip(methods, runs, strict=True)), part)
+            found += resume_rows.rows(setting, *compare(setting, methods, bar.update), part)
             # Only the figure needs the curves, and a sweep has none.
             drop = {"curve"} if options.sweep else set()
             _records.replace_part(path, part, [{k: row[k] for k in row if k not in drop} for row in found])

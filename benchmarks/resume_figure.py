@@ -60,12 +60,13 @@ def draw(found: Sequence[Row], path: Path) -> None:
             for ax, accumulate in zip(row, accumulations, strict=True):
                 panel(ax, [r for r in found if (r["problem"], r["accumulate"]) == (problem, accumulate)])
                 ax.set_title(f"accumulate {accumulate}")
-            row[0].set_title(f"{labels[problem]}\naccumulate {accumulations[0]}")
+            n = next(r["n"] for r in found if r["problem"] == problem)
+            row[0].set_title(f"{labels[problem]}, {n} seeds\naccumulate {accumulations[0]}")
             row[0].set_ylabel("validation loss / loss before")
         for ax in axes[-1]:
             ax.set_xlabel("optimizer steps since the restart, square-root axis")
         title = f"A restart from weights alone after {found[0]['trained']} steps"
-        spread = f"median and quartiles of {found[0]['n']} seeds, micro-batches of {found[0]['micro_batch']}"
+        spread = f"median and quartiles of the seeds, micro-batches of {found[0]['micro_batch']}"
         figure.suptitle(f"{title}: {spread}", x=0.008, ha="left", fontsize=12, fontweight="bold")
         handles, names = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower left", ncols=5, frameon=False)

@@ -179,5 +179,5 @@ def policy(prior_steps: int, warmup_steps: int = 0) -> Method:
 def sweep(trained: int) -> tuple[Method, ...]:
     """Returns what the policy was chosen from; weights that were trained for `trained` steps may say so."""
     priors = sorted({100, 200, 400, 600, 800, 1000, 1600, trained})
-    with_warmup = ((400, 20), (400, 200), (800, 100))
+    with_warmup = ((400, 200), (600, 20), (800, 20), (800, 50), (800, 100))
     return (EXACT, RADAM, *map(policy, priors), *(policy(*both) for both in with_warmup))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 import sftorch
 from benchmarks.resume_methods import Method, Run, Saved, TorchRun
-from benchmarks.resume_problems import Problem
+from benchmarks.resume_problems import Batch, Problem
 
 WATCHED = 100  # optimizer steps in which the worst loss is looked for
 LAST = 300
@@ -68,7 +68,7 @@ def train(setting: Setting, advance: Callable[[int], object]) -> tuple[Saved, Cu
     )
     points: list[tuple[int, np.ndarray]] = []
     for step in range(setting.trained):
-        take_step(setting, run, step)
+        take_step(problem, run, problem.batch(step, setting.batch_size))
         left = setting.trained - 1 - step
         if left <= LEAD and left % 10 == 0:
             points.append((-left, validation_loss(problem, run)))
@@ -79,28 +79,36 @@ def train(setting: Setting, advance: Callable[[int], object]) -> tuple[Saved, Cu
 
 
 def go_on(
-    setting: Setting, saved: Saved, method: Method, advance: Callable[[int], object], last: int = LAST
-) -> Curve:
-    """Returns the losses after a restart, on the batches that the first run would have seen next."""
-    run = method.start(saved)
-    points = []
+    setting: Setting,
+    saved: Saved,
+    methods: Sequence[Method],
+    advance: Callable[[int], object],
+    last: int = LAST,
+) -> dict[Method, Curve]:
+    """Returns the losses after a restart, on the batches that the first run would have seen next.
+
+    The methods go side by side: making a batch costs as much as a step on it.
+    """
+    runs = [method.start(saved) for method in methods]
+    points: list[list[tuple[int, np.ndarray]]] = [[] for _ in runs]
     for step in range(1, last + 1):
-        take_step(setting, run, setting.trained + step - 1)
-        if evaluated_after(step):
-            points.append((step, validation_loss(setting.problem, run)))
-        advance(1)
-    return curve(points)
+        batch = setting.problem.batch(setting.trained + step - 1, setting.batch_size)
+        for run, found in zip(runs, points, strict=True):
+            take_step(setting.problem, run, batch)
+            if evaluated_after(step):
+                found.append((step, validation_loss(setting.problem, run)))
+            advance(1)
+    return dict(zip(methods, map(curve, points), strict=True))
 
 
-def take_step(setting: Setting, run: Run, step: int) -> None:
+def take_step(problem: Problem, run: Run, batch: Batch) -> None:
     """Takes one optimizer step.
 
     The mean gradient of the micro-batches is taken in one pass: it is what accumulation adds up to,
     and all that an optimizer sees of it.
     """
     weights = run.weights()
-    losses = setting.problem.losses(weights, setting.problem.batch(step, setting.batch_size))
-    run.step(torch.autograd.grad(losses.sum(), weights))
+    run.step(torch.autograd.grad(problem.losses(weights, batch).sum(), weights))
 
 
 @torch.no_grad()
@@ -116,12 +124,10 @@ def curve(points: Sequence[tuple[int, np.ndarray]]) -> Curve:
 
 def compare(
     setting: Setting, methods: Sequence[Method], advance: Callable[[int], object]
-) -> Iterator[tuple[Method | None, Curve]]:
-    """Yields the curve before the restart (with None), then each method's."""
+) -> tuple[Curve, dict[Method, Curve]]:
+    """Returns the curve before the restart, and each method's."""
     saved, before = train(setting, advance)
-    yield None, before
-    for method in methods:
-        yield method, go_on(setting, saved, method, advance)
+    return before, go_on(setting, saved, methods, advance)
 
 
 def steps_of(setting: Setting, methods: Sequence[Method]) -> int:

@@ -25,8 +25,8 @@ def test_the_policy_keeps_loaded_weights_that_a_plain_restart_throws_away():
     saved, lead = train(setting, ignore)
     plain = next(method for method in PEERS if method.name == "upstream-0")
     worst = {
-        method.name: (go_on(setting, saved, method, ignore, WATCHED).worst() / lead.at(0)).item()
-        for method in (OURS, plain)
+        method.name: (curve.worst() / lead.at(0)).item()
+        for method, curve in go_on(setting, saved, (OURS, plain), ignore, WATCHED).items()
     }
     # Measured on this seed: ours 1.004, plain 9.1; the bounds are the promise, and twice the loss.
     assert worst["ours"] < 1.05
@@ -79,10 +79,17 @@ def made_up_rows(worst: float = 1.0, last: float = 0.5):
 
 def test_rows_hold_the_measures_with_their_spread():
     row = resume_rows.pick(made_up_rows(1.25, 0.5), "digits", 8, "ours")
-    assert row["worst_over_before"] == row["worst_over_exact"] == {"median": 1.25, "q1": 1.25, "q3": 1.25}
+    assert row["worst_over_before"] == row["worst_over_exact"]
+    assert row["worst_over_exact"] == {"median": 1.25, "q1": 1.25, "q3": 1.25, "error": 0}
     assert row["loss_at_300_over_radam"]["median"] == 0.5
     assert row["n"] == 3
     assert json.loads(json.dumps(row)) == row
+
+
+def test_the_error_is_that_of_the_median():
+    values = np.random.default_rng(1).standard_normal(400)
+    # The median of n normal numbers has the standard error sqrt(pi / (2 n)); a bootstrap knows it roughly.
+    assert resume_rows.error(values)["error"] == pytest.approx((np.pi / 800) ** 0.5, rel=0.3)
 
 
 @pytest.mark.parametrize(("worst", "last", "count"), [(1.05, 1, 0), (1.06, 1, 1), (1, 1.01, 1), (2, 2, 2)])
@@ -95,8 +102,8 @@ def test_a_missed_target_is_named(worst, last, count):
 def test_the_table_for_the_readme_has_a_line_a_method():
     text = resume_rows.markdown(made_up_rows(1.25, 0.5))
     assert text.count("\n") == 1 + len(METHODS)
-    assert f"| **{OURS.label}** | 1.25 / 1.25 / 0.5000 |" in text
-    assert f"| {RADAM.label} | 1.00 / 1.00 / 1.000 |" in text
+    assert f"| **{OURS.label}** | 1.25 / 1.25 / 0.5000 / 0.500 ± 0.000 |" in text
+    assert f"| {RADAM.label} | 1.00 / 1.00 / 1.000 / 1.000 ± 0.000 |" in text
 
 
 def test_the_figure_is_written(tmp_path):
