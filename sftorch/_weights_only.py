@@ -120,6 +120,7 @@ def empty(
 ) -> list[str]:
     """Forgets the optimizer's state and opens its groups' books anew, under the policy; returns notices."""
     given = {} if prior_steps is None else {"prior_steps": prior_steps}
+    optimizer._loaded = None
     optimizer.state.clear()
     if hasattr(optimizer, "base"):
         optimizer.base.state.clear()

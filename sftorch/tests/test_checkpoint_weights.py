@@ -175,3 +175,15 @@ def test_prior_steps_given_to_restore_win(trained, prior_steps):
     group = optimizer.param_groups[0]
     assert group["prior_steps"] == prior_steps
     assert group["weight_sum"] == pytest.approx(prior_steps * 0.01**2, rel=1e-12)
+
+
+def test_a_state_dict_loaded_before_is_forgotten_too(trained):
+    path = write("pt", *trained)
+    model, optimizer, _ = start(path)
+    train(model, optimizer, CASE, 0, 2)
+    saved = optimizer.state_dict()
+    model, optimizer = build(CASE, seed=7)
+    optimizer.load_state_dict(saved)
+    Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}")
+    train(model, optimizer, CASE, 0, 2)  # whose weights are no longer those of the state dict
+    assert optimizer.metrics()[0]["step"] == 2
