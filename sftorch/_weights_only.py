@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import exchange, store
+from sfcore import checks, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import weights_only_policy
 from sftorch import _arrays, _scalars
@@ -99,7 +99,10 @@ def start(
 
     Raises:
         CheckpointError: if the weights cannot be read or do not fit; nothing has changed then.
+        HyperparameterError: for prior_steps out of range; nothing has changed then.
     """
+    if prior_steps is not None:
+        checks.check(optimizer.hyperparameters, {"prior_steps": prior_steps})
     weights = read(path)
     live = check(path, weights, model)
     notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1]]

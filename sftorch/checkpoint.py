@@ -174,6 +174,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
+            HyperparameterError: for prior_steps out of range (a ValueError); nothing has changed then.
         """
         self._writer.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import sftorch
+from sfcore.checks import HyperparameterError
 from sfcore.restart import WEIGHTS_ONLY
 from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import Case, build, train
@@ -187,3 +188,13 @@ def test_a_state_dict_loaded_before_is_forgotten_too(trained):
     Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}")
     train(model, optimizer, CASE, 0, 2)  # whose weights are no longer those of the state dict
     assert optimizer.metrics()[0]["step"] == 2
+
+
+@pytest.mark.parametrize("prior_steps", [-5, 0.5])
+def test_prior_steps_out_of_range_are_refused_and_change_nothing(trained, prior_steps):
+    path = write("pt", *trained)
+    model, optimizer = build(CASE, seed=7)
+    before = repr(model.state_dict())
+    with pytest.raises(HyperparameterError, match="prior_steps must be a whole number of optimizer steps"):
+        Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}", prior_steps=prior_steps)
+    assert repr(model.state_dict()) == before
