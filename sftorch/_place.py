@@ -1,11 +1,7 @@
-"""Where a run is: its step, its place in the data and in an update, and how good it is."""
+"""Where a run is in an update: how many of its micro-batches are in the gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from sfcore import meta as _meta
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sftorch._apply import Plan
@@ -21,13 +17,6 @@ def accumulation_of(accumulation: tuple[int, int], batch_size: int | None) -> di
         )
     found = {"steps": steps, "position": position}
     return found if batch_size is None else found | {"batch_size": batch_size}
-
-
-def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics as numbers, after checking that they are finite."""
-    found = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-    _meta.check_metrics(found)
-    return found
 
 
 def drop_partial_update(plan: Plan, meta: Meta, accumulation: int | None) -> list[str]:

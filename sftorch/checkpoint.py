@@ -18,7 +18,7 @@ from torch import nn
 from sfcore import store
 from sfcore.changes import of_batches, refuse
 from sfcore.exchange import CheckpointError
-from sfcore.meta import Meta
+from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.store import Skipped
 from sftorch import _apply, _arrays, _place, _rng, _weights_only
 from sftorch._capture import MODEL_EXTRA, capture
@@ -127,12 +127,13 @@ class Checkpoints:
             CheckpointError: if something cannot be saved, or the save before this one failed.
         """
         self._writer.wait()
+        own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
         place = {
-            "step": max(optimizer._books(g)["k"] for g in optimizer.param_groups) if step is None else step,
+            "step": as_step(own if step is None else step),
             "epoch": epoch,
             "position": position,
             "accumulation": _place.accumulation_of(accumulation, batch_size),
-            "metrics": _place.finite(metrics or {}),
+            "metrics": as_metrics(metrics or {}),
         }
         captured = capture(model, optimizer, place, extra or {})
         captured.arrays.update(_rng.capture())

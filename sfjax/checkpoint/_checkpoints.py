@@ -16,6 +16,7 @@ import numpy as np
 from sfcore import _folder as _names
 from sfcore import store
 from sfcore.exchange import CheckpointError
+from sfcore.meta import as_metrics, as_step
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._background import Background
@@ -125,7 +126,7 @@ class Checkpoints:
             CheckpointError: for a metric that is not finite or a leaf that cannot be stored, before anything
                 is written; if the save before this one failed; if there is no space or no permission.
         """
-        values: dict[str, Any] = {"step": _record.step(step), "metrics": _record.finite(metrics or {})}
+        values: dict[str, Any] = {"step": as_step(step), "metrics": as_metrics(metrics or {})}
         values |= {"epoch": epoch, "position": position}
         flat = named(whole(_pure(params), _pure(opt_state), extra_state))
         with self._lock:

@@ -18,7 +18,7 @@ import numpy as np
 
 from sfcore import store
 from sfcore.exchange import fingerprint, of_role
-from sfcore.meta import Meta
+from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
 from sfjax import _halves
 from sfjax._find import _pure
@@ -71,9 +71,9 @@ def export_exchange(
     """
     tree = jax.tree.map(np.asarray, whole(_pure(params), _pure(opt_state)))
     values = {
-        "step": step,
+        "step": as_step(step),
         "epoch": epoch,
-        "metrics": _record.finite(metrics or {}),
+        "metrics": as_metrics(metrics or {}),
         "extra": dict(extra or {}),
     }
     batches = _record.accumulated(tree["opt_state"], accumulation)

@@ -13,8 +13,8 @@ import optax
 
 from sfcore import hyperparameters as kinds
 from sfcore.checks import HyperparameterError, nearest
-from sfcore.exchange import CheckpointError, describe
-from sfcore.meta import Meta, check_metrics
+from sfcore.exchange import describe
+from sfcore.meta import Meta
 from sfjax.adamw import MomentsState
 from sfjax.checkpoint._leaves import CLOCK, Group, groups, parameters
 
@@ -193,31 +193,6 @@ def accumulated(opt_state: Any, given: Any, batch_size: int | None = None) -> di
 
 def _is_multi_steps(node: Any) -> bool:
     return isinstance(node, optax.MultiStepsState)
-
-
-def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Returns metrics as Python floats.
-
-    Raises:
-        CheckpointError: with every one that is no finite number.
-    """
-    plain = {
-        name: value.item() if getattr(value, "size", 0) == 1 else value for name, value in metrics.items()
-    }
-    check_metrics(plain)
-    return {name: float(value) for name, value in plain.items()}
-
-
-def step(value: Any) -> int:
-    """Returns a step as a Python number.
-
-    Raises:
-        CheckpointError: if it is no whole number >= 0.
-    """
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"step must be a whole number >= 0, got {value!r}: pass int(...)")
-    return int(value)
 
 
 def versions() -> dict[str, str]:
