@@ -22,7 +22,11 @@ def pack(optimizer: ScheduleFreeOptimizer, packed: dict[str, Any]) -> dict[str, 
     loaded = optimizer._loaded
     pending = loaded if loaded is not None and not loaded.settled else None
     state = {index: dict(values) for index, values in packed["state"].items()}
-    groups = [dict(group) for group in packed["param_groups"]]
+    groups = [
+        # A wrapper's books are a dict of their own in the group.
+        {name: dict(value) if isinstance(value, dict) else value for name, value in group.items()}
+        for group in packed["param_groups"]
+    ]
     for group, live in zip(groups, optimizer.param_groups, strict=True):
         group["shapes"] = [list(p.shape) for p in live["params"]]
         started = optimizer._started(live)

@@ -214,5 +214,14 @@ def test_state_of_another_model_is_refused_and_changes_nothing():
     assert not optimizer.state
 
 
+def test_state_of_another_model_does_not_touch_a_wrappers_books():
+    frozen = load("schedulefree-1.4.1-wrapper-eval")
+    optimizer = make("wrapper", parameters([torch.ones(2, 3), torch.ones(2)]))
+    before = copy.deepcopy(optimizer.param_groups[0]["schedule_free"])
+    with pytest.raises(ValueError, match="nothing has changed"):
+        import_state_dict(optimizer, frozen["state"], weights_hold="y")
+    assert optimizer.param_groups[0]["schedule_free"] == before
+
+
 def test_the_frozen_files_are_small():
     assert max(path.stat().st_size for path in FROZEN.rglob("*") if path.is_file()) < 50_000
