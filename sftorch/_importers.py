@@ -179,11 +179,8 @@ class _Group:
         values, _ = self.optimizer._values(dict(group))
         t, prior = int(theirs["step"]), values["prior_steps"]
         # As many weights as prior_steps, each like the one that comes next (S4), which is t^r heavy already.
-        weight_sum = (
-            prior * (t + 1 + prior) ** values["r"] * values["lr"] ** values["weight_lr_power"]
-            if prior
-            else 0.0
-        )
+        lr = _weights_only.full_lr(group, values)
+        weight_sum = prior * (t + 1 + prior) ** values["r"] * lr ** values["weight_lr_power"]
         found = {"z": z, **self._buffers(theirs, self.optimizer._buffers(self.live), p)}
         if self.optimizer._beta(self.live) == 0:
             found["x"] = z.clone()

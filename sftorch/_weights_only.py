@@ -165,7 +165,7 @@ def protect(
     values, _ = optimizer._values(group)
     usual = {field.name: field.default for field in fields(optimizer.hyperparameters)}
     asked = {name: value for name, value in values.items() if value != usual[name]} | dict(given or {})
-    lr = float(group.get("initial_lr", values["lr"]))
+    lr = full_lr(group, values)
     if lr == 0:
         return 0.0, [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
     notices = []
@@ -177,3 +177,8 @@ def protect(
             )
     values, _ = optimizer._values(group)
     return _scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"]), notices
+
+
+def full_lr(group: Mapping[str, Any], values: Mapping[str, Any]) -> float:
+    """Returns a group's lr as it was before a scheduler changed it, which may begin with a ramp from 0."""
+    return float(group.get("initial_lr", values["lr"]))

@@ -157,6 +157,15 @@ class TestPlainAdamW:
         go_on(optimizer, params, frozen["gradients"][:1])
         assert optimizer.metrics()[0]["c"] == pytest.approx(1 / (WEIGHTS_ONLY["prior_steps"] + 1))
 
+    def test_the_weights_are_protected_under_a_scheduler_that_begins_at_0(self):
+        frozen = load("torch-2.13-adamw")
+        params = parameters(frozen["weights"])
+        optimizer = sftorch.AdamWScheduleFree(params, lr=0.01)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step)
+        import_state_dict(optimizer, frozen["state"])
+        for p in params:
+            assert optimizer.state[p]["weight_sum"] == WEIGHTS_ONLY["prior_steps"] * 0.01**2
+
     def test_the_first_step_is_that_of_a_mature_second_moment(self, imported):
         frozen, params, optimizer, _ = imported
         v = [frozen["state"]["state"][i]["exp_avg_sq"] for i in range(len(params))]
