@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import checks, exchange, store
+from sfcore import _torch_files, checks, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import weights_only_policy
 from sftorch import _arrays, _scalars
@@ -37,15 +36,7 @@ def read(path: Path) -> dict[str, Tensor]:
         return _tensors(store.read(found, store.INFERENCE)[1])
     if path.suffix == ".safetensors":
         return _tensors(exchange.read_tensors(path))
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(exchange.cannot_read(path, error)) from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} must be a safetensors file or what torch.save wrote of a state dict, got {error}: "
-            "check the path, or save model.state_dict() again"
-        ) from error
+    loaded = _torch_files.load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
