@@ -140,6 +140,7 @@ class Checkpoints:
             meta = _record.make(host.tree, hyperparameters, batches, **values)
             meta.to_json()  # what JSON has no form for must not fail later, in the background
             writer = self._open()
+            self._scores.pop(meta.step, None)  # of the checkpoint that this one replaces
             if self.metric in meta.metrics:
                 self._scores[meta.step] = meta.metrics[self.metric]
             # Copied, because the next step may write to them, or delete them if they are donated to it.
