@@ -6,7 +6,7 @@ states (rng/) and the user's own (extra/). Torch's counters of batches travel as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from sfcore.exchange import fingerprint, of_role
 from sfcore.meta import Meta
 from sfcore.names import NameMap
 
-PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
+_PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
 _KEPT = ("base", "rng", "extra")
 _CARRIED = "extra/torch/"
 
@@ -51,9 +51,7 @@ def translate(
         NamesError: with every leaf that does not fit the map.
     """
     rename = names.to_torch if to == "torch" else names.to_jax
-    found: dict[str, np.ndarray] = {}
-    for role in PER_PARAMETER:
-        found |= {f"{role}/{name}": array for name, array in rename(of_role(state, role)).items()}
+    found = renamed(state, rename)
     found |= {leaf: array for leaf, array in state.items() if leaf.partition("/")[0] in _KEPT}
     found = _with_counters(found, of_role(state, "buffer"), to)
     x = rename(inference)
@@ -62,6 +60,16 @@ def translate(
     parameters = {name: array for name, array in x.items() if f"y/{name}" in found}
     moved.fingerprints = {"x": fingerprint(parameters), "y": fingerprint(of_role(found, "y"))}
     return moved, found, x, notices
+
+
+def renamed(
+    state: Mapping[str, np.ndarray], rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns the leaves of every parameter under other names and in other layouts; others are left out."""
+    found: dict[str, np.ndarray] = {}
+    for role in _PER_PARAMETER:
+        found |= {f"{role}/{name}": array for name, array in rename(of_role(state, role)).items()}
+    return found
 
 
 def _with_counters(

@@ -1,15 +1,13 @@
 """To the framework-free store, from which a run goes on in the torch twin.
 
 The store holds y, z, v, m of every parameter by role and name, and x where beta is 0. y is in full: float32
-where a parameter has 16 bits. Gradients of an
-unfinished accumulation stay behind, because the frameworks scale them differently: the position in the
-data goes back to the last update.
+where a parameter has 16 bits. Gradients of an unfinished accumulation stay behind, because the frameworks
+scale them differently: the position in the data goes back to the last update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 
 from sfcore import store
+from sfcore._translate import translate
 from sfcore.exchange import fingerprint, of_role
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
@@ -25,8 +24,6 @@ from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._leaves import groups, named, parameters, roles, whole
 from sfjax.checkpoint._save import evaluated
-
-PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
 
 
 def export_exchange(
@@ -84,12 +81,11 @@ def export_exchange(
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
     x = evaluated(_pure(opt_state), _pure(params))
     inference = {name: np.asarray(leaf) for name, leaf in parameters(x).items()}
-    if names is not None:
-        state = renamed(state, names.to_torch)
-        inference = names.to_torch(inference)
-        meta = _torch_names(meta, names, of_role(state, "y"))
     meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}
-    return store.write(Path(folder), meta, state, inference | of_role(state, "buffer"))
+    inference |= of_role(state, "buffer")
+    if names is not None:
+        meta, state, inference, _ = translate(meta, state, inference, "torch", names)
+    return store.write(Path(folder), meta, state, inference)
 
 
 def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
@@ -164,23 +160,3 @@ def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.nd
         if kind == "x":
             state[f"z/{parameter}"] = y[parameter].astype(saved.arrays[name].dtype)
     return saved.meta, state, _read.read_inference(saved.path, saved.meta)
-
-
-def renamed(
-    arrays: Mapping[str, np.ndarray], rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Returns the leaves of every parameter under other names and in other layouts; others are left out."""
-    found: dict[str, np.ndarray] = {}
-    for role in PER_PARAMETER:
-        found |= {f"{role}/{name}": array for name, array in rename(of_role(arrays, role)).items()}
-    return found
-
-
-def _torch_names(meta: Meta, names: NameMap, y: Mapping[str, np.ndarray]) -> Meta:
-    """Returns the record with torch's names and shapes."""
-    about = {names.torch_name(name): one for name, one in meta.parameters.items()}
-    about = {name: one | {"shape": list(y[name].shape)} for name, one in about.items()}
-    moved = [
-        g | {"parameters": list(dict.fromkeys(map(names.torch_name, g["parameters"])))} for g in meta.groups
-    ]
-    return replace(meta, framework="torch", parameters=about, groups=moved)

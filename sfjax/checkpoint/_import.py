@@ -14,10 +14,10 @@ from sfcore import names as _names
 from sfcore import store
 from sfcore._iterates import beta_of
 from sfcore._lean import widened
+from sfcore._translate import renamed
 from sfcore.exchange import CheckpointError, of_role
 from sfcore.meta import Meta
 from sfcore.names import NameMap
-from sfjax.checkpoint._export import renamed
 from sfjax.checkpoint._leaves import parameters
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
