@@ -87,12 +87,18 @@ def plan(
     """Builds the new state on the parameters' devices and the table of differences; changes nothing.
 
     Raises:
-        CheckpointError: if the checkpoint is another framework's or does not fit the model.
+        CheckpointError: if the checkpoint is another framework's, came from JAX without its hyperparameters,
+            or does not fit the model.
     """
     if meta.framework != "torch":
         raise CheckpointError(
             f"{path} must be a torch checkpoint, got framework {meta.framework!r}: convert it with "
             f"python -m sfcore convert {path} DST --to torch"
+        )
+    if any("lr" not in group["hyperparameters"] for group in meta.groups):
+        raise CheckpointError(
+            f"{path} must record the lr of every group, got none: save it in JAX with hyperparameters=..., "
+            "or start from the weights alone with resume='weights:PATH'"
         )
     names = parameter_names(model, optimizer)
     check_model(path, meta, arrays, model, names)
