@@ -15,6 +15,7 @@ import numpy as np
 from sfcore import names as _names
 from sfcore._flax import torch_only
 from sfcore._iterates import beta_of
+from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import fingerprint, of_role
 from sfcore.meta import Meta
 from sfcore.names import NameMap
@@ -101,23 +102,8 @@ def _record(meta: Meta, names: NameMap, to: str, leaves: Mapping[str, np.ndarray
         | {"parameters": list(dict.fromkeys(o for n in group["parameters"] for o in others(n)))}
         for group in meta.groups
     ]
-    taken, notices = meta.accumulation["position"], []
-    if taken:
-        notices.append(
-            f"the gradients of {taken} micro-batches of an unfinished update are left behind, because the "
-            f"frameworks scale them differently: take them again from position {meta.position - taken}"
-        )
-    return (
-        replace(
-            meta,
-            framework=to,
-            parameters=parameters,
-            groups=groups,
-            position=meta.position - taken,
-            accumulation=meta.accumulation | {"position": 0},
-        ),
-        notices,
-    )
+    moved, notices = at_last_update(meta, LEFT_BEHIND)
+    return replace(moved, framework=to, parameters=parameters, groups=groups), notices
 
 
 def _group(group: Mapping[str, Any], to: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,31 @@ def as_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
             f"metrics must be finite numbers, got {', '.join(bad)}: leave them out, or pass float(value)"
         )
     return {name: float(value) for name, value in found.items()}
+
+
+def as_accumulation(given: Sequence[int], batch_size: int | None) -> dict[str, int]:
+    """Returns `Meta.accumulation`.
+
+    Args:
+        given: (micro-batches an update, of them already in the gradients).
+        batch_size: of a micro-batch, if it is known.
+
+    Raises:
+        CheckpointError: unless the second is less than the first and no less than 0.
+
+    Example:
+        >>> from sfcore.meta import as_accumulation
+        >>> as_accumulation((4, 1), batch_size=16)
+        {'steps': 4, 'position': 1, 'batch_size': 16}
+    """
+    steps, position = map(int, given)
+    if not 0 <= position < steps:
+        raise CheckpointError(
+            f"accumulation must be (steps, position) with 0 <= position < steps, got {given!r}: "
+            "after the last micro-batch take the step, and position is 0"
+        )
+    found = {"steps": steps, "position": position}
+    return found if batch_size is None else found | {"batch_size": batch_size}
 
 
 def _single(value: Any) -> Any:

@@ -151,6 +151,14 @@ def _plan_group(
     new.options.append(options)
 
 
+def without_partial_update(new: Plan, meta: Meta) -> tuple[Meta, list[str]]:
+    """Forgets the gradients of an unfinished update whose length has changed: their scale would be wrong."""
+    moved, dropped = changes.at_last_update(meta, changes.DROPPED)
+    if dropped:
+        new.gradients = dict.fromkeys(new.gradients)
+    return moved, dropped
+
+
 @torch.no_grad()
 def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> None:
     """Puts a plan in place; the live mode stays."""

@@ -18,9 +18,9 @@ from torch import nn
 from sfcore import store
 from sfcore.changes import of_batches, refuse
 from sfcore.exchange import CheckpointError
-from sfcore.meta import Meta, as_metrics, as_step
+from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
 from sfcore.store import Skipped
-from sftorch import _apply, _arrays, _place, _rng, _weights_only
+from sftorch import _apply, _arrays, _rng, _weights_only
 from sftorch._capture import MODEL_EXTRA, capture
 from sftorch._core import ScheduleFreeOptimizer
 from sftorch._importers import import_state_dict
@@ -132,7 +132,7 @@ class Checkpoints:
             "step": as_step(own if step is None else step),
             "epoch": epoch,
             "position": position,
-            "accumulation": _place.accumulation_of(accumulation, batch_size),
+            "accumulation": as_accumulation(accumulation, batch_size),
             "metrics": as_metrics(metrics or {}),
         }
         captured = capture(model, optimizer, place, extra or {})
@@ -196,7 +196,9 @@ class Checkpoints:
         extra = {k: v for k, v in meta.extra.items() if k != MODEL_EXTRA}
         notices = [f"{skip.path} was skipped: {skip.why}" for skip in skipped]
         notices += [str(change) for change in changes]
-        notices += _place.drop_partial_update(plan, meta, accumulation)
+        if accumulation not in (None, meta.accumulation["steps"]):
+            meta, dropped = _apply.without_partial_update(plan, meta)
+            notices += dropped
         _apply.commit(plan, model, optimizer)
         notices += _rng.restore(arrays) if rng else []
         changed = {change.name for change in changes}

@@ -16,6 +16,7 @@ import numpy as np
 
 from sfcore import store
 from sfcore._translate import translate
+from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import fingerprint, of_role
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
@@ -70,13 +71,12 @@ def export_exchange(
     values = {
         "step": as_step(step),
         "epoch": epoch,
+        "position": position,
         "metrics": as_metrics(metrics or {}),
         "extra": dict(extra or {}),
     }
     batches = _record.accumulated(tree["opt_state"], accumulation)
-    meta = _record.make(tree, hyperparameters, batches, **values)
-    meta.position = position - meta.accumulation["position"]
-    meta.accumulation["position"] = 0
+    meta, _ = at_last_update(_record.make(tree, hyperparameters, batches, **values), LEFT_BEHIND)
     state = content(tree["params"], tree["opt_state"])
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
     x = evaluated(_pure(opt_state), _pure(params))

@@ -14,7 +14,7 @@ import optax
 from sfcore import hyperparameters as kinds
 from sfcore.checks import HyperparameterError, nearest
 from sfcore.exchange import describe
-from sfcore.meta import Meta
+from sfcore.meta import Meta, as_accumulation
 from sfjax.adamw import MomentsState
 from sfjax.checkpoint._leaves import CLOCK, Group, groups, parameters
 
@@ -179,15 +179,17 @@ def accumulated(opt_state: Any, given: Any, batch_size: int | None = None) -> di
         given: micro-batches an update, or (that, position), or None. MultiSteps does not say how many an
             update takes, so its `steps` is then 0, for unknown.
         batch_size: of a micro-batch, if it is known.
+
+    Raises:
+        CheckpointError: for a position that is not in an update of so many micro-batches.
     """
+    if isinstance(given, Sequence):
+        return as_accumulation(given, batch_size)
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_multi_steps)
     positions = [int(np.asarray(node.mini_step)) for node in nodes if _is_multi_steps(node)]
-    if isinstance(given, Sequence):
-        found = {"steps": int(given[0]), "position": int(given[1])}
-    else:
-        unknown = 0 if positions else 1
-        steps = unknown if given is None else int(given)
-        found = {"steps": steps, "position": positions[0] if positions else 0}
+    unknown = 0 if positions else 1
+    steps = unknown if given is None else int(given)
+    found = {"steps": steps, "position": positions[0] if positions else 0}
     return found if batch_size is None else found | {"batch_size": batch_size}
 
 

@@ -207,3 +207,10 @@ def test_an_orbax_checkpoint_reads_as_roles_without_a_target(tmp_path: Path) -> 
         np.testing.assert_array_equal(state["v/a"], sfjax.find_state(opt_state).base_optimizer_state.nu["a"])
         assert meta.step == 3
         assert ("x/a" in state) == (b1 == 0)
+
+
+@pytest.mark.parametrize("accumulation", [(4, 4), (0, 0), (4, -1)])
+def test_an_accumulation_that_cannot_be_is_refused(accumulation: Any, tmp_path: Path) -> None:
+    tx, params = sfjax.schedule_free_sgd(LR), begin()
+    with pytest.raises(CheckpointError, match="0 <= position < steps"):
+        export_exchange(tmp_path, params, tx.init(params), step=1, accumulation=accumulation)
