@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfcore import changes
+from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sftorch import _arrays, _changes
@@ -134,8 +135,8 @@ def _plan_group(
     books |= {"k": clock["step"], "lr_max": lr_max, "weight_sum": weight_sum}
     if not isinstance(optimizer, TrainEvalOptimizer):
         books["y_beta"] = None
-    elif books.get("y_beta") is None and old["beta"] != values["beta"]:
-        books["y_beta"] = old["beta"]
+    elif books.get("y_beta") is None and beta_of(saved) != values["beta"]:
+        books["y_beta"] = beta_of(saved)
     weighed = ("prior_steps", "r", "weight_lr_power")
     if not same or any(old.get(name, values[name]) != values[name] for name in weighed):
         books["prior_weight"] = optimizer._books(group)["prior_weight"]

@@ -234,6 +234,11 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
                     like = state["gap" if lean else "z"]
                     state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
 
+    def _y_beta(self, group: dict[str, Any]) -> float:
+        """Returns the beta that built y, which a changed configuration does not change."""
+        y_beta: float | None = self._books(group)["y_beta"]
+        return self._beta(group) if y_beta is None else y_beta
+
     def _group_clock(self, group: dict[str, Any]) -> Clock:
         books = self._books(group)
         return Clock(books["k"], books["lr_max"], books["weight_sum"])
