@@ -23,8 +23,8 @@ from sfcore.names import NameMap
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
-from sfjax.checkpoint._leaves import groups, named, parameters, roles, whole
-from sfjax.checkpoint._save import evaluated
+from sfjax.checkpoint._leaves import named, parameters, whole
+from sfjax.checkpoint._save import evaluated, recorded_roles
 
 
 def export_exchange(
@@ -91,31 +91,28 @@ def export_exchange(
 def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
     """Returns ROLE/NAME -> host array of everything another optimizer could go on with."""
     flat = named(whole(params, opt_state))
-    by_name = dict(zip(flat.names, flat.leaves, strict=True))
+    about = recorded_roles(params, opt_state)
+    leaves = dict(zip(flat.names, flat.leaves, strict=True))
+    return _portable({one["role"]: leaves[name] for name, one in about.items()})
+
+
+def _portable(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the leaves as any optimizer has them: y in full, z for every parameter, no lean form."""
+    y = in_full(by_role)
     found = {}
-    polyak = {name for group in groups(params, opt_state) if group.state.b1 == 0 for name in group.parameters}
-    known = roles(params, opt_state)
-    y = in_full({role: by_name[name] for name, role in known.items()})
-    for name, role in known.items():
+    for role, array in by_role.items():
         kind, _, parameter = role.partition("/")
-        if kind == "stored" and parameter in polyak:
-            # The parameters are z; the twin keeps z in a buffer of its own.
-            found[f"x/{parameter}"] = by_name[name]
-            found[f"z/{parameter}"] = y[parameter].astype(by_name[name].dtype)
-        elif kind == "stored":
-            found[f"z/{parameter}"] = by_name[name]
-        elif kind == "gap":
-            found[f"z/{parameter}"] = y[parameter] + by_name[name].astype(np.float32)
-        elif kind == "y":
+        if kind == "y":
             found[role] = y[parameter]
-        elif kind in ("v", "m", "base"):
-            found[role] = _wide(by_name[name], f"gap/{parameter}" in known.values())
+        elif kind == "gap":
+            found[f"z/{parameter}"] = y[parameter] + array.astype(np.float32)
+        elif kind in ("v", "m") and f"gap/{parameter}" in by_role:
+            found[role] = array.astype(np.float32)
+        elif kind in ("x", "z", "v", "m", "base"):
+            found[role] = array
+        if kind == "x":  # the parameters are z; the twin keeps z in a buffer of its own
+            found[f"z/{parameter}"] = y[parameter].astype(array.dtype)
     return found
-
-
-def _wide(moment: np.ndarray, lean: bool) -> np.ndarray:
-    """Returns a moment of the lean form in float32; others are as they are."""
-    return moment.astype(np.float32) if lean else moment
 
 
 def in_full(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -148,15 +145,5 @@ def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.nd
         (['y/w', 'z/w'], ['w'])
     """
     saved = _read.read(Path(path).absolute())
-    state = {}
-    y = in_full({role: saved.arrays[name] for name, role in saved.roles.items()})
-    for name, role in saved.roles.items():
-        kind, _, parameter = role.partition("/")
-        if kind in ("y", "x", "z", "v", "m", "base"):
-            lean = f"gap/{parameter}" in saved.roles.values()
-            state[role] = y[parameter] if kind == "y" else _wide(saved.arrays[name], lean)
-        if kind == "gap":
-            state[f"z/{parameter}"] = y[parameter] + saved.arrays[name].astype(np.float32)
-        if kind == "x":
-            state[f"z/{parameter}"] = y[parameter].astype(saved.arrays[name].dtype)
+    state = _portable({role: saved.arrays[name] for name, role in saved.roles.items()})
     return saved.meta, state, _read.read_inference(saved.path, saved.meta)
