@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sfcore.checks import nearest
+from sfcore.checks import hint
 from sfcore.exchange import OLDER, CheckpointError
 
 FORMAT = "schedulefree-twin"
@@ -96,9 +96,7 @@ class Meta:
         known = {f.name: f for f in fields(cls)}
         for name in body:
             if name not in known and name not in ("format", "format_version"):
-                near = nearest(name, known)
-                hint = f"; did you mean {near!r}?" if near else ""
-                raise CheckpointError(f"{source} must have known keys only, got {name!r}{hint}")
+                raise CheckpointError(f"{source} must have known keys only, got {name!r}{hint(name, known)}")
         for name, of in known.items():
             if name not in body and of.default is MISSING and of.default_factory is MISSING:
                 raise CheckpointError(f"{source} must have the key {name!r}, got none")

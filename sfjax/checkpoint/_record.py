@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from sfcore import hyperparameters as kinds
-from sfcore.checks import HyperparameterError, nearest
+from sfcore.checks import HyperparameterError, hint
 from sfcore.exchange import describe
 from sfcore.meta import Meta, as_accumulation
 from sfjax.adamw import MomentsState
@@ -45,7 +45,7 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
     values = dict(hyperparameters)
     optimizer = values.pop("optimizer", None)
     known = {field.name for kind in KINDS.values() for field in fields(kind)}
-    wrong = [f"{name!r}, did you mean {nearest(name, known)!r}?" for name in values if name not in known]
+    wrong = [f"{name!r}{hint(name, known)}" for name in values if name not in known]
     if optimizer not in (None, *KINDS):
         wrong.append(f"optimizer {optimizer!r}")
     if wrong:
