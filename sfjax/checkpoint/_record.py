@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from sfcore import hyperparameters as kinds
+from sfcore.changes import UNKNOWN_ADAM
 from sfcore.checks import HyperparameterError, hint
 from sfcore.exchange import describe
 from sfcore.meta import Meta, as_accumulation
@@ -103,7 +104,7 @@ def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
 def _told_by(state: Any) -> str:
     """Returns what the state alone tells of the optimizer; AdamW and RAdam look the same."""
     if isinstance(state.base_optimizer_state, MomentsState):
-        return "adamw or radam"
+        return UNKNOWN_ADAM
     return "sgd" if isinstance(state.base_optimizer_state, optax.EmptyState) else "wrapper"
 
 
