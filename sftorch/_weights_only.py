@@ -21,8 +21,8 @@ _WRAPPED = ("state_dict", "model_state_dict", "model")
 NO_STATE = "no optimizer state: starting from x"
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """Returns name -> tensor, on the CPU.
+def read(path: Path) -> tuple[dict[str, Tensor], int | None]:
+    """Returns name -> tensor, on the CPU, and the optimizer steps they were trained for if a file says so.
 
     Args:
         path: one of our checkpoints or a folder of them, a safetensors file, or what torch.save wrote of
@@ -33,9 +33,10 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if path.is_dir():
         found = path if (path / store.META).exists() else store.newest(path)
-        return _tensors(store.read(found, store.INFERENCE)[1])
+        meta, arrays = store.read(found, store.INFERENCE)
+        return _tensors(arrays), meta.step
     if path.suffix == ".safetensors":
-        return _tensors(exchange.read_tensors(path))
+        return _tensors(exchange.read_tensors(path)), exchange.said_of_weights(path)[0]
     loaded = _torch_files.load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -44,7 +45,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} must hold a model's state dict, got {type(loaded).__name__}: save model.state_dict()"
         )
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}, None
 
 
 def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -69,13 +70,6 @@ def check(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> dict[s
     return live
 
 
-def trained_steps(path: Path) -> int | None:
-    """Returns how many optimizer steps the weights were trained for, where one of our files says so."""
-    if path.is_dir():
-        return store.read_meta(path if (path / store.META).exists() else store.newest(path)).step
-    return exchange.said_of_weights(path)[0]
-
-
 @torch.no_grad()
 def start(
     path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer, prior_steps: int | None = None
@@ -94,7 +88,7 @@ def start(
     """
     if prior_steps is not None:
         checks.check(optimizer.hyperparameters, {"prior_steps": prior_steps})
-    weights = read(path)
+    weights, trained = read(path)
     live = check(path, weights, model)
     notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1]]
     cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
@@ -106,7 +100,7 @@ def start(
         )
     for name, value in live.items():
         value.copy_(weights[name])
-    return notices + empty(optimizer, prior_steps, trained_steps(path))
+    return notices + empty(optimizer, prior_steps, trained)
 
 
 def empty(
