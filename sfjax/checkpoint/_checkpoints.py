@@ -28,7 +28,7 @@ from sfjax.checkpoint._steps import Steps
 from sfjax.checkpoint._storable import OBJECTS, Snapshot
 from sfjax.checkpoint._weights import start_from_weights
 
-log = logging.getLogger("sfjax.checkpoint")
+_log = logging.getLogger("sfjax.checkpoint")
 
 
 class Checkpoints:
@@ -198,7 +198,9 @@ class Checkpoints:
             return self._watched(restored, restored.meta.recent)
         path = None if resume == "none" else _read.choose(self.folder, resume)
         if path is None:
-            log.info("starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder)
+            _log.info(
+                "starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder
+            )
             return None
         if (path / store.META).is_file():
             restored = import_exchange(path, params, opt_state, buffers=extra_state, **configured)

@@ -22,7 +22,7 @@ from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._reconcile import Fit, fit, saved_group
 from sfjax.checkpoint._storable import OBJECTS, is_object, set_object
 
-log = logging.getLogger("sfjax.checkpoint")
+_log = logging.getLogger("sfjax.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def restore_into(
 def tell(notices: Sequence[str]) -> None:
     """Logs where a run starts, and warns of what is not as it was."""
     for number, notice in enumerate(notices):
-        log.log(logging.WARNING if number else logging.INFO, "%s", notice)
+        _log.log(logging.WARNING if number else logging.INFO, "%s", notice)
 
 
 def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]:
