@@ -139,12 +139,12 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
             0
         """
         found = []
+        restart = self._watch.metrics() if self._watch else {}
         for group in self.param_groups:
             books = self._books(group)
             lr_t, c = books["scheduled_lr"], books["c"]
             of_step = {"lr": lr_t, "lr_max": books["lr_max"], "c": c, "weight_sum": books["weight_sum"]}
             effective = _scalars.effective_lr(lr_t, c, self._beta(group))
-            restart = self._watch.metrics() if self._watch else {}
             found.append(of_step | {"step": books["k"], "effective_lr": effective} | restart)
         return found
 

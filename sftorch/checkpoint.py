@@ -89,8 +89,7 @@ class Checkpoints:
     ):
         store.check_keep(keep_newest, keep_best)
         self.folder = Path(folder)
-        self._keep = (keep_newest, keep_best, metric)
-        self._writer = Writer(self.folder, self._keep, background)
+        self._writer = Writer(self.folder, (keep_newest, keep_best, metric), background)
 
     def save(
         self,
