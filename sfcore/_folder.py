@@ -34,9 +34,10 @@ def aside(folder: Path) -> Path:
 
 
 def make(folder: Path) -> None:
-    """Makes a folder, and its name last, if it is not there."""
+    """Makes a folder and those above it, and their names last, if they are not there."""
     if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
         sync(folder.parent)
 
 

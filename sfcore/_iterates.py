@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sfcore import hyperparameters
 from sfcore.meta import Meta
 
 
@@ -36,7 +37,7 @@ def beta_of(group: Mapping[str, Any]) -> float:
     ):
         if value is not None:
             return float(value)
-    return 0.9
+    return hyperparameters.ScheduleFree().beta  # all that is left where nobody says it
 
 
 def iterates(meta: Meta, state: Mapping[str, np.ndarray]) -> Iterator[Iterates]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfcore._flax import jax_paths
-from sfcore.checks import nearest
+from sfcore.checks import hint
 from sfcore.exchange import CheckpointError, cannot_read
 
 _KEYS = ("torch", "axes", "split", "part", "jax_shape", "torch_shape")
@@ -123,11 +123,7 @@ def _problems(jax: str, entry: Any) -> list[str]:
     found = []
     for key in entry:
         if key not in _KEYS:
-            near = nearest(key, _KEYS)
-            found.append(
-                f"must have the keys {', '.join(_KEYS)} only, got {key!r}"
-                + (f"; did you mean {near!r}?" if near else "")
-            )
+            found.append(f"must have the keys {', '.join(_KEYS)} only, got {key!r}{hint(key, _KEYS)}")
     for key in set(entry) & set(_KEYS[1:]):
         if not _whole_numbers(entry[key]):
             found.append(f"must have whole numbers >= 0 in {key!r}, got {entry[key]!r}")

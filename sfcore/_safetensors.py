@@ -43,7 +43,7 @@ _ML_DTYPES = {
 _KNOWN = _NUMPY | _ML_DTYPES
 _CODES = {name: code for code, name in _KNOWN.items()}
 _METADATA = "__metadata__"
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER = 100_000_000  # what the package safetensors reads
 
 
 class Damaged(ValueError):

@@ -25,7 +25,7 @@ def read(path: Path) -> Source:
     Raises:
         CheckpointError: if it is damaged, holds other objects, or no state dict of a known kind.
     """
-    content = _load(path)
+    content = load(path)
     optimizers = _find(content, lambda value: "param_groups" in value or "schedulefree_state" in value)
     models = _find(content, _is_weights)
     if len(optimizers) > 1 or len(models) > 1:
@@ -43,7 +43,12 @@ def read(path: Path) -> Source:
     return _of_optimizer(path, next(iter(optimizers.values())), weights)
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
+    """Returns what a torch file holds, on the CPU; nothing in it is executed.
+
+    Raises:
+        CheckpointError: if it cannot be read, is damaged, or holds other objects; without torch.
+    """
     try:
         import torch
     except ImportError as error:
@@ -57,9 +62,8 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise unknown(path, "a pickle with objects that are no state dicts, which is not executed") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: torch cannot read it ({str(error).splitlines()[:1]})"
-        ) from error
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged: torch cannot read it ({why})") from error
 
 
 def _find(content: Any, test: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ states (rng/) and the user's own (extra/). Torch's counters of batches travel as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 from sfcore import names as _names
 from sfcore._flax import torch_only
 from sfcore._iterates import beta_of
+from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import fingerprint, of_role
 from sfcore.meta import Meta
 from sfcore.names import NameMap
 
-PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
+_PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
 _KEPT = ("base", "rng", "extra")
 _CARRIED = "extra/torch/"
 
@@ -51,9 +52,7 @@ def translate(
         NamesError: with every leaf that does not fit the map.
     """
     rename = names.to_torch if to == "torch" else names.to_jax
-    found: dict[str, np.ndarray] = {}
-    for role in PER_PARAMETER:
-        found |= {f"{role}/{name}": array for name, array in rename(of_role(state, role)).items()}
+    found = renamed(state, rename)
     found |= {leaf: array for leaf, array in state.items() if leaf.partition("/")[0] in _KEPT}
     found = _with_counters(found, of_role(state, "buffer"), to)
     x = rename(inference)
@@ -62,6 +61,16 @@ def translate(
     parameters = {name: array for name, array in x.items() if f"y/{name}" in found}
     moved.fingerprints = {"x": fingerprint(parameters), "y": fingerprint(of_role(found, "y"))}
     return moved, found, x, notices
+
+
+def renamed(
+    state: Mapping[str, np.ndarray], rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns the leaves of every parameter under other names and in other layouts; others are left out."""
+    found: dict[str, np.ndarray] = {}
+    for role in _PER_PARAMETER:
+        found |= {f"{role}/{name}": array for name, array in rename(of_role(state, role)).items()}
+    return found
 
 
 def _with_counters(
@@ -93,23 +102,8 @@ def _record(meta: Meta, names: NameMap, to: str, leaves: Mapping[str, np.ndarray
         | {"parameters": list(dict.fromkeys(o for n in group["parameters"] for o in others(n)))}
         for group in meta.groups
     ]
-    taken, notices = meta.accumulation["position"], []
-    if taken:
-        notices.append(
-            f"the gradients of {taken} micro-batches of an unfinished update are left behind, because the "
-            f"frameworks scale them differently: take them again from position {meta.position - taken}"
-        )
-    return (
-        replace(
-            meta,
-            framework=to,
-            parameters=parameters,
-            groups=groups,
-            position=meta.position - taken,
-            accumulation=meta.accumulation | {"position": 0},
-        ),
-        notices,
-    )
+    moved, notices = at_last_update(meta, LEFT_BEHIND)
+    return replace(moved, framework=to, parameters=parameters, groups=groups), notices
 
 
 def _group(group: Mapping[str, Any], to: str) -> dict[str, Any]:

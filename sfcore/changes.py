@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
 
 NEXT = "the configured value holds from the next step"
 _WEIGHS = "later steps are weighed anew; the sum so far is put in the new units, so that c goes on as it was"
@@ -27,6 +29,8 @@ EFFECTS = {
 }
 UNKNOWN_ADAM = "adamw or radam"  # where a state is all there is to tell by
 ADAM = ("adamw", "radam", UNKNOWN_ADAM)
+LEFT_BEHIND = "left behind, because the frameworks scale them differently"
+DROPPED = "dropped, because accumulation changed"
 
 
 class Change(NamedTuple):
@@ -97,6 +101,21 @@ def of_batches(saved: Mapping[str, int], steps: int | None, batch_size: int | No
         effect = "position counts micro-batches of the saved size; an epoch has another number of steps now"
         found.append(Change("batch_size", None, before, batch_size, effect))
     return found
+
+
+def at_last_update(meta: Meta, what: str) -> tuple[Meta, list[str]]:
+    """Returns a record without the micro-batches of an unfinished update, and a sentence if there are any.
+
+    Args:
+        meta: of a checkpoint; not changed.
+        what: `LEFT_BEHIND` or `DROPPED`, what becomes of their gradients.
+    """
+    taken = meta.accumulation["position"]
+    if not taken:
+        return meta, []
+    moved = replace(meta, position=meta.position - taken, accumulation=meta.accumulation | {"position": 0})
+    sentence = f"the gradients of {taken} micro-batches of an unfinished update are {what}"
+    return moved, [f"{sentence}: take them again from position {moved.position}"]
 
 
 def same(saved: str, configured: str) -> bool:

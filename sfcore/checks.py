@@ -121,3 +121,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     return close[0] if close else None
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """Returns what to add to the sentence about an unknown name: the nearest, or nothing.
+
+    Example:
+        >>> from sfcore.checks import hint
+        >>> hint("weigth_decay", ["lr", "weight_decay"]), hint("foo", ["lr"])
+        ("; did you mean 'weight_decay'?", '')
+    """
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -135,5 +136,6 @@ def _write_inference(source: Source, path: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {_folder.why(error)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or its folder never came to be
+            partial.unlink()
     return path

@@ -6,12 +6,12 @@ import json
 import math
 import numbers
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sfcore.checks import nearest
+from sfcore.checks import hint
 from sfcore.exchange import OLDER, CheckpointError
 
 FORMAT = "schedulefree-twin"
@@ -65,7 +65,7 @@ class Meta:
         Raises:
             CheckpointError: with every metric that is no finite number, or for a value JSON has no form for.
         """
-        check_metrics(self.metrics)
+        as_metrics(self.metrics)
         try:
             # There and back, because the CRC must be that of what a reader will see.
             own = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
@@ -96,27 +96,83 @@ class Meta:
         known = {f.name: f for f in fields(cls)}
         for name in body:
             if name not in known and name not in ("format", "format_version"):
-                near = nearest(name, known)
-                hint = f"; did you mean {near!r}?" if near else ""
-                raise CheckpointError(f"{source} must have known keys only, got {name!r}{hint}")
+                raise CheckpointError(f"{source} must have known keys only, got {name!r}{hint(name, known)}")
         for name, of in known.items():
             if name not in body and of.default is MISSING and of.default_factory is MISSING:
                 raise CheckpointError(f"{source} must have the key {name!r}, got none")
         return cls(**{name: value for name, value in body.items() if name in known})
 
 
-def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` with every metric that is no finite number: NaN would break the ranking.
+def as_step(value: Any) -> int:
+    """Returns a step, a number or an array or tensor of one element, as a Python int.
+
+    Raises:
+        CheckpointError: if it is no whole number >= 0: no reader would find its checkpoint.
 
     Example:
-        >>> from sfcore.meta import check_metrics
-        >>> check_metrics({"loss": 0.25})
+        >>> import numpy as np
+        >>> from sfcore.meta import as_step
+        >>> as_step(np.int64(7))
+        7
     """
-    bad = [f"{name} = {value!r}" for name, value in metrics.items() if not _finite(value)]
+    number = _single(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise CheckpointError(f"step must be a whole number >= 0, got {value!r}: pass int(...)")
+    return number
+
+
+def as_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns metrics, numbers or arrays or tensors of one element, as Python floats.
+
+    Raises:
+        CheckpointError: with every one that is no finite number: NaN would break the ranking.
+
+    Example:
+        >>> import numpy as np
+        >>> from sfcore.meta import as_metrics
+        >>> as_metrics({"loss": np.float32(0.25)})
+        {'loss': 0.25}
+    """
+    found = {name: _single(value) for name, value in metrics.items()}
+    bad = [f"{name} = {value!r}" for name, value in found.items() if not _finite(value)]
     if bad:
         raise CheckpointError(
             f"metrics must be finite numbers, got {', '.join(bad)}: leave them out, or pass float(value)"
         )
+    return {name: float(value) for name, value in found.items()}
+
+
+def as_accumulation(given: Sequence[int], batch_size: int | None) -> dict[str, int]:
+    """Returns `Meta.accumulation`.
+
+    Args:
+        given: (micro-batches an update, of them already in the gradients).
+        batch_size: of a micro-batch, if it is known.
+
+    Raises:
+        CheckpointError: unless the second is less than the first and no less than 0.
+
+    Example:
+        >>> from sfcore.meta import as_accumulation
+        >>> as_accumulation((4, 1), batch_size=16)
+        {'steps': 4, 'position': 1, 'batch_size': 16}
+    """
+    steps, position = map(int, given)
+    if not 0 <= position < steps:
+        raise CheckpointError(
+            f"accumulation must be (steps, position) with 0 <= position < steps, got {given!r}: "
+            "after the last micro-batch take the step, and position is 0"
+        )
+    found = {"steps": steps, "position": position}
+    return found if batch_size is None else found | {"batch_size": batch_size}
+
+
+def _single(value: Any) -> Any:
+    """Returns the number in an array or tensor of one element, anything else as it is."""
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        return value
 
 
 def _finite(value: Any) -> bool:

@@ -10,7 +10,6 @@ recurrent cells need a map.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +47,9 @@ class NameMap:
     def __init__(self, pairs: Sequence[Pair]):
         self.pairs = tuple(pairs)
         self._by_jax = {pair.jax: pair for pair in pairs}
-        self._by_torch: dict[str, list[Pair]] = defaultdict(list)
+        self._by_torch: dict[str, list[Pair]] = {}
         for pair in sorted(pairs, key=lambda pair: pair.part):
-            self._by_torch[pair.torch].append(pair)
+            self._by_torch.setdefault(pair.torch, []).append(pair)
 
     def torch_name(self, jax: str) -> str:
         """Returns the torch name of a JAX name; KeyError if it is not in the map."""
@@ -58,8 +57,6 @@ class NameMap:
 
     def jax_names(self, torch: str) -> list[str]:
         """Returns the JAX names that a torch name holds, usually one; KeyError if it is not in the map."""
-        if torch not in self._by_torch:
-            raise KeyError(torch)
         return [pair.jax for pair in self._by_torch[torch]]
 
     def to_torch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,7 +68,7 @@ class NameMap:
         Raises:
             NamesError: with every name that the map lacks, every other shape, every missing part.
         """
-        problems = [self._problem(name, np.shape(array), "jax") for name, array in arrays.items()]
+        problems = [_problem("jax", n, self._jax_shape(n), np.shape(array)) for n, array in arrays.items()]
         wanted = dict.fromkeys(self._by_jax[name].torch for name in arrays if name in self._by_jax)
         for name in wanted:
             parts = [pair.jax for pair in self._by_torch[name]]
@@ -91,7 +88,7 @@ class NameMap:
             NamesError: with every name that the map lacks, and every other shape.
         """
         arrays = {name: array for name, array in arrays.items() if not _flax.torch_only(name)}
-        _refuse([self._problem(name, np.shape(array), "torch") for name, array in arrays.items()])
+        _refuse([_problem("torch", n, self._torch_shape(n), np.shape(array)) for n, array in arrays.items()])
         found = {}
         for name, array in arrays.items():
             for pair in self._by_torch[name]:
@@ -110,23 +107,23 @@ class NameMap:
         moved = [pair.to_torch(arrays[pair.jax]) for pair in pairs]
         return moved[0] if len(moved) == 1 else np.concatenate(moved)
 
-    def _problem(self, name: str, shape: Shape, side: str) -> str | None:
-        pairs = (
-            self._by_torch.get(name)
-            if side == "torch"
-            else [self._by_jax[name]]
-            if name in self._by_jax
-            else None
-        )
-        if not pairs:
-            return f"{side} leaf {name!r} must be in the map, got none of that name"
-        expected = pairs[0].jax_shape
-        if side == "torch":
-            expected = pairs[0].torch_shape
-            expected = (expected[0] * len(pairs), *expected[1:]) if len(pairs) > 1 else expected
-        return (
-            None if shape == expected else f"{side} leaf {name!r} must have the shape {expected}, got {shape}"
-        )
+    def _jax_shape(self, name: str) -> Shape | None:
+        return self._by_jax[name].jax_shape if name in self._by_jax else None
+
+    def _torch_shape(self, name: str) -> Shape | None:
+        if name not in self._by_torch:
+            return None
+        parts = self._by_torch[name]
+        shape = parts[0].torch_shape
+        return shape if len(parts) == 1 else (shape[0] * len(parts), *shape[1:])
+
+
+def _problem(side: str, name: str, expected: Shape | None, shape: Shape) -> str | None:
+    if expected is None:
+        return f"{side} leaf {name!r} must be in the map, got none of that name"
+    if shape != expected:
+        return f"{side} leaf {name!r} must have the shape {expected}, got {shape}"
+    return None
 
 
 def _refuse(problems: Sequence[str | None]) -> None:

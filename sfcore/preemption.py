@@ -28,6 +28,7 @@ EXIT_UNSAVED = 74
 
 _log = logging.getLogger("sfcore.preemption")
 _CLOSE = b"\0"  # no signal has the number 0
+_CATCHABLE = signal.valid_signals() - {getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP")}
 _active: Preemption | None = None
 _exit_code: int | None = None
 
@@ -68,6 +69,9 @@ class Preemption:
     ):
         if not signals:
             raise ValueError("signals must name at least one signal, got none: leave Preemption out instead")
+        wrong = [number for number in signals if number not in _CATCHABLE]
+        if wrong:
+            raise ValueError(f"signals must be some that a program can catch, got {wrong}: leave them out")
         for name, value in (("patience", patience), ("grace", grace)):
             if not value >= 0:
                 raise ValueError(f"{name} must be a number of seconds >= 0, got {value!r}: 0 does not wait")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfcore import changes
+from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sftorch import _arrays, _changes
@@ -87,12 +88,18 @@ def plan(
     """Builds the new state on the parameters' devices and the table of differences; changes nothing.
 
     Raises:
-        CheckpointError: if the checkpoint is another framework's or does not fit the model.
+        CheckpointError: if the checkpoint is another framework's, came from JAX without its hyperparameters,
+            or does not fit the model.
     """
     if meta.framework != "torch":
         raise CheckpointError(
             f"{path} must be a torch checkpoint, got framework {meta.framework!r}: convert it with "
             f"python -m sfcore convert {path} DST --to torch"
+        )
+    if any("lr" not in group["hyperparameters"] for group in meta.groups):
+        raise CheckpointError(
+            f"{path} must record the lr of every group, got none: save it in JAX with hyperparameters=..., "
+            "or start from the weights alone with resume='weights:PATH'"
         )
     names = parameter_names(model, optimizer)
     check_model(path, meta, arrays, model, names)
@@ -128,8 +135,8 @@ def _plan_group(
     books |= {"k": clock["step"], "lr_max": lr_max, "weight_sum": weight_sum}
     if not isinstance(optimizer, TrainEvalOptimizer):
         books["y_beta"] = None
-    elif books.get("y_beta") is None and old["beta"] != values["beta"]:
-        books["y_beta"] = old["beta"]
+    elif books.get("y_beta") is None and beta_of(saved) != values["beta"]:
+        books["y_beta"] = beta_of(saved)
     weighed = ("prior_steps", "r", "weight_lr_power")
     if not same or any(old.get(name, values[name]) != values[name] for name in weighed):
         books["prior_weight"] = optimizer._books(group)["prior_weight"]
@@ -143,6 +150,14 @@ def _plan_group(
         options |= _changes.base_options(optimizer, group, saved)[0]
     new.books.append(books)
     new.options.append(options)
+
+
+def without_partial_update(new: Plan, meta: Meta) -> tuple[Meta, list[str]]:
+    """Forgets the gradients of an unfinished update whose length has changed: their scale would be wrong."""
+    moved, dropped = changes.at_last_update(meta, changes.DROPPED)
+    if dropped:
+        new.gradients = dict.fromkeys(new.gradients)
+    return moved, dropped
 
 
 @torch.no_grad()

@@ -139,12 +139,12 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
             0
         """
         found = []
+        restart = self._watch.metrics() if self._watch else {}
         for group in self.param_groups:
             books = self._books(group)
             lr_t, c = books["scheduled_lr"], books["c"]
             of_step = {"lr": lr_t, "lr_max": books["lr_max"], "c": c, "weight_sum": books["weight_sum"]}
             effective = _scalars.effective_lr(lr_t, c, self._beta(group))
-            restart = self._watch.metrics() if self._watch else {}
             found.append(of_step | {"step": books["k"], "effective_lr": effective} | restart)
         return found
 
@@ -233,6 +233,11 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
                 if name not in state:
                     like = state["gap" if lean else "z"]
                     state[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
+
+    def _y_beta(self, group: dict[str, Any]) -> float:
+        """Returns the beta that built y, which a changed configuration does not change."""
+        y_beta: float | None = self._books(group)["y_beta"]
+        return self._beta(group) if y_beta is None else y_beta
 
     def _group_clock(self, group: dict[str, Any]) -> Clock:
         books = self._books(group)

@@ -18,7 +18,7 @@ from sftorch._scalars import Clock
 from sftorch._sources import Source, recognise
 from sftorch.schedule_free import ScheduleFreeWrapper
 
-# Names as other programs have them -> those of the equations.
+# Hyperparameters that other programs call as the equations do.
 _NAMES = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "silent_sgd_phase", "inner_momentum")
 _IGNORED = {
     "ams_bound": "the running maximum of the second moment is dropped",
@@ -88,18 +88,16 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
         )
     state: dict[Any, dict[str, Any]] = {}
     notices = [f"{source.program}'s state is carried over"]
-    groups = [dict(group) for group in packed["param_groups"]]
-    for number, (group, saved, live) in enumerate(
-        zip(groups, source.groups, optimizer.param_groups, strict=True)
-    ):
+    rows = zip(packed["param_groups"], source.groups, optimizer.param_groups, strict=True)
+    for number, (group, saved, live) in enumerate(rows):
         carried = _Group(optimizer, source, number, saved, live)
         notices += carried.notices()
         notices += carried.fill(group)
-        for index, theirs, p in zip(group["params"], saved["params"], live["params"], strict=True):
-            values = carried.state(source.states.get(theirs, {}), source.base.get(theirs, {}), group, p)
+        for index, old, p in zip(group["params"], saved["params"], live["params"], strict=True):
+            values = carried.state(source.states.get(old, {}), source.base.get(old, {}), group, p)
             if values:
                 state[index] = values
-    return packed | {"state": state, "param_groups": groups}, notices
+    return packed | {"state": state}, notices
 
 
 @dataclass
@@ -181,11 +179,8 @@ class _Group:
         values, _ = self.optimizer._values(dict(group))
         t, prior = int(theirs["step"]), values["prior_steps"]
         # As many weights as prior_steps, each like the one that comes next (S4), which is t^r heavy already.
-        weight_sum = (
-            prior * (t + 1 + prior) ** values["r"] * values["lr"] ** values["weight_lr_power"]
-            if prior
-            else 0.0
-        )
+        lr = _weights_only.full_lr(group, values)
+        weight_sum = prior * (t + 1 + prior) ** values["r"] * lr ** values["weight_lr_power"]
         found = {"z": z, **self._buffers(theirs, self.optimizer._buffers(self.live), p)}
         if self.optimizer._beta(self.live) == 0:
             found["x"] = z.clone()

@@ -238,13 +238,9 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         return self._recover_x(p, p, group)
 
     def _recover_x(self, p: Tensor, y: Tensor, group: dict[str, Any]) -> Tensor:
+        """Returns the x that a y in the parameter's dtype leads to, in z's dtype."""
         state = self.state[p]
         return _held.x_from_y(_held.joined(y, state), state, self._y_beta(group))
-
-    def _y_beta(self, group: dict[str, Any]) -> float:
-        """Returns the beta that built y, which a changed configuration does not change."""
-        y_beta = self._books(group)["y_beta"]
-        return self._beta(group) if y_beta is None else y_beta
 
     def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
         changed = []

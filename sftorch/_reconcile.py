@@ -70,18 +70,6 @@ def local(p: Tensor) -> Tensor:
     return part
 
 
-def y_beta(optimizer: ScheduleFreeOptimizer, group: dict[str, Any]) -> float:
-    """Returns the beta that built y."""
-    beta: float | None = optimizer._books(group)["y_beta"]
-    return optimizer._beta(group) if beta is None else beta
-
-
-def recover_x(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, y: Tensor) -> Tensor:
-    """Returns the x that a y in the parameter's dtype leads to, in the same."""
-    state = optimizer.state[p]
-    return _held.x_from_y(_held.joined(y, state), state, y_beta(optimizer, group)).to(p.dtype)
-
-
 def saved_holds(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> list[str]:
     """Returns what the weights saved beside each group hold; schedulefree's closure forms have no mode."""
     return [
@@ -164,7 +152,7 @@ def _put(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, hel
 
     Writes into no tensor of the state: it may be needed again as it was loaded.
     """
-    state, beta = optimizer.state[p], y_beta(optimizer, group)
+    state, beta = optimizer.state[p], optimizer._y_beta(group)
     y, rests = state.pop("y", None), _rests(state)
     at_rest = not hasattr(optimizer, "eval")  # the closure forms: x is the parameter itself
     if held == "y":

@@ -33,8 +33,7 @@ def restore(arrays: Mapping[str, np.ndarray]) -> list[str]:
             "random numbers: the checkpoint has no states of torch's generators, so they stay as they are"
         ]
     torch.set_rng_state(torch.from_numpy(arrays["rng/torch"].copy()))
-    name, keys, *rest = _from_bytes(arrays["rng/numpy"])
-    position, has_gauss, gauss = rest
+    name, keys, position, has_gauss, gauss = _from_bytes(arrays["rng/numpy"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, keys, gauss = _from_bytes(arrays["rng/python"])
     random.setstate((version, tuple(keys), gauss))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfcore._iterates import beta_of
 from sfcore.changes import comparable
 from sfcore.meta import Meta
 from sftorch import _arrays, _changes, _halves, _held, _lean
@@ -96,12 +97,12 @@ class Saved:
             isinstance(self.optimizer, TrainEvalOptimizer)
             and not self.optimizer._books(self.group)["train_mode"]
         ):
-            state["y"], value = value, _held.x_from_y(held, state, self._y_beta()).to(self.p.dtype)
+            state["y"], value = value, _held.x_from_y(held, state, beta_of(self.saved)).to(self.p.dtype)
         return state, value
 
     def _converted(self, state: dict[str, Any], held: Tensor) -> Tensor:
         """Returns in full what the parameter holds at rest; the closure forms hold x, the others y."""
-        beta = self._y_beta()
+        beta = beta_of(self.saved)
         holds_x, wants_x = self.meta.weights_hold == "x", not isinstance(self.optimizer, TrainEvalOptimizer)
         lean = self.optimizer._is_lean(self.group)
         if not holds_x:
@@ -116,10 +117,3 @@ class Saved:
         if wants_x:
             state.pop("x", None)
         return held
-
-    def _y_beta(self) -> float:
-        books = self.saved.get("torch", {}).get("books", {})
-        beta: float = (
-            self.saved["hyperparameters"]["beta"] if books.get("y_beta") is None else books["y_beta"]
-        )
-        return beta

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _halves, _held, _prints
-from sftorch._reconcile import HOLD, PRINTS, recover_x, y_beta
+from sftorch._reconcile import HOLD, PRINTS
 
 if TYPE_CHECKING:
     from sftorch._core import ScheduleFreeOptimizer
@@ -22,7 +22,11 @@ def pack(optimizer: ScheduleFreeOptimizer, packed: dict[str, Any]) -> dict[str, 
     loaded = optimizer._loaded
     pending = loaded if loaded is not None and not loaded.settled else None
     state = {index: dict(values) for index, values in packed["state"].items()}
-    groups = [dict(group) for group in packed["param_groups"]]
+    groups = [
+        # A wrapper's books are a dict of their own in the group.
+        {name: dict(value) if isinstance(value, dict) else value for name, value in group.items()}
+        for group in packed["param_groups"]
+    ]
     for group, live in zip(groups, optimizer.param_groups, strict=True):
         group["shapes"] = [list(p.shape) for p in live["params"]]
         started = optimizer._started(live)
@@ -48,11 +52,11 @@ def _x_and_y(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Tensor, 
     """Returns a parameter's x and y in its dtype, in either mode."""
     state = optimizer.state[p]
     if optimizer._wanted(group) == "y":
-        return recover_x(optimizer, group, p, p), p
+        return optimizer._x(p, group).to(p.dtype), p
     if "y" in state:
-        x = p if optimizer._holds_x(p, group) else recover_x(optimizer, group, p, state["y"])
-        return x, state["y"]
-    y = _held.y_from_x(_held.joined(p, state, _held.X_REST), state, y_beta(optimizer, group))
+        y = state["y"]
+        return p if optimizer._holds_x(p, group) else optimizer._recover_x(p, y, group).to(p.dtype), y
+    y = _held.y_from_x(_held.joined(p, state, _held.X_REST), state, optimizer._y_beta(group))
     return p, _halves.split(y, p.dtype)[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import exchange, store
+from sfcore import _torch_files, checks, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import weights_only_policy
 from sftorch import _arrays, _scalars
@@ -22,8 +21,8 @@ _WRAPPED = ("state_dict", "model_state_dict", "model")
 NO_STATE = "no optimizer state: starting from x"
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """Returns name -> tensor, on the CPU.
+def read(path: Path) -> tuple[dict[str, Tensor], int | None]:
+    """Returns name -> tensor, on the CPU, and the optimizer steps they were trained for if a file says so.
 
     Args:
         path: one of our checkpoints or a folder of them, a safetensors file, or what torch.save wrote of
@@ -34,18 +33,11 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if path.is_dir():
         found = path if (path / store.META).exists() else store.newest(path)
-        return _tensors(store.read(found, store.INFERENCE)[1])
+        meta, arrays = store.read(found, store.INFERENCE)
+        return _tensors(arrays), meta.step
     if path.suffix == ".safetensors":
-        return _tensors(exchange.read_tensors(path))
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(exchange.cannot_read(path, error)) from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} must be a safetensors file or what torch.save wrote of a state dict, got {error}: "
-            "check the path, or save model.state_dict() again"
-        ) from error
+        return _tensors(exchange.read_tensors(path)), exchange.said_of_weights(path)[0]
+    loaded = _torch_files.load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -53,7 +45,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} must hold a model's state dict, got {type(loaded).__name__}: save model.state_dict()"
         )
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}, None
 
 
 def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -78,13 +70,6 @@ def check(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> dict[s
     return live
 
 
-def trained_steps(path: Path) -> int | None:
-    """Returns how many optimizer steps the weights were trained for, where one of our files says so."""
-    if path.is_dir():
-        return store.read_meta(path if (path / store.META).exists() else store.newest(path)).step
-    return exchange.said_of_weights(path)[0]
-
-
 @torch.no_grad()
 def start(
     path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer, prior_steps: int | None = None
@@ -99,8 +84,11 @@ def start(
 
     Raises:
         CheckpointError: if the weights cannot be read or do not fit; nothing has changed then.
+        HyperparameterError: for prior_steps out of range; nothing has changed then.
     """
-    weights = read(path)
+    if prior_steps is not None:
+        checks.check(optimizer.hyperparameters, {"prior_steps": prior_steps})
+    weights, trained = read(path)
     live = check(path, weights, model)
     notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1]]
     cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
@@ -112,7 +100,7 @@ def start(
         )
     for name, value in live.items():
         value.copy_(weights[name])
-    return notices + empty(optimizer, prior_steps, trained_steps(path))
+    return notices + empty(optimizer, prior_steps, trained)
 
 
 def empty(
@@ -120,6 +108,7 @@ def empty(
 ) -> list[str]:
     """Forgets the optimizer's state and opens its groups' books anew, under the policy; returns notices."""
     given = {} if prior_steps is None else {"prior_steps": prior_steps}
+    optimizer._loaded = None
     optimizer.state.clear()
     if hasattr(optimizer, "base"):
         optimizer.base.state.clear()
@@ -161,7 +150,7 @@ def protect(
     values, _ = optimizer._values(group)
     usual = {field.name: field.default for field in fields(optimizer.hyperparameters)}
     asked = {name: value for name, value in values.items() if value != usual[name]} | dict(given or {})
-    lr = float(group.get("initial_lr", values["lr"]))
+    lr = full_lr(group, values)
     if lr == 0:
         return 0.0, [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
     notices = []
@@ -173,3 +162,8 @@ def protect(
             )
     values, _ = optimizer._values(group)
     return _scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"]), notices
+
+
+def full_lr(group: Mapping[str, Any], values: Mapping[str, Any]) -> float:
+    """Returns a group's lr as it was before a scheduler changed it, which may begin with a ramp from 0."""
+    return float(group.get("initial_lr", values["lr"]))

@@ -18,9 +18,9 @@ from torch import nn
 from sfcore import store
 from sfcore.changes import of_batches, refuse
 from sfcore.exchange import CheckpointError
-from sfcore.meta import Meta
+from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
 from sfcore.store import Skipped
-from sftorch import _apply, _arrays, _place, _rng, _weights_only
+from sftorch import _apply, _arrays, _rng, _weights_only
 from sftorch._capture import MODEL_EXTRA, capture
 from sftorch._core import ScheduleFreeOptimizer
 from sftorch._importers import import_state_dict
@@ -89,8 +89,7 @@ class Checkpoints:
     ):
         store.check_keep(keep_newest, keep_best)
         self.folder = Path(folder)
-        self._keep = (keep_newest, keep_best, metric)
-        self._writer = Writer(self.folder, self._keep, background)
+        self._writer = Writer(self.folder, (keep_newest, keep_best, metric), background)
 
     def save(
         self,
@@ -127,12 +126,13 @@ class Checkpoints:
             CheckpointError: if something cannot be saved, or the save before this one failed.
         """
         self._writer.wait()
+        own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
         place = {
-            "step": max(optimizer._books(g)["k"] for g in optimizer.param_groups) if step is None else step,
+            "step": as_step(own if step is None else step),
             "epoch": epoch,
             "position": position,
-            "accumulation": _place.accumulation_of(accumulation, batch_size),
-            "metrics": _place.finite(metrics or {}),
+            "accumulation": as_accumulation(accumulation, batch_size),
+            "metrics": as_metrics(metrics or {}),
         }
         captured = capture(model, optimizer, place, extra or {})
         captured.arrays.update(_rng.capture())
@@ -174,6 +174,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
+            HyperparameterError: for prior_steps out of range (a ValueError); nothing has changed then.
         """
         self._writer.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):
@@ -194,7 +195,9 @@ class Checkpoints:
         extra = {k: v for k, v in meta.extra.items() if k != MODEL_EXTRA}
         notices = [f"{skip.path} was skipped: {skip.why}" for skip in skipped]
         notices += [str(change) for change in changes]
-        notices += _place.drop_partial_update(plan, meta, accumulation)
+        if accumulation not in (None, meta.accumulation["steps"]):
+            meta, dropped = _apply.without_partial_update(plan, meta)
+            notices += dropped
         _apply.commit(plan, model, optimizer)
         notices += _rng.restore(arrays) if rng else []
         changed = {change.name for change in changes}

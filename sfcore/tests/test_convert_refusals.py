@@ -77,6 +77,12 @@ def test_an_unknown_target_is_refused(torch_checkpoint, tmp_path):
         convert(torch_checkpoint[0], tmp_path / "dst", "tf")
 
 
+def test_a_file_in_place_of_the_folder_says_so(torch_checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file; choose a folder"):
+        convert(torch_checkpoint[0], tmp_path / "file" / "x.safetensors", "inference")
+
+
 @pytest.mark.parametrize("to", ["inference", "exchange", "jax"])
 def test_a_full_disk_leaves_nothing(torch_checkpoint, tmp_path, monkeypatch, to):
     path, _, _ = torch_checkpoint

@@ -63,6 +63,7 @@ def test_another_thread_than_the_main_one_is_refused():
     ("options", "message"),
     [
         ({"signals": ()}, "signals must name at least one"),
+        ({"signals": [signal.SIGTERM, signal.SIGKILL]}, "signals must be some that a program can catch, got"),
         ({"grace": -1}, "grace must be a number of seconds >= 0, got -1"),
         ({"patience": float("nan")}, "patience must be a number of seconds >= 0, got nan"),
     ],

@@ -45,8 +45,9 @@ def test_a_save_that_the_system_refuses_leaves_nothing(tmp_path, monkeypatch, co
 
 def test_a_file_in_place_of_the_folder_says_so(tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(CheckpointError, match="run is a file; choose a folder"):
-        store.write(tmp_path / "run", examples.meta(), {}, {})
+    for folder in (tmp_path / "run", tmp_path / "run" / "below" / "it"):
+        with pytest.raises(CheckpointError, match="run is a file; choose a folder"):
+            store.write(folder, examples.meta(), {}, {})
     with pytest.raises(CheckpointError, match="run cannot be read"):
         store.steps(tmp_path / "run")
 

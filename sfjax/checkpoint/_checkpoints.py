@@ -16,6 +16,7 @@ import numpy as np
 from sfcore import _folder as _names
 from sfcore import store
 from sfcore.exchange import CheckpointError
+from sfcore.meta import as_metrics, as_step
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._background import Background
@@ -27,7 +28,7 @@ from sfjax.checkpoint._steps import Steps
 from sfjax.checkpoint._storable import OBJECTS, Snapshot
 from sfjax.checkpoint._weights import start_from_weights
 
-log = logging.getLogger("sfjax.checkpoint")
+_log = logging.getLogger("sfjax.checkpoint")
 
 
 class Checkpoints:
@@ -125,7 +126,7 @@ class Checkpoints:
             CheckpointError: for a metric that is not finite or a leaf that cannot be stored, before anything
                 is written; if the save before this one failed; if there is no space or no permission.
         """
-        values: dict[str, Any] = {"step": _record.step(step), "metrics": _record.finite(metrics or {})}
+        values: dict[str, Any] = {"step": as_step(step), "metrics": as_metrics(metrics or {})}
         values |= {"epoch": epoch, "position": position}
         flat = named(whole(_pure(params), _pure(opt_state), extra_state))
         with self._lock:
@@ -139,6 +140,7 @@ class Checkpoints:
             meta = _record.make(host.tree, hyperparameters, batches, **values)
             meta.to_json()  # what JSON has no form for must not fail later, in the background
             writer = self._open()
+            self._scores.pop(meta.step, None)  # of the checkpoint that this one replaces
             if self.metric in meta.metrics:
                 self._scores[meta.step] = meta.metrics[self.metric]
             # Copied, because the next step may write to them, or delete them if they are donated to it.
@@ -196,7 +198,9 @@ class Checkpoints:
             return self._watched(restored, restored.meta.recent)
         path = None if resume == "none" else _read.choose(self.folder, resume)
         if path is None:
-            log.info("starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder)
+            _log.info(
+                "starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder
+            )
             return None
         if (path / store.META).is_file():
             restored = import_exchange(path, params, opt_state, buffers=extra_state, **configured)

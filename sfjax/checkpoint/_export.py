@@ -1,15 +1,13 @@
 """To the framework-free store, from which a run goes on in the torch twin.
 
 The store holds y, z, v, m of every parameter by role and name, and x where beta is 0. y is in full: float32
-where a parameter has 16 bits. Gradients of an
-unfinished accumulation stay behind, because the frameworks scale them differently: the position in the
-data goes back to the last update.
+where a parameter has 16 bits. Gradients of an unfinished accumulation stay behind, because the frameworks
+scale them differently: the position in the data goes back to the last update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,16 @@ import jax
 import numpy as np
 
 from sfcore import store
+from sfcore._translate import translate
+from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import fingerprint, of_role
-from sfcore.meta import Meta
+from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
-from sfjax.checkpoint._leaves import groups, named, parameters, roles, whole
-from sfjax.checkpoint._save import evaluated
-
-PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
+from sfjax.checkpoint._leaves import named, parameters, whole
+from sfjax.checkpoint._save import evaluated, recorded_roles
 
 
 def export_exchange(
@@ -71,55 +69,50 @@ def export_exchange(
     """
     tree = jax.tree.map(np.asarray, whole(_pure(params), _pure(opt_state)))
     values = {
-        "step": step,
+        "step": as_step(step),
         "epoch": epoch,
-        "metrics": _record.finite(metrics or {}),
+        "position": position,
+        "metrics": as_metrics(metrics or {}),
         "extra": dict(extra or {}),
     }
     batches = _record.accumulated(tree["opt_state"], accumulation)
-    meta = _record.make(tree, hyperparameters, batches, **values)
-    meta.position = position - meta.accumulation["position"]
-    meta.accumulation["position"] = 0
+    meta, _ = at_last_update(_record.make(tree, hyperparameters, batches, **values), LEFT_BEHIND)
     state = content(tree["params"], tree["opt_state"])
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
     x = evaluated(_pure(opt_state), _pure(params))
     inference = {name: np.asarray(leaf) for name, leaf in parameters(x).items()}
-    if names is not None:
-        state = renamed(state, names.to_torch)
-        inference = names.to_torch(inference)
-        meta = _torch_names(meta, names, of_role(state, "y"))
     meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}
-    return store.write(Path(folder), meta, state, inference | of_role(state, "buffer"))
+    inference |= of_role(state, "buffer")
+    if names is not None:
+        meta, state, inference, _ = translate(meta, state, inference, "torch", names)
+    return store.write(Path(folder), meta, state, inference)
 
 
 def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
     """Returns ROLE/NAME -> host array of everything another optimizer could go on with."""
     flat = named(whole(params, opt_state))
-    by_name = dict(zip(flat.names, flat.leaves, strict=True))
+    about = recorded_roles(params, opt_state)
+    leaves = dict(zip(flat.names, flat.leaves, strict=True))
+    return _portable({one["role"]: leaves[name] for name, one in about.items()})
+
+
+def _portable(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the leaves as any optimizer has them: y in full, z for every parameter, no lean form."""
+    y = in_full(by_role)
     found = {}
-    polyak = {name for group in groups(params, opt_state) if group.state.b1 == 0 for name in group.parameters}
-    known = roles(params, opt_state)
-    y = in_full({role: by_name[name] for name, role in known.items()})
-    for name, role in known.items():
+    for role, array in by_role.items():
         kind, _, parameter = role.partition("/")
-        if kind == "stored" and parameter in polyak:
-            # The parameters are z; the twin keeps z in a buffer of its own.
-            found[f"x/{parameter}"] = by_name[name]
-            found[f"z/{parameter}"] = y[parameter].astype(by_name[name].dtype)
-        elif kind == "stored":
-            found[f"z/{parameter}"] = by_name[name]
-        elif kind == "gap":
-            found[f"z/{parameter}"] = y[parameter] + by_name[name].astype(np.float32)
-        elif kind == "y":
+        if kind == "y":
             found[role] = y[parameter]
-        elif kind in ("v", "m", "base"):
-            found[role] = _wide(by_name[name], f"gap/{parameter}" in known.values())
+        elif kind == "gap":
+            found[f"z/{parameter}"] = y[parameter] + array.astype(np.float32)
+        elif kind in ("v", "m") and f"gap/{parameter}" in by_role:
+            found[role] = array.astype(np.float32)
+        elif kind in ("x", "z", "v", "m", "base"):
+            found[role] = array
+        if kind == "x":  # the parameters are z; the twin keeps z in a buffer of its own
+            found[f"z/{parameter}"] = y[parameter].astype(array.dtype)
     return found
-
-
-def _wide(moment: np.ndarray, lean: bool) -> np.ndarray:
-    """Returns a moment of the lean form in float32; others are as they are."""
-    return moment.astype(np.float32) if lean else moment
 
 
 def in_full(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -152,35 +145,5 @@ def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.nd
         (['y/w', 'z/w'], ['w'])
     """
     saved = _read.read(Path(path).absolute())
-    state = {}
-    y = in_full({role: saved.arrays[name] for name, role in saved.roles.items()})
-    for name, role in saved.roles.items():
-        kind, _, parameter = role.partition("/")
-        if kind in ("y", "x", "z", "v", "m", "base"):
-            lean = f"gap/{parameter}" in saved.roles.values()
-            state[role] = y[parameter] if kind == "y" else _wide(saved.arrays[name], lean)
-        if kind == "gap":
-            state[f"z/{parameter}"] = y[parameter] + saved.arrays[name].astype(np.float32)
-        if kind == "x":
-            state[f"z/{parameter}"] = y[parameter].astype(saved.arrays[name].dtype)
+    state = _portable({role: saved.arrays[name] for name, role in saved.roles.items()})
     return saved.meta, state, _read.read_inference(saved.path, saved.meta)
-
-
-def renamed(
-    arrays: Mapping[str, np.ndarray], rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Returns the leaves of every parameter under other names and in other layouts; others are left out."""
-    found: dict[str, np.ndarray] = {}
-    for role in PER_PARAMETER:
-        found |= {f"{role}/{name}": array for name, array in rename(of_role(arrays, role)).items()}
-    return found
-
-
-def _torch_names(meta: Meta, names: NameMap, y: Mapping[str, np.ndarray]) -> Meta:
-    """Returns the record with torch's names and shapes."""
-    about = {names.torch_name(name): one for name, one in meta.parameters.items()}
-    about = {name: one | {"shape": list(y[name].shape)} for name, one in about.items()}
-    moved = [
-        g | {"parameters": list(dict.fromkeys(map(names.torch_name, g["parameters"])))} for g in meta.groups
-    ]
-    return replace(meta, framework="torch", parameters=about, groups=moved)

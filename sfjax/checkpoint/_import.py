@@ -14,10 +14,11 @@ from sfcore import names as _names
 from sfcore import store
 from sfcore._iterates import beta_of
 from sfcore._lean import widened
+from sfcore._translate import renamed
+from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import CheckpointError, of_role
 from sfcore.meta import Meta
 from sfcore.names import NameMap
-from sfjax.checkpoint._export import renamed
 from sfjax.checkpoint._leaves import parameters
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
@@ -32,7 +33,7 @@ def import_exchange(
     params: Any,
     opt_state: Any,
     *,
-    names: Any = None,
+    names: NameMap | _names.UserMap = None,
     buffers: Any = None,
     hyperparameters: Any = None,
     accumulation: Any = None,
@@ -71,7 +72,8 @@ def import_exchange(
         arrays = renamed(arrays, found.to_jax)
         meta = _jax_names(meta, found)
     meta, differences = _one_clock(meta)
-    arrays, more = _as_training(meta, arrays, set(parameters(params)))
+    meta, left = at_last_update(meta, LEFT_BEHIND)
+    arrays = _as_training(meta, arrays, set(parameters(params)))
     arrays |= _halves(meta, arrays, parameters(params))
     state = {leaf: array for leaf, array in arrays.items() if leaf.partition("/")[0] in _STATE}
     saved = Saved(folder, meta, state, {leaf: leaf for leaf in state})
@@ -83,7 +85,7 @@ def import_exchange(
         accumulation=accumulation,
         batch_size=batch_size,
         strict=strict,
-        differences=differences + more,
+        differences=differences + left,
     )
     if buffers is None:
         return restored
@@ -124,19 +126,8 @@ def _one_clock(meta: Meta) -> tuple[Meta, list[str]]:
     return replace(meta, groups=moved), differences
 
 
-def _as_training(
-    meta: Meta, arrays: dict[str, np.ndarray], wanted: set[str]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def _as_training(meta: Meta, arrays: dict[str, np.ndarray], wanted: set[str]) -> dict[str, np.ndarray]:
     """Returns the leaves as a JAX run holds them in training: y in the parameters, z for every parameter."""
-    differences = []
-    if meta.accumulation["position"]:
-        taken = meta.accumulation["position"]
-        meta.position -= taken
-        meta.accumulation["position"] = 0
-        differences.append(
-            f"the gradients of {taken} micro-batches of an unfinished update are left behind: "
-            f"take them again from position {meta.position}"
-        )
     arrays = dict(arrays)
     for name in wanted:  # parameters that torch's optimizer did not hold are among its buffers
         if f"y/{name}" not in arrays and f"buffer/{name}" in arrays:
@@ -151,7 +142,7 @@ def _as_training(
                 arrays[f"y/{name}"] = (beta * y.astype(z.dtype) + (1 - beta) * z).astype(y.dtype)
             if beta == 0:
                 arrays.setdefault(f"x/{name}", z)
-    return arrays, differences
+    return arrays
 
 
 def _halves(

@@ -7,6 +7,7 @@ inference weights are written by functions, so that hashing goes on while tensor
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import shutil
 import threading
@@ -154,7 +155,7 @@ class Writer:
         cause: BaseException = error
         while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
             cause = cause.__cause__ or cause.__context__ or cause
-        why = _names.why(cause) if isinstance(cause, OSError) else _explain(str(error))
+        why = _names.why(cause if isinstance(cause, OSError) else _of_the_system(str(error)))
         return CheckpointError(f"cannot write the checkpoint of step {step} into {self.folder}: {why}")
 
 
@@ -167,14 +168,13 @@ def _join_threads() -> None:
                 thread.join()
 
 
-def _explain(message: str) -> str:
-    """Returns what to do about an error of tensorstore, which has no types for the system's reasons."""
-    untouched = "The live state and the older checkpoints are untouched"
+def _of_the_system(message: str) -> OSError:
+    """Returns the system's reason in an error of tensorstore, which has no types for it."""
     if "No space left" in message or "Disk quota" in message:
-        return f"the disk or the quota is full; free space or choose another folder. {untouched}"
+        return OSError(errno.ENOSPC, message)
     if "Permission denied" in message or "Read-only file system" in message:
-        return f"no permission; choose a folder that this user may write to. {untouched}"
-    return f"{message}. {untouched}"
+        return OSError(errno.EACCES, message)
+    return OSError(message)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

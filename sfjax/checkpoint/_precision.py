@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from sfcore.changes import EFFECTS
 from sfjax import _halves, _lean
 from sfjax.checkpoint._leaves import Named
 from sfjax.checkpoint._read import Saved
@@ -43,8 +44,8 @@ def in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[S
         arrays[name] = (buffer - y if kind == "gap" else y + buffer).astype(leaf.dtype)
         found[name] = f"{'gap' if kind == 'gap' else 'z'}/{parameter}"
         changed = True
-    sentence = "precision: z and the moments are converted, for 'lean' to the nearest in bfloat16"
-    return saved._replace(arrays=arrays, roles=found), [sentence] if changed else []
+    notices = [f"precision: {EFFECTS['precision']}"] if changed else []
+    return saved._replace(arrays=arrays, roles=found), notices
 
 
 def in_full(saved: Saved, by_role: Mapping[str, str], parameter: str) -> np.ndarray:

@@ -106,7 +106,10 @@ def choose(folder: Path, resume: Any) -> Path | None:
     if resume == "auto":
         return newest(folder)
     if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
-        return folder / str(resume)
+        found = _folder.steps(folder)
+        if resume not in found:
+            raise CheckpointError(f"{folder} must hold step {resume}, got the steps {list(found)}")
+        return found[int(resume)]
     if isinstance(resume, Path) or (isinstance(resume, str) and Path(resume).exists()):
         path = Path(resume).absolute()
         if is_ours(path) or (path / store.META).is_file():

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from sfcore import hyperparameters as kinds
-from sfcore.checks import HyperparameterError, nearest
-from sfcore.exchange import CheckpointError, describe
-from sfcore.meta import Meta, check_metrics
+from sfcore.changes import UNKNOWN_ADAM
+from sfcore.checks import HyperparameterError, hint
+from sfcore.exchange import describe
+from sfcore.meta import Meta, as_accumulation
 from sfjax.adamw import MomentsState
 from sfjax.checkpoint._leaves import CLOCK, Group, groups, parameters
 
@@ -45,7 +46,7 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
     values = dict(hyperparameters)
     optimizer = values.pop("optimizer", None)
     known = {field.name for kind in KINDS.values() for field in fields(kind)}
-    wrong = [f"{name!r}, did you mean {nearest(name, known)!r}?" for name in values if name not in known]
+    wrong = [f"{name!r}{hint(name, known)}" for name in values if name not in known]
     if optimizer not in (None, *KINDS):
         wrong.append(f"optimizer {optimizer!r}")
     if wrong:
@@ -103,7 +104,7 @@ def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
 def _told_by(state: Any) -> str:
     """Returns what the state alone tells of the optimizer; AdamW and RAdam look the same."""
     if isinstance(state.base_optimizer_state, MomentsState):
-        return "adamw or radam"
+        return UNKNOWN_ADAM
     return "sgd" if isinstance(state.base_optimizer_state, optax.EmptyState) else "wrapper"
 
 
@@ -179,45 +180,22 @@ def accumulated(opt_state: Any, given: Any, batch_size: int | None = None) -> di
         given: micro-batches an update, or (that, position), or None. MultiSteps does not say how many an
             update takes, so its `steps` is then 0, for unknown.
         batch_size: of a micro-batch, if it is known.
+
+    Raises:
+        CheckpointError: for a position that is not in an update of so many micro-batches.
     """
+    if isinstance(given, Sequence):
+        return as_accumulation(given, batch_size)
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_multi_steps)
     positions = [int(np.asarray(node.mini_step)) for node in nodes if _is_multi_steps(node)]
-    if isinstance(given, Sequence):
-        found = {"steps": int(given[0]), "position": int(given[1])}
-    else:
-        unknown = 0 if positions else 1
-        steps = unknown if given is None else int(given)
-        found = {"steps": steps, "position": positions[0] if positions else 0}
+    unknown = 0 if positions else 1
+    steps = unknown if given is None else int(given)
+    found = {"steps": steps, "position": positions[0] if positions else 0}
     return found if batch_size is None else found | {"batch_size": batch_size}
 
 
 def _is_multi_steps(node: Any) -> bool:
     return isinstance(node, optax.MultiStepsState)
-
-
-def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Returns metrics as Python floats.
-
-    Raises:
-        CheckpointError: with every one that is no finite number.
-    """
-    plain = {
-        name: value.item() if getattr(value, "size", 0) == 1 else value for name, value in metrics.items()
-    }
-    check_metrics(plain)
-    return {name: float(value) for name, value in plain.items()}
-
-
-def step(value: Any) -> int:
-    """Returns a step as a Python number.
-
-    Raises:
-        CheckpointError: if it is no whole number >= 0.
-    """
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"step must be a whole number >= 0, got {value!r}: pass int(...)")
-    return int(value)
 
 
 def versions() -> dict[str, str]:

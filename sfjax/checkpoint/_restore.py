@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore.changes import Change, refuse
+from sfcore.changes import DROPPED, Change, at_last_update, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfcore.store import Skipped
@@ -22,7 +22,7 @@ from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._reconcile import Fit, fit, saved_group
 from sfjax.checkpoint._storable import OBJECTS, is_object, set_object
 
-log = logging.getLogger("sfjax.checkpoint")
+_log = logging.getLogger("sfjax.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -127,28 +127,21 @@ def restore_into(
 def tell(notices: Sequence[str]) -> None:
     """Logs where a run starts, and warns of what is not as it was."""
     for number, notice in enumerate(notices):
-        log.log(logging.WARNING if number else logging.INFO, "%s", notice)
+        _log.log(logging.WARNING if number else logging.INFO, "%s", notice)
 
 
 def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]:
     """Forgets the gradients of an unfinished update whose length has changed: their mean would be wrong."""
-    meta = saved.meta
-    taken = meta.accumulation["position"]
-    if not taken or not steps or steps == meta.accumulation["steps"]:
+    if not steps or steps == saved.meta.accumulation["steps"]:
         return saved, []
-    kinds = {name: role.partition("/")[0] for name, role in saved.roles.items()}
+    meta, dropped = at_last_update(saved.meta, DROPPED)
+    unfinished = ("accumulation/mini_step", "grad/") if dropped else ()
     zeroed = {
-        name: np.zeros_like(array)
-        for name, array in saved.arrays.items()
-        if kinds.get(name) == "grad" or saved.roles.get(name) == "accumulation/mini_step"
+        name: np.zeros_like(saved.arrays[name])
+        for name, role in saved.roles.items()
+        if role.startswith(unfinished)
     }
-    batches = meta.accumulation | {"position": 0}
-    sentence = (
-        f"the gradients of {taken} micro-batches of an unfinished update are dropped, because accumulation "
-        f"changed: take them again from position {meta.position - taken}"
-    )
-    moved = replace(meta, position=meta.position - taken, accumulation=batches)
-    return saved._replace(meta=moved, arrays=saved.arrays | zeroed), [sentence]
+    return saved._replace(meta=meta, arrays=saved.arrays | zeroed), dropped
 
 
 def _concrete_beta(state: Any) -> dict[str, Any]:

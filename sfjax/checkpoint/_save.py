@@ -56,7 +56,7 @@ def on_host(flat: Named, snapshot: Snapshot) -> Host:
     like = {name: array_like(name, leaf) for name, leaf in leaves.items() if name not in objects}
     arrays = dict(zip(like, snapshot.take(list(like.values())), strict=True))
     tree = flat.pure.unflatten([arrays.get(name) for name in flat.names])
-    about = _roles(tree["params"], tree["opt_state"])
+    about = recorded_roles(tree["params"], tree["opt_state"])
     for name in arrays:
         if is_key(leaves[name]):
             about[name] = {"key": str(jax.random.key_impl(leaves[name]))}
@@ -64,7 +64,7 @@ def on_host(flat: Named, snapshot: Snapshot) -> Host:
     return Host(arrays, tree, flat.pure.unflatten(held), about, objects)
 
 
-def _roles(params: Any, opt_state: Any) -> dict[str, dict[str, Any]]:
+def recorded_roles(params: Any, opt_state: Any) -> dict[str, dict[str, Any]]:
     """Returns name -> {"role"}, where `stored` is said to be what it is."""
     buffer = {
         name: "x" if group.state.b1 == 0 else "z"

@@ -19,7 +19,7 @@ from sfcore.watch import WATCHED_STEPS
 from sfjax import _iterates
 from sfjax._find import _overlay, _pure, _require
 
-log = logging.getLogger("sfjax.checkpoint")
+_log = logging.getLogger("sfjax.checkpoint")
 _ROWS = WATCHED_STEPS + 1
 
 
@@ -86,7 +86,7 @@ class Steps:
         if now.step > self._restart.last.step:
             report = self._restart.observe(now)
             if report is not None:
-                log.warning("%s", report)
+                _log.warning("%s", report)
 
     def metrics(self) -> dict[str, float]:
         """Returns restart_steps, restart_moved and restart_jump; {} before a restart."""

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import exchange, restart, store
+from sfcore import checks, exchange, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
@@ -59,6 +59,7 @@ def start_from_weights(
     Raises:
         CheckpointError: if weights are missing or have another shape, lr is missing, or r > 0 in a
             transformation built without `prior_steps`.
+        HyperparameterError: for prior_steps or trained_steps out of range (a ValueError).
 
     Example:
         >>> import jax.numpy as jnp, sfjax
@@ -178,6 +179,7 @@ def opening(
 
     Raises:
         CheckpointError: if the policy needs a number that is not known.
+        HyperparameterError: for prior_steps out of range.
     """
     values = configured.values
     abstract = isinstance(state.b1, jax.ShapeDtypeStruct)
@@ -193,6 +195,7 @@ def opening(
         return clock | {"weight_sum": built}, words
     kind = _record.KINDS.get(configured.optimizer, kinds.ScheduleFree)
     policy = restart.weights_only_policy(chosen, kind, trained_steps=trained_steps)
+    checks.check(kind, {"prior_steps": policy["prior_steps"]})
     count = int(policy["prior_steps"])
     if count == 0:
         return clock, "prior_steps is 0: the first step takes the whole average"

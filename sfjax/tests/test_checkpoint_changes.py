@@ -87,12 +87,14 @@ def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(tmp_path:
     assert [change.name for change in restored.changes] == ["beta"]
 
 
-def test_a_misspelt_hyperparameter_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("weigth_decay", r"got 'weigth_decay'; did you mean 'weight_decay'\?$"), ("foo", "got 'foo'$")],
+)
+def test_an_unknown_hyperparameter_is_refused(tmp_path: Path, name: str, message: str) -> None:
     params = begin()
-    with pytest.raises(HyperparameterError, match="'weigth_decay', did you mean 'weight_decay'"):
-        Checkpoints(tmp_path).save(
-            1, params, transformation("sgd").init(params), hyperparameters={"weigth_decay": 0.1}
-        )
+    with pytest.raises(HyperparameterError, match=message):
+        Checkpoints(tmp_path).save(1, params, transformation("sgd").init(params), hyperparameters={name: 0.1})
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.98, 0.0, 1.0])

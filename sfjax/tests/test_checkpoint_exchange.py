@@ -85,6 +85,20 @@ def test_torch_names_and_layouts_go_there_and_back(tmp_path: Path) -> None:
     assert_same((back.params, back.opt_state), (params, opt_state))
 
 
+def test_torch_is_told_which_beta_built_y_whatever_is_configured_now(tmp_path: Path) -> None:
+    tx, params = sfjax.schedule_free_adamw(LR, b1=0.5), _model()
+    params, opt_state = _one_step(tx, params)
+    shapes = {
+        "Dense_0/kernel": (2, 3),
+        "Dense_0/bias": (3,),
+        "Conv_0/kernel": (3, 3, 2, 2),
+        "Conv_0/bias": (2,),
+    }
+    found, now = names.to_torch(shapes), AdamW(lr=LR, beta=0.9)
+    path = export_exchange(tmp_path, params, opt_state, step=1, names=found, hyperparameters=now)
+    assert store.read_meta(path).groups[0]["torch"]["books"]["y_beta"] == 0.5
+
+
 def _one_step(tx: Any, params: Any) -> tuple[Any, Any]:
     updates, opt_state = jax.jit(tx.update)(jax.tree.map(jnp.cos, params), tx.init(params), params)
     return optax.apply_updates(params, updates), opt_state
@@ -193,3 +207,10 @@ def test_an_orbax_checkpoint_reads_as_roles_without_a_target(tmp_path: Path) -> 
         np.testing.assert_array_equal(state["v/a"], sfjax.find_state(opt_state).base_optimizer_state.nu["a"])
         assert meta.step == 3
         assert ("x/a" in state) == (b1 == 0)
+
+
+@pytest.mark.parametrize("accumulation", [(4, 4), (0, 0), (4, -1)])
+def test_an_accumulation_that_cannot_be_is_refused(accumulation: Any, tmp_path: Path) -> None:
+    tx, params = sfjax.schedule_free_sgd(LR), begin()
+    with pytest.raises(CheckpointError, match="0 <= position < steps"):
+        export_exchange(tmp_path, params, tx.init(params), step=1, accumulation=accumulation)

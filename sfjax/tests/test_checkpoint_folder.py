@@ -49,6 +49,15 @@ def test_another_metric_can_rank_and_may_be_missing(tmp_path: Path) -> None:
     assert files(tmp_path) == ["1", "3"]
 
 
+def test_a_checkpoint_ranks_by_its_own_metric_and_not_by_that_of_the_one_it_replaced(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep_newest=1) as checkpoints:
+        checkpoints.save(1, *_state(), metrics={"loss": 0.1})
+        checkpoints.save(1, *_state())
+        checkpoints.save(2, *_state(), metrics={"loss": 0.5})
+        checkpoints.save(3, *_state())
+    assert files(tmp_path) == ["2", "3"]
+
+
 def test_options_out_of_range_are_refused_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(HyperparameterError) as caught:
         Checkpoints(tmp_path, keep_newest=0, keep_best=-1)
@@ -137,9 +146,18 @@ def test_a_checkpoint_whose_replacement_was_killed_is_found_without_a_save(tmp_p
         pass
     (tmp_path / ".replaced").mkdir()
     os.rename(tmp_path / "3", tmp_path / ".replaced" / "3")
-    restored = Checkpoints(tmp_path).restore(params, opt_state)
-    assert restored is not None
-    assert restored.meta.step == 3
+    for resume in ("auto", 3):
+        restored = Checkpoints(tmp_path).restore(params, opt_state, resume=resume)
+        assert restored is not None
+        assert restored.meta.step == 3
+
+
+def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    with (
+        saved(tmp_path) as (checkpoints, params, opt_state),
+        pytest.raises(CheckpointError, match=r"must hold step 7, got the steps \[3\]"),
+    ):
+        checkpoints.restore(params, opt_state, resume=7)
 
 
 def test_reading_cleans_nothing_that_another_process_may_be_writing(tmp_path: Path) -> None:

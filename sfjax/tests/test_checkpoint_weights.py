@@ -13,6 +13,7 @@ import pytest
 
 import sfjax
 from sfcore import exchange, restart
+from sfcore.checks import HyperparameterError
 from sfcore.hyperparameters import AdamW
 from sfjax.checkpoint import CheckpointError, Checkpoints, export_exchange, start_from_weights
 from sfjax.tests.checkpoint_runs import begin, go, saved, transformation
@@ -148,3 +149,15 @@ def test_an_abstract_state_cannot_start() -> None:
     tx, params = sfjax.schedule_free_sgd(LR), begin()
     with pytest.raises(CheckpointError, match=r"opt_state must be tx\.init\(params\) itself"):
         start_from_weights(_weights(), params, jax.eval_shape(tx.init, params), hyperparameters={"lr": LR})
+
+
+@pytest.mark.parametrize(
+    ("prior_steps", "trained_steps"), [(-5, None), (0.5, None), (None, -5)], ids=["< 0", "a share", "trained"]
+)
+def test_prior_steps_out_of_range_are_refused(prior_steps: Any, trained_steps: Any) -> None:
+    tx, params = sfjax.schedule_free_adamw(LR), begin()
+    given = {"lr": LR} | ({} if prior_steps is None else {"prior_steps": prior_steps})
+    with pytest.raises(HyperparameterError, match="prior_steps must be a whole number of optimizer steps"):
+        start_from_weights(
+            _weights(), params, tx.init(params), hyperparameters=given, trained_steps=trained_steps
+        )

@@ -1,7 +1,6 @@
 """Saves that the system refuses, and checkpoints that are intact and do not fit."""
 
 import errno
-import json
 import os
 import re
 
@@ -10,7 +9,6 @@ import torch
 
 import sftorch
 from sfcore import store
-from sfcore.meta import Meta
 from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import Case, build, saved_twice, train
 
@@ -150,16 +148,24 @@ class TestAnotherModel:
         self.fails(saved, model, r"'buffer/1\.running_mean' must be in the model")
 
 
+def rewrite(saved, change):
+    """Changes the record of the newest checkpoint."""
+    file = store.newest(saved) / store.META
+    meta = store.read_meta(file.parent)
+    change(meta)
+    file.write_text(meta.to_json())
+
+
 def test_a_checkpoint_from_jax_is_refused_with_the_command_that_converts_it(saved):
-    newest = store.newest(saved)
-    body = json.loads((newest / "meta.json").read_text())
-    meta = Meta.from_json((newest / "meta.json").read_text())
-    meta.framework = "jax"
-    assert body["framework"] == "torch"
-    (newest / "meta.json").write_text(meta.to_json())
+    rewrite(saved, lambda meta: setattr(meta, "framework", "jax"))
     restore_fails(
         saved, "auto", "must be a torch checkpoint, got framework 'jax'", "sfcore convert .* --to torch"
     )
+
+
+def test_a_checkpoint_that_came_from_jax_without_hyperparameters_is_refused(saved):
+    rewrite(saved, lambda meta: meta.groups[0]["hyperparameters"].pop("lr"))
+    restore_fails(saved, "auto", "must record the lr of every group, got none: save it in JAX with")
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(saved):

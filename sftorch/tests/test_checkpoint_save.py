@@ -58,7 +58,14 @@ def test_newer_checkpoints_of_an_abandoned_run_are_set_aside(tmp_path, caplog, d
     assert checkpoints.restore(model, optimizer).meta.step == 5
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", True])
+@pytest.mark.parametrize("step", [-1, 1.5, True])
+def test_a_step_that_is_no_count_is_refused(tmp_path, step):
+    model, optimizer = started()
+    with pytest.raises(CheckpointError, match="step must be a whole number >= 0"):
+        Checkpoints(tmp_path).save(model, optimizer, step=step)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", True, torch.ones(2)])
 def test_a_metric_that_is_no_finite_number_is_refused_before_anything_is_written(tmp_path, value):
     model, optimizer = started()
     with pytest.raises(CheckpointError, match="loss"):

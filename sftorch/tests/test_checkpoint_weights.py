@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import sftorch
+from sfcore.checks import HyperparameterError
 from sfcore.restart import WEIGHTS_ONLY
 from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import Case, build, train
@@ -137,12 +138,12 @@ def test_weights_of_another_model_are_refused_with_every_problem(trained):
         assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a file of torch", None])
+@pytest.mark.parametrize("content", [b"", b"not a file of torch", b"hello", None])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, content):
     path = tmp_path / "w.pt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"w\.pt"):
+    with pytest.raises(CheckpointError, match=r"w\.pt (is|must be)"):
         start(path)
 
 
@@ -175,3 +176,25 @@ def test_prior_steps_given_to_restore_win(trained, prior_steps):
     group = optimizer.param_groups[0]
     assert group["prior_steps"] == prior_steps
     assert group["weight_sum"] == pytest.approx(prior_steps * 0.01**2, rel=1e-12)
+
+
+def test_a_state_dict_loaded_before_is_forgotten_too(trained):
+    path = write("pt", *trained)
+    model, optimizer, _ = start(path)
+    train(model, optimizer, CASE, 0, 2)
+    saved = optimizer.state_dict()
+    model, optimizer = build(CASE, seed=7)
+    optimizer.load_state_dict(saved)
+    Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}")
+    train(model, optimizer, CASE, 0, 2)  # whose weights are no longer those of the state dict
+    assert optimizer.metrics()[0]["step"] == 2
+
+
+@pytest.mark.parametrize("prior_steps", [-5, 0.5])
+def test_prior_steps_out_of_range_are_refused_and_change_nothing(trained, prior_steps):
+    path = write("pt", *trained)
+    model, optimizer = build(CASE, seed=7)
+    before = repr(model.state_dict())
+    with pytest.raises(HyperparameterError, match="prior_steps must be a whole number of optimizer steps"):
+        Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}", prior_steps=prior_steps)
+    assert repr(model.state_dict()) == before

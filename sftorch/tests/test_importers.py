@@ -157,6 +157,15 @@ class TestPlainAdamW:
         go_on(optimizer, params, frozen["gradients"][:1])
         assert optimizer.metrics()[0]["c"] == pytest.approx(1 / (WEIGHTS_ONLY["prior_steps"] + 1))
 
+    def test_the_weights_are_protected_under_a_scheduler_that_begins_at_0(self):
+        frozen = load("torch-2.13-adamw")
+        params = parameters(frozen["weights"])
+        optimizer = sftorch.AdamWScheduleFree(params, lr=0.01)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step)
+        import_state_dict(optimizer, frozen["state"])
+        for p in params:
+            assert optimizer.state[p]["weight_sum"] == WEIGHTS_ONLY["prior_steps"] * 0.01**2
+
     def test_the_first_step_is_that_of_a_mature_second_moment(self, imported):
         frozen, params, optimizer, _ = imported
         v = [frozen["state"]["state"][i]["exp_avg_sq"] for i in range(len(params))]
@@ -212,6 +221,15 @@ def test_state_of_another_model_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"parameter 0 of group 0 must have shape \(2, 3\), got \(3, 2\)"):
         import_state_dict(optimizer, frozen["state"])
     assert not optimizer.state
+
+
+def test_state_of_another_model_does_not_touch_a_wrappers_books():
+    frozen = load("schedulefree-1.4.1-wrapper-eval")
+    optimizer = make("wrapper", parameters([torch.ones(2, 3), torch.ones(2)]))
+    before = copy.deepcopy(optimizer.param_groups[0]["schedule_free"])
+    with pytest.raises(ValueError, match="nothing has changed"):
+        import_state_dict(optimizer, frozen["state"], weights_hold="y")
+    assert optimizer.param_groups[0]["schedule_free"] == before
 
 
 def test_the_frozen_files_are_small():
