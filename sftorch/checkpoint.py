@@ -170,7 +170,8 @@ class Checkpoints:
                 default the optimizer's own, or else `sfcore.restart.weights_only_policy`.
 
         Returns:
-            What was found, or None for "none" and for "auto" in a folder without checkpoints.
+            What was found, or None for "none", and in a folder without checkpoints for "auto" and
+            "latest-good".
 
         Raises:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
@@ -249,11 +250,13 @@ class Checkpoints:
     def _find(self, resume: str | int | Path) -> tuple[Path | None, list[Skipped]]:
         if resume == "none":
             return None, []
+        found = store.steps(self.folder)
+        if resume in ("auto", "latest-good") and not found:
+            return None, []
         if resume == "latest-good":
             return store.latest_good(self.folder)
-        found = store.steps(self.folder)
         if resume == "auto":
-            return (found[max(found)] if found else None), []
+            return found[max(found)], []
         if isinstance(resume, int):
             if resume not in found:
                 raise CheckpointError(f"{self.folder} must hold step {resume}, got the steps {sorted(found)}")

@@ -192,7 +192,7 @@ class Checkpoints:
             start = start_from_weights(resume.removeprefix("weights:"), params, opt_state, **configured)
             return self._watched(start, None)
         configured |= {"batch_size": batch_size, "strict": strict}
-        if resume == "latest-good":
+        if resume == "latest-good" and _read.newest(self.folder):
             saved, skipped = _read.latest_good(self.folder)
             restored = restore_into(saved, params, opt_state, extra_state, skipped=skipped, **configured)
             return self._watched(restored, restored.meta.recent)
