@@ -8,6 +8,7 @@ FOLDER/step_000000100/state.safetensors      y, z, moments, buffers, gradients, 
 from __future__ import annotations
 
 import logging
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -257,10 +258,15 @@ class Checkpoints:
             return store.latest_good(self.folder)
         if resume == "auto":
             return found[max(found)], []
-        if isinstance(resume, int):
+        if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
             if resume not in found:
                 raise CheckpointError(f"{self.folder} must hold step {resume}, got the steps {sorted(found)}")
-            return found[resume], []
+            return found[int(resume)], []
+        if not isinstance(resume, Path) and not (isinstance(resume, str) and Path(resume).exists()):
+            raise CheckpointError(
+                "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is "
+                f"there, got {resume!r}: check the spelling"
+            )
         path = Path(resume)
         return (store.newest(path) if store.steps(path) else path), []
 
