@@ -69,7 +69,8 @@ def draw_accuracy(ax: Axes, frameworks: Mapping[str, Any]) -> None:
     for framework, run in frameworks.items():
         for name, color in (("test_accuracy_y", "y"), ("test_accuracy_x", "x")):
             ax.plot(*series(run["points"], name), color=COLORS[color], **STYLES[framework])
-    last = min(run["points"][-1]["test_accuracy_x"] for run in frameworks.values())
+    ends = [run["points"][-1]["test_accuracy_x"] for run in frameworks.values() if run["points"]]
+    last = min(ends, default=1.0)
     ax.set_ylim(min(0.9, max(0.0, last - 0.1)), 1.0)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ax.set_title("Test accuracy")

@@ -76,7 +76,8 @@ def twin_gap(settings: Settings, runs: Mapping[str, Run]) -> list[dict[str, floa
         moved = max(np.abs(one - start).max(), np.abs(other - start).max())
         return float(np.abs(one - other).max() / moved) if moved else 0.0
 
-    pairs = zip(*(run.points for run in runs.values()), strict=True)
+    one, other = ({point.step: point for point in run.points} for run in runs.values())
+    pairs = [(a, other[step]) for step, a in one.items() if step in other]  # a resumed one has fewer
     return [{"step": a.step, "x": gap(a.x, b.x), "y": gap(a.y, b.y)} for a, b in pairs]
 
 
@@ -85,32 +86,37 @@ def show(result: Mapping[str, Any]) -> None:
     table = Table(title=f"Schedule-Free {result['settings']['optimizer']}, handwritten digits")
     for column in COLUMNS:
         table.add_column(column, justify="right")
-    frameworks, gaps = result["frameworks"], result["twin_gap"]
-    count = len(next(iter(frameworks.values()))["points"])
-    for index in range(count - 1, -1, -math.ceil(count / TABLE_STEPS))[::-1]:
-        for framework, run in frameworks.items():
-            point = run["points"][index]
-            first = framework == next(iter(frameworks))
-            table.add_row(
-                str(point["step"]) if first else "",
-                framework,
-                *(f"{point[name]:.4f}" for name in ("train_loss", "test_loss_x", "test_loss_y")),
-                *(f"{point[name]:.2%}" for name in ("test_accuracy_x", "test_accuracy_y")),
-                f"{gaps[index]['x']:.1e}" if gaps and first else "",
-            )
+    frameworks = result["frameworks"]
+    gaps = {gap["step"]: gap["x"] for gap in result["twin_gap"]}
+    found = {name: {point["step"]: point for point in run["points"]} for name, run in frameworks.items()}
+    steps = sorted({step for points in found.values() for step in points}, reverse=True)
+    for step in steps[:: max(1, math.ceil(len(steps) / TABLE_STEPS))][::-1]:
+        for place, name in enumerate(name for name in found if step in found[name]):
+            gap = f"{gaps[step]:.1e}" if step in gaps and not place else ""
+            table.add_row("" if place else str(step), name, *cells(found[name][step]), gap)
         table.add_section()
     console = Console()
     console.print(table)
     if gaps:
-        worst = max(gap["x"] for gap in gaps)
+        worst = max(gaps.values())
         console.print(f"twins: the weights differ by {worst:.1e} of their movement at most", highlight=False)
-    for framework, run in frameworks.items():
-        last = run["points"][-1]
-        console.print(
-            f"{framework:>5}: {last['test_accuracy_x']:.2%} of the test digits right at x, "
-            f"{last['test_accuracy_y']:.2%} at y, in {run['seconds']:.1f} s",
-            highlight=False,
-        )
+    for name, run in frameworks.items():
+        console.print(f"{name:>5}: {summary(run)}", highlight=False)
+
+
+def cells(point: Mapping[str, Any]) -> list[str]:
+    """Returns the numbers of a row of the table."""
+    losses = [f"{point[name]:.4f}" for name in ("train_loss", "test_loss_x", "test_loss_y")]
+    return losses + [f"{point[name]:.2%}" for name in ("test_accuracy_x", "test_accuracy_y")]
+
+
+def summary(run: Mapping[str, Any]) -> str:
+    """Returns how a framework ended, in a sentence."""
+    if not run["points"]:
+        return f"nothing was left to do after step {run['resumed_from_step']}"
+    last = run["points"][-1]
+    x, y = last["test_accuracy_x"], last["test_accuracy_y"]
+    return f"{x:.2%} of the test digits right at x, {y:.2%} at y, in {run['seconds']:.1f} s"
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,45 @@ def test_the_script_runs_from_anywhere_and_shows_its_table(tmp_path):
     assert (tmp_path / "out" / "digits" / "result.json").exists()
 
 
+def killed(out: Path, *arguments: str) -> int:
+    """Returns the exit code of a run that kills itself."""
+    script = Path(__file__).parent / "train.py"
+    command = [sys.executable, str(script), *SHORT, "--out", str(out), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("how", ["auto", "latest-good"])
+def test_a_killed_run_is_started_again_and_ends_in_the_same_bits(tmp_path, capsys, how):
+    whole = run(tmp_path / "whole", *SHORT)
+    stopped = ("--save-every", "10", "--resume", how)
+    assert killed(tmp_path / "stopped", *stopped, "--kill-at", "45") == -signal.SIGKILL  # in JAX, the first
+    resumed = run(tmp_path / "stopped", *SHORT, *stopped)
+    assert resumed["frameworks"]["jax"]["resumed_from_step"] in (30, 40)  # the save of 40 was in flight
+    assert resumed["frameworks"]["torch"]["resumed_from_step"] == 0
+    for framework in ("jax", "torch"):
+        assert resumed["frameworks"][framework]["sha256"] == whole["frameworks"][framework]["sha256"]
+        kept = [p for p in points(whole, framework) if p in points(resumed, framework)]
+        assert kept == points(resumed, framework)
+    assert [gap["step"] for gap in resumed["twin_gap"]] == [p["step"] for p in points(resumed, "jax")]
+    assert "digits right at x" in capsys.readouterr().out
+
+
+def test_a_run_that_is_over_is_started_again_without_harm(tmp_path, capsys):
+    arguments = (*SHORT, "--framework", "torch", "--save-every", "60", "--resume", "auto")
+    first, again = run(tmp_path, *arguments), run(tmp_path, *arguments)
+    assert again["frameworks"]["torch"]["sha256"] == first["frameworks"]["torch"]["sha256"]
+    assert "nothing was left to do after step 60" in capsys.readouterr().out
+
+
+def test_a_run_can_start_from_the_weights_of_another(tmp_path):
+    run(tmp_path / "first", *SHORT, "--framework", "torch", "--save-every", "60")
+    weights = f"weights:{tmp_path / 'first' / 'checkpoints' / 'torch'}"
+    result = run(tmp_path / "second", *SHORT, "--framework", "torch", "--resume", weights)
+    assert result["frameworks"]["torch"]["resumed_from_step"] == 0
+    assert points(result, "torch")[0]["test_accuracy_x"] > 0.9
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentences"),
     [
@@ -154,6 +194,9 @@ def test_the_script_runs_from_anywhere_and_shows_its_table(tmp_path):
         ("--every 0", ["--every must be a whole number >= 1, got 0"]),
         ("--clip 0", ["--clip must be a finite number > 0, got 0"]),
         ("--seed -1", ["--seed must be a whole number >= 0, got -1"]),
+        ("--save-every 0", ["--save-every must be a whole number >= 1, got 0"]),
+        ("--kill-at 0", ["--kill-at must be a whole number >= 1, got 0"]),
+        ("--resume latest", ["--resume: must be none, auto, latest-good or weights:PATH, got 'latest'"]),
         ("--framework tensorflow", ["--framework", "'tensorflow'"]),
         ("--optimiser sgd", ["unknown argument --optimiser: did you mean --optimizer?"]),
         ("extra", ["unknown argument extra: see --help"]),

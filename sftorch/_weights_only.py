@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfcore import _torch_files, checks, exchange, store
 from sfcore.exchange import CheckpointError
-from sfcore.restart import weights_only_policy
+from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sftorch import _arrays, _scalars
 from sftorch._capture import unwrapped
 from sftorch._core import ScheduleFreeOptimizer, new_books
@@ -52,10 +52,20 @@ def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: _arrays.to_tensor(array) for name, array in arrays.items()}
 
 
-def check(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Returns entry -> live tensor of the model, after checking names and shapes, every problem at once."""
+def check(
+    path: Path, weights: Mapping[str, Tensor], model: nn.Module, held: Set[Tensor]
+) -> dict[str, Tensor]:
+    """Returns entry -> live tensor of what the file has; checks names and shapes, every problem at once.
+
+    Args:
+        path: of the file, for the error.
+        weights: what it holds.
+        model: the live one.
+        held: the optimizer's parameters, which the file must have.
+    """
     live = {k: v for k, v in unwrapped(model).state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
-    found = [f"{name!r} must be in the file, got none of that name" for name in live if name not in weights]
+    absent = live.keys() - weights.keys() - _spared(live, weights, held)
+    found = [f"{name!r} must be in the file, got none of that name" for name in live if name in absent]
     found += [f"{name!r} must be in the model, got none of that name" for name in weights if name not in live]
     found += [
         f"{name!r} must have the model's shape {tuple(live[name].shape)}, got {tuple(weights[name].shape)}"
@@ -65,9 +75,38 @@ def check(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> dict[s
     if found:
         raise CheckpointError(
             f"{path} does not fit the model; nothing has changed. Build the model as it was saved, or load "
-            "the weights that fit yourself and call no restore:\n  " + "\n  ".join(found)
+            "the weights that fit yourself, call no restore, and build the optimizer with prior_steps="
+            f"{WEIGHTS_ONLY['prior_steps']}, without which its first step throws them away:\n  "
+            + "\n  ".join(found)
         )
-    return live
+    return {name: value for name, value in live.items() if name in weights}
+
+
+def _spared(live: Mapping[str, Tensor], weights: Mapping[str, Tensor], held: Set[Tensor]) -> set[str]:
+    """Returns the entries that a file need not have.
+
+    These are other names of a tensor that it has (tied weights, which safetensors stores once), and
+    what is not trained: frozen parameters, and the buffers of modules of which it has nothing (a LoRA).
+    """
+    there = {live[name] for name in weights if name in live}
+    modules = {name.rpartition(".")[0] for name in weights}
+
+    def is_frozen(name: str, value: Tensor) -> bool:
+        if isinstance(value, nn.Parameter):
+            return value not in held and not value.requires_grad
+        return name.rpartition(".")[0] not in modules
+
+    return {name for name, value in live.items() if value in there or is_frozen(name, value)}
+
+
+def _left(model: nn.Module, loaded: Mapping[str, Tensor]) -> list[str]:
+    """Returns a notice of what the file does not have."""
+    there = set(loaded.values())
+    entries = unwrapped(model).state_dict(keep_vars=True).items()
+    left = [name for name, value in entries if isinstance(value, Tensor) and value not in there]
+    if not left:
+        return []
+    return [f"{len(left)} weights are not trained and not in the file: they stay, the first {left[0]!r}"]
 
 
 @torch.no_grad()
@@ -89,8 +128,8 @@ def start(
     if prior_steps is not None:
         checks.check(optimizer.hyperparameters, {"prior_steps": prior_steps})
     weights, trained = read(path)
-    live = check(path, weights, model)
-    notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1]]
+    live = check(path, weights, model, set(optimizer._params()))
+    notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1], *_left(model, live)]
     cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
     if cast:
         name = next(iter(cast))

@@ -8,6 +8,7 @@ FOLDER/step_000000100/state.safetensors      y, z, moments, buffers, gradients, 
 from __future__ import annotations
 
 import logging
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -170,7 +171,8 @@ class Checkpoints:
                 default the optimizer's own, or else `sfcore.restart.weights_only_policy`.
 
         Returns:
-            What was found, or None for "none" and for "auto" in a folder without checkpoints.
+            What was found, or None for "none", and in a folder without checkpoints for "auto" and
+            "latest-good".
 
         Raises:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
@@ -252,15 +254,22 @@ class Checkpoints:
     def _find(self, resume: str | int | Path) -> tuple[Path | None, list[Skipped]]:
         if resume == "none":
             return None, []
+        found = store.steps(self.folder)
+        if resume in ("auto", "latest-good") and not found:
+            return None, []
         if resume == "latest-good":
             return store.latest_good(self.folder)
-        found = store.steps(self.folder)
         if resume == "auto":
-            return (found[max(found)] if found else None), []
-        if isinstance(resume, int):
+            return found[max(found)], []
+        if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
             if resume not in found:
                 raise CheckpointError(f"{self.folder} must hold step {resume}, got the steps {sorted(found)}")
-            return found[resume], []
+            return found[int(resume)], []
+        if not isinstance(resume, Path) and not (isinstance(resume, str) and Path(resume).exists()):
+            raise CheckpointError(
+                "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is "
+                f"there, got {resume!r}: check the spelling"
+            )
         path = Path(resume)
         return (store.newest(path) if store.steps(path) else path), []
 

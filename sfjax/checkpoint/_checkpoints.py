@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Mapping
@@ -120,7 +121,7 @@ class Checkpoints:
                 the state of optax.MultiSteps if it is not given.
             batch_size: of a micro-batch, to be compared on resume; default not recorded.
             metrics: name -> finite number or array of one.
-            extra: JSON of your own.
+            extra: JSON of your own, as it is at the call.
 
         Raises:
             CheckpointError: for a metric that is not finite or a leaf that cannot be stored, before anything
@@ -139,6 +140,7 @@ class Checkpoints:
             batches = _record.accumulated(host.tree["opt_state"], accumulation, batch_size)
             meta = _record.make(host.tree, hyperparameters, batches, **values)
             meta.to_json()  # what JSON has no form for must not fail later, in the background
+            meta.extra = copy.deepcopy(meta.extra)  # the run goes on writing to its lists
             writer = self._open()
             self._scores.pop(meta.step, None)  # of the checkpoint that this one replaces
             if self.metric in meta.metrics:
@@ -192,7 +194,7 @@ class Checkpoints:
             start = start_from_weights(resume.removeprefix("weights:"), params, opt_state, **configured)
             return self._watched(start, None)
         configured |= {"batch_size": batch_size, "strict": strict}
-        if resume == "latest-good":
+        if resume == "latest-good" and _read.newest(self.folder):
             saved, skipped = _read.latest_good(self.folder)
             restored = restore_into(saved, params, opt_state, extra_state, skipped=skipped, **configured)
             return self._watched(restored, restored.meta.recent)

@@ -98,12 +98,13 @@ def choose(folder: Path, resume: Any) -> Path | None:
 
     Args:
         folder: where "auto" and steps are looked for.
-        resume: "auto", a step, or the path of a checkpoint or of a folder of them.
+        resume: "auto" (and "latest-good" where there is none), a step, or the path of a checkpoint or of
+            a folder of them.
 
     Raises:
         CheckpointError: if it is none of these.
     """
-    if resume == "auto":
+    if resume in ("auto", "latest-good"):
         return newest(folder)
     if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
         found = _folder.steps(folder)

@@ -7,7 +7,7 @@ when it is built; or `start_from_weights` puts it into the state of one that is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,8 @@ def start_from_weights(
         Trees like params and opt_state; `notices` says what was assumed.
 
     Raises:
-        CheckpointError: if weights are missing or have another shape, lr is missing, or r > 0 in a
-            transformation built without `prior_steps`.
+        CheckpointError: if weights that are trained are missing, or any has another shape, lr is missing,
+            or r > 0 in a transformation built without `prior_steps`.
         HyperparameterError: for prior_steps or trained_steps out of range (a ValueError).
 
     Example:
@@ -78,9 +78,10 @@ def start_from_weights(
     trained_steps = known if trained_steps is None else trained_steps
     notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1]]
     targets = parameters(params)
-    x, more = fitted(path, found, targets)
-    notices += more
     own = groups(params, opt_state)
+    found, notices_of_rest = with_frozen(found, targets, {name for group in own for name in group.parameters})
+    x, more = fitted(path, found, targets)
+    notices += notices_of_rest + more
     given = _record.configured(hyperparameters, own)
     chosen = explicit(hyperparameters, given)
     arrays = {f"y/{name}": leaf for name, leaf in x.items()}
@@ -118,6 +119,29 @@ def read_weights(path: Path) -> tuple[dict[str, np.ndarray], int | None]:
     return weights, meta.step
 
 
+def with_frozen(
+    found: Mapping[str, np.ndarray], targets: Mapping[str, Any], held: Set[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the weights and, as they are in the target, the parameters beside them without such a state.
+
+    Args:
+        found: the weights.
+        targets: name -> live or abstract leaf.
+        held: names of what Schedule-Free states move, which the weights must have.
+    """
+    left = {
+        name: np.asarray(target)
+        for name, target in targets.items()
+        if name not in found and name not in held and not isinstance(target, jax.ShapeDtypeStruct)
+    }
+    if not left:
+        return dict(found), []
+    notice = (
+        f"{len(left)} weights without Schedule-Free state are missing: they stay, the first {min(left)!r}"
+    )
+    return {**found, **left}, [notice]
+
+
 def fitted(
     path: Path, found: Mapping[str, np.ndarray], targets: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -133,7 +157,7 @@ def fitted(
         if name in found and found[name].shape != tuple(target.shape)
     ]
     if problems:
-        advice = "build the same model; names of torch are turned into JAX's by import_exchange"
+        advice = "build the same model; sfcore.names.between turns weights of torch into JAX's"
         raise CheckpointError(f"{path} does not fit the program ({advice}):\n  " + "\n  ".join(problems))
     notices = []
     unused = [name for name in found if name not in targets]

@@ -184,6 +184,18 @@ def test_later_steps_do_not_reach_a_save_in_flight(tmp_path: Path) -> None:
             assert snapshot(restored.params, restored.opt_state) == content
 
 
+def test_extra_is_saved_as_it_was_when_save_was_called(tmp_path: Path) -> None:
+    params, opt_state = begin(), transformation("sgd").init(begin())
+    extra = {"losses": [1.0], "loader": {"place": 3}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state, extra=extra)
+        extra["losses"].append(2.0)  # the run goes on while the background writes
+        extra["loader"]["place"] = 4
+        restored = checkpoints.restore(params, opt_state)
+    assert restored is not None
+    assert restored.meta.extra == {"losses": [1.0], "loader": {"place": 3}}
+
+
 def _step(tx: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
     updates, opt_state = tx.update(params, opt_state, params)
     return optax.apply_updates(params, updates), opt_state

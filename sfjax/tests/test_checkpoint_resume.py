@@ -129,6 +129,7 @@ def test_nothing_to_resume_from_is_none(tmp_path: Path) -> None:
     params = begin()
     opt_state = transformation("sgd").init(params)
     assert checkpoints.restore(params, opt_state) is None
+    assert checkpoints.restore(params, opt_state, resume="latest-good") is None
     with saved(tmp_path) as (full, *_):
         assert full.restore(params, opt_state, resume="none") is None
 

@@ -145,6 +145,19 @@ def test_weights_that_do_not_fit_are_named_all_at_once(tmp_path: Path) -> None:
         Checkpoints(tmp_path).restore(params, tx.init(params), resume=f"weights:{tmp_path}/none.safetensors")
 
 
+def test_a_lora_alone_leaves_the_other_weights_as_they_are_and_says_so(tmp_path: Path) -> None:
+    params = {"base": jnp.ones((3, 3)), "lora": jnp.zeros((3, 1))}
+    transforms = {"trained": sfjax.schedule_free_adamw(LR), "frozen": optax.set_to_zero()}
+    tx = optax.multi_transform(transforms, {"base": "frozen", "lora": "trained"})
+    given = {"hyperparameters": {"lr": LR}}
+    exchange.write_tensors(tmp_path / "lora.safetensors", {"lora": np.full((3, 1), 2, np.float32)})
+    start = start_from_weights(tmp_path / "lora.safetensors", params, tx.init(params), **given)
+    assert_same(start.params, {"base": params["base"], "lora": jnp.full((3, 1), 2.0)})
+    assert any("are missing: they stay, the first 'base'" in notice for notice in start.notices)
+    with pytest.raises(CheckpointError, match="lora must be in it, got none"):
+        start_from_weights({"base": params["base"]}, params, tx.init(params), **given)
+
+
 def test_an_abstract_state_cannot_start() -> None:
     tx, params = sfjax.schedule_free_sgd(LR), begin()
     with pytest.raises(CheckpointError, match=r"opt_state must be tx\.init\(params\) itself"):

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,6 +171,16 @@ def test_a_checkpoint_that_came_from_jax_without_hyperparameters_is_refused(save
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(saved):
     restore_fails(saved, 7, r"must hold step 7, got the steps \[1, 2\]")
+
+
+@pytest.mark.parametrize("resume", ["lattest-good", "7", True, False, None, 2.0])
+def test_an_unknown_resume_is_refused(saved, resume):
+    restore_fails(saved, resume, rf"resume must be 'auto'.*got {resume!r}: check the spelling")
+
+
+def test_a_step_may_be_a_number_of_numpy(saved):
+    model, optimizer = build(CASE)
+    assert Checkpoints(saved).restore(model, optimizer, resume=np.int64(1)).meta.step == 1
 
 
 def test_a_path_that_is_not_there_is_refused(saved, tmp_path):

@@ -220,7 +220,9 @@ def test_weights_that_were_written_to_in_eval_mode_are_not_saved(tmp_path):
 
 def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
     model, optimizer = started()
-    assert Checkpoints(tmp_path).restore(model, optimizer) is None
+    for folder in (tmp_path, tmp_path / "not there yet"):
+        assert Checkpoints(folder).restore(model, optimizer) is None
+        assert Checkpoints(folder).restore(model, optimizer, resume="latest-good") is None
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(model, optimizer)
         assert checkpoints.restore(model, optimizer, resume="none") is None

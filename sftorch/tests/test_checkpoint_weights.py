@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 
 import sftorch
 from sfcore.checks import HyperparameterError
@@ -136,6 +136,60 @@ def test_weights_of_another_model_are_refused_with_every_problem(trained):
         "shape (6, 4), got (4, 6)",
     ):
         assert problem in str(caught.value)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.last.weight = self.first.weight
+
+
+def test_tied_weights_may_be_in_the_file_once(tmp_path):
+    shipped, model = Tied(), Tied()
+    save_model(shipped, tmp_path / "w.safetensors")
+    optimizer = sftorch.AdamWScheduleFree(model.parameters())
+    restored = Checkpoints("unused").restore(model, optimizer, resume=f"weights:{tmp_path / 'w.safetensors'}")
+    assert torch.equal(model.last.weight, shipped.first.weight)
+    assert [notice for notice in restored.notices if "stay" in notice] == []
+
+
+class Adapted(torch.nn.Module):
+    """A frozen base with statistics, and a LoRA beside it that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.norm = torch.nn.Linear(3, 3).requires_grad_(False), torch.nn.BatchNorm1d(3)
+        self.norm.requires_grad_(False)
+        self.down, self.up = torch.nn.Linear(3, 1, bias=False), torch.nn.Linear(1, 3, bias=False)
+
+    def trained(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+def start_adapted(weights, folder):
+    save_file(weights, folder / "lora.safetensors")
+    model = Adapted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = sftorch.AdamWScheduleFree(model.trained())
+    resume = f"weights:{folder / 'lora.safetensors'}"
+    return model, before, Checkpoints("unused").restore(model, optimizer, resume=resume)
+
+
+def test_a_lora_alone_leaves_the_frozen_weights_as_they_are_and_says_so(tmp_path):
+    lora = {name: torch.randn_like(p) for name, p in Adapted().named_parameters() if p.requires_grad}
+    model, before, restored = start_adapted(lora, tmp_path)
+    assert (
+        "7 weights are not trained and not in the file: they stay, the first 'base.w" in restored.notices[1]
+    )
+    assert all(torch.equal(v, (before | lora)[name]) for name, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lost", ["up.weight", "norm.running_mean"])
+def test_what_is_trained_or_belongs_to_what_is_there_must_be_in_the_file(tmp_path, lost):
+    weights = {name: value.clone() for name, value in Adapted().state_dict().items() if name != lost}
+    with pytest.raises(CheckpointError, match=f"prior_steps=800, without which(.|\n)*'{lost}' must be in"):
+        start_adapted(weights, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file of torch", b"hello", None])
