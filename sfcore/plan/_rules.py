@@ -102,7 +102,7 @@ RULES: dict[str, Rule] = {
         ERROR,
         "given together with prior_steps",
         "Its first step has c = 1 and throws the loaded weights away: on digits the validation loss rose to "
-        "2.3 to 5.2 times with AdamW, most with accumulation, and to 1.1 times with RAdam "
+        "2.4 to 7.2 times with AdamW, most with accumulation, and to 1.1 times with RAdam "
         "(python -m benchmarks resume).",
     ),
     "SF501": Rule(
