@@ -167,6 +167,14 @@ def newest(folder: Path) -> Path:
     return found[max(found)]
 
 
+def unknown_resume(resume: object) -> CheckpointError:
+    """Returns the error for a `resume` that is no word, no step, and no path that is there."""
+    return CheckpointError(
+        "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is there, "
+        f"got {resume!r}: check the spelling"
+    )
+
+
 def latest_good(folder: Path) -> tuple[Path, list[Skipped]]:
     """Returns the newest checkpoint that verifies in full, and the newer ones that do not.
 

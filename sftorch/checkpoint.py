@@ -266,10 +266,7 @@ class Checkpoints:
                 raise CheckpointError(f"{self.folder} must hold step {resume}, got the steps {sorted(found)}")
             return found[int(resume)], []
         if not isinstance(resume, Path) and not (isinstance(resume, str) and Path(resume).exists()):
-            raise CheckpointError(
-                "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is "
-                f"there, got {resume!r}: check the spelling"
-            )
+            raise store.unknown_resume(resume)
         path = Path(resume)
         return (store.newest(path) if store.steps(path) else path), []
 

@@ -116,10 +116,7 @@ def choose(folder: Path, resume: Any) -> Path | None:
         if is_ours(path) or (path / store.META).is_file():
             return path
         return newest(path) or (store.newest(path) if store.steps(path) else path)
-    raise CheckpointError(
-        "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is there, "
-        f"got {resume!r}: check the spelling"
-    )
+    raise store.unknown_resume(resume)
 
 
 def scores(folder: Path, metric: str) -> dict[int, float]:
