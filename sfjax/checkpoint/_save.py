@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sfcore import _folder as _names
-from sfcore import exchange
+from sfcore import exchange, store
 from sfcore.meta import Meta
 from sfjax._find import schedule_free_eval_params
 from sfjax.checkpoint import _folder, _record
@@ -108,6 +108,6 @@ class Job:
     def write_inference(self, folder: Path) -> None:
         """Writes the inference weights into a folder, and for Orbax's sake a word about them as JSON."""
         leaves = {name: np.asarray(leaf) for name, leaf in {**self.x, **self.buffers}.items()}
-        exchange.write_tensors(folder / _folder.INFERENCE_FILE, leaves)
+        exchange.write_tensors(folder / _folder.INFERENCE_FILE, leaves, store.about_inference(self.meta))
         about = {"weights_hold": "x", "step": self.meta.step, "file": _folder.INFERENCE_FILE}
         _names.write_text(folder / _folder.META_FILE, json.dumps(about))

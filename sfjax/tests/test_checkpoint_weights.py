@@ -113,9 +113,8 @@ def test_weights_come_from_files_checkpoints_and_folders(tmp_path: Path) -> None
             assert start is not None
             assert_same(start.params, x)
             assert start.notices[0] == f"{path}: no optimizer state: starting from x"
-            # A checkpoint knows for how many steps its weights were trained; a bare file does not.
-            prior = PRIOR if path == inference else 3
-            assert any(f"average of {prior} earlier steps" in notice for notice in start.notices)
+            # Each says for how many steps its weights were trained.
+            assert any("average of 3 earlier steps" in notice for notice in start.notices)
 
 
 def test_weights_are_converted_to_the_programs_dtype_with_a_word(tmp_path: Path) -> None:
