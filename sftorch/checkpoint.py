@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import numbers
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +93,8 @@ class Checkpoints:
         self.folder = Path(folder)
         self._keep = (keep_newest, keep_best, metric)
         self._writer = Writer(self.folder, self._keep, background)
+        # A signal may save from another thread (sfcore.preemption) while the main one is in here.
+        self._lock = threading.RLock()
 
     def save(
         self,
@@ -127,17 +130,19 @@ class Checkpoints:
         Raises:
             CheckpointError: if something cannot be saved, or the save before this one failed.
         """
-        self._writer.wait()
-        place = {
-            "step": max(optimizer._books(g)["k"] for g in optimizer.param_groups) if step is None else step,
-            "epoch": epoch,
-            "position": position,
-            "accumulation": _place.accumulation_of(accumulation, batch_size),
-            "metrics": _place.finite(metrics or {}),
-        }
-        captured = capture(model, optimizer, place, extra or {})
-        captured.arrays.update(_rng.capture())
-        self._writer.write(captured)
+        with self._lock:
+            self._writer.wait()
+            taken = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
+            place = {
+                "step": taken if step is None else step,
+                "epoch": epoch,
+                "position": position,
+                "accumulation": _place.accumulation_of(accumulation, batch_size),
+                "metrics": _place.finite(metrics or {}),
+            }
+            captured = capture(model, optimizer, place, extra or {})
+            captured.arrays.update(_rng.capture())
+            self._writer.write(captured)
 
     def restore(
         self,
@@ -177,7 +182,7 @@ class Checkpoints:
         Raises:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
         """
-        self._writer.wait()
+        self.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):
             path = Path(resume.removeprefix("weights:"))
             restored = Restored(path, None, _weights_only.start(path, model, optimizer, prior_steps), [], {})
@@ -226,7 +231,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if it failed.
         """
-        return self._writer.wait()
+        with self._lock:
+            return self._writer.wait()
 
     def close(self) -> None:
         """Waits for the save in flight and frees the copies.
@@ -234,7 +240,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if it failed.
         """
-        self._writer.close()
+        with self._lock:
+            self._writer.close()
 
     def __enter__(self) -> Checkpoints:
         return self
