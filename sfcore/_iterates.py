@@ -26,17 +26,23 @@ class Iterates(NamedTuple):
     z: np.ndarray | None
 
 
+def says_beta(group: Mapping[str, Any]) -> bool:
+    """Tells whether a group's record has the interpolation that built its y."""
+    return bool(_betas(group))
+
+
 def beta_of(group: Mapping[str, Any]) -> float:
     """Returns the interpolation that built a group's y, which a changed configuration does not change."""
-    books = group.get("torch", {}).get("books", {})
-    for value in (
-        books.get("y_beta"),
+    return _betas(group)[0] if says_beta(group) else 0.9
+
+
+def _betas(group: Mapping[str, Any]) -> list[float]:
+    found = (
+        group.get("torch", {}).get("books", {}).get("y_beta"),
         group.get("clock", {}).get("beta"),
         group["hyperparameters"].get("beta"),
-    ):
-        if value is not None:
-            return float(value)
-    return 0.9
+    )
+    return [float(value) for value in found if value is not None]
 
 
 def iterates(meta: Meta, state: Mapping[str, np.ndarray]) -> Iterator[Iterates]:

@@ -102,7 +102,7 @@ def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, 
         framework="torch",
         optimizer=found.kind,
         step=max((int(group["clock"].step) for group in found.groups), default=0),
-        groups=[_group(group, names) for group in found.groups],
+        groups=[_group(group, names, _says_beta(found)) for group in found.groups],
         weights_hold=found.holds or "y",
     )
     source = Source(
@@ -148,12 +148,17 @@ def _names(
     return {index: str(index) for index in indices}, False
 
 
-def _group(group: Mapping[str, Any], names: Mapping[Any, str]) -> dict[str, Any]:
+def _says_beta(found: Any) -> bool:
+    """Tells whether the options have the interpolation; of other programs' wrappers they are the base's."""
+    return found.kind != "wrapper" or found.program == "sftorch"
+
+
+def _group(group: Mapping[str, Any], names: Mapping[Any, str], says_beta: bool) -> dict[str, Any]:
     options = group["options"]
     values = {name: options[name] for name in _SAME if name in options}
-    if "betas" in options:
+    if "betas" in options and says_beta:
         values |= {"beta": options["betas"][0], "b2": options["betas"][1]}
-    elif "momentum" in options:
+    elif "momentum" in options and says_beta:
         values["beta"] = options["momentum"]
     if "silent_sgd_phase" in options:
         values["silent_sgd_phase"] = options["silent_sgd_phase"]
@@ -214,6 +219,8 @@ def _note(source: Source, found: Any, has_weights: bool) -> None:
         source.notes.append("it does not say what the weights saved beside it hold; y is assumed")
     else:
         source.notes.append(f"weights saved beside it hold {found.holds}")
+    if not _says_beta(found):
+        source.notes.append("it does not say the beta that built y; 0.9, the default, is assumed for x")
     if not has_weights:
         source.notes.append(
             "the file holds no weights; x, and y unless it was put aside, need those saved beside it"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sfcore import _folder, _sources, _translate, exchange, store
-from sfcore._iterates import x_of
+from sfcore._iterates import says_beta, x_of
 from sfcore._sources import Source
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.meta import Meta
@@ -89,6 +89,11 @@ def _whole(source: Source) -> Meta:
         raise CheckpointError(
             f"{source.path} must hold the weights and their names beside the state, got {source.what} "
             "without: save {'model': model.state_dict(), 'optimizer': optimizer.state_dict()} in one file"
+        )
+    if not source.verified and not all(map(says_beta, meta.groups)):
+        raise CheckpointError(
+            f"{source.path} must say the beta that built y, got {source.what} without: load it with "
+            "sftorch.checkpoint.import_state_dict into an optimizer built with it, and save from there"
         )
     if not source.verified:
         _complete(source, meta)

@@ -34,6 +34,13 @@ def _plain(path):
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
 
 
+def _wrapper(path):
+    model, optimizer = runs.torch_run(
+        lambda params: schedulefree.ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1), momentum=0.8)
+    )
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+
+
 def _nothing(path):
     pass
 
@@ -47,6 +54,9 @@ def _nothing(path):
         (_optimizer_alone, "inference", "must hold the weights and their names beside the state"),
         (_plain, "torch", "must be of a Schedule-Free optimizer"),
         (_plain, "inference", "must be of a Schedule-Free optimizer"),
+        # Its options are those of the base, whose momentum is another.
+        (_wrapper, "jax", "must say the beta that built y"),
+        (_wrapper, "inference", "must say the beta that built y"),
         (_nothing, "exchange", "is missing"),
     ],
 )
