@@ -16,6 +16,7 @@ from sfcore.meta import Meta
 
 _ROLES = {"z": "z", "gap": "gap", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
 _SAME = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
+_LIGHTNING = "optimizer_states"  # a list
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -68,7 +69,10 @@ def _find(content: Any, test: Any) -> dict[str, Any]:
         return {}
     if test(content):
         return {"": content}
-    return {str(key): value for key, value in content.items() if isinstance(value, Mapping) and test(value)}
+    entries = {str(key): value for key, value in content.items()}
+    several = entries.pop(_LIGHTNING, None) or []
+    entries |= {f"{_LIGHTNING}[{index}]": value for index, value in enumerate(several)}
+    return {key: value for key, value in entries.items() if isinstance(value, Mapping) and test(value)}
 
 
 def _is_weights(value: Mapping[Any, Any]) -> bool:
@@ -214,7 +218,7 @@ def _note(source: Source, found: Any, has_weights: bool) -> None:
     assert source.meta is not None
     if any("y" in values for values in found.states.values()):
         source.notes.append("saved in eval mode with y put aside: weights saved beside it hold x")
-        source.meta.weights_hold = "y"
+        source.meta.weights_hold, source.holds = "y", "x"
     elif found.holds is None:
         source.notes.append("it does not say what the weights saved beside it hold; y is assumed")
     else:
