@@ -52,6 +52,8 @@ def convert(src: str | Path, dst: str | Path, to: str, user: UserMap = None) -> 
         raise CheckpointError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
     source = _sources.load(Path(src))
     if to == "inference":
+        if user is not None:
+            raise CheckpointError("a map has no use here, got one: inference weights keep the source's names")
         return _write_inference(source, Path(dst)), list(source.notes)
     return _write_checkpoint(source, Path(dst), to, user)
 

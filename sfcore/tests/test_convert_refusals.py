@@ -77,9 +77,11 @@ def test_nothing_is_overwritten(torch_checkpoint, tmp_path):
     assert (tmp_path / "x.safetensors").read_bytes() == b""
 
 
-def test_a_map_without_use_is_refused(torch_checkpoint, tmp_path):
+@pytest.mark.parametrize("to", ["torch", "exchange", "inference"])
+def test_a_map_without_use_is_refused(torch_checkpoint, tmp_path, to):
     with pytest.raises(CheckpointError, match="a map has no use here"):
-        convert(torch_checkpoint[0], tmp_path / "same", "torch", {"a": "b"})
+        convert(torch_checkpoint[0], tmp_path / "same", to, {"a": "b"})
+    assert not (tmp_path / "same").exists()
 
 
 def test_an_unknown_target_is_refused(torch_checkpoint, tmp_path):
