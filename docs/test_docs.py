@@ -111,6 +111,41 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     assert len(names) > len(blocks)
 
 
+STOPPED = """
+import os, signal, time
+
+def stopped(draw, calls=[]):
+    def drawn(*args, **kwargs):
+        calls.append(draw(*args, **kwargs))
+        if len(calls) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # the batch is drawn, and the update is not yet taken
+        return calls[-1]
+    return drawn
+
+"""
+IN_TORCH = "torch.randint = stopped(torch.randint); torch.manual_seed(1); train('stopped', 100)"
+IN_JAX = "jax.random.randint = stopped(jax.random.randint); train('stopped-jax', 100)"
+
+
+@pytest.mark.parametrize(
+    ("block", "run", "end"),
+    [(0, IN_TORCH, "torch.manual_seed(1)"), (1, IN_JAX, "whole = ")],
+    ids=["torch", "jax"],
+)
+def test_the_loops_end_in_the_same_bits_when_a_signal_comes_in_the_middle_of_a_step(
+    block, run, end, tmp_path
+):
+    code = CODE.findall((DOCS / "resuming.md").read_text())[block]
+    loop = code[: code.index(f"\n{end}")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ends = [
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False).returncode
+        for program in (loop + STOPPED + run, code)  # the page's own asserts see to the second
+    ]
+    assert ends == [75, 0]
+
+
 @pytest.mark.parametrize("page", sorted(page for page in RUN_ELSEWHERE if (DOCS / page).exists()))
 def test_the_other_pages_are_run_by_a_test_of_their_own(page):
     tests = [path for path in ROOT.glob("*/**/test_*.py") if path != Path(__file__)]

@@ -27,17 +27,24 @@ class Iterates(NamedTuple):
     z: np.ndarray | None
 
 
+def says_beta(group: Mapping[str, Any]) -> bool:
+    """Tells whether a group's record has the interpolation that built its y."""
+    return bool(_betas(group))
+
+
 def beta_of(group: Mapping[str, Any]) -> float:
     """Returns the interpolation that built a group's y, which a changed configuration does not change."""
-    books = group.get("torch", {}).get("books", {})
-    for value in (
-        books.get("y_beta"),
+    # The default is all that is left where nobody says it.
+    return next(iter(_betas(group)), hyperparameters.ScheduleFree().beta)
+
+
+def _betas(group: Mapping[str, Any]) -> list[float]:
+    found = (
+        group.get("torch", {}).get("books", {}).get("y_beta"),
         group.get("clock", {}).get("beta"),
         group["hyperparameters"].get("beta"),
-    ):
-        if value is not None:
-            return float(value)
-    return hyperparameters.ScheduleFree().beta  # all that is left where nobody says it
+    )
+    return [float(value) for value in found if value is not None]
 
 
 def iterates(meta: Meta, state: Mapping[str, np.ndarray]) -> Iterator[Iterates]:

@@ -35,6 +35,7 @@ class Source:
         named: False if parameters are numbered because their names are not known.
         verified: whether every leaf was held against a record.
         notes: sentences about what was found on the way.
+        holds: "x" or "y", what the weights in or beside the file are, where `meta` says it of `state` only.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Source:
     named: bool = True
     verified: bool = False
     notes: list[str] = field(default_factory=list)
+    holds: str | None = None
 
 
 def load(path: Path) -> Source:

@@ -16,6 +16,7 @@ from sfcore.meta import Meta
 
 _ROLES = {"z": "z", "gap": "gap", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
 _SAME = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
+_LIGHTNING = "optimizer_states"  # a list
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -72,7 +73,10 @@ def _find(content: Any, test: Any) -> dict[str, Any]:
         return {}
     if test(content):
         return {"": content}
-    return {str(key): value for key, value in content.items() if isinstance(value, Mapping) and test(value)}
+    entries = {str(key): value for key, value in content.items()}
+    several = entries.pop(_LIGHTNING, None) or []
+    entries |= {f"{_LIGHTNING}[{index}]": value for index, value in enumerate(several)}
+    return {key: value for key, value in entries.items() if isinstance(value, Mapping) and test(value)}
 
 
 def _is_weights(value: Mapping[Any, Any]) -> bool:
@@ -106,7 +110,7 @@ def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, 
         framework="torch",
         optimizer=found.kind,
         step=max((int(group["clock"].step) for group in found.groups), default=0),
-        groups=[_group(group, names) for group in found.groups],
+        groups=[_group(group, names, _says_beta(found)) for group in found.groups],
         weights_hold=found.holds or "y",
     )
     source = Source(
@@ -152,12 +156,17 @@ def _names(
     return {index: str(index) for index in indices}, False
 
 
-def _group(group: Mapping[str, Any], names: Mapping[Any, str]) -> dict[str, Any]:
+def _says_beta(found: Any) -> bool:
+    """Tells whether the options have the interpolation; of other programs' wrappers they are the base's."""
+    return found.kind != "wrapper" or found.program == "sftorch"
+
+
+def _group(group: Mapping[str, Any], names: Mapping[Any, str], says_beta: bool) -> dict[str, Any]:
     options = group["options"]
     values = {name: options[name] for name in _SAME if name in options}
-    if "betas" in options:
+    if "betas" in options and says_beta:
         values |= {"beta": options["betas"][0], "b2": options["betas"][1]}
-    elif "momentum" in options:
+    elif "momentum" in options and says_beta:
         values["beta"] = options["momentum"]
     if "silent_sgd_phase" in options:
         values["silent_sgd_phase"] = options["silent_sgd_phase"]
@@ -213,11 +222,13 @@ def _note(source: Source, found: Any, has_weights: bool) -> None:
     assert source.meta is not None
     if any("y" in values for values in found.states.values()):
         source.notes.append("saved in eval mode with y put aside: weights saved beside it hold x")
-        source.meta.weights_hold = "y"
+        source.meta.weights_hold, source.holds = "y", "x"
     elif found.holds is None:
         source.notes.append("it does not say what the weights saved beside it hold; y is assumed")
     else:
         source.notes.append(f"weights saved beside it hold {found.holds}")
+    if not _says_beta(found):
+        source.notes.append("it does not say the beta that built y; 0.9, the default, is assumed for x")
     if not has_weights:
         source.notes.append(
             "the file holds no weights; x, and y unless it was put aside, need those saved beside it"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sfcore import _folder, _sources, _translate, exchange, store
-from sfcore._iterates import x_of
+from sfcore._iterates import says_beta, x_of
 from sfcore._sources import Source
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.meta import Meta
@@ -53,6 +53,8 @@ def convert(src: str | Path, dst: str | Path, to: str, user: UserMap = None) -> 
         raise CheckpointError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
     source = _sources.load(Path(src))
     if to == "inference":
+        if user is not None:
+            raise CheckpointError("a map has no use here, got one: inference weights keep the source's names")
         return _write_inference(source, Path(dst)), list(source.notes)
     return _write_checkpoint(source, Path(dst), to, user)
 
@@ -90,6 +92,11 @@ def _whole(source: Source) -> Meta:
         raise CheckpointError(
             f"{source.path} must hold the weights and their names beside the state, got {source.what} "
             "without: save {'model': model.state_dict(), 'optimizer': optimizer.state_dict()} in one file"
+        )
+    if not source.verified and not all(map(says_beta, meta.groups)):
+        raise CheckpointError(
+            f"{source.path} must say the beta that built y, got {source.what} without: load it with "
+            "sftorch.checkpoint.import_state_dict into an optimizer built with it, and save from there"
         )
     if not source.verified:
         _complete(source, meta)

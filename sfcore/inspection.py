@@ -50,6 +50,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         found["norms"] = {"weights": _norm(_squares(array) for array in weights.values())}
     else:
         found |= _of_meta(source.meta)
+        found["weights_hold"] = source.holds or source.meta.weights_hold
         found["norms"] = norms(source.meta, source.state)
         found["leaves"] = dict(Counter(split(leaf)[0] for leaf in source.state))
     return found | {"notes": source.notes, "resume": _resume(source)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import numbers
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -91,6 +92,8 @@ class Checkpoints:
         store.check_keep(keep_newest, keep_best)
         self.folder = Path(folder)
         self._writer = Writer(self.folder, (keep_newest, keep_best, metric), background)
+        # A signal may save from another thread (sfcore.preemption) while the main one is in here.
+        self._lock = threading.RLock()
 
     def save(
         self,
@@ -126,18 +129,19 @@ class Checkpoints:
         Raises:
             CheckpointError: if something cannot be saved, or the save before this one failed.
         """
-        self._writer.wait()
-        own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
-        place = {
-            "step": as_step(own if step is None else step),
-            "epoch": epoch,
-            "position": position,
-            "accumulation": as_accumulation(accumulation, batch_size),
-            "metrics": as_metrics(metrics or {}),
-        }
-        captured = capture(model, optimizer, place, extra or {})
-        captured.arrays.update(_rng.capture())
-        self._writer.write(captured)
+        with self._lock:
+            self._writer.wait()
+            own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
+            place = {
+                "step": as_step(own if step is None else step),
+                "epoch": epoch,
+                "position": position,
+                "accumulation": as_accumulation(accumulation, batch_size),
+                "metrics": as_metrics(metrics or {}),
+            }
+            captured = capture(model, optimizer, place, extra or {})
+            captured.arrays.update(_rng.capture())
+            self._writer.write(captured)
 
     def restore(
         self,
@@ -178,7 +182,7 @@ class Checkpoints:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
             HyperparameterError: for prior_steps out of range (a ValueError); nothing has changed then.
         """
-        self._writer.wait()
+        self.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):
             path = Path(resume.removeprefix("weights:"))
             restored = Restored(path, None, _weights_only.start(path, model, optimizer, prior_steps), [], {})
@@ -229,7 +233,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if it failed.
         """
-        return self._writer.wait()
+        with self._lock:
+            return self._writer.wait()
 
     def close(self) -> None:
         """Waits for the save in flight and frees the copies.
@@ -237,7 +242,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if it failed.
         """
-        self._writer.close()
+        with self._lock:
+            self._writer.close()
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -34,6 +34,13 @@ def _plain(path):
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
 
 
+def _wrapper(path):
+    model, optimizer = runs.torch_run(
+        lambda params: schedulefree.ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1), momentum=0.8)
+    )
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+
+
 def _nothing(path):
     pass
 
@@ -47,6 +54,9 @@ def _nothing(path):
         (_optimizer_alone, "inference", "must hold the weights and their names beside the state"),
         (_plain, "torch", "must be of a Schedule-Free optimizer"),
         (_plain, "inference", "must be of a Schedule-Free optimizer"),
+        # Its options are those of the base, whose momentum is another.
+        (_wrapper, "jax", "must say the beta that built y"),
+        (_wrapper, "inference", "must say the beta that built y"),
         (_nothing, "exchange", "is missing"),
     ],
 )
@@ -67,9 +77,11 @@ def test_nothing_is_overwritten(torch_checkpoint, tmp_path):
     assert (tmp_path / "x.safetensors").read_bytes() == b""
 
 
-def test_a_map_without_use_is_refused(torch_checkpoint, tmp_path):
+@pytest.mark.parametrize("to", ["torch", "exchange", "inference"])
+def test_a_map_without_use_is_refused(torch_checkpoint, tmp_path, to):
     with pytest.raises(CheckpointError, match="a map has no use here"):
-        convert(torch_checkpoint[0], tmp_path / "same", "torch", {"a": "b"})
+        convert(torch_checkpoint[0], tmp_path / "same", to, {"a": "b"})
+    assert not (tmp_path / "same").exists()
 
 
 def test_an_unknown_target_is_refused(torch_checkpoint, tmp_path):

@@ -63,8 +63,22 @@ def test_a_torch_file_of_model_and_optimizer_shows_its_iterates_in_either_mode(t
     assert found["what"] == f"state of {program} ({kind})"
     assert found["step"] == runs.STEPS
     assert found["parameters"] == 6
+    assert found["weights_hold"] == ("y" if mode == "train" else "x")
     assert found["groups"][0]["hyperparameters"]["lr"] == options["lr"]
     _check(found, expected)
+
+
+def test_a_checkpoint_of_lightning_shows_its_optimizer(tmp_path):
+    model, optimizer = runs.torch_run(sftorch.AdamWScheduleFree)
+    expected = _norms(runs.torch_iterates(model, optimizer))
+    content = {"epoch": 1, "state_dict": model.state_dict(), "lr_schedulers": [], "callbacks": {}}
+    torch.save(content | {"optimizer_states": [optimizer.state_dict()]}, tmp_path / "last.ckpt")
+    found = inspection.inspect(tmp_path / "last.ckpt")
+    assert (found["what"], found["step"]) == ("state of sftorch (adamw)", runs.STEPS)
+    _check(found, expected)
+    torch.save(content | {"optimizer_states": [optimizer.state_dict()] * 2}, tmp_path / "two.ckpt")
+    with pytest.raises(CheckpointError, match=r"several .* optimizer_states\[0\], optimizer_states\[1\]"):
+        inspection.inspect(tmp_path / "two.ckpt")
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS)

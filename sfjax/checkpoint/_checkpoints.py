@@ -180,7 +180,8 @@ class Checkpoints:
                 verifies), "weights:PATH" (x alone, see `start_from_weights`), a step, or the path of a
                 checkpoint, also of the framework-free store (see `import_exchange`; extra_state is then
                 the target for its buffers).
-            strict: refuse any difference from what was saved.
+            strict: refuse any difference from what was saved, as far as it is known: a state does not tell
+                AdamW from RAdam, nor lr. For that give dataclasses as hyperparameters, here and to `save`.
 
         Returns:
             What was restored, or None if there is nothing to resume from.

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -75,6 +76,22 @@ def test_a_second_background_save_does_not_disturb_the_first(tmp_path):
         for step, expected in enumerate(digests, start=1):
             checkpoints.restore(model, optimizer, resume=step)
             assert digest(model, optimizer) == expected, step
+
+
+def test_another_thread_can_save_while_this_one_does(tmp_path):
+    model, optimizer = build(ADAMW)
+    train(model, optimizer, ADAMW, 0, 4)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the threads meet everywhere
+    try:
+        with Checkpoints(tmp_path) as checkpoints, ThreadPoolExecutor() as pool:
+            for _ in range(10):
+                saves = [pool.submit(checkpoints.save, model, optimizer) for _ in range(3)]
+                checkpoints.save(model, optimizer)
+                assert [one.result() for one in saves] == [None] * 3
+    finally:
+        sys.setswitchinterval(interval)
+    assert [path.name[:14] for path in tmp_path.iterdir()] == ["step_000000001"]
 
 
 def test_a_restore_in_eval_mode_holds_x_and_train_goes_on_exactly(tmp_path):
