@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import _records
 
 FRAMEWORKS = ("jax", "torch")
 OPTIMIZERS = ("sgd", "adamw", "radam")
@@ -76,6 +78,9 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m benchmarks exact", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--framework", choices=FRAMEWORKS, action="append", help="default: both")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="also write DIR/exact.jsonl; default: print only"
+    )
     arguments = parser.parse_args(argv)
     table = Table(title="resumed in a fresh process: the same bits as the run that was never stopped?")
     for column in ("framework", "optimizer", "parameters", "accumulate", "saved in mode", "same bits"):
@@ -84,11 +89,16 @@ def main(argv: Sequence[str]) -> int:
     for framework in arguments.framework or FRAMEWORKS:
         with tempfile.TemporaryDirectory() as folder:
             digests = run(framework, Path(folder))
+        rows = []
         for one in combinations():
             same = len(set(digests[one.name])) == 1
             differing += not same
             cells = (framework, one.optimizer, one.precision, str(one.accumulate), one.mode)
             table.add_row(*cells, "yes" if same else "NO")
+            rows.append({"part": framework, **asdict(one), "same_bits": same})
+        if arguments.out:
+            about = {"device": "cpu", "versions": _records.versions()}
+            _records.replace_part(arguments.out / "exact.jsonl", framework, [row | about for row in rows])
     console = Console()
     console.print(table)
     console.print(f"{differing} of {table.row_count} differ")

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks import _records
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Seconds that an attempt lives at most. jax compiles for most of it.
 LIFE = {"torch": 0.8, "jax": 8.0}
@@ -118,6 +120,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=100, help="of each framework; default: 100")
     parser.add_argument("--steps", type=int, default=2000, help="of the run; default: 2000")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="also write DIR/storm.jsonl; default: print only"
+    )
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(EXAMPLES))
     good = True
@@ -126,6 +131,10 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             found = storm(framework, arguments.kills, arguments.steps, arguments.seed, Path(folder))
         print(json.dumps({"framework": framework, **found}))
+        if arguments.out:
+            settings = {"part": framework, "steps": arguments.steps, "seed": arguments.seed}
+            row = settings | found | {"device": "cpu", "versions": _records.versions()}
+            _records.replace_part(arguments.out / "storm.jsonl", framework, [row])
         good = (
             good
             and found["same bits"] is True

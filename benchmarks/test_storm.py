@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,14 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_ten_kills_change_no_bit_and_leave_nothing_behind(framework):
+def test_ten_kills_change_no_bit_and_leave_nothing_behind(framework, tmp_path):
     # A process of its own, because it forks, which it must not do where JAX has run already.
     command = [sys.executable, "-m", "benchmarks", "storm", "--framework", framework]
-    options = ["--kills", "10", "--steps", "1000", "--seed", "1"]
+    options = ["--kills", "10", "--steps", "1000", "--seed", "1", "--out", str(tmp_path)]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tmp_path / "storm.jsonl").read_text())
+    assert (row["part"], row["kills"], row["same bits"], row["leftovers"]) == (framework, 10, True, [])
 
 
 @pytest.mark.slow
