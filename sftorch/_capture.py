@@ -128,6 +128,13 @@ def parameter_names(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> dict[
     return {p: names[p] for p in optimizer._params()}
 
 
+def trained_by_others(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> list[str]:
+    """Returns the names of the weights that want gradients and are none of the optimizer's."""
+    held = set(optimizer._params())
+    named = unwrapped(model).named_parameters()
+    return [name for name, p in named if p.requires_grad and p not in held]
+
+
 def capture(
     model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> Capture:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import numbers
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
 from sfcore.store import Skipped
 from sftorch import _apply, _arrays, _rng, _weights_only
-from sftorch._capture import MODEL_EXTRA, capture
+from sftorch._capture import MODEL_EXTRA, capture, trained_by_others
 from sftorch._core import ScheduleFreeOptimizer
 from sftorch._importers import import_state_dict
 from sftorch._steps import steps_of
@@ -94,6 +94,7 @@ class Checkpoints:
         self._writer = Writer(self.folder, (keep_newest, keep_best, metric), background)
         # A signal may save from another thread (sfcore.preemption) while the main one is in here.
         self._lock = threading.RLock()
+        self._warned = False
 
     def save(
         self,
@@ -142,6 +143,19 @@ class Checkpoints:
             captured = capture(model, optimizer, place, extra or {})
             captured.arrays.update(_rng.capture())
             self._writer.write(captured)
+            self._warn_of(trained_by_others(model, optimizer))
+
+    def _warn_of(self, others: Sequence[str]) -> None:
+        """Says once that weights are saved as they are, which is y where another optimizer trains them."""
+        if others and not self._warned:
+            self._warned = True
+            _log.warning(
+                "%d weights that want gradients are not this optimizer's, the first %r: they are saved as "
+                "they are. If another Schedule-Free optimizer holds them, call its eval() before save, or "
+                "what is saved for inference is y there; its state is not saved: pass it in extra",
+                len(others),
+                others[0],
+            )
 
     def restore(
         self,

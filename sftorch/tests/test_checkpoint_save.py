@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sftorch
 from sfcore import store
@@ -27,6 +28,24 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         for step, loss in enumerate((0.5, 0.1, 0.3, 0.4, 0.2)):
             checkpoints.save(model, optimizer, step=step, metrics={"loss": loss})
     assert list(store.steps(tmp_path)) == [1, 3, 4]
+
+
+def test_weights_of_another_optimizer_are_named_once_and_hold_x_if_it_is_in_eval(tmp_path, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    ours, other = (sftorch.SGDScheduleFree(layer.parameters(), lr=0.1) for layer in model)
+    for _ in range(3):
+        model(torch.ones(4, 2)).sum().backward()
+        ours.step()
+        other.step()
+    x = other.eval_params()[model[1].weight]
+    assert not torch.equal(x, model[1].weight)
+    other.eval()
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(2):
+        checkpoints.save(model, ours)
+    shipped = load_file(checkpoints.wait() / store.INFERENCE)
+    assert torch.equal(shipped["1.weight"], x)
+    assert ["2 weights" in message and "'1.weight'" in message for message in caplog.messages] == [True]
 
 
 def test_a_step_saved_again_is_replaced(tmp_path):
