@@ -1,7 +1,7 @@
 """What a restart costs: `python -m benchmarks resume`.
 
 (b) A restart from weights alone, with 1, 8 and 32 micro-batches an optimizer step, on two problems, for
-ours and for the others: eight minutes on one free core. Writes OUT/resume.jsonl and
+ours and for the others: about an hour on one free core. Writes OUT/resume.jsonl and
 OUT/resume.png.
 """
 
