@@ -24,16 +24,25 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: with line and column of what is garbled or missing.
     """
+    text = read_text(path)
+    parse = _toml if path.suffix.lower() == ".toml" else _json
+    return parse(path, text)
+
+
+def read_text(path: Path) -> str:
+    """Returns the content of a text file, without its byte order mark.
+
+    Raises:
+        ConfigError: if it cannot be read; with line and column of what is no text.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path} must be a readable file, got {error.strerror}: check the path") from error
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
         raise _garbled(path, "text in UTF-8", "another byte", line, column) from error
-    parse = _toml if path.suffix.lower() == ".toml" else _json
-    return parse(path, text)
 
 
 def _json(path: Path, text: str) -> dict[str, Any]:

@@ -113,3 +113,4 @@ def test_a_script_with_a_command_line_is_read_and_its_repair_reads_back(tmp_path
     assert "--lr_warmup_steps" in capsys.readouterr().out
     assert __main__.main(["plan", str(script), "--fix", "--out", str(repaired)]) == 0
     assert __main__.main(["plan", str(repaired), "--strict"]) == 0
+    assert repaired.read_text().startswith("accelerate launch train_network.py --optimizer_type sftorch.")
