@@ -14,6 +14,8 @@ from sfcore.plan._model import ConfigError
 
 # A backslash before a letter is no escape but part of a Windows path, D:\lora; what is quoted stays.
 _UNQUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')|\\(?=\w)""")
+# A line of a script that is a comment.
+_COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
 # The flags of sd-scripts that take several values.
 SEVERAL = ("optimizer_args", "lr_scheduler_args", "network_args")
 
@@ -73,11 +75,12 @@ def _garbled(path: Path, rule: str, found: str, line: int, column: int) -> Confi
 
 
 def words(command: str) -> list[str]:
-    """Returns the words of a command line; line breaks after a backslash are no words.
+    """Returns the words of a command line; line breaks after a backslash and lines of comments are no words.
 
     Raises:
         ConfigError: with line and column, if a quotation does not end.
     """
+    command = _COMMENT.sub("", command)
     joined = command.replace("\\\r\n", " ").replace("\\\n", " ")
     joined = _UNQUOTED.sub(lambda found: found[1] or "\\\\", joined)
     try:

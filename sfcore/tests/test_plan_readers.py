@@ -194,6 +194,12 @@ def test_a_script_is_read_and_repaired_by_its_text(tmp_path):
         check(script)
 
 
+def test_comments_of_a_script_are_not_read():
+    command = "train.py --optimizer_type AdamW \\\n --learning_rate 1e-4"
+    plan = check(f"#!/bin/bash\n# don't: --lr_scheduler cosine\n{command}\n  # --max_train_steps 5\n")
+    assert (plan.problems, plan.scheduler, plan.total_steps) == ((), "constant", 1600)
+
+
 def test_a_long_command_line_may_end_like_the_name_of_a_script():
     tail = "".join(f" --network_args a{i}=1" for i in range(30)) + " --sample_prompts=prompts.txt"
     assert check("train.py --optimizer_type AdamW" + tail).optimizer == "AdamW"
