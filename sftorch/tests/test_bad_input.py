@@ -16,6 +16,7 @@ NAN = float("nan")
 
 ANY_OPTION = [
     ({"lr": -1.0}, r"lr must be a finite number >= 0, got -1\.0: "),
+    ({"lr": 10**400}, r"lr must be a finite number >= 0, got 10{400}: "),
     ({"lr": NAN}, r"lr must be a finite number >= 0, got nan: "),
     ({"lr": "0.1"}, r"lr must be a finite number >= 0, got '0\.1': "),
     ({"lr": torch.ones(2)}, r"lr must be a finite number >= 0, got tensor"),
