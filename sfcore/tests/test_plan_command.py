@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from sfcore import __main__
 from sfcore.plan import check
+from sfcore.plan._command import as_text
 
 GOOD = {"optimizer": "sftorch.AdamWScheduleFree", "lr": 0.001, "warmup_steps": 50, "total_steps": 1000}
 
@@ -74,6 +76,24 @@ def test_a_repaired_configuration_is_written_and_clean(tmp_path, good, capsys, s
     assert "changed       SF202 warmup_steps: 0.1 -> 100" in capsys.readouterr().out
     assert check(path).problems == ()
     assert check(path).config["scheduler"] == "constant"
+
+
+def test_every_toml_file_is_written_as_it_was_read():
+    text = """
+    "😀 é" = "ü\\u007f\\n'\\\\"
+    when = [1979-05-27T07:32:00Z, 1979-05-27, 07:32:00]
+    numbers = [1e-5, inf, 3, true]
+    [a]
+    lr = 1
+    [a.b.c]
+    lr = 2
+    [[datasets]]
+    resolution = 512
+    [[datasets.subsets]]
+    image_dir = 'C:\\images'
+    """
+    fields = tomllib.loads(text)
+    assert tomllib.loads(as_text(fields, ".toml")) == fields
 
 
 def test_a_preview_is_a_png(tmp_path, good):
