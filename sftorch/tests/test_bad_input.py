@@ -110,6 +110,11 @@ BAD_PARAMS = {
         ValueError,
         r"params\[0\] must be floating point or complex, got torch\.int64: ",
     ),
+    "a conjugate view": (
+        lambda: [torch.ones(3, dtype=torch.complex64).conj()],
+        ValueError,
+        r"params\[0\] must hold its own values, got a conjugate view of shape \(3,\)",
+    ),
     "a list of lists": (lambda: [some_params()], TypeError, r"params\[0\] must be a Tensor, got list: "),
     "a model": (
         lambda: torch.nn.Linear(2, 1),
