@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import core, linen, nnx
 
 __all__ = ["recalibrate", "recalibrate_linen"]
 
@@ -141,7 +141,9 @@ def recalibrate_linen(
     if not jax.tree.leaves(variables.get(collection, {})):
         return dict(variables)
     used = 0
-    zeros = jax.tree.map(jnp.zeros_like, variables[collection])
+    before = variables[collection]
+    # apply returns plain dicts for a FrozenDict.
+    zeros = jax.tree.map(jnp.zeros_like, core.unfreeze(before))
     sums = zeros
     layers: list[Any] = []
     with linen.intercept_methods(partial(_without_momentum, layers)):
@@ -154,10 +156,10 @@ def recalibrate_linen(
                     "function that jax.jit has compiled before; layers of your own are for you to average"
                 )
             used += 1
-            sums = _average(sums, updates[collection], used)
+            sums = _average(sums, core.unfreeze(updates[collection]), used)
     if not used:
         raise ValueError("batches must hold at least one batch, got none: pass some training batches")
-    return {**variables, collection: sums}
+    return {**variables, collection: core.freeze(sums) if isinstance(before, core.FrozenDict) else sums}
 
 
 def _without_momentum(

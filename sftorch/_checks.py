@@ -82,6 +82,11 @@ def _check_tensors(params: list[Any], seen: set[int]) -> None:
                 f"params[{index}] must be floating point or complex, got {p.dtype}: "
                 "leave it out, or make it a buffer"
             )
+        if p.is_conj():
+            raise ValueError(
+                f"params[{index}] must hold its own values, got a conjugate view of shape "
+                f"{tuple(p.shape)}, which the step cannot write to: make it of tensor.resolve_conj()"
+            )
         if id(p) in seen:
             raise ValueError(
                 f"params[{index}] must be in one group, once, got a tensor of shape {tuple(p.shape)} a "

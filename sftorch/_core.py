@@ -102,7 +102,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         values, names = self._values(group)
         found = checks.find_problems(self.hyperparameters, values, names)
         found += _checks.find_group_problems(self._books(group))
-        found += _lean.find_problems(group, values.get("beta"), self._may_be_lean)
+        found += _lean.find_problems(self._books(group), values.get("beta"), self._may_be_lean)
         if found:
             raise checks.HyperparameterError(found)
         prior = _scalars.prior_weight(
@@ -119,7 +119,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
             values["prior_steps"] = 0  # that one was weighed at the start; a scheduler may set lr to 0 now
             found += checks.find_problems(self.hyperparameters, values, names)
             found += _checks.find_group_problems(self._books(group))
-            found += _lean.find_problems(group, values.get("beta"), self._may_be_lean)
+            found += _lean.find_problems(self._books(group), values.get("beta"), self._may_be_lean)
         if found:
             raise checks.HyperparameterError(found)
 

@@ -27,7 +27,7 @@ def find_problems(group: Mapping[str, Any], beta: Any, allowed: bool) -> list[st
     """Returns what is wrong with a group's precision and seed.
 
     Args:
-        group: with its options and parameters.
+        group: with its options and parameters; a wrapper's drawer, which has no precision.
         beta: its interpolation.
         allowed: whether the optimizer has a lean form.
     """
@@ -45,7 +45,8 @@ def find_problems(group: Mapping[str, Any], beta: Any, allowed: bool) -> list[st
         found.append(f"{start} in this class, got 'lean': use the class without 'Closure' in its name")
     if beta == 0:
         found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
-    wrong = [p for p in group["params"] if p.dtype not in DTYPES or hasattr(p, "to_local")]
+    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
+    wrong = [p for p in params if p.dtype not in DTYPES or hasattr(p, "to_local")]
     if wrong:
         kind = wrong[0].dtype if wrong[0].dtype not in DTYPES else "DTensor"
         found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")

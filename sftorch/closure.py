@@ -34,7 +34,8 @@ class XAtRest(DirectedOptimizer):
             The closure's loss.
 
         Raises:
-            TypeError: without a closure. If the closure raises, the parameters hold x again.
+            TypeError: without a closure. If the closure raises, or the step cannot be taken, the parameters
+                hold x again.
         """
         if not callable(closure):
             raise TypeError(
@@ -48,10 +49,10 @@ class XAtRest(DirectedOptimizer):
             with torch.enable_grad():
                 loss = closure()
             self._open_step(x)
+            lrs, batches, moves = self._plan(x)
         except BaseException:
             self._restore(x)
             raise
-        lrs, batches, moves = self._plan(x)
         run(moves)
         self._close_step(lrs, batches)
         return loss

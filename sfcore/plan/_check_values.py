@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -98,7 +99,9 @@ def ranges(run: Run) -> Iterator[Problem]:
     bad = False
     for name, value in given.items():
         rule = known[name].metadata["rule"]
-        fraction = name == "warmup_steps" and isinstance(value, float) and value > 0  # SF202 says more
+        fraction = (
+            name == "warmup_steps" and isinstance(value, float) and 0 < value < math.inf
+        )  # SF202 says more
         if not rule.holds(value) and not fraction:
             bad = True
             yield _out_of_range(run, name, rule.text, rule.fix, known[name].default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import shlex
 from collections.abc import Mapping
@@ -87,19 +88,25 @@ def as_text(config: Any, suffix: str) -> str:
 
 def _toml(config: Mapping[str, Any]) -> str:
     """Returns fields, then sections; TOML has no null, so that a field without a value is left out."""
-    lines = [f"{_key(key)} = {_value(value)}" for key, value in config.items() if _is_plain(value)]
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    lines = _items(plain)
     for key, value in config.items():
         if isinstance(value, Mapping):
-            lines += ["", f"[{_key(key)}]", _toml(value).rstrip("\n")]
+            lines += ["", f"[{_key(key)}]", *_items(value)]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _is_plain(value: Any) -> bool:
-    return value is not None and not isinstance(value, Mapping)
+def _items(fields: Mapping[str, Any]) -> list[str]:
+    return [f"{_key(key)} = {_value(value)}" for key, value in fields.items() if value is not None]
 
 
 def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _quoted(key)
+
+
+def _quoted(text: str) -> str:
+    # DEL is the one control character that JSON leaves as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _value(value: Any) -> str:
@@ -107,8 +114,12 @@ def _value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(_items(value))}}}"
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
     # repr keeps a float a float, which sd-scripts' lr_warmup_steps needs.
-    return repr(value) if isinstance(value, int | float) else json.dumps(str(value), ensure_ascii=False)
+    return repr(value) if isinstance(value, int | float) else _quoted(str(value))
 
 
 def _plain(value: Any) -> Any:

@@ -73,6 +73,7 @@ def parse(name: str, value: Any) -> Any:
 
     Raises:
         ValueError: if it is not of the field's kind.
+        OverflowError: if it is a whole number beyond every float.
     """
     kind = FIELDS[name].kind
     value = getattr(value, "value", value)  # an enum's
@@ -98,9 +99,10 @@ def _number(value: Any) -> Any:
         return _number(value.item()) if hasattr(value, "item") else _refuse()  # a NumPy or torch scalar
     if isinstance(value, str):
         try:
-            return int(value)
+            value = int(value)
         except ValueError:
-            value = float(value)
+            return float(value)
+    float(value)
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def read(config: Any, source: str | None, facts: Mapping[str, Any]) -> Config:
     """
     if config is None:
         config, facts = dict(facts), {}
+    config = _script(config)
     command = _command(config)
     if command is not None:
         found = Config(_sources.SD_COMMAND, _text.flags(command), config)
@@ -61,15 +63,24 @@ def read(config: Any, source: str | None, facts: Mapping[str, Any]) -> Config:
     return found
 
 
+def _script(config: Any) -> Any:
+    """Returns the text of a script that holds a command line; anything else as it is."""
+    # A command line may end in such a suffix too, and be too long for a path.
+    if isinstance(config, str | Path) and Path(config).suffix in SCRIPTS and os.path.isfile(config):
+        text = _text.read_text(Path(config))
+        return text if _is_command(text) else config
+    return config
+
+
 def _command(config: Any) -> list[str] | None:
     """Returns the words of a command line; None if it is no command line."""
     if isinstance(config, list | tuple):
         return [str(word) for word in config]
-    if isinstance(config, str | Path) and Path(config).suffix in SCRIPTS and Path(config).is_file():
-        config = Path(config).read_text(encoding="utf-8")
-    if isinstance(config, str) and config.split()[1:] and "--" in config:
-        return _text.words(config)
-    return None
+    return _text.words(config) if isinstance(config, str) and _is_command(config) else None
+
+
+def _is_command(text: str) -> bool:
+    return bool(text.split()[1:]) and "--" in text
 
 
 def _fields_of(config: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from sfcore.plan._model import ConfigError
 
 # A backslash before a letter is no escape but part of a Windows path, D:\lora; what is quoted stays.
 _UNQUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')|\\(?=\w)""")
+# A line of a script that is a comment.
+_COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
 # The flags of sd-scripts that take several values.
 SEVERAL = ("optimizer_args", "lr_scheduler_args", "network_args")
 
@@ -24,16 +26,25 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: with line and column of what is garbled or missing.
     """
+    text = read_text(path)
+    parse = _toml if path.suffix.lower() == ".toml" else _json
+    return parse(path, text)
+
+
+def read_text(path: Path) -> str:
+    """Returns the content of a text file, without its byte order mark.
+
+    Raises:
+        ConfigError: if it cannot be read; with line and column of what is no text.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path} must be a readable file, got {error.strerror}: check the path") from error
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
         raise _garbled(path, "text in UTF-8", "another byte", line, column) from error
-    parse = _toml if path.suffix.lower() == ".toml" else _json
-    return parse(path, text)
 
 
 def _json(path: Path, text: str) -> dict[str, Any]:
@@ -64,11 +75,12 @@ def _garbled(path: Path, rule: str, found: str, line: int, column: int) -> Confi
 
 
 def words(command: str) -> list[str]:
-    """Returns the words of a command line; line breaks after a backslash are no words.
+    """Returns the words of a command line; line breaks after a backslash and lines of comments are no words.
 
     Raises:
         ConfigError: with line and column, if a quotation does not end.
     """
+    command = _COMMENT.sub("", command)
     joined = command.replace("\\\r\n", " ").replace("\\\n", " ")
     joined = _UNQUOTED.sub(lambda found: found[1] or "\\\\", joined)
     try:

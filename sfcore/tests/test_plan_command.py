@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from sfcore import __main__
 from sfcore.plan import check
+from sfcore.plan._command import as_text
 
 GOOD = {"optimizer": "sftorch.AdamWScheduleFree", "lr": 0.001, "warmup_steps": 50, "total_steps": 1000}
 
@@ -76,6 +78,24 @@ def test_a_repaired_configuration_is_written_and_clean(tmp_path, good, capsys, s
     assert check(path).config["scheduler"] == "constant"
 
 
+def test_every_toml_file_is_written_as_it_was_read():
+    text = """
+    "😀 é" = "ü\\u007f\\n'\\\\"
+    when = [1979-05-27T07:32:00Z, 1979-05-27, 07:32:00]
+    numbers = [1e-5, inf, 3, true]
+    [a]
+    lr = 1
+    [a.b.c]
+    lr = 2
+    [[datasets]]
+    resolution = 512
+    [[datasets.subsets]]
+    image_dir = 'C:\\images'
+    """
+    fields = tomllib.loads(text)
+    assert tomllib.loads(as_text(fields, ".toml")) == fields
+
+
 def test_a_preview_is_a_png(tmp_path, good):
     path = tmp_path / "plan.png"
     assert __main__.main(["plan", good, "--preview", str(path)]) == 0
@@ -113,3 +133,4 @@ def test_a_script_with_a_command_line_is_read_and_its_repair_reads_back(tmp_path
     assert "--lr_warmup_steps" in capsys.readouterr().out
     assert __main__.main(["plan", str(script), "--fix", "--out", str(repaired)]) == 0
     assert __main__.main(["plan", str(repaired), "--strict"]) == 0
+    assert repaired.read_text().startswith("accelerate launch train_network.py --optimizer_type sftorch.")

@@ -183,6 +183,28 @@ def test_a_byte_that_is_no_text_gets_line_and_column(tmp_path):
         check(path)
 
 
+def test_a_script_is_read_and_repaired_by_its_text(tmp_path):
+    command = "train.py --optimizer_type sftorch.AdamWScheduleFree --lr_scheduler cosine"
+    script = tmp_path / "train.sh"
+    script.write_text(command, encoding="utf-8-sig")
+    for config in (script, str(script)):
+        assert check(config, fix=True).config == check(command, fix=True).config
+    script.write_bytes(b"train.py --lr 1\n\xff")
+    with pytest.raises(ConfigError, match="line 2, column 1"):
+        check(script)
+
+
+def test_comments_of_a_script_are_not_read():
+    command = "train.py --optimizer_type AdamW \\\n --learning_rate 1e-4"
+    plan = check(f"#!/bin/bash\n# don't: --lr_scheduler cosine\n{command}\n  # --max_train_steps 5\n")
+    assert (plan.problems, plan.scheduler, plan.total_steps) == ((), "constant", 1600)
+
+
+def test_a_long_command_line_may_end_like_the_name_of_a_script():
+    tail = "".join(f" --network_args a{i}=1" for i in range(30)) + " --sample_prompts=prompts.txt"
+    assert check("train.py --optimizer_type AdamW" + tail).optimizer == "AdamW"
+
+
 def test_a_quotation_that_does_not_end_gets_line_and_column():
     with pytest.raises(ConfigError, match="line 2, column 19"):
         check('train.py --optimizer_type AdamW \\\n --optimizer_args "betas=0.9,0.99')

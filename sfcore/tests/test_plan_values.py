@@ -93,6 +93,16 @@ def test_nonsense_is_reported_and_nothing_is_computed_with_it():
         assert as_dict(plan)["problems"]
 
 
+def test_a_number_beyond_every_float_is_reported_like_any_other_nonsense():
+    for name in ("lr", "warmup_steps", "total_steps", "devices"):
+        (found,) = check(
+            {"optimizer": "SGDScheduleFree", "lr": 1.0, name: 10**400}, ignore=["SF207"]
+        ).problems
+        assert (found.code, found.field, found.rule) == ("SF002", name, "a number")
+    plan = check(warmup_steps=float("inf"), total_steps=10, scheduler="linear", scheduler_warmup_steps=1)
+    assert [(p.code, p.field) for p in plan.problems] == [("SF301", "warmup_steps")]
+
+
 def test_a_huge_run_is_computed_to_its_first_ten_million_steps():
     plan = check(optimizer="AdamW", total_steps=10**9)
     assert plan.total_steps == 10**9

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import core, linen, nnx
 from sklearn.datasets import load_digits
 
 import sfjax
@@ -92,6 +92,16 @@ def test_linen_statistics_are_plain_averages_whatever_the_momentum(batches):
         np.testing.assert_allclose(new["mean"], np.mean([b.mean(0) for b in batches], 0), rtol=1e-5)
         np.testing.assert_allclose(new["var"], np.mean([b.var(0) for b in batches], 0), rtol=1e-4)
         assert model.momentum == momentum
+
+
+def test_linen_takes_a_frozen_dict_and_returns_one(batches):
+    model = linen.BatchNorm(use_running_average=False)
+    variables = model.init(jax.random.key(0), batches[0])
+    frozen = core.freeze(variables)
+    new = recalibrate_linen(model.apply, frozen, batches)
+    assert jax.tree.structure(new["batch_stats"]) == jax.tree.structure(frozen["batch_stats"])
+    plain = recalibrate_linen(model.apply, variables, batches)
+    np.testing.assert_array_equal(new["batch_stats"]["mean"], plain["batch_stats"]["mean"])
 
 
 def test_linen_works_under_jit_and_changes_nothing_that_it_is_given(batches):

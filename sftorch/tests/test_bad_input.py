@@ -16,6 +16,7 @@ NAN = float("nan")
 
 ANY_OPTION = [
     ({"lr": -1.0}, r"lr must be a finite number >= 0, got -1\.0: "),
+    ({"lr": 10**400}, r"lr must be a finite number >= 0, got 10{400}: "),
     ({"lr": NAN}, r"lr must be a finite number >= 0, got nan: "),
     ({"lr": "0.1"}, r"lr must be a finite number >= 0, got '0\.1': "),
     ({"lr": torch.ones(2)}, r"lr must be a finite number >= 0, got tensor"),
@@ -108,6 +109,11 @@ BAD_PARAMS = {
         lambda: [torch.arange(3)],
         ValueError,
         r"params\[0\] must be floating point or complex, got torch\.int64: ",
+    ),
+    "a conjugate view": (
+        lambda: [torch.ones(3, dtype=torch.complex64).conj()],
+        ValueError,
+        r"params\[0\] must hold its own values, got a conjugate view of shape \(3,\)",
     ),
     "a list of lists": (lambda: [some_params()], TypeError, r"params\[0\] must be a Tensor, got list: "),
     "a model": (

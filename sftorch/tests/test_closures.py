@@ -137,6 +137,21 @@ def test_the_first_closure_sees_the_initial_weights(kind):
     assert same_bits(params, start)
 
 
+def test_a_step_that_cannot_be_taken_leaves_x():
+    p, late = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = sftorch.SGDScheduleFreeClosure([p, late], lr=STEP_SIZE)
+    feed(optimizer, [p], some_grads(5, [p]))
+    optimizer.param_groups[0]["fused"] = True  # which float16 cannot be
+    x, z = copies([p]), optimizer.state[p]["z"].clone()
+
+    def closure():
+        p.grad, late.grad = torch.ones_like(p), torch.ones_like(late)
+
+    with pytest.raises(RuntimeError, match="fused must be None or False here"):
+        optimizer.step(closure)
+    assert same_bits([p, optimizer.state[p]["z"]], [*x, z])
+
+
 def test_warmup_prior_steps_and_schedules_count_here_too():
     options = {"warmup_steps": 5, "prior_steps": 3, "r": 1.0}
     params, run = some_params(), truth("adamw", some_params(), **options)

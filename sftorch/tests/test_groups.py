@@ -96,6 +96,8 @@ def test_named_parameters_are_taken_and_their_names_kept():
     assert_is(model.parameters(), run.y)
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    lean = sftorch.AdamWScheduleFree(torch.nn.Linear(2, 1).named_parameters(), precision="lean")
+    assert lean.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
 def test_a_group_given_to_the_optimizer_is_not_changed():

@@ -197,6 +197,7 @@ def test_options_of_the_base_are_the_bases_business():
         def __init__(self, params):
             super().__init__(params, lr=STEP_SIZE)
             self.param_groups[0].update(betas=(0.9, 0.9, 0.99), capturable=True, warmup_steps=0.5, r=-1)
+            self.param_groups[0].update(precision="high", seed=None)
 
     params, run = some_params(), truth("sgd", some_params())
     optimizer, grads = sftorch.ScheduleFreeWrapper(Adan(params)), some_grads(5, some_params())
