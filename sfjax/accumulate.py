@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulat
         >>> params.tolist(), sfjax.schedule_free_eval_params(state, params).tolist()
         ([0.0, 1.0], [0.0, 1.0])
     """
-    if not callable(every) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+    if not callable(every) and (isinstance(every, bool) or not isinstance(every, Integral) or every < 1):
         raise ValueError(
             f"every must be a whole number >= 1 or a schedule, got {every!r}: pass how many micro-batches "
             "make one update"
@@ -82,7 +83,7 @@ def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulat
         """Returns what `move` makes of (mean, inner state, start) where an update is due, else start."""
         taken = state.mini_step + 1
         mean = jax.tree.map(lambda g, old: _mean(g, old, taken), gradients, state.acc_grads)
-        due = taken >= (every(state.gradient_step) if callable(every) else every)
+        due = taken >= (every(state.gradient_step) if callable(every) else int(every))
 
         # At most one turn of a loop, not a conditional: XLA keeps what a loop carries in place.
         def turn(carry: Any) -> Any:

@@ -164,6 +164,8 @@ def without_partial_update(new: Plan, meta: Meta) -> tuple[Meta, list[str]]:
 def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> None:
     """Puts a plan in place; the live mode stays."""
     optimizer._loaded = None
+    if isinstance(optimizer, TrainEvalOptimizer):
+        optimizer._forget_step()
     for live, value in new.copies:
         live.copy_(value)
     for p, state in new.states.items():

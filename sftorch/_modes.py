@@ -56,8 +56,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 loss = closure()
         self._open_step()
         self._step_groups()
-        if self._ahead:
-            self._ahead.clear()
+        self._forget_step()
         return loss
 
     @torch.no_grad()
@@ -186,6 +185,15 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 for name in (_held.Y_REST, "gap"):
                     if name in state:
                         state[name].zero_()
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super()._load(state_dict)
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        """Forgets what backward has taken of the coming step: other state has come in its place."""
+        if self._ahead is not None:
+            self._ahead.clear()
 
     @torch.compiler.disable
     def _require_train_mode(self) -> None:

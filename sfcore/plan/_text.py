@@ -111,7 +111,7 @@ def literal(text: str) -> Any:
     """Returns a Python literal, as sd-scripts reads an argument; the text itself if it is none."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):  # the last for {[]: 1}
         return text
 
 

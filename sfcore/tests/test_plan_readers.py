@@ -205,6 +205,13 @@ def test_a_long_command_line_may_end_like_the_name_of_a_script():
     assert check("train.py --optimizer_type AdamW" + tail).optimizer == "AdamW"
 
 
+def test_an_argument_that_is_no_literal_is_text():
+    (found,) = check(
+        "train.py --optimizer_type AdamWScheduleFree --optimizer_args weight_decay={[]:1}"
+    ).errors
+    assert (found.code, found.found) == ("SF002", "{[]:1}")
+
+
 def test_a_quotation_that_does_not_end_gets_line_and_column():
     with pytest.raises(ConfigError, match="line 2, column 19"):
         check('train.py --optimizer_type AdamW \\\n --optimizer_args "betas=0.9,0.99')

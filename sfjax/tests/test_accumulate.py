@@ -124,3 +124,9 @@ def test_means_of_16_bit_gradients_are_float32() -> None:
 def test_every_must_be_a_number_or_a_schedule(every: Any) -> None:
     with pytest.raises(ValueError, match="every must be a whole number >= 1 or a schedule, got"):
         sfjax.accumulate(adamw(), every)
+
+
+def test_every_may_be_a_number_of_numpy() -> None:
+    tx, p = sfjax.accumulate(optax.sgd(1.0), np.int64(2)), jnp.ones(2)
+    _, state = tx.step(p, tx.init(p), p)
+    assert int(state.mini_step) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import sftorch
+from sftorch.checkpoint import Checkpoints
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, same_bits
 
 
@@ -134,6 +137,27 @@ def test_remove_goes_back_to_ordinary_steps():
     assert optimizer.metrics()[0]["step"] == 2
     optimizer.zero_grad()
     sftorch.step_in_backward(optimizer)
+
+
+@pytest.mark.parametrize("through", ["state_dict", "checkpoint"])
+def test_a_run_goes_back_in_the_middle_of_a_step(through, tmp_path):
+    model = a_model()
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE)
+    sftorch.step_in_backward(optimizer)
+    train(model, optimizer, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        train(model, optimizer, 3)
+        wanted = copy.deepcopy(everything(model, optimizer))
+        model[0](torch.ones(1, 6)).sum().backward()  # and no step: something has failed
+        if through == "checkpoint":
+            checkpoints.restore(model, optimizer)
+        else:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+        train(model, optimizer, 3)
+    assert_same_run(everything(model, optimizer), wanted)
 
 
 def test_it_works_after_loading_state():
