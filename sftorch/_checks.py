@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,5 +139,9 @@ def split_betas(betas: Any) -> dict[str, Any]:
 
 
 def as_number(value: Any) -> Any:
-    """Returns a one-element tensor as a float, anything else as it is for the rules to judge."""
-    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+    """Returns a one-element tensor or NumPy float as a float, anything else as it is for the rules to judge.
+
+    NumPy's would carry their dtype into the sum of weights, which in 16 bits soon stops growing.
+    """
+    one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, np.floating)
+    return float(value) if one else value

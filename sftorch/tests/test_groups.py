@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,3 +133,14 @@ def test_lr_may_be_a_0d_tensor(make, dtype):
     feed(optimizer, params, grads[4:])
     feed_truth(run, grads[4:], lr=float(torch.tensor(0.01, dtype=dtype)))
     assert_is(params, run.y)
+
+
+@pytest.mark.parametrize("lr", [np.float16(1), np.float32(1), torch.tensor(1.0)], ids=repr)
+def test_the_average_takes_as_many_steps_as_the_run_has_whatever_kind_of_number_lr_is(lr):
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = sftorch.SGDScheduleFree([p], lr=lr)
+    p.grad = torch.zeros(1)
+    for _ in range(2100):  # in 16 bits 2048 + 1 is 2048
+        optimizer.step()
+    assert optimizer.metrics()[0]["c"] == pytest.approx(1 / 2101, rel=1e-3)
+    assert type(optimizer.state_dict()["param_groups"][0]["weight_sum"]) is float
