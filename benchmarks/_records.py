@@ -26,7 +26,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def digits(value: float) -> float:
-    """Returns a number to five digits, which is more than a median of ten seeds knows."""
+    """Returns a number to five digits, which is more than a median of seeds knows."""
     return float(f"{value:.5g}")
 
 

@@ -23,7 +23,7 @@ from benchmarks.resume_restart import Setting, compare, steps_of
 from benchmarks.resume_rows import Row
 
 ACCUMULATIONS = (1, 8, 32)
-USUAL = ", ".join(f"{kind.usual} for {kind.name}" for kind in PROBLEMS)
+DEFAULT_SEEDS = ", ".join(f"{kind.default_seeds} for {kind.name}" for kind in PROBLEMS)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="digits only, 3 seeds, accumulation 1 and 8: half a minute")
-    add("--seeds", type=int, metavar="N", help=f"default: {USUAL}")
+    add("--seeds", type=int, metavar="N", help=f"default: {DEFAULT_SEEDS}")
     add("--trained", type=int, default=1000, metavar="N", help="steps before the restart; default: 1000")
     add("--sweep", action="store_true", help="other policies, to resume_sweep.jsonl")
     add("--problem", choices=[kind.name for kind in PROBLEMS], help="this one only; default: all")
@@ -85,7 +85,7 @@ def restart(options: argparse.Namespace) -> list[Row]:
         : 1 if options.quick else None
     ]
     accumulations = ACCUMULATIONS[: 2 if options.quick else None]
-    problems = [kind(options.seeds or kind.usual) for kind in kinds]
+    problems = [kind(options.seeds or kind.default_seeds) for kind in kinds]
     settings = [Setting(problem, n, options.trained) for problem in problems for n in accumulations]
     methods, path, part = METHODS, options.out / "resume.jsonl", resume_rows.PART
     if options.sweep:

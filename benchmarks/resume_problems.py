@@ -33,7 +33,7 @@ class Problem(ABC):
     label: str
     lr: float
     micro_batch = 16
-    usual: int  # seeds, so that the median of ours over RAdam's is known to 0.2 to 0.8%
+    default_seeds: int  # so many that the median of ours over RAdam's is known to 0.2 to 0.8%
 
     def __init__(self, seeds: int):
         self.seeds = seeds
@@ -71,7 +71,7 @@ class Digits(Problem):
     name = "digits"
     label = "handwritten digits, MLP of 17 thousand weights"
     lr = 0.01
-    usual = 240
+    default_seeds = 240
     layers = (64, 128, 64, 10)
     held_out = 360
     noise = 0.3  # added to training pixels, so that the gradient stays noisy to the end
@@ -109,7 +109,7 @@ class Text(Problem):
     name = "text"
     label = "next character of Python's help text, MLP of 127 thousand weights"
     lr = 0.005
-    usual = 20
+    default_seeds = 20
     context = 8
     embedding = 16
     hidden = (256, 256)

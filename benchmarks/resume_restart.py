@@ -87,7 +87,7 @@ def go_on(
 ) -> dict[Method, Curve]:
     """Returns the losses after a restart, on the batches that the first run would have seen next.
 
-    The methods go side by side: making a batch costs as much as a step on it.
+    The methods go side by side, so that each batch is made once.
     """
     runs = [method.start(saved) for method in methods]
     points: list[list[tuple[int, np.ndarray]]] = [[] for _ in runs]

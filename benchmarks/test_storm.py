@@ -37,3 +37,13 @@ def test_every_combination_resumes_in_a_fresh_process_to_the_same_bits(framework
     assert (
         len({whole for whole, _ in digests.values()}) == 12
     )  # accumulate and precision matter, the mode does not
+
+
+@pytest.mark.parametrize(("digests", "code"), [(("a", "a"), 0), (("a", "b"), 1)])
+def test_what_was_compared_is_kept_and_a_difference_is_the_exit_code(monkeypatch, tmp_path, digests, code):
+    found = {one.name: ("a", "a") for one in exact.combinations()} | {"sgd-float32-1-train": digests}
+    monkeypatch.setattr(exact, "run", lambda framework, folder: found)
+    assert exact.main(["--framework", "jax", "--out", str(tmp_path)]) == code
+    rows = [json.loads(line) for line in (tmp_path / "exact.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    assert [row["same_bits"] for row in rows].count(False) == code
