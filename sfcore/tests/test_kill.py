@@ -183,7 +183,7 @@ for step in range(first, 10**6):
 
 
 def test_a_process_killed_at_random_moments_always_resumes_from_a_whole_checkpoint(tmp_path):
-    rng, reached = random.Random(0), 0
+    rng, reached, before = random.Random(0), 0, 0
     for _ in range(8):
         child = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"ready\n"
@@ -195,5 +195,9 @@ def test_a_process_killed_at_random_moments_always_resumes_from_a_whole_checkpoi
         assert max(held, default=0) >= reached
         reached = max(held, default=0)
         store.clean(tmp_path)
-        assert len(os.listdir(tmp_path)) == len(held) <= 3
+        # Killed between its first save and its first prune, a process leaves one more than it found.
+        assert len(os.listdir(tmp_path)) == len(held) <= max(3, before + 1)
+        before = len(held)
     assert reached > 0
+    store.prune(tmp_path, keep_newest=2, keep_best=0)
+    assert _whole(tmp_path) == held[-2:]
