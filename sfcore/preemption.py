@@ -5,7 +5,8 @@ waits for a compilation to end. Here the C part of the handler wakes a thread, w
 thread is where it is. A lock keeps it from saving half an update.
 
 Exit codes: 75 (EX_TEMPFAIL of sysexits.h: try again later) when the save succeeded, 74 (EX_IOERR) when it
-did not and the newest older checkpoint counts. A second signal changes nothing.
+did not and the newest older checkpoint counts. A second signal changes nothing, also while the program
+ends; one that goes on all the same (a notebook) hears signals again `grace` seconds after the block.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -138,7 +140,7 @@ class Preemption:
             self._decided.wait()
         finally:
             self._left.set()
-            self._restore()
+            self._restore(deaf_for=0.0 if self._code is None else self._grace)
             self._thread.join()
             self._receiver.close()
             self._sender.close()
@@ -147,12 +149,13 @@ class Preemption:
         if self._code is None and self._last is not None:
             signal.raise_signal(self._last)  # it came when the thread had just ended: let others have it
 
-    def _restore(self) -> None:
+    def _restore(self, deaf_for: float = 0.0) -> None:
         global _active
         signal.set_wakeup_fd(self._outer_fd)
         for number, handler in self._outer.items():
             # None stands for a handler that is not Python's, which cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            outer = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, _deaf(outer, time.monotonic() + deaf_for) if deaf_for else outer)
         _active = None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
@@ -205,6 +208,17 @@ class Preemption:
             return EXIT_UNSAVED
         _log.warning("saved %s; start again to go on from there. Exit code %d", where, EXIT_SAVED)
         return EXIT_SAVED
+
+
+def _deaf(outer: Any, until: float) -> Callable[[int, FrameType | None], None]:
+    """Returns a handler that does nothing until a time of `time.monotonic`, and then gives way to `outer`."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() >= until:
+            signal.signal(number, outer)
+            signal.raise_signal(number)
+
+    return handler
 
 
 def _forget_in_child() -> None:

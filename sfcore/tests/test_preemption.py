@@ -197,6 +197,50 @@ def test_further_signals_change_nothing(tmp_path, body, second):
     assert errors.count("Exit code") == 1
 
 
+ENDING = """
+import atexit
+def end():
+    ready()
+    time.sleep(0.3)
+    print("finished", flush=True)
+atexit.register(end)
+"""
+GOING_ON = """
+try:
+    with Preemption(save, grace=2.0):
+        update()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+except SystemExit:
+    os.kill(os.getpid(), signal.SIGTERM)  # unheard
+    time.sleep(2.0)
+    ready()
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_while_the_program_ends_changes_nothing(tmp_path):
+    body = ENDING + "update()\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)"
+    child = _start(tmp_path, body)
+    assert child.stdout.readline() == "unwound\n"
+    code, printed, errors = _ended(child, signal.SIGTERM, signal.SIGINT, pause=0.05)
+    assert code == EXIT_SAVED, errors
+    assert printed == ["finished"]
+
+
+def test_a_program_that_goes_on_after_the_save_hears_signals_again(tmp_path):
+    source = (PROGRAM.split("try:")[0] + GOING_ON).replace("SAVE_SECONDS", "0")
+    child = subprocess.Popen(
+        [sys.executable, "-c", source, str(tmp_path / "saved")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    code, _, errors = _ended(child, signal.SIGTERM)
+    assert code == -signal.SIGTERM, errors
+    assert len(_saves(tmp_path)) == 1
+
+
 FAILING = """
 def save():
     raise OSError(28, "No space left on device")
