@@ -65,7 +65,9 @@ def read_precision(precision: Any, seed: Any, beta: Any, state_dtype: Any) -> bo
     found = []
     if precision not in ("exact", "lean"):
         found.append(f"precision must be 'exact' or 'lean', got {precision!r}: 'exact' is usual")
-    if isinstance(seed, float | bool | str) or (isinstance(seed, int) and not 0 <= seed < 2**32):
+    number = _plain(seed)
+    is_whole = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**32
+    if not (is_whole or isinstance(number, jax.core.Tracer)):
         found.append(f"seed must be a whole number >= 0 and < 2^32, got {seed!r}: 0 is usual")
     if precision == "lean" and is_zero(beta):
         found.append("precision must be 'exact' at b1 = 0, got 'lean': y is z there, and has no gap to it")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+_CPU = {"rng/torch", "rng/numpy", "rng/python"}
 _CUDA = "rng/torch_cuda/"
 
 
@@ -28,15 +29,16 @@ def capture() -> dict[str, np.ndarray]:
 
 def restore(arrays: Mapping[str, np.ndarray]) -> list[str]:
     """Sets the generators to the saved states and returns what could not be set, in sentences."""
-    if "rng/torch" not in arrays:
+    if not arrays.keys() >= _CPU:
         return [
-            "random numbers: the checkpoint has no states of torch's generators, so they stay as they are"
+            "random numbers: the checkpoint has no states of torch's, NumPy's and Python's generators, so "
+            "they stay as they are"
         ]
-    torch.set_rng_state(torch.from_numpy(arrays["rng/torch"].copy()))
     name, keys, position, has_gauss, gauss = _from_bytes(arrays["rng/numpy"])
+    version, words, gauss_of_python = _from_bytes(arrays["rng/python"])
+    torch.set_rng_state(torch.from_numpy(arrays["rng/torch"].copy()))
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    version, keys, gauss = _from_bytes(arrays["rng/python"])
-    random.setstate((version, tuple(keys), gauss))
+    random.setstate((version, tuple(words), gauss_of_python))
     saved = [leaf for leaf in arrays if leaf.startswith(_CUDA)]
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for i in range(min(len(saved), here)):

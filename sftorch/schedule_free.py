@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         Raises:
             ValueError: for the state dict of another optimizer; nothing has changed then.
         """
-        if not all(_DRAWER in group for group in state_dict.get("param_groups", [])):
+        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        if not all(_DRAWER in group for group in groups or []):
             raise ValueError(
                 f"state_dict must be a ScheduleFreeWrapper's, got groups without {_DRAWER!r}: "
                 "load it into an optimizer of the class that saved it"
@@ -196,3 +198,6 @@ def _check_base(base: Any) -> None:
         raise TypeError(f"base must be a torch.optim.Optimizer, got {kind}: make it first and pass it")
     if isinstance(base, ScheduleFreeOptimizer):
         raise TypeError(f"base must not be Schedule-Free itself, got {kind}: use it as it is")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(f"base must be an optimizer that steps without a closure, got {kind}: wrap another")

@@ -71,14 +71,17 @@ def preview(plan: Plan, path: Path) -> None:
     """Draws lr and c over the run into a PNG; matplotlib is imported only here.
 
     Raises:
-        ValueError: if the steps of the run are unknown.
+        ValueError: if the steps of the run are unknown, or without the package matplotlib.
     """
     if not len(plan.lr):
         raise ValueError(
             "lr at every step must be known for a preview, got a run of unknown length: say total_steps"
         )
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a preview needs the package matplotlib: pip install matplotlib") from error
 
     drawn = slice(None, None, max(1, len(plan.lr) // 5000))
     curves = {"lr": plan.lr} | ({"c, averaging weight": plan.c} if len(plan.c) else {})

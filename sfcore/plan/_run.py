@@ -75,7 +75,8 @@ class Run:
         if isinstance(epochs, int | float) and 0 < epochs < math.inf:
             if self.micro_steps_per_epoch is None:
                 return None
-            return math.ceil(epochs * math.ceil(self.micro_steps_per_epoch / self.accumulation))
+            steps = epochs * math.ceil(self.micro_steps_per_epoch / self.accumulation)
+            return math.ceil(steps) if steps < math.inf else None
         return given or _fields.whole(self.config.get("total_steps"))
 
     @cached_property

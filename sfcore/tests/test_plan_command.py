@@ -115,6 +115,12 @@ def test_a_preview_of_an_unknown_length_is_refused(tmp_path, capsys):
     assert "say total_steps" in capsys.readouterr().err
 
 
+def test_a_preview_without_matplotlib_says_what_to_install(tmp_path, good, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert __main__.main(["plan", good, "--preview", str(tmp_path / "plan.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_a_plan_needs_no_framework_and_no_matplotlib():
     code = (
         "import sys, sfcore.plan as p; p.check(lr=0.01, total_steps=10); "

@@ -20,6 +20,7 @@ def test_steps_are_counted_after_accumulation_on_all_devices():
     assert plan.epochs == pytest.approx(48 * 8 / 125)
     assert check(optimizer="AdamW", samples=1000, batch_size=10, total_steps=250).epochs == 2.5
     assert check(optimizer="AdamW", epochs=3).total_steps is None
+    assert check(optimizer="AdamW", samples=1000, epochs=1e308).total_steps is None  # too many for a float
 
 
 def test_lr_and_c_follow_s2_to_s5():

@@ -126,3 +126,14 @@ def test_what_does_not_go_with_it_is_refused_all_at_once() -> None:
         sfjax.schedule_free_sgd(0.1, b1=0.0, state_dtype=jnp.float32, precision="lean", seed=-1)
     with pytest.raises(HyperparameterError, match="precision must be 'exact' or 'lean', got 'bf16'"):
         sfjax.schedule_free_adamw(precision="bf16")
+
+
+@pytest.mark.parametrize("seed", [None, "0", 1.0, True, -1, 2**32, np.arange(2), np.float32(1.5), 1 + 0j])
+def test_a_seed_that_is_no_whole_number_of_32_bits_is_refused(seed: Any) -> None:
+    with pytest.raises(HyperparameterError, match="seed must be a whole number >= 0 and < 2\\^32, got "):
+        sfjax.schedule_free_adamw(precision="lean", seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, np.int64(3), jnp.asarray(3)])
+def test_a_whole_number_of_any_package_is_a_seed(seed: Any) -> None:
+    sfjax.schedule_free_adamw(precision="lean", seed=seed).init({"w": jnp.ones(2)})

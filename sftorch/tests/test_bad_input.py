@@ -195,6 +195,11 @@ def test_options_of_the_wrapper_are_keyword_only_and_checked():
             TypeError,
             "base must not be Schedule-Free itself, got SGDScheduleFree: ",
         ),
+        (
+            torch.optim.LBFGS(some_params()),
+            TypeError,
+            "base must be an optimizer that steps without a closure, got LBFGS: ",
+        ),
     ],
 )
 def test_bases_that_cannot_be_wrapped_are_refused(base, error, message):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from sftorch import _rng
 from sftorch.checkpoint import Checkpoints
 from sftorch.tests.checkpoint_runs import CASES, LENGTH, Case, build, digest, resume_and_finish, save, train
 
@@ -106,6 +107,16 @@ def test_a_restore_in_eval_mode_holds_x_and_train_goes_on_exactly(tmp_path):
     )
     train(model, optimizer, ADAMW, ADAMW.saved_at, LENGTH)
     assert digest(model, optimizer) == expected
+
+
+def test_an_incomplete_record_of_random_states_changes_no_generator():
+    arrays = _rng.capture()
+    torch.rand(3)
+    before = torch.get_rng_state(), random.getstate()
+    del arrays["rng/python"]
+    assert "they stay as they are" in _rng.restore(arrays)[0]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
 
 
 def test_without_rng_the_generators_stay(tmp_path):

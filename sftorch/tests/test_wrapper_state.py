@@ -99,6 +99,13 @@ def test_a_state_dict_has_what_the_base_holds_now():
     assert optimizer.state_dict()["state"][0]["base"] == {"put there": 7}
 
 
+@pytest.mark.parametrize("value", [None, [1], {}, {"state": {}, "param_groups": None}])
+def test_what_is_no_state_dict_is_refused(value):
+    optimizer = sftorch.ScheduleFreeWrapper(torch.optim.SGD(matrices(), lr=STEP_SIZE))
+    with pytest.raises(ValueError, match="state_dict must have the keys 'state' and 'param_groups', got "):
+        optimizer.load_state_dict(value)
+
+
 @pytest.mark.parametrize("of_what", ["its base", "another class"])
 def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(of_what):
     params = matrices()
