@@ -1,12 +1,14 @@
 """(c) What a save and a restore cost, against the size of the state, in both frameworks.
 
-"blocks" is how long `save` keeps a training loop waiting when it writes in the background; the ratio to a
-save that waits is what counts, since the times are this machine's.
+"blocks" is how long `save` keeps a training loop waiting when it writes in the background, "first" the same
+for the first save of a run, which has to find room for its copy. The ratio to a save that waits is what
+counts, since the times are this machine's.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks._records import replace_part, spread, versions
+from benchmarks._records import replace_part, spread, versions, write_between_markers
 
 RESULTS = Path(__file__).parent / "results" / "cost.jsonl"
 SIZES = (10, 50, 200)  # MB of y, z and v together
@@ -86,35 +88,41 @@ def seconds(action: Callable[[], None]) -> float:
 
 
 def measure(kind: str, megabytes: int, repeats: int) -> dict[str, np.ndarray]:
-    """Returns the times of saves that wait, of saves in the background (and the first), and of restores."""
-    times: dict[str, list[float]] = {"waits": [], "blocks": [], "restores": []}
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+    """Returns the times of saves that wait, of saves in the background, of first ones, and of restores."""
+    times: dict[str, list[float]] = {"waits": [], "blocks": [], "first": [], "restores": []}
+    with tempfile.TemporaryDirectory() as folder:
         waiting, background = (
-            KINDS[kind](megabytes, Path(one), False),
-            KINDS[kind](megabytes, Path(other), True),
+            KINDS[kind](megabytes, Path(folder) / name, name == "background")
+            for name in ("waiting", "background")
         )
         for step in range(repeats + 1):  # interleaved, so that a busy moment meets both
             times["waits"].append(seconds(lambda step=step: waiting.save(step)))  # type: ignore[misc]
             times["blocks"].append(seconds(lambda step=step: background.save(step)))  # type: ignore[misc]
             background.checkpoints.wait()
+            fresh = KINDS[kind](megabytes, Path(folder) / f"fresh-{step}", True)
+            times["first"].append(seconds(lambda fresh=fresh: fresh.save(0)))  # type: ignore[misc]
+            fresh.checkpoints.close()
+            shutil.rmtree(Path(folder) / f"fresh-{step}")
             times["restores"].append(seconds(waiting.restore))
         for run in (waiting, background):
             run.checkpoints.close()
     found = {name: np.array(values[1:]) for name, values in times.items()}
-    return found | {"first": np.array(times["blocks"][:1])}
+    return found | {f"{name}_over_waits": found[name] / found["waits"] for name in ("blocks", "first")}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table and writes its rows to results/cost.jsonl."""
+    """Prints the table and writes its rows to results/cost.jsonl, and on request into a page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks cost", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--repeats", type=int, default=7, help="of each, after a first one; default: 7")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the table between <!-- cost --> and its end"
+    )
     arguments = parser.parse_args(argv)
     rows = []
     for kind, megabytes in tqdm([(kind, size) for kind in KINDS for size in SIZES], desc="cost"):
         times = measure(kind, megabytes, arguments.repeats)
-        times["blocks_over_waits"] = times["blocks"] / times["waits"]
         rows.append(
             {
                 "part": "cost",
@@ -126,23 +134,41 @@ def main(argv: Sequence[str]) -> int:
             | {"versions": versions(), "seconds": {name: spread(values) for name, values in times.items()}}
         )
     replace_part(RESULTS, "cost", rows)
+    if arguments.markdown:
+        write_between_markers(arguments.markdown, "cost", markdown(rows))
     show(rows)
     return 0
 
 
+HEAD = (
+    "framework",
+    "state, MB",
+    "a save that waits, ms",
+    "a restore, ms",
+    "in the background, of one that waits",
+    "the first of a run",
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Returns a row of the table: medians, for the ratios with their quartiles."""
+    times = [f"{1000 * row['seconds'][name]['median']:.3g}" for name in ("waits", "restores")]
+    ratios = [row["seconds"][f"{name}_over_waits"] for name in ("blocks", "first")]
+    spreads = [f"{of['median']:.1%} ({of['q1']:.1%} to {of['q3']:.1%})" for of in ratios]
+    return [row["framework"], str(row["megabytes"]), *times, *spreads]
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the table for a page."""
+    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints medians in ms."""
-    columns = ("waits", "blocks", "first", "restores")
-    table = Table(title="a save that waits, what a save blocks, the first of these, a restore: medians, ms")
-    for column in ("framework", "state, MB", *columns, "blocks / waits (quartiles)"):
+    """Prints the table."""
+    table = Table()
+    for column in HEAD:
         table.add_column(column, justify="right")
     for row in rows:
-        medians = {name: value["median"] for name, value in row["seconds"].items()}
-        ratio = row["seconds"]["blocks_over_waits"]
-        table.add_row(
-            row["framework"],
-            str(row["megabytes"]),
-            *(f"{1000 * medians[name]:.3g}" for name in columns),
-            f"{ratio['median']:.1%} ({ratio['q1']:.1%} to {ratio['q3']:.1%})",
-        )
+        table.add_row(*cells(row))
     Console(width=120).print(table)
