@@ -98,7 +98,9 @@ def accept(optimizer: ScheduleFreeOptimizer, live_mode: bool, holds: list[str]) 
     settle(optimizer, or_raise=False)
 
 
+# An evaluation may settle; what it makes in inference mode, the next step could not write to.
 @torch.compiler.disable
+@torch.inference_mode(False)
 @torch.no_grad()
 def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_raise: bool = True) -> None:
     """Finds out what loaded weights hold, and puts in what the mode wants.

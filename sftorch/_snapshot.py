@@ -20,6 +20,8 @@ class Snapshot:
         self._buffers: dict[str, Tensor] = {}
         self._events: list[torch.cuda.Event] = []
 
+    # The copies are written to again in the next save, which tensors of inference mode allow only there.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns leaf -> copy on the host; the caller has finished with the copies taken before.

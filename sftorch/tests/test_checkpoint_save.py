@@ -237,6 +237,16 @@ def test_weights_that_were_written_to_in_eval_mode_are_not_saved(tmp_path):
         Checkpoints(tmp_path).save(model, optimizer)
 
 
+def test_a_save_in_an_evaluation_in_inference_mode_leaves_later_ones_possible(tmp_path):
+    model, optimizer = started()
+    with Checkpoints(tmp_path) as checkpoints:
+        with torch.inference_mode(), optimizer.evaluation():
+            checkpoints.save(model, optimizer)
+        train(model, optimizer, CASE, 3, 6)
+        checkpoints.save(model, optimizer)
+    assert list(store.steps(tmp_path)) == [3, 6]
+
+
 def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
     model, optimizer = started()
     for folder in (tmp_path, tmp_path / "not there yet"):

@@ -27,6 +27,20 @@ def test_weights_of_the_saved_mode_are_put_right_without_a_warning():
     assert_close(model, later, exact=True)
 
 
+def test_weights_may_be_put_right_by_an_evaluation_in_inference_mode():
+    weights, state, _, _ = run("adamw", torch.bfloat16, "y", "x")
+    model, optimizer = build("adamw", torch.bfloat16, seed=1)
+    state["param_groups"][0]["fused"] = (
+        False  # torch's operations look at the mode, the native kernel does not
+    )
+    optimizer.load_state_dict(state)
+    model.load_state_dict(weights)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="put right"), optimizer.evaluation():
+        pass
+    advance(model, optimizer, 3, 9)
+    assert optimizer.param_groups[0]["k"] == 12
+
+
 @pytest.mark.parametrize("call", ["train", "eval", "step", "eval_params"])
 def test_weights_that_belong_to_another_state_are_refused(call):
     _, state, _, _ = run("adamw", torch.float32, "y", "y")
