@@ -16,7 +16,15 @@ from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sftorch import _arrays, _changes
-from sftorch._capture import CLOCK, MODEL_EXTRA, kind_of, parameter_names, unwrapped
+from sftorch._capture import (
+    CLOCK,
+    MODEL_EXTRA,
+    is_extra_state,
+    kind_of,
+    parameter_names,
+    put_extra_state,
+    unwrapped,
+)
 from sftorch._core import ScheduleFreeOptimizer, new_books
 from sftorch._modes import TrainEvalOptimizer
 from sftorch._saved_parameter import Saved, placed
@@ -44,7 +52,7 @@ def check_model(
     """Raises unless names, shapes and dtypes agree, with every problem at once."""
     live: dict[str, Tensor] = {f"y/{name}": p for p, name in names.items()}
     for entry, value in unwrapped(model).state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and value not in names:
+        if isinstance(value, Tensor) and value not in names and not is_extra_state(entry):
             live[f"buffer/{entry}"] = value
     saved = {leaf for leaf in arrays if leaf.startswith(("y/", "buffer/"))}
     found = [
@@ -186,5 +194,4 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
             else:
                 group[key] = value
     for entry, value in new.model_extra.items():
-        module = unwrapped(model).get_submodule(entry.removesuffix("_extra_state").removesuffix("."))
-        module.set_extra_state(value)
+        put_extra_state(model, entry, value)

@@ -102,6 +102,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def is_extra_state(entry: str) -> bool:
+    """Tells whether an entry of model.state_dict() came from get_extra_state(), as a tensor or not."""
+    return entry.rpartition(".")[2] == "_extra_state"
+
+
+def put_extra_state(model: nn.Module, entry: str, value: Any) -> None:
+    """Gives a module the extra state that an entry of model.state_dict() holds."""
+    unwrapped(model).get_submodule(entry.rpartition(".")[0]).set_extra_state(value)
+
+
 def parameter_names(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> dict[Tensor, str]:
     """Returns parameter -> name for all that the optimizer holds.
 
@@ -220,11 +230,13 @@ def _beta_of_y(optimizer: ScheduleFreeOptimizer, group: dict[str, Any]) -> float
 def _model_entries(
     model: nn.Module, names: Mapping[Tensor, str], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Adds buffers and parameters of no group; returns entries that are no tensors, and the inference map."""
+    """Adds buffers and parameters of no group; returns other entries, and the inference map."""
     others, inference = {}, {}
     for entry, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
+        if is_extra_state(entry) or not isinstance(value, Tensor):
             others[entry] = value
+            if isinstance(value, Tensor):
+                inference[entry] = f"extra/{MODEL_EXTRA}/{entry}"
         elif value in names:
             inference[entry] = f"x/{names[value]}"
         else:

@@ -14,7 +14,7 @@ from sfcore import _torch_files, checks, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sftorch import _arrays, _scalars
-from sftorch._capture import unwrapped
+from sftorch._capture import is_extra_state, put_extra_state, unwrapped
 from sftorch._core import ScheduleFreeOptimizer, new_books
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
@@ -52,6 +52,12 @@ def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: _arrays.to_tensor(array) for name, array in arrays.items()}
 
 
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Returns entry -> live tensor, without the modules' extra state, which may be a new tensor each time."""
+    entries = unwrapped(model).state_dict(keep_vars=True).items()
+    return {k: value for k, value in entries if isinstance(value, Tensor) and not is_extra_state(k)}
+
+
 def check(
     path: Path, weights: Mapping[str, Tensor], model: nn.Module, held: Set[Tensor]
 ) -> dict[str, Tensor]:
@@ -63,7 +69,7 @@ def check(
         model: the live one.
         held: the optimizer's parameters, which the file must have.
     """
-    live = {k: v for k, v in unwrapped(model).state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    live = _tensors_of(model)
     absent = live.keys() - weights.keys() - _spared(live, weights, held)
     found = [f"{name!r} must be in the file, got none of that name" for name in live if name in absent]
     found += [f"{name!r} must be in the model, got none of that name" for name in weights if name not in live]
@@ -102,8 +108,7 @@ def _spared(live: Mapping[str, Tensor], weights: Mapping[str, Tensor], held: Set
 def _left(model: nn.Module, loaded: Mapping[str, Tensor]) -> list[str]:
     """Returns a notice of what the file does not have."""
     there = set(loaded.values())
-    entries = unwrapped(model).state_dict(keep_vars=True).items()
-    left = [name for name, value in entries if isinstance(value, Tensor) and value not in there]
+    left = [name for name, value in _tensors_of(model).items() if value not in there]
     if not left:
         return []
     return [f"{len(left)} weights are not trained and not in the file: they stay, the first {left[0]!r}"]
@@ -128,6 +133,7 @@ def start(
     if prior_steps is not None:
         checks.check(optimizer.hyperparameters, {"prior_steps": prior_steps})
     weights, trained = read(path)
+    extra = {name: weights.pop(name) for name in list(weights) if is_extra_state(name)}
     live = check(path, weights, model, set(optimizer._params()))
     notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1], *_left(model, live)]
     cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
@@ -139,6 +145,8 @@ def start(
         )
     for name, value in live.items():
         value.copy_(weights[name])
+    for name in extra.keys() & unwrapped(model).state_dict().keys():
+        put_extra_state(model, name, extra[name])
     return notices + empty(optimizer, prior_steps, trained)
 
 

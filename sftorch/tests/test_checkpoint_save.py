@@ -228,6 +228,29 @@ def test_a_model_with_state_of_its_own_comes_back(tmp_path):
     assert model[0].calls == 5
 
 
+@pytest.mark.parametrize("resume", ["auto", "weights:"])
+def test_state_of_its_own_that_is_a_tensor_comes_back_in_whatever_shape(tmp_path, resume):
+    class Growing(torch.nn.Linear):
+        seen = ()
+
+        def get_extra_state(self):
+            return torch.tensor(self.seen)
+
+        def set_extra_state(self, state):
+            self.seen = tuple(state.tolist())
+
+    model = torch.nn.Sequential(Growing(2, 2))
+    optimizer = sftorch.SGDScheduleFree(model.parameters())
+    model[0].seen = (5.0, 6.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        path = checkpoints.wait()
+    model[0].seen = (7.0,)
+    checkpoints.restore(model, optimizer, resume=f"weights:{path}" if resume == "weights:" else resume)
+    assert model[0].seen == (5.0, 6.0)
+    assert load_file(path / store.INFERENCE)["0._extra_state"].tolist() == [5.0, 6.0]
+
+
 def test_weights_that_were_written_to_in_eval_mode_are_not_saved(tmp_path):
     model, optimizer = started()
     optimizer.eval()
