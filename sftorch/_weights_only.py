@@ -18,6 +18,7 @@ from sftorch._capture import is_extra_state, put_extra_state, unwrapped
 from sftorch._core import ScheduleFreeOptimizer, new_books
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and (Distributed)DataParallel's
 NO_STATE = "no optimizer state: starting from x"
 
 
@@ -56,6 +57,16 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Returns entry -> live tensor, without the modules' extra state, which may be a new tensor each time."""
     entries = unwrapped(model).state_dict(keep_vars=True).items()
     return {k: value for k, value in entries if isinstance(value, Tensor) and not is_extra_state(k)}
+
+
+def _named_as(live: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights without what wrappers put before every name, unless the model has names like these."""
+    while weights and not weights.keys() & live.keys():
+        word = next((word for word in _WRAPPERS if all(name.startswith(word) for name in weights)), None)
+        if word is None:
+            break
+        weights = {name.removeprefix(word): value for name, value in weights.items()}
+    return weights
 
 
 def check(
@@ -133,6 +144,7 @@ def start(
     if prior_steps is not None:
         checks.check(optimizer.hyperparameters, {"prior_steps": prior_steps})
     weights, trained = read(path)
+    weights = _named_as(_tensors_of(model), weights)
     extra = {name: weights.pop(name) for name in list(weights) if is_extra_state(name)}
     live = check(path, weights, model, set(optimizer._params()))
     notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1], *_left(model, live)]

@@ -145,6 +145,26 @@ class Tied(torch.nn.Module):
         self.last.weight = self.first.weight
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch about itself
+@pytest.mark.parametrize(
+    "wrappers", [[torch.nn.DataParallel], [torch.compile], [torch.compile, torch.nn.DataParallel]]
+)
+def test_weights_saved_from_a_wrapped_model_fit_it_with_and_without_the_wrappers(tmp_path, wrappers):
+    def wrapped(model):
+        for wrapper in wrappers:
+            model = wrapper(model)
+        return model
+
+    shipped, _ = build(CASE)
+    torch.save(wrapped(shipped).state_dict(), tmp_path / "w.pt")
+    for wrap in (wrapped, lambda model: model):
+        model, optimizer = build(CASE, seed=7)
+        Checkpoints(tmp_path).restore(wrap(model), optimizer, resume=f"weights:{tmp_path / 'w.pt'}")
+        assert all(
+            torch.equal(model.state_dict()[name], value) for name, value in shipped.state_dict().items()
+        )
+
+
 def test_tied_weights_may_be_in_the_file_once(tmp_path):
     shipped, model = Tied(), Tied()
     save_model(shipped, tmp_path / "w.safetensors")
