@@ -39,14 +39,16 @@ class Writer:
 
     def write(self, captured: Capture) -> None:
         """Writes at once, or copies and leaves the rest to a thread; no save may be in flight."""
-        if not self._background:
+        # Nobody waits for a thread that is started while the program ends, in a function of atexit.
+        if not self._background or not threading.main_thread().is_alive():
             self._save(captured, {leaf: tensor.detach().cpu() for leaf, tensor in captured.tensors.items()})
             self.wait()
             return
         leaves = self._snapshot.take(captured.tensors)
         # No daemon: a program that ends normally waits for its last save.
-        self._thread = threading.Thread(target=self._save, args=(captured, leaves), name="sftorch.checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=self._save, args=(captured, leaves), name="sftorch.checkpoint")
+        thread.start()
+        self._thread = thread  # now, because one that could not be started cannot be waited for
 
     def wait(self) -> Path | None:
         """Waits for the save in flight; returns the last path, or raises the save's error, once."""

@@ -82,6 +82,17 @@ def test_an_error_of_the_thread_is_logged_and_raised_by_the_next_save_once(saved
     assert checkpoints.wait().name == "step_000000010"
 
 
+def test_a_save_whose_thread_cannot_be_started_leaves_the_next_one_possible(saved, monkeypatch):
+    model, optimizer = build(CASE)
+    checkpoints = Checkpoints(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", lambda thread: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(model, optimizer, step=9)
+    checkpoints.save(model, optimizer, step=9)
+    assert checkpoints.wait().name == "step_000000009"
+
+
 def test_an_error_in_the_block_is_not_hidden_by_the_save_that_failed(saved, monkeypatch):
     model, optimizer = build(CASE)
     monkeypatch.setattr("sfcore.store.write", lambda *args: 1 / 0)

@@ -1,6 +1,8 @@
 """What save accepts, keeps and refuses."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -268,6 +270,20 @@ def test_a_save_in_an_evaluation_in_inference_mode_leaves_later_ones_possible(tm
         train(model, optimizer, CASE, 3, 6)
         checkpoints.save(model, optimizer)
     assert list(store.steps(tmp_path)) == [3, 6]
+
+
+AT_EXIT = """
+import atexit, sys, torch, sftorch
+from sftorch.checkpoint import Checkpoints
+model = torch.nn.Linear(2, 1)
+optimizer = sftorch.AdamWScheduleFree(model.parameters())
+atexit.register(Checkpoints(sys.argv[1]).save, model, optimizer, step=7)
+"""
+
+
+def test_a_save_while_the_program_ends_is_there_when_it_has_ended(tmp_path):
+    subprocess.run([sys.executable, "-c", AT_EXIT, tmp_path], check=True)
+    assert list(store.steps(tmp_path)) == [7]
 
 
 def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
