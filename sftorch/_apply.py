@@ -111,13 +111,15 @@ def plan(
         )
     names = parameter_names(model, optimizer)
     check_model(path, meta, arrays, model, names)
+    owners = _changes.saved_owners(meta)
     groups = _changes.saved_groups(optimizer, meta, names)
     table = _changes.compare(optimizer, meta, groups)
     new = Plan()
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         _plan_group(new, optimizer, meta, group, saved)
         for p in group["params"]:
-            one = Saved(optimizer, meta, arrays, group, saved, p, names[p])
+            own = owners[names[p]]  # regrouped, it may come from another than the first one's
+            one = Saved(optimizer, meta, arrays, group, own, beta_of(saved), p, names[p])
             new.states[p], value = one.state_and_value()
             new.copies.append((p, value))
             new.gradients[p] = one.gradient()

@@ -16,11 +16,16 @@ from sftorch._scalars import Clock
 _SCHEDULED = "build the lr scheduler before restore() and load its state to go on with it"
 
 
+def saved_owners(meta: Meta) -> dict[str, dict[str, Any]]:
+    """Returns for each parameter the saved group that held it."""
+    return {name: group for group in meta.groups for name in group["parameters"]}
+
+
 def saved_groups(
     optimizer: ScheduleFreeOptimizer, meta: Meta, names: Mapping[Any, str]
 ) -> list[dict[str, Any]]:
     """Returns for each live group the saved group of its first parameter."""
-    owner = {name: group for group in meta.groups for name in group["parameters"]}
+    owner = saved_owners(meta)
     return [
         owner[names[group["params"][0]]] if group["params"] else meta.groups[min(i, len(meta.groups) - 1)]
         for i, group in enumerate(optimizer.param_groups)

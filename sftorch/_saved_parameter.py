@@ -29,13 +29,20 @@ def placed(array: np.ndarray, like: Tensor) -> Tensor:
 
 @dataclass
 class Saved:
-    """One parameter of a checkpoint, to be put under a live optimizer."""
+    """One parameter of a checkpoint, to be put under a live optimizer.
+
+    Attributes:
+        group: the live one that holds it.
+        saved: the record of the group that it was saved in.
+        beta: of the live group, what its y must be built with.
+    """
 
     optimizer: ScheduleFreeOptimizer
     meta: Meta
     arrays: Mapping[str, np.ndarray]
     group: dict[str, Any]
     saved: dict[str, Any]
+    beta: float
     p: Tensor
     name: str
 
@@ -97,7 +104,7 @@ class Saved:
             isinstance(self.optimizer, TrainEvalOptimizer)
             and not self.optimizer._books(self.group)["train_mode"]
         ):
-            state["y"], value = value, _held.x_from_y(held, state, beta_of(self.saved)).to(self.p.dtype)
+            state["y"], value = value, _held.x_from_y(held, state, self.beta).to(self.p.dtype)
         return state, value
 
     def _converted(self, state: dict[str, Any], held: Tensor) -> Tensor:
@@ -106,14 +113,25 @@ class Saved:
         holds_x, wants_x = self.meta.weights_hold == "x", not isinstance(self.optimizer, TrainEvalOptimizer)
         lean = self.optimizer._is_lean(self.group)
         if not holds_x:
+            if not wants_x and beta != self.beta:
+                held = self._rebuilt(state, held, beta)
             _lean.convert_(state, held, lean)
         elif not wants_x:
-            if beta == 0:
+            if self.beta == 0:
                 state["x"] = held.to(state["z"].dtype)
-            held = _held.y_from_x(held, state, beta)
+            held = _held.y_from_x(held, state, self.beta)
             _lean.convert_(state, held, lean)
         if wants_x and not holds_x:
             held = _held.x_from_y(held, state, beta)
         if wants_x:
             state.pop("x", None)
         return held
+
+    def _rebuilt(self, state: dict[str, Any], held: Tensor, beta: float) -> Tensor:
+        """Returns the y that the live group's beta makes where its own group had another, so that x stays."""
+        _lean.convert_(state, held, False)
+        x = _held.x_from_y(held, state, beta)
+        state.pop("x", None)
+        if self.beta == 0:
+            state["x"] = x
+        return _held.y_from_x(x, state, self.beta)
