@@ -113,9 +113,12 @@ def at_last_update(meta: Meta, what: str) -> tuple[Meta, list[str]]:
     taken = meta.accumulation["position"]
     if not taken:
         return meta, []
-    moved = replace(meta, position=meta.position - taken, accumulation=meta.accumulation | {"position": 0})
+    before = max(0, taken - meta.position)  # an update may begin in one epoch and end in the next
+    position = meta.position - taken + before
+    moved = replace(meta, position=position, accumulation=meta.accumulation | {"position": 0})
     sentence = f"the gradients of {taken} micro-batches of an unfinished update are {what}"
-    return moved, [f"{sentence}: take them again from position {moved.position}"]
+    lost = f", but for {before} that lie before it, in another epoch" if before else ""
+    return moved, [f"{sentence}: take them again from position {position}{lost}"]
 
 
 def same(saved: str, configured: str) -> bool:

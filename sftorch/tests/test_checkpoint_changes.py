@@ -119,6 +119,17 @@ def test_gradients_of_an_update_of_another_length_are_dropped_and_taken_again(tm
     assert "take them again from position 12" in restored.notices[-1]
 
 
+def test_gradients_of_the_epoch_before_lead_to_no_position_before_this_one(tmp_path):
+    case = Case("adamw", "float32", 4, 14, "train")
+    model, optimizer = build(case)
+    train(model, optimizer, case, 0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, epoch=1, position=1, accumulation=(4, 3))
+        restored = checkpoints.restore(model, optimizer, accumulation=2)
+    assert restored.meta.position == 0
+    assert restored.notices[-1].endswith("position 0, but for 2 that lie before it, in another epoch")
+
+
 def test_a_scheduled_lr_goes_on_and_a_missing_scheduler_is_said(tmp_path):
     model, optimizer = fresh(sftorch.AdamWScheduleFree, lr=0.01)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
