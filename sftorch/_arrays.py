@@ -75,6 +75,8 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, np.generic):
         return encode(value.item(), tensors, path)
     if isinstance(value, Tensor | np.ndarray):
+        while path in tensors:  # {"a": {"b": ...}, "a/b": ...}, or the keys 1 and "1"
+            path += "'"
         tensors[path] = value if isinstance(value, Tensor) else to_tensor(value)
         return {_TAG: "array" if isinstance(value, np.ndarray) else "tensor", "leaf": path}
     if isinstance(value, Mapping):

@@ -160,6 +160,8 @@ def capture(
         RuntimeError: if the weights are not those of the optimizer's state, as in `optimizer.train()`.
         CheckpointError: for what cannot be saved.
     """
+    if MODEL_EXTRA in extra:
+        raise CheckpointError(f"extra must have keys of yours, got {MODEL_EXTRA!r}: take another name for it")
     names = parameter_names(model, optimizer)
     _reconcile.settle(optimizer)
     if isinstance(optimizer, TrainEvalOptimizer):

@@ -140,6 +140,24 @@ def test_extra_comes_back_as_it_was(tmp_path):
     assert type(found["milestones"]) is Counter
 
 
+def test_tensors_of_extra_whose_paths_are_the_same_come_back_each(tmp_path):
+    model, optimizer = started()
+    extra = {
+        "a": {"b": torch.tensor(1.0)},
+        "a/b": torch.tensor(2.0),
+        "n": {1: torch.tensor(3.0), "1": torch.tensor(4.0)},
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, extra=extra)
+        assert checkpoints.restore(model, optimizer).extra == extra
+
+
+def test_a_key_of_extra_that_is_taken_is_refused(tmp_path):
+    model, optimizer = started()
+    with pytest.raises(CheckpointError, match="extra must have keys of yours, got 'model_extra_state'"):
+        Checkpoints(tmp_path).save(model, optimizer, extra={"model_extra_state": 1})
+
+
 def test_extra_that_has_no_form_is_refused_with_its_place(tmp_path):
     model, optimizer = started()
     with pytest.raises(CheckpointError, match=r"extra/scheduler/1 must be JSON-like or a tensor, got object"):
