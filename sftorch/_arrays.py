@@ -31,17 +31,22 @@ def _ml_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name))
 
 
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raises CheckpointError, naming the tensor, if it is sparse or quantized, or has no values."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else tensor.layout
+        raise CheckpointError(
+            f"{name} must be a dense tensor, got {kind}: convert it, or leave it out of the model's state"
+        )
+
+
 def to_numpy(tensor: Tensor, name: str = "tensor") -> np.ndarray:
     """Returns a dense host tensor as an array that shares its memory where it can.
 
     Raises:
         CheckpointError: naming the tensor, if it is sparse or quantized.
     """
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else tensor.layout
-        raise CheckpointError(
-            f"{name} must be a dense tensor, got {kind}: convert it, or leave it out of the model's state"
-        )
+    check_dense(tensor, name)
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if name_of(plain.dtype) in _EXTENDED:
         return plain.view(_SAME_SIZE[plain.element_size()]).numpy().view(_ml_dtype(name_of(plain.dtype)))
@@ -77,7 +82,12 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, Tensor | np.ndarray):
         while path in tensors:  # {"a": {"b": ...}, "a/b": ...}, or the keys 1 and "1"
             path += "'"
-        tensors[path] = value if isinstance(value, Tensor) else to_tensor(value)
+        try:
+            tensors[path] = value if isinstance(value, Tensor) else to_tensor(value)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} must be an array of numbers, got dtype {value.dtype!r}: convert it, or leave it out"
+            ) from error
         return {_TAG: "array" if isinstance(value, np.ndarray) else "tensor", "leaf": path}
     if isinstance(value, Mapping):
         return _encode_mapping(value, tensors, path)

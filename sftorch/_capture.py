@@ -175,6 +175,8 @@ def capture(
     recorded = _arrays.encode(dict(extra), tensors, "extra")
     if others:
         recorded[MODEL_EXTRA] = _arrays.encode(others, tensors, f"extra/{MODEL_EXTRA}")
+    for leaf, tensor in tensors.items():
+        _arrays.check_dense(tensor, leaf)
     dtypes = {about["dtype"] for about in parameters.values()}
     meta = Meta(
         framework="torch",

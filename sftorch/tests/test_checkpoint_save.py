@@ -164,6 +164,23 @@ def test_extra_that_has_no_form_is_refused_with_its_place(tmp_path):
         Checkpoints(tmp_path).save(model, optimizer, extra={"scheduler": [0, object()]})
 
 
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (torch.eye(2).to_sparse(), "a dense tensor, got torch.sparse_coo"),
+        (torch.ones(2, device="meta"), "a dense tensor, got meta"),
+        (np.array(["text"]), "an array of numbers, got dtype dtype\\('<U4'\\)"),
+        (np.ones(1, ">f4"), "an array of numbers, got dtype dtype\\('>f4'\\)"),
+    ],
+    ids=["sparse", "meta", "text", "other byte order"],
+)
+def test_an_array_that_has_no_form_is_refused_with_its_place(tmp_path, background, value, rule):
+    model, optimizer = started()
+    with pytest.raises(CheckpointError, match=f"extra/mine must be {rule}"):
+        Checkpoints(tmp_path, background=background).save(model, optimizer, extra={"mine": value})
+
+
 def test_a_grad_scaler_comes_back(tmp_path):
     model, optimizer = started()
     scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
