@@ -90,7 +90,7 @@ class Checkpoints:
         background: bool = True,
     ):
         store.check_keep(keep_newest, keep_best)
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # a save in the background must not follow a chdir
         self._writer = Writer(self.folder, (keep_newest, keep_best, metric), background)
         # A signal may save from another thread (sfcore.preemption) while the main one is in here.
         self._lock = threading.RLock()

@@ -321,6 +321,16 @@ def test_a_save_while_the_program_ends_is_there_when_it_has_ended(tmp_path):
     assert list(store.steps(tmp_path)) == [7]
 
 
+def test_a_relative_folder_stays_where_it_was_when_the_program_goes_elsewhere(tmp_path, monkeypatch):
+    model, optimizer = started()
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    checkpoints.save(model, optimizer)
+    assert checkpoints.wait() == tmp_path / "run" / "step_000000003"
+
+
 def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
     model, optimizer = started()
     for folder in (tmp_path, tmp_path / "not there yet"):
