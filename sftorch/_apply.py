@@ -156,6 +156,7 @@ def _plan_group(
         options = {
             k: v for k, v in _changes.options_of(saved).items() if k in ("lr", "initial_lr") and k in group
         }
+    options |= _changes.scheduled_beta(optimizer, group, saved)
     if isinstance(optimizer, ScheduleFreeWrapper) and about.get("base") == type(optimizer.base).__name__:
         options |= _changes.base_options(optimizer, group, saved)[0]
     new.books.append(books)

@@ -63,6 +63,8 @@ def of_group(
             values |= {option: group[option]}
             old |= {option: options_of(saved).get(option, default)}
     del values["lr"]
+    if scheduled_beta(optimizer, group, saved):
+        del values["beta"]
     rows = [
         Change(k, index, old[k], v, EFFECTS.get(k, NEXT)) for k, v in values.items() if old.get(k, v) != v
     ]
@@ -89,6 +91,19 @@ def lrs(group: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[float, floa
     if "initial_lr" in options and "initial_lr" in group:
         return options["initial_lr"], float(group["initial_lr"]), False
     return current, float(group["lr"]), "initial_lr" in options
+
+
+def scheduled_beta(
+    optimizer: ScheduleFreeOptimizer, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the option with the saved beta where OneCycleLR or CyclicLR drives both, {} otherwise."""
+    options = options_of(saved)
+    driven = all("base_momentum" in one for one in (options, group))  # which these two leave there
+    if not driven or kind_of(optimizer) == "wrapper":  # whose base's momentum they drive
+        return {}
+    if "betas" in group and "betas" in options:
+        return {"betas": (options["betas"][0], *group["betas"][1:])}
+    return {key: options[key] for key in ("momentum",) if key in group and key in options}
 
 
 def _base(optimizer: Any, index: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Change]:

@@ -147,6 +147,29 @@ def test_a_scheduled_lr_goes_on_and_a_missing_scheduler_is_said(tmp_path):
     assert optimizer.param_groups[0]["lr"] == 0.005
 
 
+@pytest.mark.parametrize("kind", [sftorch.AdamWScheduleFree, sftorch.SGDScheduleFree])
+def test_a_scheduled_beta_goes_on(tmp_path, kind):
+    def go(first, last):
+        for place in range(first, last):
+            train(model, optimizer, ADAMW, place, place + 1)
+            scheduler.step()
+        return x_of(model, optimizer)
+
+    def anew():
+        model, optimizer = fresh(kind, lr=0.01)
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=10)
+
+    model, optimizer, scheduler = anew()
+    go(0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, extra={"scheduler": scheduler.state_dict()})
+        whole = go(3, 6)
+        model, optimizer, scheduler = anew()
+        restored = checkpoints.restore(model, optimizer, strict=True)
+    scheduler.load_state_dict(restored.extra["scheduler"])
+    assert all(torch.equal(x, wanted) for x, wanted in zip(go(3, 6), whole, strict=True))
+
+
 def test_regrouped_parameters_go_on_by_name(saved):
     checkpoints, x, *_ = saved
     model, _ = build(ADAMW, seed=7)
