@@ -16,6 +16,7 @@ from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sftorch import _arrays, _scalars
 from sftorch._capture import is_extra_state, put_extra_state, unwrapped
 from sftorch._core import ScheduleFreeOptimizer, new_books
+from sftorch._modes import TrainEvalOptimizer
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and (Distributed)DataParallel's
@@ -168,6 +169,8 @@ def empty(
     """Forgets the optimizer's state and opens its groups' books anew, under the policy; returns notices."""
     given = {} if prior_steps is None else {"prior_steps": prior_steps}
     optimizer._loaded = None
+    if isinstance(optimizer, TrainEvalOptimizer):
+        optimizer._forget_step()
     optimizer.state.clear()
     if hasattr(optimizer, "base"):
         optimizer.base.state.clear()

@@ -160,6 +160,23 @@ def test_a_run_goes_back_in_the_middle_of_a_step(through, tmp_path):
     assert_same_run(everything(model, optimizer), wanted)
 
 
+def test_a_run_starts_from_weights_in_the_middle_of_a_step(tmp_path):
+    model = a_model()
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE)
+    sftorch.step_in_backward(optimizer)
+    train(model, optimizer, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        runs = []
+        for interrupted in (False, True):
+            if interrupted:
+                model[0](torch.ones(1, 6)).sum().backward()
+            checkpoints.restore(model, optimizer, resume=f"weights:{tmp_path}")
+            train(model, optimizer, 3)
+            runs.append(copy.deepcopy(everything(model, optimizer)))
+    assert_same_run(*runs)
+
+
 def test_it_works_after_loading_state():
     runs = []
     for in_backward in (True, False):
