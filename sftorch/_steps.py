@@ -47,7 +47,7 @@ class Steps:
 
     def add_loss(self, loss: Any) -> None:
         """Notes the loss of a micro-batch of the coming step, or of the last one."""
-        self._losses.append(torch.as_tensor(loss).detach())
+        self._losses.append(torch.as_tensor(loss).detach().clone())  # the caller may write to it again
 
     def watch(
         self,

@@ -174,3 +174,14 @@ def test_the_closure_form_is_watched_too(tmp_path):
     moved = [(p.detach() - x).square().sum() for p, x in zip(model.parameters(), before, strict=True)]
     distance = float(torch.stack(moved).sum()) ** 0.5
     assert optimizer.metrics()[0]["restart_moved"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_a_loss_may_be_written_to_after_it_was_observed(tmp_path):
+    model, optimizer = build(CASE)
+    checkpoints = Checkpoints(tmp_path, background=False)
+    loss = torch.tensor(2.0)
+    checkpoints.observe(optimizer, loss)
+    loss.zero_()
+    train(model, optimizer, CASE, 0, 1)
+    checkpoints.save(model, optimizer)
+    assert checkpoints.restore(model, optimizer).meta.recent["loss"] == 2.0
