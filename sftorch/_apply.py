@@ -196,5 +196,13 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
                 group[key].fill_(value)
             else:
                 group[key] = value
-    for entry, value in new.model_extra.items():
-        put_extra_state(model, entry, value)
+    _put_entries(unwrapped(model), new.model_extra)
+
+
+def _put_entries(model: nn.Module, entries: Mapping[str, Any]) -> None:
+    """Gives the modules what they have in the state dict beside parameters and buffers."""
+    own = {entry: value for entry, value in entries.items() if not is_extra_state(entry)}
+    for entry in entries.keys() - own.keys():
+        put_extra_state(model, entry, entries[entry])
+    if own:  # what a module's _save_to_state_dict() adds, only its _load_from_state_dict() can read
+        model.load_state_dict(model.state_dict() | own)

@@ -288,6 +288,28 @@ def test_state_of_its_own_that_is_a_tensor_comes_back_in_whatever_shape(tmp_path
     assert load_file(path / store.INFERENCE)["0._extra_state"].tolist() == [5.0, 6.0]
 
 
+def test_what_a_module_adds_to_the_state_dict_itself_comes_back(tmp_path):
+    class Scaled(torch.nn.Linear):
+        scale = 1
+
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[prefix + "scale"] = self.scale
+
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            self.scale = state_dict.pop(prefix + "scale")
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    model = torch.nn.Sequential(Scaled(2, 2))
+    optimizer = sftorch.SGDScheduleFree(model.parameters())
+    model[0].scale = 5
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        model[0].scale = 0
+        checkpoints.restore(model, optimizer)
+    assert model[0].scale == 5
+
+
 def test_weights_that_were_written_to_in_eval_mode_are_not_saved(tmp_path):
     model, optimizer = started()
     optimizer.eval()
