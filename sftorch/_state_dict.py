@@ -112,7 +112,7 @@ def _group_problems(
     rows = zip(*(column or [None] * len(group["params"]) for column in columns), strict=True)
     for place, (index, p, shape, old, new) in enumerate(rows):
         where, values = f"parameter {place} of group {number}", state.get(index, {})
-        if old is not None and new is not None and old != new:
+        if old is not None and new is not None and _unwrapped(old) != _unwrapped(new):
             found.append(
                 f"{where} must be {new!r}, got {old!r}: pass the parameters in the order they were saved in"
             )
@@ -128,3 +128,8 @@ def _group_problems(
                 "optimizer of this class, or use sftorch.checkpoint to carry over what is shared"
             )
     return found
+
+
+def _unwrapped(name: str) -> str:
+    """Returns a parameter's name without what torch.compile and (Distributed)DataParallel put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))

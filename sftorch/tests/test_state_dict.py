@@ -135,3 +135,16 @@ def test_another_number_of_parameters_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="group 0 must have 4 parameters, got 1"):
         optimizer.load_state_dict(other.state_dict())
     assert repr(optimizer.state_dict()) == state
+
+
+@pytest.mark.parametrize("word", ["module", "_orig_mod"])
+def test_names_of_a_wrapped_model_are_those_of_the_model(word):
+    linear = torch.nn.Linear(2, 1)
+    wrapped = torch.nn.ModuleDict({word: torch.nn.ModuleDict({"fc": linear})})
+    optimizers = [
+        sftorch.SGDScheduleFree(model.named_parameters()) for model in (wrapped, wrapped[word], linear)
+    ]
+    for saved, live in ((0, 1), (1, 0)):
+        optimizers[live].load_state_dict(optimizers[saved].state_dict())
+    with pytest.raises(ValueError, match=f"parameter 0 of group 0 must be 'weight', got '{word}.fc.weight'"):
+        optimizers[2].load_state_dict(optimizers[0].state_dict())
