@@ -136,13 +136,14 @@ def plan(
 def _plan_group(
     new: Plan, optimizer: ScheduleFreeOptimizer, meta: Meta, group: dict[str, Any], saved: dict[str, Any]
 ) -> None:
-    values, _ = optimizer._values(group)
+    values = _changes.values_of(optimizer, group, saved)
     old, clock, about = saved["hyperparameters"], saved["clock"], saved.get("torch", {})
     books = {"scheduled_lr": clock.get("lr", 0.0), "c": clock.get("c", 0.0)}
     books |= {k: v for k, v in about.get("books", {}).items() if k in new_books()}
     same = changes.comparable(meta.optimizer, kind_of(optimizer))
     _, lr_max, weight_sum = _changes.carry(Clock(*(clock[key] for key in CLOCK)), old, values, same, False)
     books |= {"k": clock["step"], "lr_max": lr_max, "weight_sum": weight_sum}
+    books["prior_steps"] = values["prior_steps"]
     if not isinstance(optimizer, TrainEvalOptimizer):
         books["y_beta"] = None
     elif books.get("y_beta") is None and beta_of(saved) != values["beta"]:

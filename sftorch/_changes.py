@@ -47,6 +47,18 @@ def compare(optimizer: ScheduleFreeOptimizer, meta: Meta, groups: list[dict[str,
     return found
 
 
+def values_of(
+    optimizer: ScheduleFreeOptimizer, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the hyperparameters that a group goes on with.
+
+    They are the configured ones, but prior_steps follow the checkpoint unless some are configured: a start
+    from weights sets them by itself.
+    """
+    values, _ = optimizer._values(dict(group))
+    return values | {"prior_steps": values["prior_steps"] or saved["hyperparameters"].get("prior_steps", 0)}
+
+
 def of_group(
     optimizer: ScheduleFreeOptimizer,
     index: int,
@@ -55,7 +67,7 @@ def of_group(
     saved_kind: str,
 ) -> list[Change]:
     """Returns the rows for the hyperparameters of one group; learning rates only where they compare."""
-    values, _ = optimizer._values(dict(group))
+    values = values_of(optimizer, group, saved)
     defaults = {field.name: field.default for field in fields(optimizer.hyperparameters)}
     old = defaults | saved["hyperparameters"]
     for option, default in (("maximize", False), ("precision", "exact"), ("seed", 0)):

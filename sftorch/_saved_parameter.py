@@ -89,7 +89,7 @@ class Saved:
         needed = self.optimizer._buffers(self.group)
         new_v = "v" in self.fresh()
         same = comparable(self.meta.optimizer, kind_of(self.optimizer))
-        values, _ = self.optimizer._values(self.group)
+        values = _changes.values_of(self.optimizer, self.group, self.saved)
         before = Clock(*(clock[key] for key in CLOCK))
         after = _changes.carry(before, self.saved["hyperparameters"], values, same, new_v)
         value, rest = (held, None) if held.dtype == self.p.dtype else _halves.split(held, self.p.dtype)

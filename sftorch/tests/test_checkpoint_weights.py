@@ -8,7 +8,7 @@ import sftorch
 from sfcore.checks import HyperparameterError
 from sfcore.restart import WEIGHTS_ONLY
 from sftorch.checkpoint import CheckpointError, Checkpoints
-from sftorch.tests.checkpoint_runs import Case, build, train
+from sftorch.tests.checkpoint_runs import Case, build, digest, train
 
 CASE = Case("adamw", "float32", 1, 8, "train")
 
@@ -262,6 +262,28 @@ def test_a_state_dict_loaded_before_is_forgotten_too(trained):
     Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}")
     train(model, optimizer, CASE, 0, 2)  # whose weights are no longer those of the state dict
     assert optimizer.metrics()[0]["step"] == 2
+
+
+@pytest.mark.parametrize("kind", ["adamw", "wrapper"])
+def test_a_run_that_began_with_weights_goes_on_in_the_same_bits_and_under_strict(trained, kind):
+    def anew():
+        model, _ = build(CASE, seed=7)
+        if kind == "adamw":
+            return model, sftorch.AdamWScheduleFree(model.parameters(), lr=0.01, r=1.0)
+        return model, sftorch.ScheduleFreeWrapper(torch.optim.RMSprop(model.parameters(), lr=0.01), r=1.0)
+
+    path = write("pt", *trained)
+    with Checkpoints(path.parent / "second run") as checkpoints:
+        model, optimizer = anew()
+        checkpoints.restore(model, optimizer, resume=f"weights:{path}")
+        train(model, optimizer, CASE, 0, 3)
+        checkpoints.save(model, optimizer)
+        train(model, optimizer, CASE, 3, 6)
+        whole = digest(model, optimizer)
+        model, optimizer = anew()
+        checkpoints.restore(model, optimizer, strict=True)
+        train(model, optimizer, CASE, 3, 6)
+    assert digest(model, optimizer) == whole
 
 
 @pytest.mark.parametrize("prior_steps", [-5, 0.5])
