@@ -152,7 +152,7 @@ def _plan_group(
     if not same or any(old.get(name, values[name]) != values[name] for name in weighed):
         books["prior_weight"] = optimizer._books(group)["prior_weight"]
     options = {}
-    before, now, _ = _changes.lrs(group, saved)
+    before, now, _ = _changes.lrs(optimizer, group, saved)
     if before == now:
         options = {
             k: v for k, v in _changes.options_of(saved).items() if k in ("lr", "initial_lr") and k in group

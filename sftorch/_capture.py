@@ -262,6 +262,8 @@ def _group(
         if key not in own["books"] and key not in ("params", "param_names", "train_mode", "schedule_free")
     }
     own["options"] = _arrays.encode({k: v for k, v in options.items() if _is_plain(v)}, {}, "options")
+    if "lr" in optimizer.defaults:
+        own["default_lr"] = _number(optimizer.defaults["lr"])
     if isinstance(optimizer, ScheduleFreeWrapper):
         own["base"] = type(optimizer.base).__name__
         defaults = {k: v for k, v in optimizer.base.defaults.items() if _is_plain(v)}

@@ -80,7 +80,7 @@ def of_group(
     rows = [
         Change(k, index, old[k], v, EFFECTS.get(k, NEXT)) for k, v in values.items() if old.get(k, v) != v
     ]
-    before, now, scheduled = lrs(group, saved)
+    before, now, scheduled = lrs(optimizer, group, saved)
     if before != now and comparable(saved_kind, kind_of(optimizer)):
         effect = f"{EFFECTS['lr']}; {_SCHEDULED}" if scheduled else EFFECTS["lr"]
         rows.insert(0, Change("lr", index, before, now, effect))
@@ -93,16 +93,23 @@ def options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def lrs(group: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[float, float, bool]:
+def lrs(
+    optimizer: ScheduleFreeOptimizer, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> tuple[float, float, bool]:
     """Returns the saved and the configured lr, and whether a scheduler that is gone drove the saved one.
 
-    Where a scheduler drives both, its base lr is the configuration.
+    Where a scheduler drives both, its base lr is the configuration. ReduceLROnPlateau notes none; there and
+    where the program sets lr itself, it is the constructor's.
     """
     options = options_of(saved)
-    current = options.get("lr", saved["hyperparameters"]["lr"])
-    if "initial_lr" in options and "initial_lr" in group:
+    current, now = options.get("lr", saved["hyperparameters"]["lr"]), float(group["lr"])
+    was, is_scheduled = "initial_lr" in options, "initial_lr" in group
+    if was and is_scheduled:
         return options["initial_lr"], float(group["initial_lr"]), False
-    return current, float(group["lr"]), "initial_lr" in options
+    constructed = saved.get("torch", {}).get("default_lr")
+    if not (was or is_scheduled) and now == constructed == optimizer.defaults.get("lr"):
+        return constructed, now, False
+    return current, now, was
 
 
 def scheduled_beta(

@@ -147,6 +147,22 @@ def test_a_scheduled_lr_goes_on_and_a_missing_scheduler_is_said(tmp_path):
     assert optimizer.param_groups[0]["lr"] == 0.005
 
 
+def test_an_lr_that_the_run_itself_has_lowered_goes_on_and_a_configured_one_holds(tmp_path):
+    model, optimizer = fresh(sftorch.AdamWScheduleFree, lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    train(model, optimizer, ADAMW, 0, 1)
+    for _ in range(2):
+        scheduler.step(1.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+    model, optimizer = fresh(sftorch.AdamWScheduleFree, lr=0.01)
+    assert checkpoints.restore(model, optimizer, strict=True).notices == []
+    assert optimizer.param_groups[0]["lr"] == 0.005
+    model, optimizer = fresh(sftorch.AdamWScheduleFree, lr=0.02)
+    assert "saved 0.005, configured 0.02" in checkpoints.restore(model, optimizer).notices[0]
+    assert optimizer.param_groups[0]["lr"] == 0.02
+
+
 @pytest.mark.parametrize("kind", [sftorch.AdamWScheduleFree, sftorch.SGDScheduleFree])
 def test_a_scheduled_beta_goes_on(tmp_path, kind):
     def go(first, last):
