@@ -19,6 +19,14 @@ def needed_for(params: Iterable[Tensor]) -> list[Tensor]:
     return [p for p in params if _halves.rest_dtype(p.dtype) is not None]
 
 
+def widen_state(base: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
+    """Puts into float32 what a base that makes its state at once (Adagrad) made of 16-bit parameters."""
+    for p in needed_for(params):
+        for name, value in base.state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.dtype == p.dtype:
+                base.state[p][name] = value.to(torch.float32)
+
+
 @contextmanager
 def in_place_of(base: torch.optim.Optimizer, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Puts float32 values in the place of parameters, with their gradients, inside a `with` block.

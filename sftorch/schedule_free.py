@@ -75,6 +75,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             group[_DRAWER] = drawer
         torch.optim.Optimizer.__init__(self, base.param_groups, base.defaults)
         self.param_groups = base.param_groups
+        _stand_ins.widen_state(base, self._params())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base, in the mode the wrapper is in; everything is checked before.

@@ -254,6 +254,17 @@ def test_the_base_of_a_wrapper_keeps_its_buffers_in_float32_through_a_state_dict
     assert other.base.param_groups[0]["params"][0] is others[0]
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_base_that_makes_its_state_at_once_steps_as_in_float32(dtype):
+    params, others, grads = pair(dtype)
+    optimizer, other = (
+        sftorch.ScheduleFreeWrapper(torch.optim.Adagrad(ps, lr=STEP_SIZE)) for ps in (params, others)
+    )
+    feed(optimizer, params, grads)
+    feed(other, others, [[g.float() for g in row] for row in grads])
+    assert same_bits(z(optimizer, params), z(other, others))
+
+
 class TestCheckpoints:
     def saved(self, folder, make, mode, dtype=torch.bfloat16):
         model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2)).to(dtype)
