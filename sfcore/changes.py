@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -93,6 +94,11 @@ def of_batches(saved: Mapping[str, int], steps: int | None, batch_size: int | No
         batch_size: of a micro-batch in this run, the same.
     """
     found = []
+    if not isinstance(steps, numbers.Integral | None):
+        raise CheckpointError(
+            f"accumulation must be the number of micro-batches an update, got {steps!r}: pass that alone, "
+            "how many are in the gradients is in the checkpoint"
+        )
     if steps and saved["steps"] and steps != saved["steps"]:
         effect = f"an update now takes {steps} micro-batches; steps still count updates"
         found.append(Change("accumulation", None, saved["steps"], steps, effect))

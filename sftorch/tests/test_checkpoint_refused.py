@@ -189,6 +189,16 @@ def test_an_unknown_resume_is_refused(saved, resume):
     restore_fails(saved, resume, rf"resume must be 'auto'.*got {resume!r}: check the spelling")
 
 
+def test_an_accumulation_that_is_a_pair_is_refused(saved):
+    model, optimizer = build(CASE)
+    before = repr(optimizer.state_dict())
+    with pytest.raises(
+        CheckpointError, match=r"accumulation must be the number of micro-batches.*got \(4, 2\)"
+    ):
+        Checkpoints(saved).restore(model, optimizer, accumulation=(4, 2))
+    assert repr(optimizer.state_dict()) == before
+
+
 def test_a_step_may_be_a_number_of_numpy(saved):
     model, optimizer = build(CASE)
     assert Checkpoints(saved).restore(model, optimizer, resume=np.int64(1)).meta.step == 1

@@ -101,7 +101,7 @@ def test_metrics_may_be_tensors_and_numpy_scalars(tmp_path):
         assert checkpoints.restore(model, optimizer).meta.metrics == {"loss": 0.5, "accuracy": 0.25}
 
 
-@pytest.mark.parametrize("accumulation", [(4, 4), (0, 0), (4, -1)])
+@pytest.mark.parametrize("accumulation", [(4, 4), (0, 0), (4, -1), 4, (4,)])
 def test_an_accumulation_that_cannot_be_is_refused(tmp_path, accumulation):
     model, optimizer = started()
     with pytest.raises(CheckpointError, match="0 <= position < steps"):
