@@ -23,6 +23,7 @@ from sfcore.checks import HyperparameterError
 from sfcore.exchange import OLDER, CheckpointError
 from sfcore.meta import Meta
 
+_in_work: set[str] = set()  # names of what this process is writing, which are no leftovers
 STATE, INFERENCE, META = "state.safetensors", "inference.safetensors", "meta.json"
 
 
@@ -66,6 +67,7 @@ def write(
     for leaf in state:
         exchange.split(leaf)
     partial = _folder.aside(folder)
+    _in_work.add(partial.name)
     try:
         _folder.make(folder)
         partial.mkdir()
@@ -78,6 +80,7 @@ def write(
         raise CheckpointError(f"cannot write a checkpoint into {folder}: {_folder.why(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _in_work.discard(partial.name)
     if older is not None:
         _folder.remove(older)
     return final
@@ -211,12 +214,13 @@ def set_aside(folder: Path, newer_than: int) -> list[Path]:
 
 
 def clean(folder: Path) -> list[Path]:
-    """Removes what interrupted saves left behind and returns it; call it when no save is running.
+    """Removes what interrupted saves left behind and returns it; call it when no other process saves.
 
     That is every `.partial-` folder, and the older of two checkpoints of the same step.
     """
     everything, kept = _folder.checkpoints(folder), set(steps(folder).values())
-    left = sorted(folder.glob(f"{_folder.PARTIAL}*")) if folder.is_dir() else []
+    partial = sorted(folder.glob(f"{_folder.PARTIAL}*")) if folder.is_dir() else []
+    left = [path for path in partial if path.name not in _in_work]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     replaced = [path for _, path in everything if path not in kept]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 
 import numpy as np
@@ -351,6 +352,25 @@ def test_a_relative_folder_stays_where_it_was_when_the_program_goes_elsewhere(tm
     monkeypatch.chdir(tmp_path / "elsewhere")
     checkpoints.save(model, optimizer)
     assert checkpoints.wait() == tmp_path / "run" / "step_000000003"
+
+
+def test_the_first_save_of_another_object_leaves_a_save_in_flight_alone(tmp_path, monkeypatch):
+    model, optimizer = started()
+    filled, goes_on = threading.Event(), threading.Event()
+
+    def fill(*args, inner=store._fill):
+        inner(*args)
+        filled.set()
+        goes_on.wait()
+
+    with monkeypatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
+        patch.setattr(store, "_fill", fill)
+        checkpoints.save(model, optimizer, step=4)
+        filled.wait()
+        patch.undo()
+        Checkpoints(tmp_path, background=False).save(model, optimizer, step=3)
+        goes_on.set()
+    assert list(store.steps(tmp_path)) == [3, 4]
 
 
 def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
