@@ -129,7 +129,9 @@ class Checkpoints:
 
         Raises:
             CheckpointError: if something cannot be saved, or the save before this one failed.
+            TypeError: if the optimizer is not one of sftorch's.
         """
+        _check_optimizer(optimizer)
         with self._lock:
             self._writer.wait()
             own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
@@ -195,7 +197,9 @@ class Checkpoints:
         Raises:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
             HyperparameterError: for prior_steps out of range (a ValueError); nothing has changed then.
+            TypeError: if the optimizer is not one of sftorch's.
         """
+        _check_optimizer(optimizer)
         self.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):
             path = Path(resume.removeprefix("weights:"))
@@ -296,3 +300,11 @@ class Checkpoints:
         for notice in restored.notices:
             _log.warning("%s", notice)
         return restored
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, ScheduleFreeOptimizer):
+        raise TypeError(
+            f"optimizer must be one of sftorch's, got {type(optimizer).__name__}: pass it after the model; "
+            "sftorch.trainers.unwrap gives the one inside a trainer's wrapper"
+        )

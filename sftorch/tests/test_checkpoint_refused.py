@@ -199,6 +199,14 @@ def test_an_accumulation_that_is_a_pair_is_refused(saved):
     assert repr(optimizer.state_dict()) == before
 
 
+@pytest.mark.parametrize("call", ["save", "restore"])
+def test_an_optimizer_of_others_is_refused(saved, call):
+    model, _ = build(CASE)
+    for optimizer, name in ((torch.optim.AdamW(model.parameters()), "AdamW"), (model, "Sequential")):
+        with pytest.raises(TypeError, match=f"optimizer must be one of sftorch's, got {name}: .*unwrap"):
+            getattr(Checkpoints(saved), call)(model, optimizer)
+
+
 def test_a_step_may_be_a_number_of_numpy(saved):
     model, optimizer = build(CASE)
     assert Checkpoints(saved).restore(model, optimizer, resume=np.int64(1)).meta.step == 1
