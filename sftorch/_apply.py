@@ -65,6 +65,12 @@ def check_model(
         f"{leaf!r} must be in the model and its optimizer, got none of that name"
         for leaf in sorted(saved - live.keys())
     ]
+    found += [
+        f"{leaf!r} must have elements of its own in the model, got an expanded view: register tensor.clone()"
+        for leaf, tensor in live.items()
+        if tensor.layout == torch.strided
+        and any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    ]
     for leaf in live.keys() & saved:
         role, _, name = leaf.partition("/")
         about = meta.parameters.get(name, {}) if role == "y" else {}

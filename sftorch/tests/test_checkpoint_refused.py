@@ -207,6 +207,18 @@ def test_an_optimizer_of_others_is_refused(saved, call):
             getattr(Checkpoints(saved), call)(model, optimizer)
 
 
+def test_a_buffer_that_cannot_be_written_to_is_refused_before_anything_changes(tmp_path):
+    model, optimizer = build(CASE)
+    model.register_buffer("ones", torch.ones(1).expand(3))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, optimizer)
+    train(model, optimizer, CASE, 0, 4)
+    before = repr(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"'buffer/ones' must have elements of its own"):
+        checkpoints.restore(model, optimizer)
+    assert repr(model.state_dict()) == before
+
+
 def test_a_step_may_be_a_number_of_numpy(saved):
     model, optimizer = build(CASE)
     assert Checkpoints(saved).restore(model, optimizer, resume=np.int64(1)).meta.step == 1
