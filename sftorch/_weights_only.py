@@ -23,8 +23,10 @@ _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and (Distributed)DataPa
 NO_STATE = "no optimizer state: starting from x"
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], int | None]:
+def read(path: Path) -> tuple[dict[str, Any], int | None]:
     """Returns name -> tensor, on the CPU, and the optimizer steps they were trained for if a file says so.
+
+    What torch.save wrote may have modules' extra state beside the tensors.
 
     Args:
         path: one of our checkpoints or a folder of them, a safetensors file, or what torch.save wrote of
@@ -47,7 +49,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], int | None]:
         raise CheckpointError(
             f"{path} must hold a model's state dict, got {type(loaded).__name__}: save model.state_dict()"
         )
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}, None
+    entries = {str(name): value for name, value in loaded.items()}
+    return {n: value for n, value in entries.items() if isinstance(value, Tensor) or is_extra_state(n)}, None
 
 
 def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -60,7 +63,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {k: value for k, value in entries if isinstance(value, Tensor) and not is_extra_state(k)}
 
 
-def _named_as(live: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _named_as(live: Mapping[str, Tensor], weights: dict[str, Any]) -> dict[str, Any]:
     """Returns weights without what wrappers put before every name, unless the model has names like these."""
     while weights and not weights.keys() & live.keys():
         word = next((word for word in _WRAPPERS if all(name.startswith(word) for name in weights)), None)

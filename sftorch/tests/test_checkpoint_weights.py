@@ -165,6 +165,25 @@ def test_weights_saved_from_a_wrapped_model_fit_it_with_and_without_the_wrappers
         )
 
 
+def test_state_that_modules_keep_themselves_comes_with_the_weights(tmp_path):
+    class Counting(torch.nn.Linear):
+        calls = 0
+
+        def get_extra_state(self):
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+    model = torch.nn.Sequential(Counting(2, 1))
+    model[0].calls = 5
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    model[0].calls = 0
+    optimizer = sftorch.SGDScheduleFree(model.parameters())
+    Checkpoints(tmp_path).restore(model, optimizer, resume=f"weights:{tmp_path / 'w.pt'}")
+    assert model[0].calls == 5
+
+
 def test_tied_weights_may_be_in_the_file_once(tmp_path):
     shipped, model = Tied(), Tied()
     save_model(shipped, tmp_path / "w.safetensors")
