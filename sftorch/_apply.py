@@ -91,6 +91,8 @@ def check_model(
         )
 
 
+# Restored for an evaluation in inference mode, the state must still be one that a step can write to.
+@torch.inference_mode(False)
 @torch.no_grad()
 def plan(
     path: Path,

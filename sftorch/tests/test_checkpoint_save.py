@@ -373,6 +373,19 @@ def test_the_first_save_of_another_object_leaves_a_save_in_flight_alone(tmp_path
     assert list(store.steps(tmp_path)) == [3, 4]
 
 
+def test_a_restore_in_inference_mode_leaves_a_state_that_can_be_trained_on(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.01, fused=False)
+    with Checkpoints(tmp_path) as checkpoints:
+        for _ in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            checkpoints.save(model, optimizer)
+            with torch.inference_mode():
+                checkpoints.restore(model, optimizer)
+    assert optimizer.param_groups[0]["k"] == 2
+
+
 def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
     model, optimizer = started()
     for folder in (tmp_path, tmp_path / "not there yet"):
