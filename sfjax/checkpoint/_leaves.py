@@ -88,12 +88,12 @@ def groups(params: Any, opt_state: Any) -> list[Group]:
 def roles(params: Any, opt_state: Any) -> dict[str, str]:
     """Returns name -> role of every leaf that has one; each role is given once, to its first leaf."""
     shapes = {name: leaf.shape for name, leaf in parameters(params).items()}
-    found = [(_below("params", name), f"y/{name}") for name in shapes]
+    found = [(place, f"y/{name}") for name, place, _ in _placed("params", params)]
 
     def per_parameter(prefix: str, tree: Any, role: str, lean: Collection[str] = ()) -> None:
-        for name, leaf in parameters(tree).items():
+        for name, place, leaf in _placed(prefix, tree):
             if shapes.get(name) == leaf.shape:
-                found.append((_below(prefix, name), f"{'gap' if name in lean else role}/{name}"))
+                found.append((place, f"{'gap' if name in lean else role}/{name}"))
 
     for index, group in enumerate(groups(params, opt_state)):
         found += [(f"{group.name}/{field}", f"clock/{index}/{field}") for field in CLOCK]
@@ -106,7 +106,7 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
             per_parameter(f"{prefix}/nu", base.nu, "v")
             per_parameter(f"{prefix}/mu", base.mu, "m")
         else:
-            found += [(_below(prefix, name), f"base/{index}/{name}") for name in parameters(base)]
+            found += [(place, f"base/{index}/{name}") for name, place, _ in _placed(prefix, base)]
     for path, steps in _nodes(opt_state, optax.MultiStepsState):
         prefix = _name(path, "opt_state")
         per_parameter(f"{prefix}/acc_grads", steps.acc_grads, "grad")
@@ -131,9 +131,14 @@ def _name(path: Any, under: str = "") -> str:
     return _join(under, jax.tree_util.keystr(path, simple=True, separator="/"))
 
 
-def _below(prefix: str, name: str) -> str:
-    """Returns the name of a parameter's leaf; a bare array has the name of the tree itself."""
-    return prefix if name == BARE else _join(prefix, name)
+def _placed(prefix: str, tree: Any) -> list[tuple[str, str, Any]]:
+    """Returns (name, name under prefix, leaf) of a tree of parameters; a bare array lies at prefix itself."""
+    found = named(tree)
+    bare = jax.tree_util.treedef_is_leaf(found.pure)
+    return [
+        (name or BARE, prefix if bare else f"{prefix}/{name}", leaf)
+        for name, leaf in zip(found.names, found.leaves, strict=True)
+    ]
 
 
 def _join(*parts: str) -> str:

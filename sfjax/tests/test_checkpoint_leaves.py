@@ -14,7 +14,13 @@ import pytest
 from flax.core import FrozenDict
 
 import sfjax
-from sfjax.checkpoint import CheckpointError, Checkpoints
+from sfjax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    export_exchange,
+    import_exchange,
+    start_from_weights,
+)
 from sfjax.checkpoint._leaves import named
 from sfjax.tests.checkpoint_runs import begin, go, saved, snapshot, transformation
 from sfjax.tests.runs import assert_same
@@ -144,6 +150,21 @@ def test_parameters_that_are_one_array_resume(tmp_path: Path) -> None:
     assert restored is not None
     assert_same((restored.params, restored.opt_state), (params, tx.init(params)))
     assert list(restored.meta.parameters) == ["value"]
+
+
+@pytest.mark.parametrize("name", ["value", ""])
+def test_a_parameter_may_have_any_name(name: str, tmp_path: Path) -> None:
+    tx, params = sfjax.schedule_free_adamw(0.1), {name: jnp.arange(3.0)}
+    _, opt_state = tx.update(params, tx.init(params), params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state)
+        restored = checkpoints.restore(params, tx.init(params), strict=True)
+    assert restored is not None
+    assert_same((restored.params, restored.opt_state), (params, opt_state))
+    start = start_from_weights(params, params, tx.init(params), hyperparameters={"lr": 0.1})
+    assert_same(start.params, params)
+    path = export_exchange(tmp_path / "store", params, opt_state, step=1)
+    assert_same(import_exchange(path, params, tx.init(params)).opt_state, opt_state)
 
 
 @pytest.mark.parametrize("key", ["a/b", "a.b"], ids=["here", "in Orbax"])
