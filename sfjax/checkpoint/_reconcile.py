@@ -108,14 +108,17 @@ def _source_role(role: str | None, saved: Saved, own: Sequence[Group]) -> str:
     if kind != "base":
         return role or ""
     index, _, path = rest.partition("/")
-    return f"base/{saved_group(saved.meta, own[int(index)])}/{path}"
+    return f"base/{saved_group(saved.meta, own, int(index))}/{path}"
 
 
-def saved_group(meta: Meta, group: Group) -> int | None:
-    """Returns the number of the saved group of a target's parameters, None if they had several clocks."""
-    owners = [i for i, one in enumerate(meta.groups) if set(one["parameters"]) & set(group.parameters)]
+def saved_group(meta: Meta, own: Sequence[Group], index: int) -> int | None:
+    """Returns the number of the saved group of own[index]'s parameters, None if they had several clocks."""
+    mine = set(own[index].parameters)
+    owners = [i for i, one in enumerate(meta.groups) if set(one["parameters"]) & mine]
     if not owners and len(meta.groups) == 1:
         return 0
+    if not mine:  # a label of optax.partition that no parameter has: a clock that moves nothing
+        return index if index < len(meta.groups) and not meta.groups[index]["parameters"] else 0
     clocks = {(beta_of(meta.groups[i]), *(meta.groups[i]["clock"][key] for key in _SHARED)) for i in owners}
     return owners[0] if len(clocks) == 1 else None
 
@@ -132,7 +135,7 @@ def _clocks(
     found = {}
     wanted = set(roles.values())
     for index, (group, one) in enumerate(zip(own, configured, strict=True)):
-        source = saved_group(saved.meta, group)
+        source = saved_group(saved.meta, own, index)
         if source is None:
             result.problems.append(
                 f"{group.name} must take its parameters from one Schedule-Free state of the checkpoint, "

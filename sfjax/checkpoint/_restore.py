@@ -98,7 +98,7 @@ def restore_into(
     result = fit(saved, target, roles(params, opt_state), own, configured)
     if result.problems:
         raise CheckpointError(f"{saved.path} does not fit the program:\n  " + "\n  ".join(result.problems))
-    before = [saved.meta.groups[saved_group(saved.meta, group) or 0] for group in own]
+    before = [saved.meta.groups[saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
     changes = _changes.compare(saved.meta, list(zip(before, configured, strict=True)), batches)
     differences = [*differences, *map(str, changes), *dropped, *result.differences]
     if strict:

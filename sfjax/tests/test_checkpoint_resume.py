@@ -151,6 +151,9 @@ def test_every_wrapper_of_optax_resumes(tmp_path: Path) -> None:
         "inject": optax.inject_hyperparams(sfjax.schedule_free_adamw)(LR),
         "finite": optax.apply_if_finite(inner, 3),
         "partition": optax.partition({"x": inner, "y": sfjax.schedule_free_sgd(LR)}, labels),
+        "label of no parameter": optax.partition(
+            {"w": sfjax.schedule_free_sgd(LR), "x": inner, "y": sfjax.schedule_free_sgd(1.0)}, lambda _: "x"
+        ),
         "masked": optax.chain(optax.masked(inner, {"a": True, "b": False, "c": True})),
         "flatten": optax.flatten(inner),
         "wrapped": sfjax.schedule_free(optax.rmsprop(LR), LR),
