@@ -114,7 +114,7 @@ def _entries(tree: Any) -> jax.Array:
         taken = _taken(leaves[index], entries)
         parts = (taken.real, taken.imag) if jnp.iscomplexobj(taken) else (taken,)
         found += [part.astype(jnp.float32) for part in parts]
-    return jnp.concatenate(found)
+    return jnp.concatenate(found) if found else jnp.zeros(0)
 
 
 def _taken(leaf: jax.Array, entries: np.ndarray) -> jax.Array:

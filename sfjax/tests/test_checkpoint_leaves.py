@@ -142,6 +142,17 @@ def test_parameters_of_every_shape_and_dtype_resume(tmp_path: Path) -> None:
     assert_same((restored.params, restored.opt_state), (params, opt_state))
 
 
+@pytest.mark.parametrize("params", [{}, {"w": jnp.zeros((0, 3))}], ids=["no leaf", "no element"])
+def test_parameters_without_a_number_resume(params: Any, tmp_path: Path) -> None:
+    tx = sfjax.schedule_free_adamw(0.1)
+    _, opt_state = tx.update(params, tx.init(params), params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state)
+        restored = checkpoints.restore(params, tx.init(params), strict=True)
+    assert restored is not None
+    assert_same((restored.params, restored.opt_state), (params, opt_state))
+
+
 def test_parameters_that_are_one_array_resume(tmp_path: Path) -> None:
     tx, params = sfjax.schedule_free_adamw(0.1), jnp.arange(3.0)
     with Checkpoints(tmp_path) as checkpoints:
