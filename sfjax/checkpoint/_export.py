@@ -17,13 +17,13 @@ import numpy as np
 from sfcore import store
 from sfcore._translate import translate
 from sfcore.changes import LEFT_BEHIND, at_last_update
-from sfcore.exchange import fingerprint, of_role
+from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
-from sfjax.checkpoint._leaves import named, parameters, whole
+from sfjax.checkpoint._leaves import ONE_VECTOR, named, parameters, whole
 from sfjax.checkpoint._save import evaluated, recorded_roles
 
 
@@ -77,6 +77,8 @@ def export_exchange(
     }
     batches = _record.accumulated(tree["opt_state"], accumulation)
     meta, _ = at_last_update(_record.make(tree, hyperparameters, batches, **values), LEFT_BEHIND)
+    if meta.parameters and not any(group["parameters"] for group in meta.groups):
+        raise CheckpointError(f"opt_state must hold z as a tree like params, got {ONE_VECTOR}")
     state = content(tree["params"], tree["opt_state"])
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
     x = evaluated(_pure(opt_state), _pure(params))

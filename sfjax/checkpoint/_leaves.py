@@ -26,6 +26,7 @@ from sfjax.schedule_free import ScheduleFreeState
 
 CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
 BARE = "value"  # the name of parameters that are one array, not a tree
+ONE_VECTOR = "the one vector of optax.flatten: build the transformation without it"
 
 
 class Named(NamedTuple):

@@ -14,7 +14,7 @@ from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax.checkpoint import _changes, _precision
-from sfjax.checkpoint._leaves import CLOCK, Group, Named
+from sfjax.checkpoint._leaves import CLOCK, ONE_VECTOR, Group, Named
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured, clock_from
 from sfjax.checkpoint._storable import OBJECTS, array_like, is_object, stored_form
@@ -75,6 +75,7 @@ def fit(
     by_role = {role: name for name, role in saved.roles.items()} | _stored(saved)
     clocks = _clocks(saved, own, by_role, roles, configured, result)
     used: set[str] = set()
+    vectors = {f"{group.name}/z" for group in own if not group.parameters}
     for name, leaf in zip(target.names, target.leaves, strict=True):
         role = roles.get(name)
         if role in clocks:
@@ -85,6 +86,8 @@ def fit(
             source = name
         if source is not None:
             used.add(source)
+        elif name in vectors:  # not to be begun anew: it belongs to parameters that come from elsewhere
+            result.problems.append(f"{name} must be a tree like params, got {ONE_VECTOR}")
         result.values.append(_value(name, leaf, role, source, saved, result))
     _leftovers(saved, used, result)
     return result
