@@ -19,6 +19,7 @@ from sfcore import checks, exchange, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
+from sfjax import _halves
 from sfjax.checkpoint import _folder, _read, _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
@@ -87,8 +88,10 @@ def start_from_weights(
     arrays = {f"y/{name}": leaf for name, leaf in x.items()}
     recorded = []
     for group, (kind, values), choice in zip(own, given, chosen, strict=True):
-        buffers = parameters(group.state.z)
-        arrays |= {f"z/{name}": x[name].astype(buffers[name].dtype) for name in group.parameters}
+        buffers, rests = parameters(group.state.z), parameters(group.state.y_rest)
+        for name in group.parameters:  # the lean buffer is bfloat16, which is not enough for z itself
+            wide = np.float32 if _halves.is_lean(rests.get(name)) else buffers[name].dtype
+            arrays[f"z/{name}"] = x[name].astype(wide)
         clock, sentence = opening(group.state, Configured(kind, values), choice, trained_steps)
         notices.append(sentence)
         about = {"optimizer": kind, "hyperparameters": values, "clock": clock}
