@@ -23,7 +23,7 @@ from sfcore.names import NameMap
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
-from sfjax.checkpoint._leaves import ONE_VECTOR, named, parameters, whole
+from sfjax.checkpoint._leaves import ONE_VECTOR, beside, named, parameters, whole
 from sfjax.checkpoint._save import evaluated, recorded_roles
 
 
@@ -53,7 +53,8 @@ def export_exchange(
         buffers: model state without gradient, such as batch statistics.
 
     Raises:
-        CheckpointError: if it cannot be written; nothing of the attempt stays.
+        CheckpointError: if it cannot be written, or a buffer has the name of a parameter; nothing of the
+            attempt stays.
         NamesError: if `names` does not fit (a CheckpointError).
 
     Example:
@@ -80,7 +81,7 @@ def export_exchange(
     if meta.parameters and not any(group["parameters"] for group in meta.groups):
         raise CheckpointError(f"opt_state must hold z as a tree like params, got {ONE_VECTOR}")
     state = content(tree["params"], tree["opt_state"])
-    state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
+    state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in beside(buffers, params).items()}
     x = evaluated(_pure(opt_state), _pure(params))
     inference = {name: np.asarray(leaf) for name, leaf in parameters(x).items()}
     meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}

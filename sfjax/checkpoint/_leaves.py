@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from sfcore.exchange import CheckpointError
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.adamw import MomentsState
@@ -67,6 +68,22 @@ def parameters(tree: Any) -> dict[str, Any]:
     """Returns name -> leaf of a tree of parameters; a bare array is called "value"."""
     found = named(tree)
     return {name or BARE: leaf for name, leaf in zip(found.names, found.leaves, strict=True)}
+
+
+def beside(buffers: Any, params: Any) -> dict[str, Any]:
+    """Returns name -> leaf of buffers, which lie beside the parameters in the inference weights.
+
+    Raises:
+        CheckpointError: if a parameter has the name of one, which would be shipped in its place.
+    """
+    found = parameters({} if buffers is None else buffers)
+    both = sorted(found.keys() & parameters(params).keys())
+    if both:
+        raise CheckpointError(
+            f"buffers must have other names than params, got {both[0]!r} in both: "
+            'put them under a key of their own, such as {"batch_stats": buffers}'
+        )
+    return found
 
 
 def whole(params: Any, opt_state: Any, extra_state: Any = None) -> dict[str, Any]:
