@@ -47,11 +47,31 @@ def object_state(name: str, leaf: Any) -> dict[str, Any]:
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
     try:
-        return {"json": json.loads(json.dumps(state, default=lambda value: value.tolist()))}
-    except (TypeError, ValueError, AttributeError) as error:
+        _check_keys(state)
+        return {"json": json.loads(json.dumps(state, default=_listed))}
+    except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{name} must have a state of JSON or bytes, got {type(state).__name__} ({error}): leave it out"
         ) from error
+
+
+def _check_keys(state: Any) -> None:
+    """Raises TypeError for a dict that JSON would give back with other keys: 0 as "0"."""
+    if isinstance(state, Mapping):
+        for key in state:
+            if not isinstance(key, str):
+                raise TypeError(f"its keys must be text, got {key!r}")
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        for below in state:
+            _check_keys(below)
+
+
+def _listed(value: Any) -> Any:
+    # No more than these: a torch.Generator gives a tensor, and takes no list in its place.
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def set_object(leaf: Any, stored: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,8 +109,15 @@ def test_a_failing_restore_moves_no_iterator(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "leaf",
-    [object(), Batches(lambda n: {n, 2}), np.array(["text"]), np.array([object()])],
-    ids=["object", "state of no JSON", "array of text", "array of objects"],
+    [
+        object(),
+        Batches(lambda n: {n, 2}),
+        Batches(lambda n: {"shards": [{0: n}]}),
+        Batches(lambda n: array.array("b", [n])),
+        np.array(["text"]),
+        np.array([object()]),
+    ],
+    ids=["object", "no JSON", "keys of no JSON", "what takes no list", "array of text", "array of objects"],
 )
 def test_a_leaf_that_cannot_be_stored_is_named(leaf: Any, tmp_path: Path) -> None:
     params = begin()
