@@ -20,7 +20,7 @@ from sfjax.checkpoint._leaves import groups, named, roles, whole
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._reconcile import Fit, fit, saved_group
-from sfjax.checkpoint._storable import OBJECTS, is_object, set_object
+from sfjax.checkpoint._storable import OBJECTS, is_object, set_objects
 
 _log = logging.getLogger("sfjax.checkpoint")
 
@@ -160,7 +160,12 @@ def _assemble(target: Any, result: Fit) -> Any:
     leaves = list(target.leaves)
     for i, leaf in zip(arrays, placed, strict=True):
         leaves[i] = leaf
-    for i, leaf in enumerate(target.leaves):
-        if is_object(leaf):
-            leaves[i] = set_object(leaf, result.values[i])
+    objects = [i for i, leaf in enumerate(target.leaves) if is_object(leaf)]
+    moved = set_objects(
+        [target.names[i] for i in objects],
+        [target.leaves[i] for i in objects],
+        [result.values[i] for i in objects],
+    )
+    for i, leaf in zip(objects, moved, strict=True):
+        leaves[i] = leaf
     return target.tree.unflatten(leaves)

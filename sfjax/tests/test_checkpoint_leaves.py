@@ -107,6 +107,19 @@ def test_a_failing_restore_moves_no_iterator(tmp_path: Path) -> None:
     assert other.place == 0
 
 
+def test_objects_are_moved_all_or_none(tmp_path: Path) -> None:
+    batches = Batches(lambda n: {"place": n})
+    next(batches)
+    with saved(tmp_path, extra_state=[batches, np.random.default_rng(0)]) as (checkpoints, params, opt_state):
+        other = Batches(lambda n: {"place": n})
+        random = np.random.Generator(np.random.MT19937(0))
+        with pytest.raises(
+            CheckpointError, match="extra_state/1 must take the state that was saved, got Value"
+        ):
+            checkpoints.restore(params, opt_state, extra_state=[other, random])
+    assert other.place == 0
+
+
 @pytest.mark.parametrize(
     "leaf",
     [
