@@ -135,6 +135,12 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
     return {name: role for role, name in first.items()}
 
 
+def injected(opt_state: Any) -> set[str]:
+    """Returns the arguments that optax.inject_hyperparams holds in its state; those of schedules stay out."""
+    nodes = _nodes(opt_state, optax.InjectStatefulHyperparamsState)
+    return {name for _, node in nodes for name in node.hyperparams if name not in node.hyperparams_states}
+
+
 def _nodes(tree: Any, kind: type) -> list[tuple[Any, Any]]:
     """Returns (path, node) of every outermost node of a kind."""
 

@@ -16,7 +16,7 @@ from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfcore.store import Skipped
 from sfjax.checkpoint import _changes, _record
-from sfjax.checkpoint._leaves import groups, named, roles, whole
+from sfjax.checkpoint._leaves import groups, injected, named, roles, whole
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._reconcile import Fit, fit, saved_group
@@ -99,7 +99,8 @@ def restore_into(
     if result.problems:
         raise CheckpointError(f"{saved.path} does not fit the program:\n  " + "\n  ".join(result.problems))
     before = [saved.meta.groups[saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
-    changes = _changes.compare(saved.meta, list(zip(before, configured, strict=True)), batches)
+    pairs = list(zip(before, configured, strict=True))
+    changes = _changes.compare(saved.meta, pairs, batches, injected(opt_state))
     differences = [*differences, *map(str, changes), *dropped, *result.differences]
     if strict:
         refuse(saved.path, differences)

@@ -87,6 +87,18 @@ def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(tmp_path:
     assert [change.name for change in restored.changes] == ["beta"]
 
 
+def test_a_value_that_inject_hyperparams_keeps_is_not_said_to_change(tmp_path: Path) -> None:
+    tx = optax.inject_hyperparams(sfjax.schedule_free_sgd)
+    with saved(tmp_path, tx(LR), hyperparameters={"lr": LR}) as (checkpoints, params, _):
+        restored = _restored(checkpoints, tx(0.2), params, hyperparameters={"lr": 0.2})
+        scheduled = _restored(checkpoints, tx(lambda _: 0.2), params, hyperparameters={"lr": 0.2})
+    assert float(restored.opt_state.hyperparams["learning_rate"]) == np.float32(LR)
+    assert (
+        "goes on with it; write the configured one into opt_state.hyperparams" in restored.changes[0].effect
+    )
+    assert "from the next step" in scheduled.changes[0].effect
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("weigth_decay", r"got 'weigth_decay'; did you mean 'weight_decay'\?$"), ("foo", "got 'foo'$")],
