@@ -90,7 +90,7 @@ def restore_into(
     target = named(whole(params, opt_state, extra_state))
     own = groups(params, opt_state)
     configured = [
-        one if one.values else one._replace(values=_concrete_beta(group.state))
+        one._replace(values=_concrete_beta(group.state) | one.values)
         for group, one in zip(own, _record.configured(hyperparameters, own), strict=True)
     ]
     batches = _record.accumulated((), accumulation or 0, batch_size)

@@ -81,9 +81,14 @@ def test_what_is_not_given_is_not_compared(tmp_path: Path) -> None:
     assert restored.changes == []
 
 
-def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(tmp_path: Path) -> None:
-    with saved(tmp_path) as (checkpoints, params, _):
-        restored = _restored(checkpoints, transformation("adamw", b1=0.95), params)
+@pytest.mark.parametrize("told", [None, {"lr": LR}])
+def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(told: Any, tmp_path: Path) -> None:
+    with saved(tmp_path, hyperparameters=told) as (checkpoints, params, _):
+        restored = _restored(checkpoints, transformation("adamw", b1=0.95), params, hyperparameters=told)
+        with pytest.raises(CheckpointError, match=r"strict=True, got 1 difference\(s\)"):
+            _restored(
+                checkpoints, transformation("adamw", b1=0.95), params, hyperparameters=told, strict=True
+            )
     assert [change.name for change in restored.changes] == ["beta"]
 
 
