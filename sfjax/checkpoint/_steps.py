@@ -104,7 +104,7 @@ def _look(params: Any, opt_state: Any, loss: Any, has_loss: Any) -> Rows:
     x, z = (_entries(_overlay(states, params, one)) for one in recover)
     newest = [jnp.stack([getattr(state, name) for state in states]).max() for name in ("step", "c", "lr")]
     step, c, lr = newest
-    return Rows(step, c, lr, jnp.asarray(loss, jnp.float32), jnp.asarray(has_loss), x, z)
+    return Rows(step, c, lr, jnp.asarray(loss, jnp.float32).reshape(()), jnp.asarray(has_loss), x, z)
 
 
 def _entries(tree: Any) -> jax.Array:
