@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import sfjax
-from sfjax.checkpoint import Checkpoints
+from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.checkpoint._place import place
 from sfjax.tests.checkpoint_runs import begin, saved, transformation
 
@@ -85,12 +86,30 @@ def test_a_device_array_does_not_follow_the_host_array_that_it_came_from() -> No
     np.testing.assert_array_equal(placed, np.arange(1000, dtype=np.float32))
 
 
+def test_an_abstract_state_with_explicit_axes_goes_to_the_devices_of_the_parameters(tmp_path: Path) -> None:
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(explicit,), devices=jax.devices()[:1])
+    params = jax.device_put({"w": jnp.arange(4.0)}, NamedSharding(mesh, PartitionSpec("d")))
+    tx = sfjax.schedule_free_adamw(0.1)
+    shapes, target = jax.eval_shape(lambda: params), jax.eval_shape(tx.init, params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, params, tx.init(params))
+        restored = checkpoints.restore(params, target)
+        with pytest.raises(CheckpointError, match="params must lie on devices, got AbstractMesh"):
+            checkpoints.restore(shapes, target)
+        with jax.set_mesh(mesh):
+            within = checkpoints.restore(shapes, target)
+    for one in (restored, within):
+        assert one is not None
+        assert one.params["w"].sharding == one.opt_state.z["w"].sharding == params["w"].sharding
+
+
 SHARDED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import sfjax
-from sfjax.checkpoint import Checkpoints
+from sfjax.checkpoint import CheckpointError, Checkpoints
 
 folder, devices, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 kind = jax.sharding.AxisType.Explicit if "explicit" in mode else jax.sharding.AxisType.Auto
