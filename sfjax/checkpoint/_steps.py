@@ -47,7 +47,8 @@ class Steps:
         """Notes what an update left; a micro-batch that did not update changes the loss only."""
         params, opt_state = _pure(params), _pure(opt_state)
         row = _look(params, opt_state, jnp.nan if loss is None else loss, loss is not None)
-        if self._rows is None or self._rows.x.shape[1] != row.x.shape[0]:
+        before = self._rows
+        if before is None or before.x.shape[1] != row.x.shape[0] or before.x.devices() != row.x.devices():
             self._factor = samples.scale([leaf.size for leaf in jax.tree.leaves(params)])
             empty = Rows(*(jnp.broadcast_to(value, (_ROWS, *value.shape)) for value in row))
             self._rows = empty._replace(step=jnp.full(_ROWS, -1, jnp.int32))

@@ -104,6 +104,31 @@ def test_an_abstract_state_with_explicit_axes_goes_to_the_devices_of_the_paramet
         assert one.params["w"].sharding == one.opt_state.z["w"].sharding == params["w"].sharding
 
 
+def _devices(count: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+MOVED = """
+import sys
+import jax, jax.numpy as jnp, sfjax
+from sfjax.checkpoint import Checkpoints
+
+tx = sfjax.schedule_free_adamw(0.1)
+with Checkpoints(sys.argv[1]) as checkpoints:
+    for step, device in enumerate(jax.devices()):
+        params = jax.device_put({"w": jnp.ones(8)}, device)
+        checkpoints.save(step, params, tx.init(params))
+"""
+
+
+def test_a_run_may_move_to_other_devices_between_saves(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MOVED, str(tmp_path)], env=_devices(2), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 SHARDED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -155,10 +180,9 @@ assert step._cache_size() == 1, step._cache_size()
 
 
 def _run(folder: Path, devices: int, mode: str) -> np.ndarray:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, str(folder), str(devices), mode],
-        env=env,
+        env=_devices(8),
         capture_output=True,
         text=True,
     )
