@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sfcore import store
@@ -25,6 +24,7 @@ from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._leaves import ONE_VECTOR, beside, named, parameters, whole
 from sfjax.checkpoint._save import evaluated, recorded_roles
+from sfjax.checkpoint._storable import array_like
 
 
 def export_exchange(
@@ -68,7 +68,9 @@ def export_exchange(
         >>> back.params["w"].tolist()
         [1.0, 1.0, 1.0]
     """
-    tree = jax.tree.map(np.asarray, whole(_pure(params), _pure(opt_state)))
+    flat = named(whole(_pure(params), _pure(opt_state)))
+    arrays = [np.asarray(array_like(*one)) for one in zip(flat.names, flat.leaves, strict=True)]
+    tree = flat.pure.unflatten(arrays)
     values = {
         "step": as_step(step),
         "epoch": epoch,
