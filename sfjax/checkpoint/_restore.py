@@ -133,7 +133,9 @@ def tell(notices: Sequence[str]) -> None:
 
 def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]:
     """Forgets the gradients of an unfinished update whose length has changed: their mean would be wrong."""
-    if not steps or steps == saved.meta.accumulation["steps"]:
+    before = saved.meta.accumulation
+    # Where nobody said how long it was, the mean of those taken goes on as long as there are fewer than needed.
+    if not steps or steps == before["steps"] or (not before["steps"] and before["position"] < steps):
         return saved, []
     meta, dropped = at_last_update(saved.meta, DROPPED)
     unfinished = ("accumulation/mini_step", "grad/") if dropped else ()

@@ -215,6 +215,18 @@ def test_a_changed_accumulation_drops_an_unfinished_update_and_says_where_to_tak
     assert_same(kept.opt_state, opt_state)
 
 
+def test_an_unfinished_update_of_a_length_that_nobody_recorded_goes_on(tmp_path: Path) -> None:
+    tx = transformation("adamw", 4)
+    params = begin()
+    params, opt_state = go(tx, params, tx.init(params), 0, 7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state, position=7)
+        kept = _restored(checkpoints, tx, params, accumulation=4, strict=True)
+        dropped = _restored(checkpoints, tx, params, accumulation=3)
+    assert_same(kept.opt_state, opt_state)
+    assert (kept.meta.position, dropped.meta.position) == (7, 4)
+
+
 def test_state_of_other_transformations_starts_anew_where_the_target_has_it(tmp_path: Path) -> None:
     more = optax.chain(optax.clip(1.0), optax.ema(0.9), sfjax.schedule_free_adamw(LR, warmup_steps=3))
     with saved(tmp_path) as (checkpoints, params, opt_state):
