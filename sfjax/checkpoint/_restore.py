@@ -134,16 +134,19 @@ def tell(notices: Sequence[str]) -> None:
 def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]:
     """Forgets the gradients of an unfinished update whose length has changed: their mean would be wrong."""
     before = saved.meta.accumulation
-    # Where nobody said how long it was, the mean of those taken goes on as long as there are fewer than needed.
+    # Where nobody said how long it was, the mean of those taken goes on if they are fewer than needed.
     if not steps or steps == before["steps"] or (not before["steps"] and before["position"] < steps):
         return saved, []
     meta, dropped = at_last_update(saved.meta, DROPPED)
-    unfinished = ("accumulation/mini_step", "grad/") if dropped else ()
-    zeroed = {
-        name: np.zeros_like(saved.arrays[name])
-        for name, role in saved.roles.items()
-        if role.startswith(unfinished)
+    if not dropped:
+        return saved, []
+    gradients = {name for name, role in saved.roles.items() if role.startswith("grad/")}
+    # There may be a counter in every part of an optax.partition; only the first has a role.
+    counters = {
+        name for name in saved.arrays if name.startswith("opt_state/") and name.endswith("/mini_step")
     }
+    other = {name for name, role in saved.roles.items() if role != "accumulation/mini_step"}
+    zeroed = {name: np.zeros_like(saved.arrays[name]) for name in gradients | (counters - other)}
     return saved._replace(meta=meta, arrays=saved.arrays | zeroed), dropped
 
 

@@ -215,6 +215,18 @@ def test_a_changed_accumulation_drops_an_unfinished_update_and_says_where_to_tak
     assert_same(kept.opt_state, opt_state)
 
 
+def test_every_part_of_a_partition_forgets_its_unfinished_update(tmp_path: Path) -> None:
+    def four(tx: Any) -> Any:
+        return optax.MultiSteps(tx, 4).gradient_transformation()
+
+    parts = {"x": four(sfjax.schedule_free_sgd(LR)), "y": four(sfjax.schedule_free_adamw(LR))}
+    tx = optax.partition(parts, {"a": "x", "b": "y", "c": "x"})
+    with saved(tmp_path, tx, 3, accumulation=4) as (checkpoints, params, _):
+        restored = _restored(checkpoints, tx, params, accumulation=2)
+    for part in restored.opt_state.inner_states.values():
+        assert int(part.inner_state.mini_step) == 0
+
+
 def test_an_unfinished_update_of_a_length_that_nobody_recorded_goes_on(tmp_path: Path) -> None:
     tx = transformation("adamw", 4)
     params = begin()
