@@ -216,7 +216,9 @@ def opening(
         )
     beta = values["beta"] if abstract else float(np.asarray(state.b1))
     clock = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "beta": beta}
-    built = 0.0 if abstract else float(np.asarray(state.weight_sum))
+    # The sum of a state that has run is that of its steps, not of the prior_steps that it was built with.
+    fresh = not abstract and int(np.asarray(state.step)) == 0
+    built = float(np.asarray(state.weight_sum)) if fresh else 0.0
     if built > 0:
         words = "the weights count as the prior_steps that the transformation was built with"
         return clock | {"weight_sum": built}, words

@@ -92,6 +92,14 @@ def test_what_the_policy_needs_is_asked_for(given: Any, message: str) -> None:
         start_from_weights(_weights(), params, tx.init(params), hyperparameters=given)
 
 
+def test_the_sum_of_a_state_that_has_run_is_not_taken_for_prior_steps() -> None:
+    tx, params = transformation("adamw"), begin()
+    run, opt_state = go(tx, params, tx.init(params), 0, 5)
+    start = start_from_weights(_weights(), run, opt_state, hyperparameters={"lr": LR})
+    expected = start_from_weights(_weights(), params, tx.init(params), hyperparameters={"lr": LR})
+    assert_same(sfjax.find_state(start.opt_state), sfjax.find_state(expected.opt_state))
+
+
 def test_wrapped_states_start_as_well() -> None:
     params = begin()
     inner = sfjax.schedule_free_sgd(LR)
