@@ -31,6 +31,7 @@ _DROPPED = {
     "grad": "micro-batches that were accumulated are dropped",
     "accumulation": "micro-batches that were accumulated are dropped",
 }
+_INTS = {"int64", "uint64"}
 _SHARED = ("step", "lr_max", "weight_sum")
 
 
@@ -180,7 +181,11 @@ def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Sa
         return objects.get(name)
     if source is not None:
         array, form = saved.arrays[source], stored_form(leaf)
-        if form != (array.dtype.name, array.shape):
+        # NumPy holds a Python int from 2^63 on, such as a seed, in uint64 and any other in int64.
+        dtype = (
+            form[0] if isinstance(leaf, int) and {form[0], array.dtype.name} <= _INTS else array.dtype.name
+        )
+        if form != (dtype, array.shape):
             result.problems.append(_unlike(name, form, array))
         return array
     kind = (role or "").partition("/")[0]

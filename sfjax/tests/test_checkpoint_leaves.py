@@ -76,6 +76,18 @@ def test_extra_state_of_every_kind_comes_back(tmp_path: Path) -> None:
     assert (back["text"], back["nothing"]) == ("epoch 3", None)
 
 
+@pytest.mark.parametrize(("seed", "other"), [(2**63 + 5, 0), (5, 2**64 - 1)])
+def test_a_seed_of_64_bits_comes_back_into_any_other(seed: int, other: int, tmp_path: Path) -> None:
+    with saved(tmp_path, extra_state=seed) as (checkpoints, params, opt_state):
+        restored = checkpoints.restore(params, opt_state, extra_state=other)
+        with pytest.raises(CheckpointError, match=r"extra_state must have the shape \(1,\)"):
+            checkpoints.restore(params, opt_state, extra_state=np.zeros(1, np.int64))
+        with pytest.raises(CheckpointError, match="extra_state must have the dtype bool"):
+            checkpoints.restore(params, opt_state, extra_state=True)
+    assert restored is not None
+    assert restored.extra_state == seed
+
+
 def test_abstract_keys_are_targets_too(tmp_path: Path) -> None:
     extra = {"key": jax.random.key(3, impl="rbg")}
     with saved(tmp_path, extra_state=extra) as (checkpoints, params, opt_state):
