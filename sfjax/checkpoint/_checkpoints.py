@@ -150,10 +150,17 @@ class Checkpoints:
             # Copied, because the next step may write to them, or delete them if they are donated to it.
             held = {name: np.array(leaf) for name, leaf in given.items()}
             job = Job(meta, host, parameters(x), held)
-            self._background.start(
-                partial(writer.save, meta.step, host.stored, job.write_meta, job.write_inference)
-            )
+            self._background.start(partial(self._write, writer, host.stored, job))
         return self.folder / str(meta.step)
+
+    def _write(self, writer: Any, state: Any, job: Job) -> None:
+        try:
+            writer.save(job.meta.step, state, job.write_meta, job.write_inference)
+        except CheckpointError:
+            # What it should have replaced is back, and ranks by its own metric.
+            self._scores.clear()
+            self._scores.update(_read.scores(self.folder, self.metric))
+            raise
 
     def restore(
         self,
