@@ -90,7 +90,7 @@ def restore_into(
     target = named(whole(params, opt_state, extra_state))
     own = groups(params, opt_state)
     configured = [
-        one._replace(values=_concrete_beta(group.state) | one.values)
+        one._replace(values=concrete_beta(group.state) | one.values)
         for group, one in zip(own, _record.configured(hyperparameters, own), strict=True)
     ]
     batches = _record.accumulated((), accumulation or 0, batch_size)
@@ -150,7 +150,7 @@ def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]
     return saved._replace(meta=meta, arrays=saved.arrays | zeroed), dropped
 
 
-def _concrete_beta(state: Any) -> dict[str, Any]:
+def concrete_beta(state: Any) -> dict[str, Any]:
     """Returns the beta that a live target was configured with, the only hyperparameter that it tells."""
     if isinstance(state.b1, jax.ShapeDtypeStruct) or (
         isinstance(state.b1, jax.Array) and state.b1.is_deleted()

@@ -24,7 +24,7 @@ from sfjax.checkpoint import _folder, _read, _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured
-from sfjax.checkpoint._restore import Restored, restore_into, tell
+from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
 
 NO_STATE = "no optimizer state: starting from x"
 
@@ -209,16 +209,14 @@ def opening(
         HyperparameterError: for prior_steps out of range.
     """
     values = configured.values
-    abstract = isinstance(state.b1, jax.ShapeDtypeStruct)
-    if abstract and "beta" not in values:
+    live = concrete_beta(state)  # {} of an abstract state, and of one that was donated to a step
+    if not live and "beta" not in values:
         raise CheckpointError(
-            "opt_state must be tx.init(params) itself to start from weights, got abstract leaves"
+            "opt_state must be tx.init(params) itself to start from weights, got abstract or donated leaves"
         )
-    beta = values["beta"] if abstract else float(np.asarray(state.b1))
-    clock = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "beta": beta}
+    clock = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "beta": live.get("beta", values.get("beta"))}
     # The sum of a state that has run is that of its steps, not of the prior_steps that it was built with.
-    fresh = not abstract and int(np.asarray(state.step)) == 0
-    built = float(np.asarray(state.weight_sum)) if fresh else 0.0
+    built = float(np.asarray(state.weight_sum)) if live and int(np.asarray(state.step)) == 0 else 0.0
     if built > 0:
         words = "the weights count as the prior_steps that the transformation was built with"
         return clock | {"weight_sum": built}, words

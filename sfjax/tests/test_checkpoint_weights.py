@@ -100,6 +100,16 @@ def test_the_sum_of_a_state_that_has_run_is_not_taken_for_prior_steps() -> None:
     assert_same(sfjax.find_state(start.opt_state), sfjax.find_state(expected.opt_state))
 
 
+def test_a_state_that_was_donated_is_a_target_too() -> None:
+    tx, params = sfjax.schedule_free_adamw(LR), begin()
+    donated = tx.init(params)
+    for leaf in jax.tree.leaves(donated):
+        leaf.delete()
+    start = start_from_weights(_weights(), params, donated, hyperparameters=AdamW(lr=LR))
+    expected = start_from_weights(_weights(), params, tx.init(params), hyperparameters=AdamW(lr=LR))
+    assert_same((start.params, start.opt_state), (expected.params, expected.opt_state))
+
+
 def test_wrapped_states_start_as_well() -> None:
     params = begin()
     inner = sfjax.schedule_free_sgd(LR)
