@@ -34,9 +34,11 @@ class Background:
 
     def wait(self) -> None:
         """Waits for the work; raises its error, once."""
+        if self._pending is None:
+            return
+        wait_for([self._pending])  # a Ctrl-C in here leaves it to be waited for
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        pending.result()
 
     def close(self) -> None:
         """Waits, and ends the thread."""

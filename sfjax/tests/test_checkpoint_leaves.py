@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import collections
+import signal
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +22,11 @@ from sfjax.checkpoint import (
     Checkpoints,
     export_exchange,
     import_exchange,
+    read,
     start_from_weights,
 )
 from sfjax.checkpoint._leaves import named
+from sfjax.checkpoint._orbax import Writer
 from sfjax.tests.checkpoint_runs import begin, go, saved, snapshot, transformation
 from sfjax.tests.runs import assert_same
 
@@ -247,6 +251,25 @@ def test_later_steps_do_not_reach_a_save_in_flight(tmp_path: Path) -> None:
             restored = checkpoints.restore(params, opt_state, resume=number)
             assert restored is not None
             assert snapshot(restored.params, restored.opt_state) == content
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal to one thread")
+def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going_on, write = threading.Event(), Writer.save
+    monkeypatch.setattr(Writer, "save", lambda *arguments: going_on.wait(60) and write(*arguments))
+    tx, params = transformation("sgd"), begin()
+    later = jax.tree.map(lambda p: p + 1, params)
+    with Checkpoints(tmp_path) as checkpoints:
+        first = checkpoints.save(0, params, tx.init(params))
+        interrupt = (threading.get_ident(), signal.SIGINT)
+        threading.Timer(0.5, signal.pthread_kill, interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+        threading.Timer(0.5, going_on.set).start()
+        checkpoints.save(1, later, tx.init(later))
+    np.testing.assert_array_equal(read(first)[1]["y/a"], params["a"])
 
 
 def test_extra_is_saved_as_it_was_when_save_was_called(tmp_path: Path) -> None:
