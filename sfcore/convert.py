@@ -88,6 +88,11 @@ def _whole(source: Source) -> Meta:
             f"{source.path} must be of a Schedule-Free optimizer, got {source.what}: start with "
             "sftorch.checkpoint.import_state_dict, which keeps v, and save from there"
         )
+    if meta.parameters and not any(group["parameters"] for group in meta.groups):
+        raise CheckpointError(
+            f"{source.path} must hold z of every parameter, got the one vector of optax.flatten: only "
+            "'inference' can be made of it"
+        )
     if not source.named or any(f"y/{name}" not in source.state for name in meta.parameters):
         raise CheckpointError(
             f"{source.path} must hold the weights and their names beside the state, got {source.what} "

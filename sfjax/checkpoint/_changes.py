@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sfcore.changes import EFFECTS, NEXT, Change, carried_sum, of_batches, of_optimizer, same
@@ -10,11 +10,18 @@ from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax.checkpoint._record import Configured
 
+_INJECTED = (
+    "optax.inject_hyperparams keeps the saved value in its state, and goes on with it; write the configured "
+    "one into opt_state.hyperparams"
+)
+_OPTAX = {"lr": "learning_rate", "beta": "b1"}
+
 
 def compare(
     meta: Meta,
     groups: Sequence[tuple[Mapping[str, Any], Configured]],
     accumulation: Mapping[str, int] | None,
+    injected: Collection[str] = (),
 ) -> list[Change]:
     """Returns the table.
 
@@ -23,6 +30,7 @@ def compare(
         groups: (saved group, configuration) a state of the target; hyperparameters that either leaves out
             are not compared.
         accumulation: the configured Meta.accumulation, or None if it is not known.
+        injected: arguments that the state itself holds, from `_leaves.injected`.
     """
     found = []
     for index, (group, configured) in enumerate(groups):
@@ -31,12 +39,16 @@ def compare(
         if not same(kind, configured.optimizer):
             found.append(of_optimizer(number, kind, configured.optimizer))
         found += [
-            Change(name, number, saved[name], value, EFFECTS.get(name, NEXT))
+            Change(name, number, saved[name], value, _effect(name, injected))
             for name, value in configured.values.items()
             if name in saved and not _equal(saved[name], value)
         ]
     now = accumulation or {}
     return found + of_batches(meta.accumulation, now.get("steps"), now.get("batch_size"))
+
+
+def _effect(name: str, injected: Collection[str]) -> str:
+    return _INJECTED if _OPTAX.get(name, name) in injected else EFFECTS.get(name, NEXT)
 
 
 def _equal(saved: Any, configured: Any) -> bool:

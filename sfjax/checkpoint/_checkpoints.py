@@ -22,7 +22,7 @@ from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._background import Background
 from sfjax.checkpoint._import import import_exchange
-from sfjax.checkpoint._leaves import named, parameters, whole
+from sfjax.checkpoint._leaves import beside, named, parameters, whole
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import Job, evaluated, on_host
 from sfjax.checkpoint._steps import Steps
@@ -124,12 +124,14 @@ class Checkpoints:
             extra: JSON of your own, as it is at the call.
 
         Raises:
-            CheckpointError: for a metric that is not finite or a leaf that cannot be stored, before anything
-                is written; if the save before this one failed; if there is no space or no permission.
+            CheckpointError: for a metric that is not finite, a leaf that cannot be stored or a buffer of a
+                parameter's name, before anything is written; if the save before this one failed; if there
+                is no space or no permission.
         """
         values: dict[str, Any] = {"step": as_step(step), "metrics": as_metrics(metrics or {})}
         values |= {"epoch": epoch, "position": position}
         flat = named(whole(_pure(params), _pure(opt_state), extra_state))
+        given = beside(buffers, params)
         with self._lock:
             self._background.wait()
             self._steps.add(params, opt_state)
@@ -146,13 +148,19 @@ class Checkpoints:
             if self.metric in meta.metrics:
                 self._scores[meta.step] = meta.metrics[self.metric]
             # Copied, because the next step may write to them, or delete them if they are donated to it.
-            given = parameters({} if buffers is None else buffers)
-            beside = {name: np.array(leaf) for name, leaf in given.items()}
-            job = Job(meta, host, parameters(x), beside)
-            self._background.start(
-                partial(writer.save, meta.step, host.stored, job.write_meta, job.write_inference)
-            )
+            held = {name: np.array(leaf) for name, leaf in given.items()}
+            job = Job(meta, host, parameters(x), held)
+            self._background.start(partial(self._write, writer, host.stored, job))
         return self.folder / str(meta.step)
+
+    def _write(self, writer: Any, state: Any, job: Job) -> None:
+        try:
+            writer.save(job.meta.step, state, job.write_meta, job.write_inference)
+        except CheckpointError:
+            # What it should have replaced is back, and ranks by its own metric.
+            self._scores.clear()
+            self._scores.update(_read.scores(self.folder, self.metric))
+            raise
 
     def restore(
         self,

@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sfcore import store
 from sfcore._translate import translate
 from sfcore.changes import LEFT_BEHIND, at_last_update
-from sfcore.exchange import fingerprint, of_role
+from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
-from sfjax.checkpoint._leaves import named, parameters, whole
+from sfjax.checkpoint._leaves import ONE_VECTOR, beside, named, parameters, whole
 from sfjax.checkpoint._save import evaluated, recorded_roles
+from sfjax.checkpoint._storable import array_like
 
 
 def export_exchange(
@@ -53,7 +53,8 @@ def export_exchange(
         buffers: model state without gradient, such as batch statistics.
 
     Raises:
-        CheckpointError: if it cannot be written; nothing of the attempt stays.
+        CheckpointError: if it cannot be written, or a buffer has the name of a parameter; nothing of the
+            attempt stays.
         NamesError: if `names` does not fit (a CheckpointError).
 
     Example:
@@ -67,7 +68,9 @@ def export_exchange(
         >>> back.params["w"].tolist()
         [1.0, 1.0, 1.0]
     """
-    tree = jax.tree.map(np.asarray, whole(_pure(params), _pure(opt_state)))
+    flat = named(whole(_pure(params), _pure(opt_state)))
+    arrays = [np.asarray(array_like(*one)) for one in zip(flat.names, flat.leaves, strict=True)]
+    tree = flat.pure.unflatten(arrays)
     values = {
         "step": as_step(step),
         "epoch": epoch,
@@ -77,8 +80,10 @@ def export_exchange(
     }
     batches = _record.accumulated(tree["opt_state"], accumulation)
     meta, _ = at_last_update(_record.make(tree, hyperparameters, batches, **values), LEFT_BEHIND)
+    if meta.parameters and not any(group["parameters"] for group in meta.groups):
+        raise CheckpointError(f"opt_state must hold z as a tree like params, got {ONE_VECTOR}")
     state = content(tree["params"], tree["opt_state"])
-    state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in parameters(buffers or {}).items()}
+    state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in beside(buffers, params).items()}
     x = evaluated(_pure(opt_state), _pure(params))
     inference = {name: np.asarray(leaf) for name, leaf in parameters(x).items()}
     meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}

@@ -128,6 +128,12 @@ def _from_adam(
     node: Mapping[str, Any], weights: Mapping[str, np.ndarray], own: Any, given: Sequence[Any]
 ) -> Saved:
     v = _arrays(node["nu"])
+    unknown = sorted(v.keys() - weights.keys())
+    if unknown:
+        raise CheckpointError(
+            f"source_params must be those of Adam's state, got none for its {unknown[0]!r}: pass the "
+            "parameters that it trained, and a state without optax.flatten"
+        )
     arrays = {f"y/{name}": leaf for name, leaf in weights.items()}
     arrays |= {f"z/{name}": _wide(weights[name]) for name in v}
     arrays |= {f"v/{name}": _wide(leaf) for name, leaf in v.items()}

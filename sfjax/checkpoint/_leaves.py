@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from sfcore.exchange import CheckpointError
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.adamw import MomentsState
@@ -26,6 +27,7 @@ from sfjax.schedule_free import ScheduleFreeState
 
 CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
 BARE = "value"  # the name of parameters that are one array, not a tree
+ONE_VECTOR = "the one vector of optax.flatten: build the transformation without it"
 
 
 class Named(NamedTuple):
@@ -68,6 +70,22 @@ def parameters(tree: Any) -> dict[str, Any]:
     return {name or BARE: leaf for name, leaf in zip(found.names, found.leaves, strict=True)}
 
 
+def beside(buffers: Any, params: Any) -> dict[str, Any]:
+    """Returns name -> leaf of buffers, which lie beside the parameters in the inference weights.
+
+    Raises:
+        CheckpointError: if a parameter has the name of one, which would be shipped in its place.
+    """
+    found = parameters({} if buffers is None else buffers)
+    both = sorted(found.keys() & parameters(params).keys())
+    if both:
+        raise CheckpointError(
+            f"buffers must have other names than params, got {both[0]!r} in both: "
+            'put them under a key of their own, such as {"batch_stats": buffers}'
+        )
+    return found
+
+
 def whole(params: Any, opt_state: Any, extra_state: Any = None) -> dict[str, Any]:
     """Returns the tree that a checkpoint holds."""
     tree = {"params": params, "opt_state": opt_state}
@@ -88,12 +106,12 @@ def groups(params: Any, opt_state: Any) -> list[Group]:
 def roles(params: Any, opt_state: Any) -> dict[str, str]:
     """Returns name -> role of every leaf that has one; each role is given once, to its first leaf."""
     shapes = {name: leaf.shape for name, leaf in parameters(params).items()}
-    found = [(_below("params", name), f"y/{name}") for name in shapes]
+    found = [(place, f"y/{name}") for name, place, _ in _placed("params", params)]
 
     def per_parameter(prefix: str, tree: Any, role: str, lean: Collection[str] = ()) -> None:
-        for name, leaf in parameters(tree).items():
+        for name, place, leaf in _placed(prefix, tree):
             if shapes.get(name) == leaf.shape:
-                found.append((_below(prefix, name), f"{'gap' if name in lean else role}/{name}"))
+                found.append((place, f"{'gap' if name in lean else role}/{name}"))
 
     for index, group in enumerate(groups(params, opt_state)):
         found += [(f"{group.name}/{field}", f"clock/{index}/{field}") for field in CLOCK]
@@ -106,7 +124,7 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
             per_parameter(f"{prefix}/nu", base.nu, "v")
             per_parameter(f"{prefix}/mu", base.mu, "m")
         else:
-            found += [(_below(prefix, name), f"base/{index}/{name}") for name in parameters(base)]
+            found += [(place, f"base/{index}/{name}") for name, place, _ in _placed(prefix, base)]
     for path, steps in _nodes(opt_state, optax.MultiStepsState):
         prefix = _name(path, "opt_state")
         per_parameter(f"{prefix}/acc_grads", steps.acc_grads, "grad")
@@ -115,6 +133,12 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
     for name, role in found:
         first.setdefault(role, name)
     return {name: role for role, name in first.items()}
+
+
+def injected(opt_state: Any) -> set[str]:
+    """Returns the arguments that optax.inject_hyperparams holds in its state; those of schedules stay out."""
+    nodes = _nodes(opt_state, optax.InjectStatefulHyperparamsState)
+    return {name for _, node in nodes for name in node.hyperparams if name not in node.hyperparams_states}
 
 
 def _nodes(tree: Any, kind: type) -> list[tuple[Any, Any]]:
@@ -131,9 +155,14 @@ def _name(path: Any, under: str = "") -> str:
     return _join(under, jax.tree_util.keystr(path, simple=True, separator="/"))
 
 
-def _below(prefix: str, name: str) -> str:
-    """Returns the name of a parameter's leaf; a bare array has the name of the tree itself."""
-    return prefix if name == BARE else _join(prefix, name)
+def _placed(prefix: str, tree: Any) -> list[tuple[str, str, Any]]:
+    """Returns (name, name under prefix, leaf) of a tree of parameters; a bare array lies at prefix itself."""
+    found = named(tree)
+    bare = jax.tree_util.treedef_is_leaf(found.pure)
+    return [
+        (name or BARE, prefix if bare else f"{prefix}/{name}", leaf)
+        for name, leaf in zip(found.names, found.leaves, strict=True)
+    ]
 
 
 def _join(*parts: str) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sfcore.exchange import CheckpointError
 from sfjax.checkpoint._storable import Number, is_key
 
 
@@ -25,6 +27,7 @@ def place(targets: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
         arrays: a host array for each, of the right shape and dtype.
     """
     placed: list[Any] = [None] * len(targets)
+    shardings = _concrete([sharding_of(target) for target in targets])
     together: dict[Any, list[int]] = {}
     for i, (target, array) in enumerate(zip(targets, arrays, strict=True)):
         if isinstance(target, Number):
@@ -33,11 +36,11 @@ def place(targets: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
             copied = np.array(array, target.dtype)
             placed[i] = copied if isinstance(target, np.ndarray) else copied[()]
         else:
-            sharding = sharding_of(target)
+            sharding = shardings[i]
             together.setdefault(None if sharding is None else frozenset(sharding.device_set), []).append(i)
     for indices in together.values():
         on_device = _owned(
-            [_put(targets[i], arrays[i]) for i in indices], [sharding_of(targets[i]) for i in indices]
+            [_put(targets[i], arrays[i], shardings[i]) for i in indices], [shardings[i] for i in indices]
         )
         for i, leaf in zip(indices, on_device, strict=True):
             placed[i] = leaf
@@ -51,14 +54,39 @@ def sharding_of(target: Any) -> Any:
     sharding = getattr(target, "sharding", None)
     # A key's data has one axis more; keys are small, so every device of the mesh gets all of them.
     if sharding is not None and is_key(target) and hasattr(sharding, "spec"):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding
 
 
-def _put(target: Any, array: np.ndarray) -> Any:
+def _concrete(shardings: list[Any]) -> list[Any]:
+    """Returns shardings with devices for those of an abstract mesh, as jax.eval_shape gives to explicit axes.
+
+    Raises:
+        CheckpointError: if neither the other shardings nor jax.set_mesh say which devices.
+    """
+    meshes = [one.mesh for one in shardings if isinstance(one, NamedSharding)]
+    if all(isinstance(mesh, Mesh) for mesh in meshes):
+        return shardings
+    concrete = [mesh for mesh in [jax.sharding.get_mesh(), *meshes] if isinstance(mesh, Mesh)]
+    devices = {mesh.abstract_mesh: mesh for mesh in concrete}
+
+    def on_devices(sharding: Any) -> Any:
+        if not isinstance(sharding, NamedSharding) or isinstance(sharding.mesh, Mesh):
+            return sharding
+        if sharding.mesh not in devices:
+            raise CheckpointError(
+                f"params must lie on devices, got {sharding.mesh}: pass the arrays themselves as the "
+                "target, or restore within jax.set_mesh(mesh)"
+            )
+        return NamedSharding(devices[sharding.mesh], sharding.spec, memory_kind=sharding.memory_kind)
+
+    return [on_devices(sharding) for sharding in shardings]
+
+
+def _put(target: Any, array: np.ndarray, sharding: Any) -> Any:
     if getattr(target, "weak_type", False) and array.ndim == 0:
         return array.item()  # a Python number is what becomes a weak type
-    return jax.device_put(array, sharding_of(target))
+    return jax.device_put(array, sharding)
 
 
 def _owned(leaves: list[Any], shardings: list[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax.checkpoint import _changes, _precision
-from sfjax.checkpoint._leaves import CLOCK, Group, Named
+from sfjax.checkpoint._leaves import CLOCK, ONE_VECTOR, Group, Named
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured, clock_from
 from sfjax.checkpoint._storable import OBJECTS, array_like, is_object, stored_form
@@ -31,6 +31,7 @@ _DROPPED = {
     "grad": "micro-batches that were accumulated are dropped",
     "accumulation": "micro-batches that were accumulated are dropped",
 }
+_INTS = {"int64", "uint64"}
 _SHARED = ("step", "lr_max", "weight_sum")
 
 
@@ -75,6 +76,7 @@ def fit(
     by_role = {role: name for name, role in saved.roles.items()} | _stored(saved)
     clocks = _clocks(saved, own, by_role, roles, configured, result)
     used: set[str] = set()
+    vectors = {f"{group.name}/z" for group in own if not group.parameters}
     for name, leaf in zip(target.names, target.leaves, strict=True):
         role = roles.get(name)
         if role in clocks:
@@ -85,6 +87,8 @@ def fit(
             source = name
         if source is not None:
             used.add(source)
+        elif name in vectors:  # not to be begun anew: it belongs to parameters that come from elsewhere
+            result.problems.append(f"{name} must be a tree like params, got {ONE_VECTOR}")
         result.values.append(_value(name, leaf, role, source, saved, result))
     _leftovers(saved, used, result)
     return result
@@ -108,14 +112,17 @@ def _source_role(role: str | None, saved: Saved, own: Sequence[Group]) -> str:
     if kind != "base":
         return role or ""
     index, _, path = rest.partition("/")
-    return f"base/{saved_group(saved.meta, own[int(index)])}/{path}"
+    return f"base/{saved_group(saved.meta, own, int(index))}/{path}"
 
 
-def saved_group(meta: Meta, group: Group) -> int | None:
-    """Returns the number of the saved group of a target's parameters, None if they had several clocks."""
-    owners = [i for i, one in enumerate(meta.groups) if set(one["parameters"]) & set(group.parameters)]
+def saved_group(meta: Meta, own: Sequence[Group], index: int) -> int | None:
+    """Returns the number of the saved group of own[index]'s parameters, None if they had several clocks."""
+    mine = set(own[index].parameters)
+    owners = [i for i, one in enumerate(meta.groups) if set(one["parameters"]) & mine]
     if not owners and len(meta.groups) == 1:
         return 0
+    if not mine:  # a label of optax.partition that no parameter has: a clock that moves nothing
+        return index if index < len(meta.groups) and not meta.groups[index]["parameters"] else 0
     clocks = {(beta_of(meta.groups[i]), *(meta.groups[i]["clock"][key] for key in _SHARED)) for i in owners}
     return owners[0] if len(clocks) == 1 else None
 
@@ -132,7 +139,7 @@ def _clocks(
     found = {}
     wanted = set(roles.values())
     for index, (group, one) in enumerate(zip(own, configured, strict=True)):
-        source = saved_group(saved.meta, group)
+        source = saved_group(saved.meta, own, index)
         if source is None:
             result.problems.append(
                 f"{group.name} must take its parameters from one Schedule-Free state of the checkpoint, "
@@ -174,7 +181,11 @@ def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Sa
         return objects.get(name)
     if source is not None:
         array, form = saved.arrays[source], stored_form(leaf)
-        if form != (array.dtype.name, array.shape):
+        # NumPy holds a Python int from 2^63 on, such as a seed, in uint64 and any other in int64.
+        dtype = (
+            form[0] if isinstance(leaf, int) and {form[0], array.dtype.name} <= _INTS else array.dtype.name
+        )
+        if form != (dtype, array.shape):
             result.problems.append(_unlike(name, form, array))
         return array
     kind = (role or "").partition("/")[0]

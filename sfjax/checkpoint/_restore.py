@@ -16,11 +16,11 @@ from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfcore.store import Skipped
 from sfjax.checkpoint import _changes, _record
-from sfjax.checkpoint._leaves import groups, named, roles, whole
+from sfjax.checkpoint._leaves import groups, injected, named, roles, whole
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._reconcile import Fit, fit, saved_group
-from sfjax.checkpoint._storable import OBJECTS, is_object, set_object
+from sfjax.checkpoint._storable import OBJECTS, is_object, set_objects
 
 _log = logging.getLogger("sfjax.checkpoint")
 
@@ -90,7 +90,7 @@ def restore_into(
     target = named(whole(params, opt_state, extra_state))
     own = groups(params, opt_state)
     configured = [
-        one if one.values else one._replace(values=_concrete_beta(group.state))
+        one._replace(values=concrete_beta(group.state) | one.values)
         for group, one in zip(own, _record.configured(hyperparameters, own), strict=True)
     ]
     batches = _record.accumulated((), accumulation or 0, batch_size)
@@ -98,8 +98,9 @@ def restore_into(
     result = fit(saved, target, roles(params, opt_state), own, configured)
     if result.problems:
         raise CheckpointError(f"{saved.path} does not fit the program:\n  " + "\n  ".join(result.problems))
-    before = [saved.meta.groups[saved_group(saved.meta, group) or 0] for group in own]
-    changes = _changes.compare(saved.meta, list(zip(before, configured, strict=True)), batches)
+    before = [saved.meta.groups[saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
+    pairs = list(zip(before, configured, strict=True))
+    changes = _changes.compare(saved.meta, pairs, batches, injected(opt_state))
     differences = [*differences, *map(str, changes), *dropped, *result.differences]
     if strict:
         refuse(saved.path, differences)
@@ -132,19 +133,24 @@ def tell(notices: Sequence[str]) -> None:
 
 def _without_partial_update(saved: Saved, steps: int) -> tuple[Saved, list[str]]:
     """Forgets the gradients of an unfinished update whose length has changed: their mean would be wrong."""
-    if not steps or steps == saved.meta.accumulation["steps"]:
+    before = saved.meta.accumulation
+    # Where nobody said how long it was, the mean of those taken goes on if they are fewer than needed.
+    if not steps or steps == before["steps"] or (not before["steps"] and before["position"] < steps):
         return saved, []
     meta, dropped = at_last_update(saved.meta, DROPPED)
-    unfinished = ("accumulation/mini_step", "grad/") if dropped else ()
-    zeroed = {
-        name: np.zeros_like(saved.arrays[name])
-        for name, role in saved.roles.items()
-        if role.startswith(unfinished)
+    if not dropped:
+        return saved, []
+    gradients = {name for name, role in saved.roles.items() if role.startswith("grad/")}
+    # There may be a counter in every part of an optax.partition; only the first has a role.
+    counters = {
+        name for name in saved.arrays if name.startswith("opt_state/") and name.endswith("/mini_step")
     }
+    other = {name for name, role in saved.roles.items() if role != "accumulation/mini_step"}
+    zeroed = {name: np.zeros_like(saved.arrays[name]) for name in gradients | (counters - other)}
     return saved._replace(meta=meta, arrays=saved.arrays | zeroed), dropped
 
 
-def _concrete_beta(state: Any) -> dict[str, Any]:
+def concrete_beta(state: Any) -> dict[str, Any]:
     """Returns the beta that a live target was configured with, the only hyperparameter that it tells."""
     if isinstance(state.b1, jax.ShapeDtypeStruct) or (
         isinstance(state.b1, jax.Array) and state.b1.is_deleted()
@@ -160,7 +166,12 @@ def _assemble(target: Any, result: Fit) -> Any:
     leaves = list(target.leaves)
     for i, leaf in zip(arrays, placed, strict=True):
         leaves[i] = leaf
-    for i, leaf in enumerate(target.leaves):
-        if is_object(leaf):
-            leaves[i] = set_object(leaf, result.values[i])
+    objects = [i for i, leaf in enumerate(target.leaves) if is_object(leaf)]
+    moved = set_objects(
+        [target.names[i] for i in objects],
+        [target.leaves[i] for i in objects],
+        [result.values[i] for i in objects],
+    )
+    for i, leaf in zip(objects, moved, strict=True):
+        leaves[i] = leaf
     return target.tree.unflatten(leaves)

@@ -47,7 +47,8 @@ class Steps:
         """Notes what an update left; a micro-batch that did not update changes the loss only."""
         params, opt_state = _pure(params), _pure(opt_state)
         row = _look(params, opt_state, jnp.nan if loss is None else loss, loss is not None)
-        if self._rows is None or self._rows.x.shape[1] != row.x.shape[0]:
+        before = self._rows
+        if before is None or before.x.shape[1] != row.x.shape[0] or before.x.devices() != row.x.devices():
             self._factor = samples.scale([leaf.size for leaf in jax.tree.leaves(params)])
             empty = Rows(*(jnp.broadcast_to(value, (_ROWS, *value.shape)) for value in row))
             self._rows = empty._replace(step=jnp.full(_ROWS, -1, jnp.int32))
@@ -104,7 +105,7 @@ def _look(params: Any, opt_state: Any, loss: Any, has_loss: Any) -> Rows:
     x, z = (_entries(_overlay(states, params, one)) for one in recover)
     newest = [jnp.stack([getattr(state, name) for state in states]).max() for name in ("step", "c", "lr")]
     step, c, lr = newest
-    return Rows(step, c, lr, jnp.asarray(loss, jnp.float32), jnp.asarray(has_loss), x, z)
+    return Rows(step, c, lr, jnp.asarray(loss, jnp.float32).reshape(()), jnp.asarray(has_loss), x, z)
 
 
 def _entries(tree: Any) -> jax.Array:
@@ -114,7 +115,7 @@ def _entries(tree: Any) -> jax.Array:
         taken = _taken(leaves[index], entries)
         parts = (taken.real, taken.imag) if jnp.iscomplexobj(taken) else (taken,)
         found += [part.astype(jnp.float32) for part in parts]
-    return jnp.concatenate(found)
+    return jnp.concatenate(found) if found else jnp.zeros(0)
 
 
 def _taken(leaf: jax.Array, entries: np.ndarray) -> jax.Array:

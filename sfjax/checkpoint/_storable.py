@@ -38,25 +38,68 @@ def object_state(name: str, leaf: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: if its get_state() gives something that JSON has no form for.
     """
-    if isinstance(leaf, str | bytes):
-        state: Any = leaf
-    elif isinstance(leaf, np.random.Generator):
-        state = leaf.bit_generator.state
-    else:
-        state = leaf.get_state()
+    state = _state(leaf)
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
     try:
-        return {"json": json.loads(json.dumps(state, default=lambda value: value.tolist()))}
-    except (TypeError, ValueError, AttributeError) as error:
+        _check_keys(state)
+        return {"json": json.loads(json.dumps(state, default=_listed))}
+    except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{name} must have a state of JSON or bytes, got {type(state).__name__} ({error}): leave it out"
         ) from error
 
 
-def set_object(leaf: Any, stored: Mapping[str, Any]) -> Any:
-    """Returns an object leaf in its saved state; iterators and generators are moved in place."""
-    state: Any = base64.b64decode(stored["bytes"]) if "bytes" in stored else stored["json"]
+def _check_keys(state: Any) -> None:
+    """Raises TypeError for a dict that JSON would give back with other keys: 0 as "0"."""
+    if isinstance(state, Mapping):
+        for key in state:
+            if not isinstance(key, str):
+                raise TypeError(f"its keys must be text, got {key!r}")
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        for below in state:
+            _check_keys(below)
+
+
+def _listed(value: Any) -> Any:
+    # No more than these: a torch.Generator gives a tensor, and takes no list in its place.
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def set_objects(
+    names: Sequence[str], leaves: Sequence[Any], stored: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Returns object leaves in their saved states; iterators and generators are moved in place, all or none.
+
+    Raises:
+        CheckpointError: if one does not take its state.
+    """
+    before = [_state(leaf) for leaf in leaves]
+    states = [base64.b64decode(one["bytes"]) if "bytes" in one else one["json"] for one in stored]
+    found = []
+    for name, leaf, state in zip(names, leaves, states, strict=True):
+        try:
+            found.append(_with_state(leaf, state))
+        except Exception as error:  # whatever a set_state raises
+            for moved, old in zip(leaves, before[: len(found)], strict=False):
+                _with_state(moved, old)
+            raise CheckpointError(
+                f"{name} must take the state that was saved, got {type(error).__name__}: {error}: pass an "
+                "object of the kind that was saved"
+            ) from error
+    return found
+
+
+def _state(leaf: Any) -> Any:
+    if isinstance(leaf, str | bytes):
+        return leaf
+    return leaf.bit_generator.state if isinstance(leaf, np.random.Generator) else leaf.get_state()
+
+
+def _with_state(leaf: Any, state: Any) -> Any:
     if isinstance(leaf, str | bytes):
         return state
     if isinstance(leaf, np.random.Generator):

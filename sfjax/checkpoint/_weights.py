@@ -19,11 +19,12 @@ from sfcore import checks, exchange, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
+from sfjax import _halves
 from sfjax.checkpoint import _folder, _read, _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured
-from sfjax.checkpoint._restore import Restored, restore_into, tell
+from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
 
 NO_STATE = "no optimizer state: starting from x"
 
@@ -87,8 +88,10 @@ def start_from_weights(
     arrays = {f"y/{name}": leaf for name, leaf in x.items()}
     recorded = []
     for group, (kind, values), choice in zip(own, given, chosen, strict=True):
-        buffers = parameters(group.state.z)
-        arrays |= {f"z/{name}": x[name].astype(buffers[name].dtype) for name in group.parameters}
+        buffers, rests = parameters(group.state.z), parameters(group.state.y_rest)
+        for name in group.parameters:  # the lean buffer is bfloat16, which is not enough for z itself
+            wide = np.float32 if _halves.is_lean(rests.get(name)) else buffers[name].dtype
+            arrays[f"z/{name}"] = x[name].astype(wide)
         clock, sentence = opening(group.state, Configured(kind, values), choice, trained_steps)
         notices.append(sentence)
         about = {"optimizer": kind, "hyperparameters": values, "clock": clock}
@@ -206,14 +209,14 @@ def opening(
         HyperparameterError: for prior_steps out of range.
     """
     values = configured.values
-    abstract = isinstance(state.b1, jax.ShapeDtypeStruct)
-    if abstract and "beta" not in values:
+    live = concrete_beta(state)  # {} of an abstract state, and of one that was donated to a step
+    if not live and "beta" not in values:
         raise CheckpointError(
-            "opt_state must be tx.init(params) itself to start from weights, got abstract leaves"
+            "opt_state must be tx.init(params) itself to start from weights, got abstract or donated leaves"
         )
-    beta = values["beta"] if abstract else float(np.asarray(state.b1))
-    clock = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "beta": beta}
-    built = 0.0 if abstract else float(np.asarray(state.weight_sum))
+    clock = {"step": 0, "lr_max": 0.0, "weight_sum": 0.0, "beta": live.get("beta", values.get("beta"))}
+    # The sum of a state that has run is that of its steps, not of the prior_steps that it was built with.
+    built = float(np.asarray(state.weight_sum)) if live and int(np.asarray(state.step)) == 0 else 0.0
     if built > 0:
         words = "the weights count as the prior_steps that the transformation was built with"
         return clock | {"weight_sum": built}, words

@@ -81,10 +81,27 @@ def test_what_is_not_given_is_not_compared(tmp_path: Path) -> None:
     assert restored.changes == []
 
 
-def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(tmp_path: Path) -> None:
-    with saved(tmp_path) as (checkpoints, params, _):
-        restored = _restored(checkpoints, transformation("adamw", b1=0.95), params)
+@pytest.mark.parametrize("told", [None, {"lr": LR}])
+def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(told: Any, tmp_path: Path) -> None:
+    with saved(tmp_path, hyperparameters=told) as (checkpoints, params, _):
+        restored = _restored(checkpoints, transformation("adamw", b1=0.95), params, hyperparameters=told)
+        with pytest.raises(CheckpointError, match=r"strict=True, got 1 difference\(s\)"):
+            _restored(
+                checkpoints, transformation("adamw", b1=0.95), params, hyperparameters=told, strict=True
+            )
     assert [change.name for change in restored.changes] == ["beta"]
+
+
+def test_a_value_that_inject_hyperparams_keeps_is_not_said_to_change(tmp_path: Path) -> None:
+    tx = optax.inject_hyperparams(sfjax.schedule_free_sgd)
+    with saved(tmp_path, tx(LR), hyperparameters={"lr": LR}) as (checkpoints, params, _):
+        restored = _restored(checkpoints, tx(0.2), params, hyperparameters={"lr": 0.2})
+        scheduled = _restored(checkpoints, tx(lambda _: 0.2), params, hyperparameters={"lr": 0.2})
+    assert float(restored.opt_state.hyperparams["learning_rate"]) == np.float32(LR)
+    assert (
+        "goes on with it; write the configured one into opt_state.hyperparams" in restored.changes[0].effect
+    )
+    assert "from the next step" in scheduled.changes[0].effect
 
 
 @pytest.mark.parametrize(
@@ -196,6 +213,30 @@ def test_a_changed_accumulation_drops_an_unfinished_update_and_says_where_to_tak
         ("batch_size", 16, 8),
     ]
     assert_same(kept.opt_state, opt_state)
+
+
+def test_every_part_of_a_partition_forgets_its_unfinished_update(tmp_path: Path) -> None:
+    def four(tx: Any) -> Any:
+        return optax.MultiSteps(tx, 4).gradient_transformation()
+
+    parts = {"x": four(sfjax.schedule_free_sgd(LR)), "y": four(sfjax.schedule_free_adamw(LR))}
+    tx = optax.partition(parts, {"a": "x", "b": "y", "c": "x"})
+    with saved(tmp_path, tx, 3, accumulation=4) as (checkpoints, params, _):
+        restored = _restored(checkpoints, tx, params, accumulation=2)
+    for part in restored.opt_state.inner_states.values():
+        assert int(part.inner_state.mini_step) == 0
+
+
+def test_an_unfinished_update_of_a_length_that_nobody_recorded_goes_on(tmp_path: Path) -> None:
+    tx = transformation("adamw", 4)
+    params = begin()
+    params, opt_state = go(tx, params, tx.init(params), 0, 7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state, position=7)
+        kept = _restored(checkpoints, tx, params, accumulation=4, strict=True)
+        dropped = _restored(checkpoints, tx, params, accumulation=3)
+    assert_same(kept.opt_state, opt_state)
+    assert (kept.meta.position, dropped.meta.position) == (7, 4)
 
 
 def test_state_of_other_transformations_starts_anew_where_the_target_has_it(tmp_path: Path) -> None:

@@ -115,6 +115,15 @@ def test_buffers_cross_and_lie_beside_x_in_the_inference_weights(tmp_path: Path)
         import_exchange(path, params, tx.init(params), buffers={"var": jnp.zeros(2)})
 
 
+def test_a_key_in_the_state_of_another_transformation_is_no_hindrance(tmp_path: Path) -> None:
+    params = begin()
+    tx = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), sfjax.schedule_free_sgd(LR))
+    path = export_exchange(tmp_path, params, tx.init(params), step=0)
+    back = import_exchange(path, params, tx.init(params))
+    assert_same(back.params, params)
+    assert any("is not in the checkpoint and starts anew" in notice for notice in back.notices)
+
+
 def test_an_unfinished_accumulation_goes_back_to_the_last_update(tmp_path: Path) -> None:
     tx = transformation("adamw", 4)
     params = begin()

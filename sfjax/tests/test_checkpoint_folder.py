@@ -104,6 +104,24 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch:
     assert snapshot(restored.params) == snapshot(params)
 
 
+def test_the_best_stays_the_best_when_its_replacement_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, keep_newest=1) as checkpoints:
+        checkpoints.save(1, *_state(), metrics={"loss": 0.1})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(exchange, "write_tensors", fail)
+            checkpoints.save(1, *_state(), metrics={"loss": 9.0})
+            with pytest.raises(CheckpointError, match="full"):
+                checkpoints.wait()
+        checkpoints.save(2, *_state(), metrics={"loss": 0.5})
+    assert files(tmp_path) == ["1", "2"]
+
+
 def test_newer_checkpoints_of_an_abandoned_run_are_set_aside(tmp_path: Path) -> None:
     with saved(tmp_path) as (checkpoints, params, opt_state):
         checkpoints.save(9, params, opt_state)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import collections
+import signal
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +17,16 @@ import pytest
 from flax.core import FrozenDict
 
 import sfjax
-from sfjax.checkpoint import CheckpointError, Checkpoints
+from sfjax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    export_exchange,
+    import_exchange,
+    read,
+    start_from_weights,
+)
 from sfjax.checkpoint._leaves import named
+from sfjax.checkpoint._orbax import Writer
 from sfjax.tests.checkpoint_runs import begin, go, saved, snapshot, transformation
 from sfjax.tests.runs import assert_same
 
@@ -69,6 +80,18 @@ def test_extra_state_of_every_kind_comes_back(tmp_path: Path) -> None:
     assert (back["text"], back["nothing"]) == ("epoch 3", None)
 
 
+@pytest.mark.parametrize(("seed", "other"), [(2**63 + 5, 0), (5, 2**64 - 1)])
+def test_a_seed_of_64_bits_comes_back_into_any_other(seed: int, other: int, tmp_path: Path) -> None:
+    with saved(tmp_path, extra_state=seed) as (checkpoints, params, opt_state):
+        restored = checkpoints.restore(params, opt_state, extra_state=other)
+        with pytest.raises(CheckpointError, match=r"extra_state must have the shape \(1,\)"):
+            checkpoints.restore(params, opt_state, extra_state=np.zeros(1, np.int64))
+        with pytest.raises(CheckpointError, match="extra_state must have the dtype bool"):
+            checkpoints.restore(params, opt_state, extra_state=True)
+    assert restored is not None
+    assert restored.extra_state == seed
+
+
 def test_abstract_keys_are_targets_too(tmp_path: Path) -> None:
     extra = {"key": jax.random.key(3, impl="rbg")}
     with saved(tmp_path, extra_state=extra) as (checkpoints, params, opt_state):
@@ -100,10 +123,30 @@ def test_a_failing_restore_moves_no_iterator(tmp_path: Path) -> None:
     assert other.place == 0
 
 
+def test_objects_are_moved_all_or_none(tmp_path: Path) -> None:
+    batches = Batches(lambda n: {"place": n})
+    next(batches)
+    with saved(tmp_path, extra_state=[batches, np.random.default_rng(0)]) as (checkpoints, params, opt_state):
+        other = Batches(lambda n: {"place": n})
+        random = np.random.Generator(np.random.MT19937(0))
+        with pytest.raises(
+            CheckpointError, match="extra_state/1 must take the state that was saved, got Value"
+        ):
+            checkpoints.restore(params, opt_state, extra_state=[other, random])
+    assert other.place == 0
+
+
 @pytest.mark.parametrize(
     "leaf",
-    [object(), Batches(lambda n: {n, 2}), np.array(["text"]), np.array([object()])],
-    ids=["object", "state of no JSON", "array of text", "array of objects"],
+    [
+        object(),
+        Batches(lambda n: {n, 2}),
+        Batches(lambda n: {"shards": [{0: n}]}),
+        Batches(lambda n: array.array("b", [n])),
+        np.array(["text"]),
+        np.array([object()]),
+    ],
+    ids=["object", "no JSON", "keys of no JSON", "what takes no list", "array of text", "array of objects"],
 )
 def test_a_leaf_that_cannot_be_stored_is_named(leaf: Any, tmp_path: Path) -> None:
     params = begin()
@@ -136,6 +179,17 @@ def test_parameters_of_every_shape_and_dtype_resume(tmp_path: Path) -> None:
     assert_same((restored.params, restored.opt_state), (params, opt_state))
 
 
+@pytest.mark.parametrize("params", [{}, {"w": jnp.zeros((0, 3))}], ids=["no leaf", "no element"])
+def test_parameters_without_a_number_resume(params: Any, tmp_path: Path) -> None:
+    tx = sfjax.schedule_free_adamw(0.1)
+    _, opt_state = tx.update(params, tx.init(params), params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state)
+        restored = checkpoints.restore(params, tx.init(params), strict=True)
+    assert restored is not None
+    assert_same((restored.params, restored.opt_state), (params, opt_state))
+
+
 def test_parameters_that_are_one_array_resume(tmp_path: Path) -> None:
     tx, params = sfjax.schedule_free_adamw(0.1), jnp.arange(3.0)
     with Checkpoints(tmp_path) as checkpoints:
@@ -144,6 +198,21 @@ def test_parameters_that_are_one_array_resume(tmp_path: Path) -> None:
     assert restored is not None
     assert_same((restored.params, restored.opt_state), (params, tx.init(params)))
     assert list(restored.meta.parameters) == ["value"]
+
+
+@pytest.mark.parametrize("name", ["value", ""])
+def test_a_parameter_may_have_any_name(name: str, tmp_path: Path) -> None:
+    tx, params = sfjax.schedule_free_adamw(0.1), {name: jnp.arange(3.0)}
+    _, opt_state = tx.update(params, tx.init(params), params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, opt_state)
+        restored = checkpoints.restore(params, tx.init(params), strict=True)
+    assert restored is not None
+    assert_same((restored.params, restored.opt_state), (params, opt_state))
+    start = start_from_weights(params, params, tx.init(params), hyperparameters={"lr": 0.1})
+    assert_same(start.params, params)
+    path = export_exchange(tmp_path / "store", params, opt_state, step=1)
+    assert_same(import_exchange(path, params, tx.init(params)).opt_state, opt_state)
 
 
 @pytest.mark.parametrize("key", ["a/b", "a.b"], ids=["here", "in Orbax"])
@@ -182,6 +251,25 @@ def test_later_steps_do_not_reach_a_save_in_flight(tmp_path: Path) -> None:
             restored = checkpoints.restore(params, opt_state, resume=number)
             assert restored is not None
             assert snapshot(restored.params, restored.opt_state) == content
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal to one thread")
+def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going_on, write = threading.Event(), Writer.save
+    monkeypatch.setattr(Writer, "save", lambda *arguments: going_on.wait(60) and write(*arguments))
+    tx, params = transformation("sgd"), begin()
+    later = jax.tree.map(lambda p: p + 1, params)
+    with Checkpoints(tmp_path) as checkpoints:
+        first = checkpoints.save(0, params, tx.init(params))
+        interrupt = (threading.get_ident(), signal.SIGINT)
+        threading.Timer(0.5, signal.pthread_kill, interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+        threading.Timer(0.5, going_on.set).start()
+        checkpoints.save(1, later, tx.init(later))
+    np.testing.assert_array_equal(read(first)[1]["y/a"], params["a"])
 
 
 def test_extra_is_saved_as_it_was_when_save_was_called(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import sfjax
-from sfjax.checkpoint import Checkpoints
+from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.checkpoint._place import place
 from sfjax.tests.checkpoint_runs import begin, saved, transformation
 
@@ -85,12 +86,55 @@ def test_a_device_array_does_not_follow_the_host_array_that_it_came_from() -> No
     np.testing.assert_array_equal(placed, np.arange(1000, dtype=np.float32))
 
 
+def test_an_abstract_state_with_explicit_axes_goes_to_the_devices_of_the_parameters(tmp_path: Path) -> None:
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(explicit,), devices=jax.devices()[:1])
+    params = jax.device_put({"w": jnp.arange(4.0)}, NamedSharding(mesh, PartitionSpec("d")))
+    tx = sfjax.schedule_free_adamw(0.1)
+    shapes, target = jax.eval_shape(lambda: params), jax.eval_shape(tx.init, params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, params, tx.init(params))
+        restored = checkpoints.restore(params, target)
+        with pytest.raises(CheckpointError, match="params must lie on devices, got AbstractMesh"):
+            checkpoints.restore(shapes, target)
+        with jax.set_mesh(mesh):
+            within = checkpoints.restore(shapes, target)
+    for one in (restored, within):
+        assert one is not None
+        assert one.params["w"].sharding == one.opt_state.z["w"].sharding == params["w"].sharding
+
+
+def _devices(count: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+MOVED = """
+import sys
+import jax, jax.numpy as jnp, sfjax
+from sfjax.checkpoint import Checkpoints
+
+tx = sfjax.schedule_free_adamw(0.1)
+with Checkpoints(sys.argv[1]) as checkpoints:
+    for step, device in enumerate(jax.devices()):
+        params = jax.device_put({"w": jnp.ones(8)}, device)
+        checkpoints.save(step, params, tx.init(params))
+"""
+
+
+def test_a_run_may_move_to_other_devices_between_saves(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MOVED, str(tmp_path)], env=_devices(2), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 SHARDED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import sfjax
-from sfjax.checkpoint import Checkpoints
+from sfjax.checkpoint import CheckpointError, Checkpoints
 
 folder, devices, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 kind = jax.sharding.AxisType.Explicit if "explicit" in mode else jax.sharding.AxisType.Auto
@@ -136,10 +180,9 @@ assert step._cache_size() == 1, step._cache_size()
 
 
 def _run(folder: Path, devices: int, mode: str) -> np.ndarray:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, str(folder), str(devices), mode],
-        env=env,
+        env=_devices(8),
         capture_output=True,
         text=True,
     )

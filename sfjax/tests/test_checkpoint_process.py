@@ -48,6 +48,35 @@ for leaf in jax.tree.leaves((params, opt_state, jax.random.key_data(extra["key"]
 print(digest.hexdigest(), first)
 """
 
+START = """
+import multiprocessing, sys, threading, warnings
+import jax.numpy as jnp, sfjax
+from sfjax.checkpoint import Checkpoints, _orbax
+
+tx, params = sfjax.schedule_free_sgd(0.1), {"w": jnp.ones(3)}
+going_on, write = threading.Event(), _orbax.Writer.save
+def slow(*arguments):
+    going_on.wait(2)
+    write(*arguments)
+_orbax.Writer.save = slow
+"""
+LEAVES_IT = """
+def main():
+    Checkpoints(sys.argv[1]).save(0, params, tx.init(params))
+main()
+"""
+FORKS = """
+warnings.simplefilter("ignore")  # JAX advises against forks
+with Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(0, params, tx.init(params))
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    going_on.set()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0, child.exitcode
+"""
+
 
 def _run(folder: Path, stop: int, *arguments: object) -> tuple[str, int]:
     command = [sys.executable, "-c", PROGRAM, folder, *arguments, stop]
@@ -78,3 +107,11 @@ def test_every_run_resumes_exactly_in_a_fresh_process(
     optimizer: str, dtype: str, accumulate: int, tmp_path: Path
 ) -> None:
     _check(tmp_path, optimizer, dtype, accumulate)
+
+
+@pytest.mark.parametrize("program", [LEAVES_IT, FORKS], ids=["nobody holds it", "a process is forked"])
+def test_a_program_ends_with_its_last_save_on_disk(program: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", START + program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["0"], done.stderr

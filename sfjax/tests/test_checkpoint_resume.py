@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sfjax
-from sfjax.checkpoint import Checkpoints, export_exchange
+from sfjax.checkpoint import CheckpointError, Checkpoints, export_exchange
 from sfjax.checkpoint._save import Job
 from sfjax.tests.checkpoint_runs import KINDS, LR, begin, files, go, saved, transformation
 from sfjax.tests.runs import assert_same, gradients
@@ -79,6 +80,17 @@ def test_buffers_are_shipped_as_they_were_when_save_was_called(
         may_write.set()
     found = load_file(path / "inference" / "inference.safetensors")
     assert (found["mean"].tolist(), found["var"].tolist()) == ([7.0, 7.0], [5.0, 5.0])
+
+
+def test_a_buffer_with_the_name_of_a_parameter_is_not_shipped_in_its_place(tmp_path: Path) -> None:
+    tx, params = transformation("sgd"), begin()
+    given = {"params": params, "opt_state": tx.init(params), "step": 0, "buffers": {"a": jnp.zeros(2)}}
+    for save in (Checkpoints(tmp_path / "run").save, partial(export_exchange, tmp_path / "store")):
+        with pytest.raises(
+            CheckpointError, match="buffers must have other names than params, got 'a' in both"
+        ):
+            save(**given)
+    assert files(tmp_path) == []
 
 
 def group_c(opt_state: Any) -> float:
@@ -151,6 +163,9 @@ def test_every_wrapper_of_optax_resumes(tmp_path: Path) -> None:
         "inject": optax.inject_hyperparams(sfjax.schedule_free_adamw)(LR),
         "finite": optax.apply_if_finite(inner, 3),
         "partition": optax.partition({"x": inner, "y": sfjax.schedule_free_sgd(LR)}, labels),
+        "label of no parameter": optax.partition(
+            {"w": sfjax.schedule_free_sgd(LR), "x": inner, "y": sfjax.schedule_free_sgd(1.0)}, lambda _: "x"
+        ),
         "masked": optax.chain(optax.masked(inner, {"a": True, "b": False, "c": True})),
         "flatten": optax.flatten(inner),
         "wrapped": sfjax.schedule_free(optax.rmsprop(LR), LR),

@@ -100,3 +100,12 @@ def test_weights_of_someone_elses_start_without_a_rest() -> None:
     assert len(rests) == 4
     assert not any(jnp.any(rest != 0) for rest in rests)
     assert_same(sfjax.schedule_free_eval_params(start.opt_state, start.params), start.params)
+
+
+@pytest.mark.parametrize("precision", ["exact", "lean"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weights_alone_are_z_too_in_every_precision(dtype: Any, precision: str) -> None:
+    tx, params = sfjax.schedule_free_adamw(LR, precision=precision), {"w": jnp.array([1.123, 0.3], dtype)}
+    start = start_from_weights(params, params, tx.init(params), hyperparameters={"lr": LR})
+    *_, z = sfjax.iterates(start.opt_state, start.params)
+    np.testing.assert_array_equal(np.asarray(z["w"], np.float32), np.asarray(params["w"], np.float32))

@@ -15,7 +15,7 @@ import pytest
 import sfjax
 from sfcore.hyperparameters import AdamW
 from sfcore.watch import WATCHED_STEPS
-from sfjax.checkpoint import Checkpoints
+from sfjax.checkpoint import Checkpoints, read
 from sfjax.tests.checkpoint_runs import LR, begin, go, transformation
 
 BEFORE = 30
@@ -129,3 +129,11 @@ def test_a_start_from_weights_alone_is_watched(run: Any, caplog: Any) -> None:
 
 def test_before_a_restore_there_is_nothing_to_say(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).metrics() == {}
+
+
+def test_a_loss_may_be_an_array_of_one_at_any_time(run: Any) -> None:
+    checkpoints, tx, params, opt_state = run
+    _train(checkpoints, tx, params, opt_state, BEFORE, BEFORE + 2, loss=jnp.full((1,), 4.0))
+    path = checkpoints.save(BEFORE + 2, params, opt_state)
+    checkpoints.wait()
+    assert read(path)[0].recent["loss"] > 1.0

@@ -14,8 +14,15 @@ import pytest
 import sfjax
 from sfcore import exchange, restart
 from sfcore.checks import HyperparameterError
+from sfcore.convert import convert
 from sfcore.hyperparameters import AdamW
-from sfjax.checkpoint import CheckpointError, Checkpoints, export_exchange, start_from_weights
+from sfjax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    export_exchange,
+    import_exchange,
+    start_from_weights,
+)
 from sfjax.tests.checkpoint_runs import begin, go, saved, transformation
 from sfjax.tests.runs import assert_close, assert_same
 
@@ -85,6 +92,24 @@ def test_what_the_policy_needs_is_asked_for(given: Any, message: str) -> None:
         start_from_weights(_weights(), params, tx.init(params), hyperparameters=given)
 
 
+def test_the_sum_of_a_state_that_has_run_is_not_taken_for_prior_steps() -> None:
+    tx, params = transformation("adamw"), begin()
+    run, opt_state = go(tx, params, tx.init(params), 0, 5)
+    start = start_from_weights(_weights(), run, opt_state, hyperparameters={"lr": LR})
+    expected = start_from_weights(_weights(), params, tx.init(params), hyperparameters={"lr": LR})
+    assert_same(sfjax.find_state(start.opt_state), sfjax.find_state(expected.opt_state))
+
+
+def test_a_state_that_was_donated_is_a_target_too() -> None:
+    tx, params = sfjax.schedule_free_adamw(LR), begin()
+    donated = tx.init(params)
+    for leaf in jax.tree.leaves(donated):
+        leaf.delete()
+    start = start_from_weights(_weights(), params, donated, hyperparameters=AdamW(lr=LR))
+    expected = start_from_weights(_weights(), params, tx.init(params), hyperparameters=AdamW(lr=LR))
+    assert_same((start.params, start.opt_state), (expected.params, expected.opt_state))
+
+
 def test_wrapped_states_start_as_well() -> None:
     params = begin()
     inner = sfjax.schedule_free_sgd(LR)
@@ -98,6 +123,28 @@ def test_wrapped_states_start_as_well() -> None:
         assert len(states) == count
         assert all(float(state.weight_sum) == np.float32(PRIOR * LR**2) for state in states)
         assert_same(sfjax.schedule_free_eval_params(start.opt_state, start.params), _weights())
+
+
+def test_the_vector_of_a_flattened_state_is_not_begun_anew_beside_weights_from_elsewhere(
+    tmp_path: Path,
+) -> None:
+    tx, params = optax.flatten(sfjax.schedule_free_sgd(LR)), begin()
+    other = sfjax.schedule_free_sgd(LR)
+    path = export_exchange(tmp_path / "store", params, other.init(params), step=0)
+    for take in (
+        lambda: start_from_weights(_weights(), params, tx.init(params), hyperparameters={"lr": LR}),
+        lambda: import_exchange(path, params, tx.init(params)),
+    ):
+        with pytest.raises(CheckpointError, match=r"z must be a tree like params, got the one vector of opt"):
+            take()
+    with pytest.raises(
+        CheckpointError, match=r"must hold z as a tree like params, got the one vector of opt"
+    ):
+        export_exchange(tmp_path / "none", params, tx.init(params), step=0)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        saved_as = checkpoints.save(0, params, tx.init(params))
+    with pytest.raises(CheckpointError, match="must hold z of every parameter, got the one vector of opt"):
+        convert(saved_as, tmp_path / "torch", "torch")
 
 
 def test_weights_come_from_files_checkpoints_and_folders(tmp_path: Path) -> None:

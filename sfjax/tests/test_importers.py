@@ -160,6 +160,16 @@ def test_what_is_neither_is_refused() -> None:
         import_optax(optax.sgd(LR).init(params), params, params, tx.init(params))
 
 
+@pytest.mark.parametrize("form", ["flattened", "of another model"])
+def test_adam_of_other_parameters_is_refused(form: str) -> None:
+    params = typed(start(), jnp.float32)
+    state = optax.flatten(optax.adam(LR)).init(params) if form == "flattened" else optax.adam(LR).init([1.0])
+    with pytest.raises(
+        CheckpointError, match="source_params must be those of Adam's state, got none for its '"
+    ):
+        import_optax(state, params, params, sfjax.schedule_free_adamw(LR).init(params))
+
+
 def test_adam_without_a_known_lr_is_refused() -> None:
     params = typed(start(), jnp.float32)
     half, state = run(optax.adam(LR), params, gradients(2))
