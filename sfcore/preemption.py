@@ -101,7 +101,8 @@ class Preemption:
         Raises:
             SystemExit: if a signal came, after the save.
         """
-        if self.requested and not self._inside:
+        # The save's own thread may hold it too: there it must not wait for itself.
+        if self.requested and not self._inside and threading.current_thread() is not self._thread:
             self._decided.wait()
             raise SystemExit(self._code)
         with self._update:

@@ -345,3 +345,25 @@ def test_the_end_of_a_forked_worker_is_not_the_parents(tmp_path):
     assert code == 0, errors
     assert printed == ["unwound", "went", "on"]
     assert not (tmp_path / "saved").exists()
+
+
+HOLDING_IT_ITSELF = """
+def save_in_an_update():
+    with preemption.updating():
+        return save()
+
+preemption._save = save_in_an_update
+ready()
+while True:
+    with preemption.updating():
+        update()
+"""
+
+
+def test_a_save_may_hold_the_update_itself(tmp_path):
+    child = _start(tmp_path, HOLDING_IT_ITSELF)
+    try:
+        assert _ended(child, signal.SIGTERM, pause=0.05)[0] == EXIT_SAVED
+    finally:
+        child.kill()
+    assert [state["a"] - state["b"] for state in _saves(tmp_path)] == [0]
