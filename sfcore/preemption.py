@@ -135,6 +135,8 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if _active is not self:
+            return  # a forked child, which left its place in the parent's code: the rest is the parent's
         try:
             # The handlers stay until the thread has nothing left to do; it may be saving.
             self._sender.send(_CLOSE)

@@ -367,3 +367,23 @@ def test_a_save_may_hold_the_update_itself(tmp_path):
     finally:
         child.kill()
     assert [state["a"] - state["b"] for state in _saves(tmp_path)] == [0]
+
+
+FORKING_AND_LEAVING = """
+child = os.fork()
+if not child:
+    raise SystemExit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+update()
+ready()
+time.sleep(60)
+"""
+
+
+def test_a_forked_child_may_leave_the_block_and_the_parent_still_saves(tmp_path):
+    child = _start(tmp_path, FORKING_AND_LEAVING)
+    assert child.stdout.readline() == "unwound\n"  # the forked one
+    code, printed, errors = _ended(child, signal.SIGTERM, pause=0.05)
+    assert code == EXIT_SAVED, errors
+    assert printed == ["unwound"]
+    assert len(_saves(tmp_path)) == 1
