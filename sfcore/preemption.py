@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -164,6 +164,8 @@ class Preemption:
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         """Unwinds the main thread, once, if the save is done; before that the thread is on its way."""
         self.requested, self._last = True, number
+        with suppress(OSError):  # full is as good: someone in the block may have taken the wakeup descriptor
+            self._sender.send(bytes([number]))
         if self._code is not None and not self._unwinding:
             self._unwinding = True
             raise SystemExit(self._code)

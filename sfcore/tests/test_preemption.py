@@ -63,7 +63,10 @@ def _ended(child, *numbers, pause=0.0, ready=True):
     for number in numbers:
         time.sleep(pause)
         child.send_signal(number)
-    printed, errors = child.communicate(timeout=60)
+    try:
+        printed, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
     return child.returncode, printed.split(), errors
 
 
@@ -361,11 +364,7 @@ while True:
 
 
 def test_a_save_may_hold_the_update_itself(tmp_path):
-    child = _start(tmp_path, HOLDING_IT_ITSELF)
-    try:
-        assert _ended(child, signal.SIGTERM, pause=0.05)[0] == EXIT_SAVED
-    finally:
-        child.kill()
+    assert _ended(_start(tmp_path, HOLDING_IT_ITSELF), signal.SIGTERM, pause=0.05)[0] == EXIT_SAVED
     assert [state["a"] - state["b"] for state in _saves(tmp_path)] == [0]
 
 
@@ -384,6 +383,28 @@ def test_a_forked_child_may_leave_the_block_and_the_parent_still_saves(tmp_path)
     child = _start(tmp_path, FORKING_AND_LEAVING)
     assert child.stdout.readline() == "unwound\n"  # the forked one
     code, printed, errors = _ended(child, signal.SIGTERM, pause=0.05)
+    assert code == EXIT_SAVED, errors
+    assert printed == ["unwound"]
+    assert len(_saves(tmp_path)) == 1
+
+
+ASYNCIO = """
+import asyncio
+
+async def train():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, print)
+    ready()
+    while True:
+        with preemption.updating():
+            update()
+        await asyncio.sleep(0.01)
+
+asyncio.run(train())
+"""
+
+
+def test_an_event_loop_inside_the_block_does_not_keep_the_signal_to_itself(tmp_path):
+    code, printed, errors = _ended(_start(tmp_path, ASYNCIO), signal.SIGTERM, pause=0.05)
     assert code == EXIT_SAVED, errors
     assert printed == ["unwound"]
     assert len(_saves(tmp_path)) == 1
