@@ -65,7 +65,7 @@ class Preemption:
         self,
         save: Callable[[], Any],
         *,
-        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+        signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT),
         patience: float = 25.0,
         grace: float = 5.0,
     ):
@@ -77,8 +77,8 @@ class Preemption:
         for name, value in (("patience", patience), ("grace", grace)):
             if not value >= 0:
                 raise ValueError(f"{name} must be a number of seconds >= 0, got {value!r}: 0 does not wait")
-        self._save, self._signals = save, tuple(signals)
-        self._patience, self._grace = patience, grace
+        self._save, self._signals = save, tuple(dict.fromkeys(signals))
+        self._patience, self._grace = min(patience, threading.TIMEOUT_MAX), min(grace, threading.TIMEOUT_MAX)
         self._reset()
 
     def _reset(self) -> None:
@@ -178,16 +178,16 @@ class Preemption:
                 _process.pass_on(self._outer_fd, numbers.replace(_CLOSE, b""))
             ours = [number for number in numbers if number in self._signals]
             if ours:
-                self._stop(signal.Signals(ours[0]))
+                self._stop(ours[0])
                 return
             if _CLOSE in numbers or not numbers:
                 self._decided.set()
                 return
 
-    def _stop(self, number: signal.Signals) -> None:
+    def _stop(self, number: int) -> None:
         global _exit_code
         self.requested = True
-        _log.warning("%s: saving before the end", number.name)
+        _log.warning("%s: saving before the end", _process.name(number))
         # Never released: what was saved is what the program ends with.
         if self._update.acquire(timeout=self._patience):
             self._code = self._try_to_save()
