@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 _log = logging.getLogger("sfcore.preemption")
 
@@ -41,4 +42,5 @@ def flush() -> None:
     """Writes out what is still buffered for the standard streams."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with suppress(OSError, ValueError):  # its reader is gone, or it is closed: the exit code counts
+                stream.flush()

@@ -408,3 +408,22 @@ def test_an_event_loop_inside_the_block_does_not_keep_the_signal_to_itself(tmp_p
     assert code == EXIT_SAVED, errors
     assert printed == ["unwound"]
     assert len(_saves(tmp_path)) == 1
+
+
+WITHOUT_A_READER = """
+ready()
+import atexit
+atexit.register(print, "this stays in the buffer")
+print = lambda *_, **__: None  # the program's own would find out
+time.sleep(60)
+"""
+
+
+def test_the_exit_code_is_kept_when_the_reader_of_the_output_has_gone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    child = _start(tmp_path, WITHOUT_A_READER)
+    assert child.stdout.readline() == "ready\n"
+    child.stdout.close()  # as tee does at the same Ctrl-C
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == EXIT_SAVED
+    child.stderr.close()
