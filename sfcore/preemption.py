@@ -113,7 +113,7 @@ class Preemption:
                 self._inside -= 1
 
     def __enter__(self) -> Preemption:
-        global _active
+        global _active, _exit_code
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "Preemption must be entered in the main thread, got another: only that one receives signals"
@@ -123,6 +123,7 @@ class Preemption:
                 "one Preemption must be active at a time, got a second: leave the first before"
             )
         self._reset()
+        _exit_code = None  # of a block before this one, after which the program went on all the same
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._outer_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)

@@ -427,3 +427,21 @@ def test_the_exit_code_is_kept_when_the_reader_of_the_output_has_gone(tmp_path, 
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=60) == EXIT_SAVED
     child.stderr.close()
+
+
+TWO_RUNS = """
+try:
+    with Preemption(save):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+except SystemExit:
+    pass
+with Preemption(save):
+    update()
+"""
+
+
+def test_a_later_run_of_the_program_that_ends_well_has_no_exit_code_of_an_earlier(tmp_path):
+    source = (PROGRAM.split("try:")[0] + TWO_RUNS).replace("SAVE_SECONDS", "0")
+    ended = subprocess.run([sys.executable, "-c", source, str(tmp_path / "saved")], timeout=60)
+    assert ended.returncode == 0
