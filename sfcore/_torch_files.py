@@ -80,7 +80,10 @@ def _find(content: Any, test: Any) -> dict[str, Any]:
 
 
 def _is_weights(value: Mapping[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(key, str) for key in value) and any(map(_is_tensor, value.values()))
+    """Tells a model's state dict from a training dict, which may hold tensors too: random states."""
+    if not all(isinstance(key, str) for key in value) or not any(map(_is_tensor, value.values())):
+        return False
+    return not any(isinstance(v, Mapping) for key, v in value.items() if not key.endswith("_extra_state"))
 
 
 def _is_tensor(value: Any) -> bool:

@@ -68,6 +68,18 @@ def test_a_torch_file_of_model_and_optimizer_shows_its_iterates_in_either_mode(t
     _check(found, expected)
 
 
+def test_tensors_beside_the_state_dicts_are_not_taken_for_weights(tmp_path):
+    model, optimizer = runs.torch_run(sftorch.AdamWScheduleFree)
+    expected = _norms(runs.torch_iterates(model, optimizer))
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    others = {"rng": torch.get_rng_state(), "best_loss": torch.tensor(0.5)}
+    torch.save(content | others, tmp_path / "run.pt")
+    _check(inspection.inspect(tmp_path / "run.pt"), expected)
+    torch.save({"model": model.state_dict()} | others, tmp_path / "model.pt")
+    found = inspection.inspect(tmp_path / "model.pt")
+    assert found["parameters"] == len(model.state_dict())
+
+
 def test_a_checkpoint_of_lightning_shows_its_optimizer(tmp_path):
     model, optimizer = runs.torch_run(sftorch.AdamWScheduleFree)
     expected = _norms(runs.torch_iterates(model, optimizer))
