@@ -224,6 +224,19 @@ def test_an_orbax_checkpoint_of_optax_is_shown(tmp_path):
     _check(found, _norms({"x": _flat(x), "y": _flat(params), "z": _flat(state[1].z)}))
 
 
+def test_other_trees_of_the_parameters_names_are_not_taken_for_them(tmp_path):
+    transformation = optax.MultiSteps(optax.contrib.schedule_free_adamw(0.01), 2).gradient_transformation()
+    params, state = runs.jax_run(transformation)  # ends in the middle of an accumulation
+    expected = np.linalg.norm(_flat(params))
+    average = jax.tree.map(lambda leaf: leaf + 7, params)
+    content = {"average": average, "opt_state": state, "params": params}
+    for own, y in (("params", expected), ("weights", None)):
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(tmp_path / own, {own if key == "params" else key: v for key, v in content.items()})
+        norms = inspection.inspect(tmp_path / own)["norms"]
+        assert norms["y"] == (y and pytest.approx(y)), own
+
+
 def test_an_orbax_folder_without_a_schedule_free_state_is_refused(tmp_path):
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "one", {"params": np.ones(3)})
