@@ -113,9 +113,14 @@ def at_last_update(meta: Meta, what: str) -> tuple[Meta, list[str]]:
     taken = meta.accumulation["position"]
     if not taken:
         return meta, []
-    moved = replace(meta, position=meta.position - taken, accumulation=meta.accumulation | {"position": 0})
+    position = max(meta.position - taken, 0)
+    moved = replace(meta, position=position, accumulation=meta.accumulation | {"position": 0})
     sentence = f"the gradients of {taken} micro-batches of an unfinished update are {what}"
-    return moved, [f"{sentence}: take them again from position {moved.position}"]
+    if meta.position < taken:
+        sentence += (
+            f" (position {meta.position} was saved: the first are of the epoch before, if it was kept)"
+        )
+    return moved, [f"{sentence}: take them again from position {position}"]
 
 
 def same(saved: str, configured: str) -> bool:

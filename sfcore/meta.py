@@ -157,7 +157,10 @@ def as_accumulation(given: Sequence[int], batch_size: int | None) -> dict[str, i
         >>> as_accumulation((4, 1), batch_size=16)
         {'steps': 4, 'position': 1, 'batch_size': 16}
     """
-    steps, position = map(int, given)
+    try:
+        steps, position = map(int, given)
+    except (TypeError, ValueError):
+        steps = position = 0
     if not 0 <= position < steps:
         raise CheckpointError(
             f"accumulation must be (steps, position) with 0 <= position < steps, got {given!r}: "
