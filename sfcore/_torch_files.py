@@ -41,7 +41,12 @@ def read(path: Path) -> Source:
         if not weights:
             raise unknown(path, f"a torch file without a state dict ({_keys(content)})")
         return Source(path, "weights without optimizer state (torch)", weights=weights)
-    return _of_optimizer(path, next(iter(optimizers.values())), weights)
+    try:
+        return _of_optimizer(path, next(iter(optimizers.values())), weights)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise unknown(
+            path, f"an optimizer's state with other entries than its program has ({error!r})"
+        ) from error
 
 
 def load(path: Path) -> Any:
@@ -74,7 +79,8 @@ def _find(content: Any, test: Any) -> dict[str, Any]:
     if test(content):
         return {"": content}
     entries = {str(key): value for key, value in content.items()}
-    several = entries.pop(_LIGHTNING, None) or []
+    several = entries.pop(_LIGHTNING, None)
+    several = several if isinstance(several, list) else []
     entries |= {f"{_LIGHTNING}[{index}]": value for index, value in enumerate(several)}
     return {key: value for key, value in entries.items() if isinstance(value, Mapping) and test(value)}
 

@@ -35,10 +35,10 @@ def to_numpy(tensor: Tensor, name: str = "tensor") -> np.ndarray:
     """Returns a dense host tensor as an array that shares its memory where it can.
 
     Raises:
-        CheckpointError: naming the tensor, if it is sparse or quantized.
+        CheckpointError: naming the tensor, if it is sparse, quantized or without values (meta).
     """
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else tensor.layout
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "quantized" if tensor.is_quantized else "no values" if tensor.is_meta else tensor.layout
         raise CheckpointError(
             f"{name} must be a dense tensor, got {kind}: convert it, or leave it out of the model's state"
         )

@@ -80,6 +80,25 @@ def test_tensors_beside_the_state_dicts_are_not_taken_for_weights(tmp_path):
     assert found["parameters"] == len(model.state_dict())
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"param_groups": 5},
+        {"param_groups": [5], "state": {}},
+        {"schedulefree_state": {}},
+        {"optimizer": {"param_groups": [{"params": [0], "k": 2, "weight_sum": 1.0}], "state": {}}},
+        {"optimizer_states": 5},
+        {"w": torch.empty(2, device="meta")},
+    ],
+)
+def test_a_torch_file_of_no_use_is_refused_by_its_name(tmp_path, content):
+    torch.save(content, tmp_path / "run.pt")
+    with pytest.raises(
+        CheckpointError, match=r"run\.pt must be something to resume from|must be a dense tensor"
+    ):
+        inspection.inspect(tmp_path / "run.pt")
+
+
 def test_a_checkpoint_of_lightning_shows_its_optimizer(tmp_path):
     model, optimizer = runs.torch_run(sftorch.AdamWScheduleFree)
     expected = _norms(runs.torch_iterates(model, optimizer))
