@@ -261,3 +261,19 @@ def test_an_orbax_folder_without_a_schedule_free_state_is_refused(tmp_path):
         saver.save(tmp_path / "one", {"params": np.ones(3)})
     with pytest.raises(CheckpointError, match="without a Schedule-Free state in it"):
         inspection.inspect(tmp_path / "one")
+
+
+def test_a_changed_byte_of_a_torch_file_of_the_older_kind_is_an_error_or_changes_nothing(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    intact = (tmp_path / "w.pt").read_bytes()
+    errors = []
+    for place in range(len(intact)):
+        changed = bytearray(intact)
+        changed[place] ^= 2
+        (tmp_path / "w.pt").write_bytes(changed)
+        try:
+            inspection.inspect(tmp_path / "w.pt")
+        except CheckpointError as error:
+            errors.append(str(error))
+    assert len(errors) > len(intact) / 2
+    assert all(str(tmp_path / "w.pt") in error for error in errors)
