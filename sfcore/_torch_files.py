@@ -115,6 +115,8 @@ def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, 
         raise unknown(path, f"the state of an optimizer that is not known ({error})") from error
     indices = [index for group in found.groups for index in group["params"]]
     names, named = _names(found, indices, weights)
+    if named and not _are_its_own(found, names, weights):
+        names, named = {index: str(index) for index in indices}, False
     meta = Meta(
         framework="torch",
         optimizer=found.kind,
@@ -163,6 +165,20 @@ def _names(
     if fits:
         return dict(zip(indices, candidates, strict=True)), True
     return {index: str(index) for index in indices}, False
+
+
+def _are_its_own(found: Any, names: Mapping[Any, str], weights: Mapping[str, np.ndarray]) -> bool:
+    """Tells whether weights are those that a state was saved with, as far as it has prints of them."""
+    from sftorch import _arrays, _prints
+
+    own = f"{found.holds}_print"
+    printed = {
+        name: found.states[index][own]
+        for index, name in names.items()
+        if name in weights and own in found.states.get(index, {})
+    }
+    taken = _prints.take(_arrays.to_tensor(weights[name]) for name in printed)
+    return taken == list(printed.values())
 
 
 def _says_beta(found: Any) -> bool:
@@ -244,7 +260,9 @@ def _note(source: Source, found: Any, has_weights: bool) -> None:
         )
     elif not source.named:
         source.notes.append(
-            "the weights in the file do not match the optimizer's parameters in number and shape"
+            "the weights in the file do not match the optimizer's parameters in number, shape and content"
         )
+    elif len(found.groups) > 1 and not all("param_names" in group["options"] for group in found.groups):
+        source.notes.append("the groups' parameters take the names of the weights in the order of the file")
     if not source.named:
         source.notes.append("parameters are numbered: the file does not say their names")
