@@ -12,6 +12,7 @@ from sfcore._sources import Source, unknown
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 
+_OF_OPTAX = ("z", "nu", "mu", "acc_grads", "trace", "ema")  # trees that have the parameters' names
 # The scalars of optax.contrib's state; its step_count is one ahead of the updates that it finished.
 _CONTRIB = ("b1", "weight_sum", "step_count", "max_lr")
 
@@ -63,7 +64,10 @@ def _foreign(path: Path, arrays: Mapping[str, np.ndarray]) -> Source:
     meta.step = max(group["clock"]["step"] for group in meta.groups)
     source.notes.append("optax.contrib decodes y with the b1 it was built with, which its state may not hold")
     if not params:
-        source.notes.append("the parameters, which hold y, were not found beside the state: there is no x")
+        source.notes.append(
+            "the parameters, which hold y, were not found beside the state, as one tree or as one called "
+            "params: there is no x"
+        )
     return source
 
 
@@ -79,15 +83,18 @@ def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
 
 
 def _parameters(arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
-    """Returns the arrays of the one subtree outside the optimizer that has every name of z."""
-    if not names:
-        return {}
-    starts = [full.removesuffix(names[0]) for full in arrays if full.endswith(names[0])]
+    """Returns the arrays of the one subtree outside the optimizer that has every name of z.
+
+    Of several, such as an average of the user's own, it is the one called "params"; {} if none is.
+    """
+    starts = [full.removesuffix(names[0]) for full in arrays if names and full.endswith(names[0])]
+    found = {}
     for start in starts:
-        found = _below(arrays, start)
-        if set(names) <= found.keys() and not start.rstrip("/").endswith(("z", "nu", "mu")):
-            return {name: found[name] for name in names}
-    return {}
+        below, own = _below(arrays, start), start.rstrip("/").rpartition("/")[2]
+        if set(names) <= below.keys() and own not in _OF_OPTAX:
+            found[start] = own, {name: below[name] for name in names}
+    called = [arrays for own, arrays in found.values() if own == "params" or len(found) == 1]
+    return called[0] if len(called) == 1 else {}
 
 
 def _add_state(

@@ -43,6 +43,7 @@ _ML_DTYPES = {
 _KNOWN = _NUMPY | _ML_DTYPES
 _CODES = {name: code for code, name in _KNOWN.items()}
 _METADATA = "__metadata__"
+_MOST_AXES = 64  # of an array of NumPy
 _LONGEST_HEADER = 100_000_000  # what the package safetensors reads
 
 
@@ -153,6 +154,8 @@ def _field_problem(field: Any) -> str | None:
         return f"must have a known dtype, got {field['dtype']!r}"
     if not all(_whole_numbers(field[key]) for key in ("shape", "data_offsets")):
         return "must have whole numbers as shape and data_offsets"
+    if len(field["shape"]) > _MOST_AXES:
+        return f"must have at most {_MOST_AXES} axes, got {len(field['shape'])}"
     size, offsets = math.prod(field["shape"]) * _item_size(field["dtype"]), field["data_offsets"]
     if len(offsets) != 2 or offsets[1] - offsets[0] != size:
         return f"must span the {size} bytes of its shape, got offsets {offsets}"
@@ -186,7 +189,10 @@ def _read_leaf(
     file.seek(start + field["data_offsets"][0])
     if file.readinto(raw.data) != raw.size:
         raise Damaged(f"it is truncated in leaf {name!r}: it must have {size} bytes, got fewer")
-    return raw.view(_dtype(field["dtype"])).reshape(field["shape"])
+    try:
+        return raw.view(_dtype(field["dtype"])).reshape(field["shape"])
+    except ValueError as error:  # no elements, of which an axis is longer than memory
+        raise Damaged(f"leaf {name!r} must have a possible shape, got {field['shape']}") from error
 
 
 def _item_size(code: str) -> int:

@@ -41,7 +41,12 @@ def read(path: Path) -> Source:
         if not weights:
             raise unknown(path, f"a torch file without a state dict ({_keys(content)})")
         return Source(path, "weights without optimizer state (torch)", weights=weights)
-    return _of_optimizer(path, next(iter(optimizers.values())), weights)
+    try:
+        return _of_optimizer(path, next(iter(optimizers.values())), weights)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise unknown(
+            path, f"an optimizer's state with other entries than its program has ({error!r})"
+        ) from error
 
 
 def load(path: Path) -> Any:
@@ -62,7 +67,7 @@ def load(path: Path) -> Any:
         raise CheckpointError(cannot_read(path, error)) from error
     except pickle.UnpicklingError as error:
         raise unknown(path, "a pickle with objects that are no state dicts, which is not executed") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # of a changed byte torch makes whatever its readers stumble over
         why = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is damaged: torch cannot read it ({why})") from error
 
@@ -74,13 +79,17 @@ def _find(content: Any, test: Any) -> dict[str, Any]:
     if test(content):
         return {"": content}
     entries = {str(key): value for key, value in content.items()}
-    several = entries.pop(_LIGHTNING, None) or []
+    several = entries.pop(_LIGHTNING, None)
+    several = several if isinstance(several, list) else []
     entries |= {f"{_LIGHTNING}[{index}]": value for index, value in enumerate(several)}
     return {key: value for key, value in entries.items() if isinstance(value, Mapping) and test(value)}
 
 
 def _is_weights(value: Mapping[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(key, str) for key in value) and any(map(_is_tensor, value.values()))
+    """Tells a model's state dict from a training dict, which may hold tensors too: random states."""
+    if not all(isinstance(key, str) for key in value) or not any(map(_is_tensor, value.values())):
+        return False
+    return not any(isinstance(v, Mapping) for key, v in value.items() if not key.endswith("_extra_state"))
 
 
 def _is_tensor(value: Any) -> bool:
@@ -106,6 +115,8 @@ def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, 
         raise unknown(path, f"the state of an optimizer that is not known ({error})") from error
     indices = [index for group in found.groups for index in group["params"]]
     names, named = _names(found, indices, weights)
+    if named and not _are_its_own(found, names, weights):
+        names, named = {index: str(index) for index in indices}, False
     meta = Meta(
         framework="torch",
         optimizer=found.kind,
@@ -154,6 +165,20 @@ def _names(
     if fits:
         return dict(zip(indices, candidates, strict=True)), True
     return {index: str(index) for index in indices}, False
+
+
+def _are_its_own(found: Any, names: Mapping[Any, str], weights: Mapping[str, np.ndarray]) -> bool:
+    """Tells whether weights are those that a state was saved with, as far as it has prints of them."""
+    from sftorch import _arrays, _prints
+
+    own = f"{found.holds}_print"
+    printed = {
+        name: found.states[index][own]
+        for index, name in names.items()
+        if name in weights and own in found.states.get(index, {})
+    }
+    taken = _prints.take(_arrays.to_tensor(weights[name]) for name in printed)
+    return taken == list(printed.values())
 
 
 def _says_beta(found: Any) -> bool:
@@ -235,7 +260,9 @@ def _note(source: Source, found: Any, has_weights: bool) -> None:
         )
     elif not source.named:
         source.notes.append(
-            "the weights in the file do not match the optimizer's parameters in number and shape"
+            "the weights in the file do not match the optimizer's parameters in number, shape and content"
         )
+    elif len(found.groups) > 1 and not all("param_names" in group["options"] for group in found.groups):
+        source.notes.append("the groups' parameters take the names of the weights in the order of the file")
     if not source.named:
         source.notes.append("parameters are numbered: the file does not say their names")

@@ -119,12 +119,14 @@ def at_last_update(meta: Meta, what: str) -> tuple[Meta, list[str]]:
     taken = meta.accumulation["position"]
     if not taken:
         return meta, []
-    before = max(0, taken - meta.position)  # an update may begin in one epoch and end in the next
-    position = meta.position - taken + before
+    position = max(meta.position - taken, 0)
     moved = replace(meta, position=position, accumulation=meta.accumulation | {"position": 0})
     sentence = f"the gradients of {taken} micro-batches of an unfinished update are {what}"
-    lost = f", but for {before} that lie before it, in another epoch" if before else ""
-    return moved, [f"{sentence}: take them again from position {position}{lost}"]
+    if meta.position < taken:
+        sentence += (
+            f" (position {meta.position} was saved: the first are of the epoch before, if it was kept)"
+        )
+    return moved, [f"{sentence}: take them again from position {position}"]
 
 
 def same(saved: str, configured: str) -> bool:

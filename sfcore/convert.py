@@ -96,7 +96,8 @@ def _whole(source: Source) -> Meta:
     if not source.named or any(f"y/{name}" not in source.state for name in meta.parameters):
         raise CheckpointError(
             f"{source.path} must hold the weights and their names beside the state, got {source.what} "
-            "without: save {'model': model.state_dict(), 'optimizer': optimizer.state_dict()} in one file"
+            "without: save {'model': model.state_dict(), 'optimizer': optimizer.state_dict()} in one file, "
+            "both of the same step, of an optimizer built over model.named_parameters()"
         )
     if not source.verified and not all(map(says_beta, meta.groups)):
         raise CheckpointError(

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -65,7 +65,7 @@ class Preemption:
         self,
         save: Callable[[], Any],
         *,
-        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+        signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT),
         patience: float = 25.0,
         grace: float = 5.0,
     ):
@@ -77,8 +77,8 @@ class Preemption:
         for name, value in (("patience", patience), ("grace", grace)):
             if not value >= 0:
                 raise ValueError(f"{name} must be a number of seconds >= 0, got {value!r}: 0 does not wait")
-        self._save, self._signals = save, tuple(signals)
-        self._patience, self._grace = patience, grace
+        self._save, self._signals = save, tuple(dict.fromkeys(signals))
+        self._patience, self._grace = min(patience, threading.TIMEOUT_MAX), min(grace, threading.TIMEOUT_MAX)
         self._reset()
 
     def _reset(self) -> None:
@@ -101,7 +101,8 @@ class Preemption:
         Raises:
             SystemExit: if a signal came, after the save.
         """
-        if self.requested and not self._inside:
+        # The save's own thread may hold it too: there it must not wait for itself.
+        if self.requested and not self._inside and threading.current_thread() is not self._thread:
             self._decided.wait()
             raise SystemExit(self._code)
         with self._update:
@@ -112,7 +113,7 @@ class Preemption:
                 self._inside -= 1
 
     def __enter__(self) -> Preemption:
-        global _active
+        global _active, _exit_code
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "Preemption must be entered in the main thread, got another: only that one receives signals"
@@ -122,6 +123,7 @@ class Preemption:
                 "one Preemption must be active at a time, got a second: leave the first before"
             )
         self._reset()
+        _exit_code = None  # of a block before this one, after which the program went on all the same
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._outer_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
@@ -134,6 +136,8 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if _active is not self:
+            return  # a forked child, which left its place in the parent's code: the rest is the parent's
         try:
             # The handlers stay until the thread has nothing left to do; it may be saving.
             self._sender.send(_CLOSE)
@@ -161,6 +165,8 @@ class Preemption:
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         """Unwinds the main thread, once, if the save is done; before that the thread is on its way."""
         self.requested, self._last = True, number
+        with suppress(OSError):  # full is as good: someone in the block may have taken the wakeup descriptor
+            self._sender.send(bytes([number]))
         if self._code is not None and not self._unwinding:
             self._unwinding = True
             raise SystemExit(self._code)
@@ -173,16 +179,16 @@ class Preemption:
                 _process.pass_on(self._outer_fd, numbers.replace(_CLOSE, b""))
             ours = [number for number in numbers if number in self._signals]
             if ours:
-                self._stop(signal.Signals(ours[0]))
+                self._stop(ours[0])
                 return
             if _CLOSE in numbers or not numbers:
                 self._decided.set()
                 return
 
-    def _stop(self, number: signal.Signals) -> None:
+    def _stop(self, number: int) -> None:
         global _exit_code
         self.requested = True
-        _log.warning("%s: saving before the end", number.name)
+        _log.warning("%s: saving before the end", _process.name(number))
         # Never released: what was saved is what the program ends with.
         if self._update.acquire(timeout=self._patience):
             self._code = self._try_to_save()

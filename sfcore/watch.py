@@ -230,7 +230,8 @@ def _jump(what: str, now: float | None, before: float | None, limit: float) -> s
     """Returns a sentence if `now` is no number, or more than `limit` times what it was."""
     if now is not None and not math.isfinite(now):
         return f"{what} is {now}"
-    # Nothing moves in RAdam's first steps and at lr = 0; whatever comes after is no multiple of it.
-    if now is None or not before or now <= limit * before:
+    # Nothing moves in RAdam's first steps and at lr = 0; whatever comes after is no multiple of it. Nor is
+    # a loss one of a negative loss.
+    if now is None or before is None or before <= 0 or now <= limit * before:
         return None
     return f"{what} is {now:.3g}, {now / before:.3g} times the {before:.3g} before"

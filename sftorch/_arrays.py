@@ -44,7 +44,7 @@ def to_numpy(tensor: Tensor, name: str = "tensor") -> np.ndarray:
     """Returns a dense host tensor as an array that shares its memory where it can.
 
     Raises:
-        CheckpointError: naming the tensor, if it is sparse or quantized.
+        CheckpointError: naming the tensor, if it is sparse, quantized or without values (meta).
     """
     check_dense(tensor, name)
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()

@@ -2,8 +2,9 @@
 
 import pytest
 
-from sfcore.changes import Change, carried_sum, of_batches, of_optimizer, refuse
+from sfcore.changes import DROPPED, Change, at_last_update, carried_sum, of_batches, of_optimizer, refuse
 from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta, as_accumulation
 
 
 def run(steps, lr, r=0.0, weight_lr_power=2.0, prior_steps=0):
@@ -63,3 +64,18 @@ def test_strict_names_every_difference():
         refuse("run/5", rows)
     assert all(str(row) in str(caught.value) for row in rows)
     refuse("run/5", [])
+
+
+def test_the_place_in_the_data_is_never_before_its_beginning():
+    # The update began in the epoch before, or nobody said the position.
+    meta = Meta("torch", "sgd", 3, epoch=2, position=1, accumulation={"steps": 4, "position": 3})
+    moved, notices = at_last_update(meta, DROPPED)
+    assert (moved.position, moved.accumulation["position"]) == (0, 0)
+    assert "position 1 was saved" in notices[0]
+    assert notices[0].endswith("take them again from position 0")
+
+
+@pytest.mark.parametrize("given", [4, (4, 1, 2), "ab", (4, 4), (4, None)])
+def test_an_accumulation_that_is_no_pair_is_refused_with_its_rule(given):
+    with pytest.raises(CheckpointError, match=r"accumulation must be \(steps, position\) with .* got"):
+        as_accumulation(given, None)

@@ -8,6 +8,7 @@ import pytest
 import schedulefree
 import torch
 
+import sftorch
 from sfcore import exchange
 from sfcore.convert import convert
 from sfcore.exchange import CheckpointError
@@ -65,6 +66,32 @@ def test_a_source_that_is_not_enough_is_refused(tmp_path, make, to, message):
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "src", tmp_path / "dst", to)
     assert not (tmp_path / "dst").exists()
+
+
+def _saved_in_groups(path, named, later=False):
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(3)))
+    held = list(model.named_parameters() if named else model.parameters())
+    optimizer = sftorch.AdamWScheduleFree([{"params": held[2:]}, {"params": held[:2]}], lr=0.1)
+    content = {"model": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    content = content if later else {"model": model.state_dict()}
+    torch.save(content | {"optimizer": optimizer.state_dict()}, path)
+    return {name: tensor.numpy().copy() for name, tensor in optimizer.eval_state_dict(model).items()}
+
+
+@pytest.mark.parametrize(("named", "later"), [(False, False), (True, True)])
+def test_weights_that_are_not_those_of_the_state_are_refused(tmp_path, named, later):
+    # Of equal shapes, in another order than the groups; and of another step.
+    _saved_in_groups(tmp_path / "src", named, later)
+    with pytest.raises(CheckpointError, match=r"in one file, both of the same step, .*named_parameters"):
+        convert(tmp_path / "src", tmp_path / "dst", "inference")
+
+
+def test_groups_in_another_order_than_the_model_keep_their_names(tmp_path):
+    x = _saved_in_groups(tmp_path / "src", named=True)
+    found = exchange.read_tensors(convert(tmp_path / "src", tmp_path / "dst", "inference")[0])
+    assert all(np.allclose(found[name], x[name], rtol=1e-6, atol=0) for name in x)
 
 
 def test_nothing_is_overwritten(torch_checkpoint, tmp_path):

@@ -202,3 +202,12 @@ def test_a_header_that_asks_for_the_moon_is_refused_without_allocating(saved):
 def test_the_live_record_is_whole_after_reading():
     text = examples.meta(1, extra={"a": 1}).to_json()
     assert Meta.from_json(text).to_json() == text
+
+
+@pytest.mark.parametrize("shape", [[1] * 100, [2**62] * 200_000, [0, 2**62, 2**62]])
+def test_a_shape_that_no_array_can_have_is_refused_at_once(tmp_path, shape):
+    size = 0 if 0 in shape else 4
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(CheckpointError, match=r"w\.safetensors is damaged: .*leaf 'w' must have"):
+        exchange.read_tensors(tmp_path / "w.safetensors")

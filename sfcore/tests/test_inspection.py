@@ -68,6 +68,37 @@ def test_a_torch_file_of_model_and_optimizer_shows_its_iterates_in_either_mode(t
     _check(found, expected)
 
 
+def test_tensors_beside_the_state_dicts_are_not_taken_for_weights(tmp_path):
+    model, optimizer = runs.torch_run(sftorch.AdamWScheduleFree)
+    expected = _norms(runs.torch_iterates(model, optimizer))
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    others = {"rng": torch.get_rng_state(), "best_loss": torch.tensor(0.5)}
+    torch.save(content | others, tmp_path / "run.pt")
+    _check(inspection.inspect(tmp_path / "run.pt"), expected)
+    torch.save({"model": model.state_dict()} | others, tmp_path / "model.pt")
+    found = inspection.inspect(tmp_path / "model.pt")
+    assert found["parameters"] == len(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"param_groups": 5},
+        {"param_groups": [5], "state": {}},
+        {"schedulefree_state": {}},
+        {"optimizer": {"param_groups": [{"params": [0], "k": 2, "weight_sum": 1.0}], "state": {}}},
+        {"optimizer_states": 5},
+        {"w": torch.empty(2, device="meta")},
+    ],
+)
+def test_a_torch_file_of_no_use_is_refused_by_its_name(tmp_path, content):
+    torch.save(content, tmp_path / "run.pt")
+    with pytest.raises(
+        CheckpointError, match=r"run\.pt must be something to resume from|must be a dense tensor"
+    ):
+        inspection.inspect(tmp_path / "run.pt")
+
+
 def test_a_checkpoint_of_lightning_shows_its_optimizer(tmp_path):
     model, optimizer = runs.torch_run(sftorch.AdamWScheduleFree)
     expected = _norms(runs.torch_iterates(model, optimizer))
@@ -212,8 +243,37 @@ def test_an_orbax_checkpoint_of_optax_is_shown(tmp_path):
     _check(found, _norms({"x": _flat(x), "y": _flat(params), "z": _flat(state[1].z)}))
 
 
+def test_other_trees_of_the_parameters_names_are_not_taken_for_them(tmp_path):
+    transformation = optax.MultiSteps(optax.contrib.schedule_free_adamw(0.01), 2).gradient_transformation()
+    params, state = runs.jax_run(transformation)  # ends in the middle of an accumulation
+    expected = np.linalg.norm(_flat(params))
+    average = jax.tree.map(lambda leaf: leaf + 7, params)
+    content = {"average": average, "opt_state": state, "params": params}
+    for own, y in (("params", expected), ("weights", None)):
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(tmp_path / own, {own if key == "params" else key: v for key, v in content.items()})
+        norms = inspection.inspect(tmp_path / own)["norms"]
+        assert norms["y"] == (y and pytest.approx(y)), own
+
+
 def test_an_orbax_folder_without_a_schedule_free_state_is_refused(tmp_path):
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "one", {"params": np.ones(3)})
     with pytest.raises(CheckpointError, match="without a Schedule-Free state in it"):
         inspection.inspect(tmp_path / "one")
+
+
+def test_a_changed_byte_of_a_torch_file_of_the_older_kind_is_an_error_or_changes_nothing(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    intact = (tmp_path / "w.pt").read_bytes()
+    errors = []
+    for place in range(len(intact)):
+        changed = bytearray(intact)
+        changed[place] ^= 2
+        (tmp_path / "w.pt").write_bytes(changed)
+        try:
+            inspection.inspect(tmp_path / "w.pt")
+        except CheckpointError as error:
+            errors.append(str(error))
+    assert len(errors) > len(intact) / 2
+    assert all(str(tmp_path / "w.pt") in error for error in errors)

@@ -63,7 +63,10 @@ def _ended(child, *numbers, pause=0.0, ready=True):
     for number in numbers:
         time.sleep(pause)
         child.send_signal(number)
-    printed, errors = child.communicate(timeout=60)
+    try:
+        printed, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
     return child.returncode, printed.split(), errors
 
 
@@ -345,3 +348,100 @@ def test_the_end_of_a_forked_worker_is_not_the_parents(tmp_path):
     assert code == 0, errors
     assert printed == ["unwound", "went", "on"]
     assert not (tmp_path / "saved").exists()
+
+
+HOLDING_IT_ITSELF = """
+def save_in_an_update():
+    with preemption.updating():
+        return save()
+
+preemption._save = save_in_an_update
+ready()
+while True:
+    with preemption.updating():
+        update()
+"""
+
+
+def test_a_save_may_hold_the_update_itself(tmp_path):
+    assert _ended(_start(tmp_path, HOLDING_IT_ITSELF), signal.SIGTERM, pause=0.05)[0] == EXIT_SAVED
+    assert [state["a"] - state["b"] for state in _saves(tmp_path)] == [0]
+
+
+FORKING_AND_LEAVING = """
+child = os.fork()
+if not child:
+    raise SystemExit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+update()
+ready()
+time.sleep(60)
+"""
+
+
+def test_a_forked_child_may_leave_the_block_and_the_parent_still_saves(tmp_path):
+    child = _start(tmp_path, FORKING_AND_LEAVING)
+    assert child.stdout.readline() == "unwound\n"  # the forked one
+    code, printed, errors = _ended(child, signal.SIGTERM, pause=0.05)
+    assert code == EXIT_SAVED, errors
+    assert printed == ["unwound"]
+    assert len(_saves(tmp_path)) == 1
+
+
+ASYNCIO = """
+import asyncio
+
+async def train():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, print)
+    ready()
+    while True:
+        with preemption.updating():
+            update()
+        await asyncio.sleep(0.01)
+
+asyncio.run(train())
+"""
+
+
+def test_an_event_loop_inside_the_block_does_not_keep_the_signal_to_itself(tmp_path):
+    code, printed, errors = _ended(_start(tmp_path, ASYNCIO), signal.SIGTERM, pause=0.05)
+    assert code == EXIT_SAVED, errors
+    assert printed == ["unwound"]
+    assert len(_saves(tmp_path)) == 1
+
+
+WITHOUT_A_READER = """
+ready()
+import atexit
+atexit.register(print, "this stays in the buffer")
+print = lambda *_, **__: None  # the program's own would find out
+time.sleep(60)
+"""
+
+
+def test_the_exit_code_is_kept_when_the_reader_of_the_output_has_gone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    child = _start(tmp_path, WITHOUT_A_READER)
+    assert child.stdout.readline() == "ready\n"
+    child.stdout.close()  # as tee does at the same Ctrl-C
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == EXIT_SAVED
+    child.stderr.close()
+
+
+TWO_RUNS = """
+try:
+    with Preemption(save):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+except SystemExit:
+    pass
+with Preemption(save):
+    update()
+"""
+
+
+def test_a_later_run_of_the_program_that_ends_well_has_no_exit_code_of_an_earlier(tmp_path):
+    source = (PROGRAM.split("try:")[0] + TWO_RUNS).replace("SAVE_SECONDS", "0")
+    ended = subprocess.run([sys.executable, "-c", source, str(tmp_path / "saved")], timeout=60)
+    assert ended.returncode == 0

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from sfcore.preemption import Preemption
+from sfcore.preemption import EXIT_SAVED, Preemption
 
 
 def test_without_a_signal_everything_is_as_before():
@@ -71,3 +73,31 @@ def test_another_thread_than_the_main_one_is_refused():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Preemption(lambda: None, **options)
+
+
+UNUSUAL = """
+import signal, time
+from sfcore.preemption import Preemption
+ends = signal.SIGRTMIN + 1  # has no name
+with Preemption(lambda: "here", {}) as preemption:
+    signal.raise_signal(preemption._signals[-1])
+    for _ in range(1000):
+        with preemption.updating():
+            pass
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="no real-time signals here")
+@pytest.mark.parametrize("options", ["patience=float('inf'), grace=float('inf')", "signals=[ends]"])
+def test_unusual_options_do_not_keep_a_signal_from_being_saved_at(options):
+    program = UNUSUAL.replace("{}", options)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == EXIT_SAVED, ended.stderr
+
+
+def test_a_signal_named_twice_goes_back_to_its_handler_from_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with Preemption(lambda: None, signals=[signal.SIGTERM, signal.SIGTERM]):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -195,3 +195,11 @@ def test_the_way_of_x_follows_from_the_state_alone():
     # float32; measured: at most 3.3e-7 relative, 5 seeds, after 5, 20 and 60 steps.
     assert now["x_step"] == pytest.approx((run.gather("x") - before).norm().item(), rel=5e-6)
     assert math.isnan(step_of_x(1.0, 0.5))
+
+
+def test_a_negative_loss_that_goes_on_as_it_was_is_not_reported():
+    recorder = Recorder()
+    for _ in range(WATCHED_STEPS):
+        recorder.add(c=0.01, loss=-5.0)  # the likelihood of a density, above 1
+    watch = Watch(recorder.recent())
+    assert [watch.observe(c=0.01, loss=-5.0) for _ in range(WATCHED_STEPS)] == [None] * WATCHED_STEPS

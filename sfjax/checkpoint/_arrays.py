@@ -48,7 +48,8 @@ def _layout(path: Path) -> dict[str, Any]:
     try:
         layout = json.loads(file.read_text(encoding="utf-8"))
         for leaf in layout["tree_metadata"].values():
-            leaf["key_metadata"][0]["key"], leaf["value_metadata"]["value_type"]
+            leaf["key_metadata"][0], [part["key"] for part in leaf["key_metadata"]]
+            leaf["value_metadata"]["value_type"]
     except OSError as error:
         raise CheckpointError(exchange.cannot_read(file, error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

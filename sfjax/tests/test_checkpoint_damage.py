@@ -59,6 +59,13 @@ def _cut_tree(step: Path) -> None:
     file.write_text(file.read_text()[:100])
 
 
+def _change_key(step: Path) -> None:
+    file = step / "state" / "_METADATA"
+    start, key, end = file.read_text().rpartition('"key": ')
+    assert key
+    file.write_text(f'{start}"kex": {end}')
+
+
 def _forget_leaf(step: Path) -> None:
     file = step / "state" / "_METADATA"
     tree = json.loads(file.read_text())
@@ -79,6 +86,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing record": (_lose_record, r"metadata is missing"),
     "missing state": (_lose_state, r"state is missing"),
     "cut description": (_cut_tree, r"_METADATA is damaged"),
+    "changed key": (_change_key, r"_METADATA is damaged"),
     "flipped record": (_flip_record, r"metadata is damaged|must say it is"),
 }
 
