@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from sfcore.exchange import CheckpointError, cannot_read
@@ -67,6 +68,15 @@ def next_name(step: int, older: Path | None) -> str:
     return f"{name}.{int(match[2] or 0) + 1}" if match else name
 
 
+def discard(path: Path) -> None:
+    """Removes a folder, as far as the system lets us; of a link to one, only the link."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove(path: Path) -> bool:
     """Removes a checkpoint, if the system lets us; it stops being one before the first file goes."""
     going = aside(path.parent)
@@ -74,7 +84,7 @@ def remove(path: Path) -> bool:
         os.rename(path, going)
     except OSError:
         return False
-    shutil.rmtree(going, ignore_errors=True)
+    discard(going)
     return True
 
 

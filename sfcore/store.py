@@ -222,7 +222,7 @@ def clean(folder: Path) -> list[Path]:
     partial = sorted(folder.glob(f"{_folder.PARTIAL}*")) if folder.is_dir() else []
     left = [path for path in partial if path.name not in _in_work]
     for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        _folder.discard(path)
     replaced = [path for _, path in everything if path not in kept]
     return left + [path for path in replaced if _folder.remove(path)]
 

@@ -386,6 +386,19 @@ def test_a_restore_in_inference_mode_leaves_a_state_that_can_be_trained_on(tmp_p
     assert optimizer.param_groups[0]["k"] == 2
 
 
+def test_a_checkpoint_that_was_moved_and_linked_to_leaves_nothing_when_it_goes(tmp_path):
+    model, optimizer = started()
+    with Checkpoints(tmp_path / "run", keep_newest=1) as checkpoints:
+        checkpoints.save(model, optimizer, step=1)
+        path = checkpoints.wait()
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        assert checkpoints.restore(model, optimizer).meta.step == 1
+        checkpoints.save(model, optimizer, step=2)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000000002"]
+    assert (tmp_path / "elsewhere" / store.META).exists()
+
+
 def test_an_empty_folder_starts_anew_and_none_never_restores(tmp_path):
     model, optimizer = started()
     for folder in (tmp_path, tmp_path / "not there yet"):
