@@ -196,6 +196,7 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
         ("--seed -1", ["--seed must be a whole number >= 0, got -1"]),
         ("--save-every 0", ["--save-every must be a whole number >= 1, got 0"]),
         ("--kill-at 0", ["--kill-at must be a whole number >= 1, got 0"]),
+        ("--resume weights:", ["--resume: must be none, auto, latest-good or weights:PATH, got 'weights:'"]),
         ("--resume latest", ["--resume: must be none, auto, latest-good or weights:PATH, got 'latest'"]),
         ("--framework tensorflow", ["--framework", "'tensorflow'"]),
         ("--optimiser sgd", ["unknown argument --optimiser: did you mean --optimizer?"]),
@@ -225,3 +226,11 @@ def test_a_missing_framework_is_named_with_what_to_install(tmp_path, capsys, mon
     with pytest.raises(SystemExit):
         run(tmp_path, "--framework", "jax")
     assert "--framework jax needs flax, which is not installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_weights_that_are_not_there_are_named_without_a_traceback(tmp_path, capsys, framework):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--framework", framework, "--resume", f"weights:{tmp_path / 'none.safetensors'}")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none.safetensors'} is missing")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sfcore.checks import find_problems, nearest
+from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import SGD, AdamW, RAdam
 
 KINDS = {"sgd": SGD, "adamw": AdamW, "radam": RAdam}
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     runs: dict[str, _report.Run] = {}
     for framework, backend in backends.items():
         start = time.perf_counter()
-        points = list(backend.train(settings, digits, plan))
+        try:
+            points = list(backend.train(settings, digits, plan))
+        except CheckpointError as error:
+            parser.exit(1, f"error: {error}\n")
         seconds = time.perf_counter() - start
         runs[framework] = _report.Run(points, seconds, plan.resumed[framework], plan.digests[framework])
 
@@ -77,7 +81,7 @@ def number(text: str) -> float:
 
 def resume(text: str) -> str:
     """Reads --resume; argparse shows the message."""
-    if text in ("none", "auto", "latest-good") or text.startswith("weights:"):
+    if text in ("none", "auto", "latest-good") or text.removeprefix("weights:") not in (text, ""):
         return text
     raise argparse.ArgumentTypeError(f"must be none, auto, latest-good or weights:PATH, got {text!r}")
 

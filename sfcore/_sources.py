@@ -59,6 +59,8 @@ def load(path: Path) -> Source:
     try:
         if path.is_dir():
             return _folder(path)
+        if path.exists() and not path.is_file():  # it can be read once only, or never ends
+            raise unknown(path, "a pipe or a device, which must be written to a file first")
         with open(path, "rb") as file:
             start = file.read(16)
     except OSError as error:

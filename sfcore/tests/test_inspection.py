@@ -1,5 +1,6 @@
 """inspect says what a file is, where it stands and what its iterates are, whoever wrote it."""
 
+import os
 import shutil
 
 import jax
@@ -277,3 +278,12 @@ def test_a_changed_byte_of_a_torch_file_of_the_older_kind_is_an_error_or_changes
             errors.append(str(error))
     assert len(errors) > len(intact) / 2
     assert all(str(tmp_path / "w.pt") in error for error in errors)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        CheckpointError, match="got a pipe or a device, which must be written to a file first"
+    ):
+        inspection.inspect(tmp_path / "pipe")
