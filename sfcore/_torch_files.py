@@ -43,7 +43,15 @@ def read(path: Path) -> Source:
         return Source(path, "weights without optimizer state (torch)", weights=weights)
     try:
         return _of_optimizer(path, next(iter(optimizers.values())), weights)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise unknown(
             path, f"an optimizer's state with other entries than its program has ({error!r})"
         ) from error
