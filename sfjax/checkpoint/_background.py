@@ -54,14 +54,15 @@ class Background:
 _unfinished: set[Future[None]] = set()
 
 
-def _finish() -> None:
+def finish() -> None:
+    """Waits for whatever any Background of this process is at."""
     wait_for(list(_unfinished))  # an error is logged where it happens
 
 
 # Python accepts no new threads once the main one has ended, and atexit comes after that: a save in flight
 # would fail. This hook, which concurrent.futures itself uses, comes before.
 if hasattr(threading, "_register_atexit"):
-    threading._register_atexit(_finish)
+    threading._register_atexit(finish)
 # A fork has no thread that would finish the work, and would wait for it forever when it ends.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unfinished.clear)

@@ -20,7 +20,7 @@ from sfcore.exchange import CheckpointError
 from sfcore.meta import as_metrics, as_step
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record
-from sfjax.checkpoint._background import Background
+from sfjax.checkpoint._background import Background, finish
 from sfjax.checkpoint._import import import_exchange
 from sfjax.checkpoint._leaves import beside, named, parameters, whole
 from sfjax.checkpoint._restore import Restored, restore_into
@@ -293,6 +293,7 @@ class Checkpoints:
         if self._writer is None:
             from sfjax.checkpoint._orbax import Writer
 
+            finish()  # a Writer first cleans its folder, into which another of this process may be saving
             try:
                 self._writer = Writer(self.folder, *self._keep, self._scores)
             except OSError as error:

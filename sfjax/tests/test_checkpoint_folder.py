@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from sfcore import exchange
 from sfcore.checks import HyperparameterError
 from sfjax.checkpoint import CheckpointError, Checkpoints
+from sfjax.checkpoint._save import Job
 from sfjax.tests.checkpoint_runs import begin, files, go, saved, snapshot, transformation
 
 
@@ -176,6 +178,24 @@ def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path
         pytest.raises(CheckpointError, match=r"must hold step 7, got the steps \[3\]"),
     ):
         checkpoints.restore(params, opt_state, resume=7)
+
+
+def test_another_object_for_the_folder_does_not_clean_away_the_save_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, write = threading.Event(), Job.write_meta
+
+    def slow(job: Job, folder: Path) -> None:
+        begun.set()
+        time.sleep(1)
+        write(job, folder)
+
+    monkeypatch.setattr(Job, "write_meta", slow)
+    with Checkpoints(tmp_path) as old, Checkpoints(tmp_path) as new:
+        old.save(1, *_state())
+        begun.wait(60)
+        new.save(2, *_state())
+    assert files(tmp_path) == ["1", "2"]
 
 
 def test_reading_cleans_nothing_that_another_process_may_be_writing(tmp_path: Path) -> None:
