@@ -32,7 +32,9 @@ class Writer:
     def __init__(self, folder: Path, keep: tuple[int, int, str], background: bool):
         self._folder, self._keep, self._background = folder, keep, background
         self._snapshot = Snapshot()
-        self._thread: threading.Thread | None = None
+        # Not join(), which in Python 3.11 takes a thread for ended once Ctrl-C has interrupted it.
+        self._idle = threading.Event()
+        self._idle.set()
         self._error: CheckpointError | None = None
         self._path: Path | None = None
         self._cleaned = False
@@ -47,14 +49,16 @@ class Writer:
         leaves = self._snapshot.take(captured.tensors)
         # No daemon: a program that ends normally waits for its last save.
         thread = threading.Thread(target=self._save, args=(captured, leaves), name="sftorch.checkpoint")
-        thread.start()
-        self._thread = thread  # now, because one that could not be started cannot be waited for
+        self._idle.clear()
+        try:
+            thread.start()
+        except Exception:  # such as: no more threads
+            self._idle.set()
+            raise
 
     def wait(self) -> Path | None:
         """Waits for the save in flight; returns the last path, or raises the save's error, once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -73,12 +77,17 @@ class Writer:
             self._snapshot.wait()
             self._path = self._write(captured, leaves)
         except CheckpointError as error:
-            self._error = error
+            self._fail(error)
         except Exception as error:
-            self._error = CheckpointError(f"the save of step {captured.meta.step} failed: {error!r}")
-            self._error.__cause__ = error
-        if self._error is not None:
-            _log.error("%s", self._error)
+            failure = CheckpointError(f"the save of step {captured.meta.step} failed: {error!r}")
+            failure.__cause__ = error
+            self._fail(failure)
+        finally:
+            self._idle.set()
+
+    def _fail(self, error: CheckpointError) -> None:
+        self._error = error
+        _log.error("%s", error)
 
     def _write(self, captured: Capture, leaves: Mapping[str, Tensor]) -> Path:
         if not self._cleaned:  # not at construction: another process may be saving while this one only reads

@@ -1,6 +1,7 @@
 """What save accepts, keeps and refuses."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,25 @@ def started(updates=3):
     model, optimizer = build(CASE)
     train(model, optimizer, CASE, 0, updates)
     return model, optimizer
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal to one thread")
+def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(tmp_path, monkeypatch):
+    model, optimizer = started()
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    going_on, write = threading.Event(), store.write
+    monkeypatch.setattr(store, "write", lambda *arguments: going_on.wait(60) and write(*arguments))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, step=1)
+        interrupt = (threading.get_ident(), signal.SIGINT)
+        threading.Timer(0.5, signal.pthread_kill, interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+        train(model, optimizer, CASE, 3, 4)
+        threading.Timer(0.5, going_on.set).start()
+        checkpoints.save(model, optimizer, step=2)
+    _, arrays = store.read(store.steps(tmp_path)[1])
+    assert all(np.array_equal(arrays[f"y/{name}"], value) for name, value in expected.items())
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
