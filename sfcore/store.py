@@ -79,8 +79,8 @@ def write(
     except OSError as error:
         raise CheckpointError(f"cannot write a checkpoint into {folder}: {_folder.why(error)}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         _in_work.discard(partial.name)
+        shutil.rmtree(partial, ignore_errors=True)
     if older is not None:
         _folder.remove(older)
     return final

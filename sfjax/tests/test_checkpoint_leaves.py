@@ -257,6 +257,8 @@ def test_later_steps_do_not_reach_a_save_in_flight(tmp_path: Path) -> None:
 def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A test run that was started in the background ignores SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     going_on, write = threading.Event(), Writer.save
     monkeypatch.setattr(Writer, "save", lambda *arguments: going_on.wait(60) and write(*arguments))
     tx, params = transformation("sgd"), begin()
@@ -267,6 +269,7 @@ def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(
         threading.Timer(0.5, signal.pthread_kill, interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             checkpoints.wait()
+        signal.signal(signal.SIGINT, handler)
         threading.Timer(0.5, going_on.set).start()
         checkpoints.save(1, later, tx.init(later))
     np.testing.assert_array_equal(read(first)[1]["y/a"], params["a"])

@@ -30,6 +30,8 @@ def started(updates=3):
 def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(tmp_path, monkeypatch):
     model, optimizer = started()
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    # A test run that was started in the background ignores SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     going_on, write = threading.Event(), store.write
     monkeypatch.setattr(store, "write", lambda *arguments: going_on.wait(60) and write(*arguments))
     with Checkpoints(tmp_path) as checkpoints:
@@ -38,6 +40,7 @@ def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(tmp_p
         threading.Timer(0.5, signal.pthread_kill, interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             checkpoints.wait()
+        signal.signal(signal.SIGINT, handler)
         train(model, optimizer, CASE, 3, 4)
         threading.Timer(0.5, going_on.set).start()
         checkpoints.save(model, optimizer, step=2)
