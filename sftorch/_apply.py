@@ -192,9 +192,11 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
         optimizer.state.pop(p, None)
         if state:
             optimizer.state[p] = state
-    for p, state in new.base_states.items():
-        optimizer.base.state[p] = state  # type: ignore[attr-defined]
     if isinstance(optimizer, ScheduleFreeWrapper):
+        for p, state in new.base_states.items():
+            optimizer.base.state.pop(p, None)
+            if state:
+                optimizer.base.state[p] = state
         optimizer._show_base_state()
     for p, gradient in new.gradients.items():
         p.grad = gradient

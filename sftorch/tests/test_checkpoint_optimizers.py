@@ -145,6 +145,21 @@ class TestWrapper:
         assert notices == []
         assert optimizer.param_groups[0]["d"] == 0.25
 
+    def test_a_parameter_that_has_not_started_gets_no_state(self, tmp_path):
+        def build_one():
+            model, _ = build(ADAMW)
+            next(model.parameters()).requires_grad_(False)
+            return model, sftorch.ScheduleFreeWrapper(torch.optim.RMSprop(model.parameters(), lr=0.01))
+
+        model, optimizer = build_one()
+        train(model, optimizer, ADAMW, 0, 2)
+        checkpoints = Checkpoints(tmp_path, background=False)
+        checkpoints.save(model, optimizer)
+        expected = optimizer.state_dict()["state"].keys()
+        model, optimizer = build_one()
+        checkpoints.restore(model, optimizer)
+        assert optimizer.state_dict()["state"].keys() == expected
+
     def test_another_base_starts_anew_and_x_goes_on(self, tmp_path):
         checkpoints, old = self.saved(tmp_path, lambda p: torch.optim.RMSprop(p, lr=0.01))
         optimizer, notices = self.resumed(checkpoints, lambda p: torch.optim.Adagrad(p, lr=0.01))

@@ -69,6 +69,14 @@ def test_z_of_16_bit_parameters_is_loaded_in_float32():
         assert other.state[q]["z"].dtype == torch.float32
 
 
+def test_a_state_dict_from_before_the_first_step_loads():
+    for base in BASES:  # Adagrad has state by then
+        params, others = matrices(), matrices()
+        other = sftorch.ScheduleFreeWrapper(BASES[base](others))
+        other.load_state_dict(sftorch.ScheduleFreeWrapper(BASES[base](params)).state_dict())
+        feed(other, others, some_grads(2, others))
+
+
 def test_a_copied_wrapper_sees_its_own_bases_state():
     params = matrices()
     optimizer = sftorch.ScheduleFreeWrapper(torch.optim.AdamW(params, lr=STEP_SIZE))
