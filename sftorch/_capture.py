@@ -256,10 +256,13 @@ def _group(
     values, _ = optimizer._values(group)
     books = optimizer._books(group)
     own: dict[str, Any] = {"books": {key: books[key] for key in new_books() if key != "train_mode"}}
+    ours = (
+        new_books().keys() if books is group else {"schedule_free"}
+    )  # a wrapped Prodigy has a "k" of its own
     options = {
         key: _number(value)
         for key, value in group.items()
-        if key not in own["books"] and key not in ("params", "param_names", "train_mode", "schedule_free")
+        if key not in ours and key not in ("params", "param_names")
     }
     own["options"] = _arrays.encode({k: v for k, v in options.items() if _is_plain(v)}, {}, "options")
     if "lr" in optimizer.defaults:

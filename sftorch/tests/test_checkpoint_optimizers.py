@@ -5,6 +5,7 @@ import torch
 
 import sftorch
 from sftorch.checkpoint import Checkpoints
+from sftorch.tests.bases import BASES
 from sftorch.tests.checkpoint_runs import (
     ADAMW,
     Case,
@@ -144,6 +145,15 @@ class TestWrapper:
         optimizer, notices = self.resumed(checkpoints, base)
         assert notices == []
         assert optimizer.param_groups[0]["d"] == 0.25
+
+    def test_options_of_the_base_may_have_the_names_of_our_books(self, tmp_path):
+        checkpoints, old = self.saved(tmp_path, BASES["Prodigal"])
+        optimizer, notices = self.resumed(checkpoints, BASES["Prodigal"])
+        assert notices == []
+        assert (optimizer.param_groups[0]["k"], optimizer.param_groups[0]["d"]) == (
+            6,
+            old.param_groups[0]["d"],
+        )
 
     def test_a_parameter_that_has_not_started_gets_no_state(self, tmp_path):
         def build_one():
