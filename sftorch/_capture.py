@@ -256,9 +256,8 @@ def _group(
     values, _ = optimizer._values(group)
     books = optimizer._books(group)
     own: dict[str, Any] = {"books": {key: books[key] for key in new_books() if key != "train_mode"}}
-    ours = (
-        new_books().keys() if books is group else {"schedule_free"}
-    )  # a wrapped Prodigy has a "k" of its own
+    # A wrapper's books lie apart, because a base may use their names: Prodigy has a "k".
+    ours = new_books().keys() if books is group else {"schedule_free"}
     options = {
         key: _number(value)
         for key, value in group.items()
