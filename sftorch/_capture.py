@@ -162,6 +162,11 @@ def capture(
     """
     if MODEL_EXTRA in extra:
         raise CheckpointError(f"extra must have keys of yours, got {MODEL_EXTRA!r}: take another name for it")
+    if optimizer._is_half_restored:
+        raise CheckpointError(
+            "optimizer must hold one step's state, got parts of two from a restore that was interrupted: "
+            "call restore() again"
+        )
     names = parameter_names(model, optimizer)
     _reconcile.settle(optimizer)
     if isinstance(optimizer, TrainEvalOptimizer):

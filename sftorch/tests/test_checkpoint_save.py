@@ -66,6 +66,26 @@ def test_a_save_interrupted_while_its_thread_starts_leaves_later_ones_possible(t
     checkpoints.close()
 
 
+def test_a_state_that_is_half_restored_is_not_saved(tmp_path, monkeypatch):
+    model, optimizer = started()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, optimizer)
+    train(model, optimizer, CASE, 3, 5)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sftorch._apply._put_entries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.restore(model, optimizer)
+    with pytest.raises(CheckpointError, match=r"one step's state.*call restore\(\) again"):
+        checkpoints.save(model, optimizer)
+    checkpoints.restore(model, optimizer)
+    checkpoints.save(model, optimizer)
+    checkpoints.close()
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     model, optimizer = started()
     with Checkpoints(tmp_path, keep_newest=2, keep_best=1) as checkpoints:
