@@ -183,6 +183,7 @@ def without_partial_update(new: Plan, meta: Meta) -> tuple[Meta, list[str]]:
 @torch.no_grad()
 def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> None:
     """Puts a plan in place; the live mode stays."""
+    optimizer._is_half_restored = True
     optimizer._loaded = None
     if isinstance(optimizer, TrainEvalOptimizer):
         optimizer._forget_step()
@@ -192,9 +193,11 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
         optimizer.state.pop(p, None)
         if state:
             optimizer.state[p] = state
-    for p, state in new.base_states.items():
-        optimizer.base.state[p] = state  # type: ignore[attr-defined]
     if isinstance(optimizer, ScheduleFreeWrapper):
+        for p, state in new.base_states.items():
+            optimizer.base.state.pop(p, None)
+            if state:
+                optimizer.base.state[p] = state
         optimizer._show_base_state()
     for p, gradient in new.gradients.items():
         p.grad = gradient
@@ -206,6 +209,7 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
             else:
                 group[key] = value
     _put_entries(unwrapped(model), new.model_extra)
+    optimizer._is_half_restored = False
 
 
 def _put_entries(model: nn.Module, entries: Mapping[str, Any]) -> None:

@@ -162,6 +162,11 @@ def capture(
     """
     if MODEL_EXTRA in extra:
         raise CheckpointError(f"extra must have keys of yours, got {MODEL_EXTRA!r}: take another name for it")
+    if optimizer._is_half_restored:
+        raise CheckpointError(
+            "optimizer must hold one step's state, got parts of two from a restore that was interrupted: "
+            "call restore() again"
+        )
     names = parameter_names(model, optimizer)
     _reconcile.settle(optimizer)
     if isinstance(optimizer, TrainEvalOptimizer):
@@ -256,10 +261,12 @@ def _group(
     values, _ = optimizer._values(group)
     books = optimizer._books(group)
     own: dict[str, Any] = {"books": {key: books[key] for key in new_books() if key != "train_mode"}}
+    # A wrapper's books lie apart, because a base may use their names: Prodigy has a "k".
+    ours = new_books().keys() if books is group else {"schedule_free"}
     options = {
         key: _number(value)
         for key, value in group.items()
-        if key not in own["books"] and key not in ("params", "param_names", "train_mode", "schedule_free")
+        if key not in ours and key not in ("params", "param_names")
     }
     own["options"] = _arrays.encode({k: v for k, v in options.items() if _is_plain(v)}, {}, "options")
     if "lr" in optimizer.defaults:

@@ -58,6 +58,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
     _rest: ClassVar[str] = _held.Y_REST  # of what the parameters hold between steps
     _may_be_lean: ClassVar[bool] = False
     _loaded: _reconcile.Loaded | None = None
+    _is_half_restored = False  # by a restore that was interrupted
     _watch: Any = None
     describe = _describe.describe
 
@@ -171,6 +172,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         live_mode = self._books(self.param_groups[0])["train_mode"]
         holds = _reconcile.saved_holds(self, state_dict)
         self._load(state_dict)
+        self._is_half_restored = False
         _reconcile.accept(self, live_mode, holds)
 
     def _load(self, state_dict: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class Loaded:
     def held(self, p: Tensor, found: int) -> str | None:
         """Returns which iterate a parameter of this print holds; None if it is neither."""
         names = self.candidates(p, found)
-        expected = self.settled[p][1] if self.unchanged(p, found) else self.saved[p]
+        expected = self.saved[p] if self.is_as_saved(p, found) else self.settled[p][1]
         return expected if expected in names else next(iter(names), None)
 
     def unchanged(self, p: Tensor, found: int) -> bool:

@@ -121,7 +121,8 @@ def _group_problems(
         if shape is not None and list(shape) != list(p.shape):
             found.append(f"{where} must have shape {tuple(p.shape)}, got {tuple(shape)}")
         needed = buffers if kept else ("z", *buffers)
-        lacking = [name for name in needed if name not in values] if values else []
+        has_started = values.keys() - {"base"}  # some bases (Adagrad) have state before the first step
+        lacking = [name for name in needed if name not in values] if has_started else []
         if lacking:
             found.append(
                 f"{where} must have the state {lacking[0]!r}, got {sorted(values)}: load the state of an "

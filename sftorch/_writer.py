@@ -47,13 +47,19 @@ class Writer:
             self.wait()
             return
         leaves = self._snapshot.take(captured.tensors)
-        # No daemon: a program that ends normally waits for its last save.
-        thread = threading.Thread(target=self._save, args=(captured, leaves), name="sftorch.checkpoint")
-        self._idle.clear()
+        claim = threading.Lock()
+
+        def save() -> None:
+            if claim.acquire(blocking=False):
+                self._save(captured, leaves)
+
         try:
-            thread.start()
-        except Exception:  # such as: no more threads
-            self._idle.set()
+            self._idle.clear()
+            # No daemon: a program that ends normally waits for its last save.
+            threading.Thread(target=save, name="sftorch.checkpoint").start()
+        except BaseException:  # no more threads, or Ctrl-C, which leaves open whether there is one now
+            if claim.acquire(blocking=False):
+                self._idle.set()
             raise
 
     def wait(self) -> Path | None:

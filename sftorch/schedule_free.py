@@ -118,9 +118,20 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         wide = {p: torch.empty_like(p, dtype=torch.float32) for p in _stand_ins.needed_for(self._params())}
         with _stand_ins.in_place_of(self.base, wide):
             self.base.load_state_dict({"state": copy.deepcopy(base), "param_groups": groups})
+        self._keep_dtypes(state, [index for group in groups for index in group["params"]])
         super()._load({"state": own, "param_groups": groups})
         self.param_groups = self.base.param_groups
         self._show_base_state()
+
+    def _keep_dtypes(self, state: dict[int, dict[str, Any]], indices: list[int]) -> None:
+        """Undoes torch's cast of float32 beside float64 parameters, such as NAdam's mu_product."""
+        for index, p in zip(indices, self._params(), strict=True):
+            of_p = state.get(index, {})
+            if "z" not in of_p or of_p["z"].dtype != torch.float64:
+                continue
+            for name, value in of_p.get(_BASE, {}).items():
+                if isinstance(value, Tensor) and value.dtype == torch.float32:
+                    self.base.state[p][name] = self.base.state[p][name].to(torch.float32)
 
     def _show_base_state(self) -> None:
         """Puts the base's own dicts into ours, where whatever saves optimizers looks for state."""

@@ -5,6 +5,7 @@ import torch
 
 import sftorch
 from sftorch.checkpoint import Checkpoints
+from sftorch.tests.bases import BASES
 from sftorch.tests.checkpoint_runs import (
     ADAMW,
     Case,
@@ -144,6 +145,30 @@ class TestWrapper:
         optimizer, notices = self.resumed(checkpoints, base)
         assert notices == []
         assert optimizer.param_groups[0]["d"] == 0.25
+
+    def test_options_of_the_base_may_have_the_names_of_our_books(self, tmp_path):
+        checkpoints, old = self.saved(tmp_path, BASES["Prodigal"])
+        optimizer, notices = self.resumed(checkpoints, BASES["Prodigal"])
+        assert notices == []
+        assert (optimizer.param_groups[0]["k"], optimizer.param_groups[0]["d"]) == (
+            6,
+            old.param_groups[0]["d"],
+        )
+
+    def test_a_parameter_that_has_not_started_gets_no_state(self, tmp_path):
+        def build_one():
+            model, _ = build(ADAMW)
+            next(model.parameters()).requires_grad_(False)
+            return model, sftorch.ScheduleFreeWrapper(torch.optim.RMSprop(model.parameters(), lr=0.01))
+
+        model, optimizer = build_one()
+        train(model, optimizer, ADAMW, 0, 2)
+        checkpoints = Checkpoints(tmp_path, background=False)
+        checkpoints.save(model, optimizer)
+        expected = optimizer.state_dict()["state"].keys()
+        model, optimizer = build_one()
+        checkpoints.restore(model, optimizer)
+        assert optimizer.state_dict()["state"].keys() == expected
 
     def test_another_base_starts_anew_and_x_goes_on(self, tmp_path):
         checkpoints, old = self.saved(tmp_path, lambda p: torch.optim.RMSprop(p, lr=0.01))

@@ -48,6 +48,47 @@ def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(tmp_p
     assert all(np.array_equal(arrays[f"y/{name}"], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_save_interrupted_while_its_thread_starts_leaves_later_ones_possible(tmp_path, monkeypatch, runs):
+    model, optimizer = started()
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if runs:
+            start(thread)
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(model, optimizer, step=1)
+    assert checkpoints._writer._idle.wait(5)  # or everything after it would hang
+    checkpoints.save(model, optimizer, step=2)
+    assert checkpoints.wait() == store.steps(tmp_path)[2]
+    checkpoints.close()
+
+
+def test_a_state_that_is_half_restored_is_not_saved(tmp_path, monkeypatch):
+    model, optimizer = started()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, optimizer)
+    train(model, optimizer, CASE, 3, 5)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sftorch._apply._put_entries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.restore(model, optimizer)
+    with pytest.raises(CheckpointError, match=r"one step's state.*call restore\(\) again"):
+        checkpoints.save(model, optimizer)
+    checkpoints.restore(model, optimizer)
+    checkpoints.save(model, optimizer)
+    checkpoints.close()
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     model, optimizer = started()
     with Checkpoints(tmp_path, keep_newest=2, keep_best=1) as checkpoints:

@@ -162,6 +162,18 @@ def test_bf16_parameters_resume_exactly_and_their_state_stays_fp32(kind, saved_m
     assert_close(model, later, exact=True)
 
 
+def test_an_evaluation_before_the_first_step_keeps_a_y_whose_16_bits_are_those_of_x():
+    weights, state, _, _ = run("primal", torch.bfloat16, "y", "y")  # at beta = 1, y is x
+    model, optimizer = build("primal", torch.bfloat16, seed=1)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    before = clone(optimizer.state_dict()["state"])
+    optimizer.eval()
+    optimizer.train()
+    for index, values in optimizer.state_dict()["state"].items():
+        assert torch.equal(values["y_rest"], before[index]["y_rest"])
+
+
 def test_a_loaded_state_is_a_copy():
     weights, state, _, _ = run("adamw", torch.float32, "x", "x")
     kept = clone(state)

@@ -69,6 +69,42 @@ def test_z_of_16_bit_parameters_is_loaded_in_float32():
         assert other.state[q]["z"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("base", [torch.optim.NAdam, torch.optim.ASGD])
+def test_float32_state_beside_float64_parameters_stays_float32(base):
+    params, others = matrices(torch.float64), matrices(torch.float64)
+    grads = some_grads(8, params)
+    optimizer, other = (sftorch.ScheduleFreeWrapper(base(ps, lr=STEP_SIZE)) for ps in (params, others))
+    feed(optimizer, params, grads[:4])
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p)
+    other.load_state_dict(optimizer.state_dict())
+    feed(optimizer, params, grads[4:])
+    feed(other, others, grads[4:])
+    assert same_bits(others, params)
+
+
+def test_state_of_a_float32_model_goes_on_in_float64():
+    params, others = matrices(), matrices(torch.float64)
+    optimizer, other = (sftorch.ScheduleFreeWrapper(BASES["AdamW"](ps)) for ps in (params, others))
+    feed(optimizer, params, some_grads(4, params))
+    state = optimizer.state_dict()
+    for values in state["state"].values():
+        del values["x_print"], values["y_print"]  # those of the float32 weights
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p)
+    other.load_state_dict(state)
+    feed(other, others, some_grads(4, others))
+    assert other.base.state[others[0]]["exp_avg"].dtype is torch.float64
+
+
+def test_a_state_dict_from_before_the_first_step_loads():
+    for base in BASES:  # Adagrad has state by then
+        params, others = matrices(), matrices()
+        other = sftorch.ScheduleFreeWrapper(BASES[base](others))
+        other.load_state_dict(sftorch.ScheduleFreeWrapper(BASES[base](params)).state_dict())
+        feed(other, others, some_grads(2, others))
+
+
 def test_a_copied_wrapper_sees_its_own_bases_state():
     params = matrices()
     optimizer = sftorch.ScheduleFreeWrapper(torch.optim.AdamW(params, lr=STEP_SIZE))
