@@ -119,31 +119,39 @@ def test_a_run_goes_on_in_the_other_framework_and_comes_back(network, dtype, tmp
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_from_jax_to_torch_and_back_is_the_identity(network, tmp_path):
-    run = Crossing(network, "float32")
-    rng = np.random.default_rng(2)
-    params = {name: jnp.asarray(rng.standard_normal(p.shape), jnp.float32) for name, p in run.params.items()}
-    buffers = {name: jnp.asarray(rng.random(b.shape) + 0.5, jnp.float32) for name, b in run.buffers.items()}
-    params, state = run.jax_steps(params, run.tx.init(params), 0, BEFORE)
-    config = AdamW(**CONFIG)
-    export_exchange(
-        tmp_path / "jax", params, state, step=BEFORE, hyperparameters=config, names=run.map, buffers=buffers
-    )
-    with Checkpoints(tmp_path / "jax") as checkpoints:
-        checkpoints.restore(run.model, run.optimizer)
-    with Checkpoints(tmp_path / "torch") as checkpoints:
-        checkpoints.save(run.model, run.optimizer)
-    target = jax.eval_shape(run.tx.init, params)
-    back = import_exchange(
-        tmp_path / "torch", run.params, target, names=run.map, buffers=run.buffers, hyperparameters=config
-    )
-    before, after = (
-        jax.tree_util.tree_leaves_with_path(tree)
-        for tree in ((params, state, buffers), (back.params, back.opt_state, back.extra_state))
-    )
-    unlike = [
-        jax.tree_util.keystr(path)
-        for (path, one), (_, other) in zip(before, after, strict=True)
-        if np.asarray(one).tobytes() != np.asarray(other).tobytes()
-    ]
-    assert unlike == []
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_from_jax_to_torch_and_back_is_the_identity(network, dtype, tmp_path):
+    with jax.enable_x64(dtype == "float64"):
+        run = Crossing(network, dtype)
+        rng = np.random.default_rng(2)
+        params = {name: jnp.asarray(rng.standard_normal(p.shape), dtype) for name, p in run.params.items()}
+        buffers = {name: jnp.asarray(rng.random(b.shape) + 0.5, dtype) for name, b in run.buffers.items()}
+        params, state = run.jax_steps(params, run.tx.init(params), 0, AFTER)
+        config = AdamW(**CONFIG)
+        export_exchange(
+            tmp_path / "jax",
+            params,
+            state,
+            step=AFTER,
+            hyperparameters=config,
+            names=run.map,
+            buffers=buffers,
+        )
+        with Checkpoints(tmp_path / "jax") as checkpoints:
+            checkpoints.restore(run.model, run.optimizer)
+        with Checkpoints(tmp_path / "torch") as checkpoints:
+            checkpoints.save(run.model, run.optimizer)
+        target = jax.eval_shape(run.tx.init, params)
+        back = import_exchange(
+            tmp_path / "torch", run.params, target, names=run.map, buffers=run.buffers, hyperparameters=config
+        )
+        before, after = (
+            jax.tree_util.tree_leaves_with_path(tree)
+            for tree in ((params, state, buffers), (back.params, back.opt_state, back.extra_state))
+        )
+        unlike = [
+            jax.tree_util.keystr(path)
+            for (path, one), (_, other) in zip(before, after, strict=True)
+            if np.asarray(one).tobytes() != np.asarray(other).tobytes()
+        ]
+        assert unlike == []
