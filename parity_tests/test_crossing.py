@@ -19,7 +19,7 @@ from sfcore import names
 from sfcore.hyperparameters import AdamW
 from sfcore.tests import models
 from sfjax.checkpoint import export_exchange, import_exchange
-from sftorch.checkpoint import Checkpoints
+from sftorch.checkpoint import Checkpoints, import_state_dict
 
 BEFORE, AFTER = 15, 50
 CONFIG = {"lr": 0.01, "weight_decay": 0.05, "warmup_steps": 20}
@@ -155,3 +155,19 @@ def test_from_jax_to_torch_and_back_is_the_identity(network, dtype, tmp_path):
             if np.asarray(one).tobytes() != np.asarray(other).tobytes()
         ]
         assert unlike == []
+
+
+def test_a_warm_up_that_is_behind_the_parameters_is_said_to_jump_in_jax(tmp_path):
+    run = Crossing("mlp", "float32")
+    plain = torch.optim.AdamW(run.model.parameters())
+    for grads in run.grads[:BEFORE]:
+        for name, p in run.model.named_parameters():
+            p.grad = torch.from_numpy(grads[name])
+        plain.step()
+    import_state_dict(run.optimizer, plain.state_dict())
+    run.torch_steps(0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(run.model, run.optimizer)
+    there = import_exchange(tmp_path, run.params, run.tx.init(run.params), names=run.map, buffers=run.buffers)
+    said = "the warm-up has come to step 3 of 20, the parameters to step 18: "
+    assert sum(notice.startswith(said) for notice in there.notices) == 1
