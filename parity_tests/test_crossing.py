@@ -19,7 +19,7 @@ from sfcore import names
 from sfcore.hyperparameters import AdamW
 from sfcore.tests import models
 from sfjax.checkpoint import export_exchange, import_exchange
-from sftorch.checkpoint import Checkpoints
+from sftorch.checkpoint import Checkpoints, import_state_dict
 
 BEFORE, AFTER = 15, 50
 CONFIG = {"lr": 0.01, "weight_decay": 0.05, "warmup_steps": 20}
@@ -119,31 +119,55 @@ def test_a_run_goes_on_in_the_other_framework_and_comes_back(network, dtype, tmp
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_from_jax_to_torch_and_back_is_the_identity(network, tmp_path):
-    run = Crossing(network, "float32")
-    rng = np.random.default_rng(2)
-    params = {name: jnp.asarray(rng.standard_normal(p.shape), jnp.float32) for name, p in run.params.items()}
-    buffers = {name: jnp.asarray(rng.random(b.shape) + 0.5, jnp.float32) for name, b in run.buffers.items()}
-    params, state = run.jax_steps(params, run.tx.init(params), 0, BEFORE)
-    config = AdamW(**CONFIG)
-    export_exchange(
-        tmp_path / "jax", params, state, step=BEFORE, hyperparameters=config, names=run.map, buffers=buffers
-    )
-    with Checkpoints(tmp_path / "jax") as checkpoints:
-        checkpoints.restore(run.model, run.optimizer)
-    with Checkpoints(tmp_path / "torch") as checkpoints:
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_from_jax_to_torch_and_back_is_the_identity(network, dtype, tmp_path):
+    with jax.enable_x64(dtype == "float64"):
+        run = Crossing(network, dtype)
+        rng = np.random.default_rng(2)
+        params = {name: jnp.asarray(rng.standard_normal(p.shape), dtype) for name, p in run.params.items()}
+        buffers = {name: jnp.asarray(rng.random(b.shape) + 0.5, dtype) for name, b in run.buffers.items()}
+        params, state = run.jax_steps(params, run.tx.init(params), 0, AFTER)
+        config = AdamW(**CONFIG)
+        export_exchange(
+            tmp_path / "jax",
+            params,
+            state,
+            step=AFTER,
+            hyperparameters=config,
+            names=run.map,
+            buffers=buffers,
+        )
+        with Checkpoints(tmp_path / "jax") as checkpoints:
+            checkpoints.restore(run.model, run.optimizer)
+        with Checkpoints(tmp_path / "torch") as checkpoints:
+            checkpoints.save(run.model, run.optimizer)
+        target = jax.eval_shape(run.tx.init, params)
+        back = import_exchange(
+            tmp_path / "torch", run.params, target, names=run.map, buffers=run.buffers, hyperparameters=config
+        )
+        before, after = (
+            jax.tree_util.tree_leaves_with_path(tree)
+            for tree in ((params, state, buffers), (back.params, back.opt_state, back.extra_state))
+        )
+        unlike = [
+            jax.tree_util.keystr(path)
+            for (path, one), (_, other) in zip(before, after, strict=True)
+            if np.asarray(one).tobytes() != np.asarray(other).tobytes()
+        ]
+        assert unlike == []
+
+
+def test_a_warm_up_that_is_behind_the_parameters_is_said_to_jump_in_jax(tmp_path):
+    run = Crossing("mlp", "float32")
+    plain = torch.optim.AdamW(run.model.parameters())
+    for grads in run.grads[:BEFORE]:
+        for name, p in run.model.named_parameters():
+            p.grad = torch.from_numpy(grads[name])
+        plain.step()
+    import_state_dict(run.optimizer, plain.state_dict())
+    run.torch_steps(0, 3)
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(run.model, run.optimizer)
-    target = jax.eval_shape(run.tx.init, params)
-    back = import_exchange(
-        tmp_path / "torch", run.params, target, names=run.map, buffers=run.buffers, hyperparameters=config
-    )
-    before, after = (
-        jax.tree_util.tree_leaves_with_path(tree)
-        for tree in ((params, state, buffers), (back.params, back.opt_state, back.extra_state))
-    )
-    unlike = [
-        jax.tree_util.keystr(path)
-        for (path, one), (_, other) in zip(before, after, strict=True)
-        if np.asarray(one).tobytes() != np.asarray(other).tobytes()
-    ]
-    assert unlike == []
+    there = import_exchange(tmp_path, run.params, run.tx.init(run.params), names=run.map, buffers=run.buffers)
+    said = "the warm-up has come to step 3 of 20, the parameters to step 18: "
+    assert sum(notice.startswith(said) for notice in there.notices) == 1

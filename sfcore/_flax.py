@@ -54,6 +54,8 @@ def torch_paths(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
         yield (*module[:-1], _ATTENTION[module[-1]], leaf), (0, 1)
     if module and module[-1] in _STACKED:
         yield (*module[:-1], f"in_proj_{leaf}"), (_STACKED[module[-1]], 3)
+    if path[-1] != "kernel":  # whose axes another module than Flax's need not have in that order
+        yield path, (0, 1)
 
 
 def flax_leaf(leaf: str, shape: Shape, siblings: frozenset[str], kind: str | None) -> tuple[str | None, str]:

@@ -88,7 +88,7 @@ def averaging_weights(group: Mapping[str, Any]) -> tuple[float | None, float | N
     t, total = clock["step"] + prior, clock["weight_sum"]
 
     def weight(time: float) -> float:
-        return float(time**r * clock["lr_max"] ** power) if clock["lr_max"] > 0 else 0.0
+        return float(time**r * clock["lr_max"] ** power)  # S4
 
     last = clock.get("c")
     if last is None and clock["step"] > 0:

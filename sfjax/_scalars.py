@@ -35,7 +35,8 @@ class Clock(NamedTuple):
         step: int32, finished updates.
         lr_max: largest lr_t so far.
         weight_sum: sum of the averaging weights so far, prior steps included.
-        weight_sum_low: what rounding has cut off weight_sum, so that 10^7 steps still add up.
+        weight_sum_low: what rounding has cut off weight_sum, so that 10^7 steps still add up in float32;
+            0 in float64.
     """
 
     step: jax.Array
@@ -108,6 +109,8 @@ def next_scalars(
     added = weight + clock.weight_sum_low
     weight_sum = clock.weight_sum + added
     weight_sum_low = added - (weight_sum - clock.weight_sum)
+    if weight_sum.dtype == jnp.float64:  # wide enough by itself, and all that the torch twin has
+        weight_sum_low = jnp.zeros_like(weight_sum)
     c = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1.0), 0.0)  # S5
     return Clock(t, lr_max, weight_sum, weight_sum_low), c
 

@@ -24,7 +24,7 @@ class ScheduleFreeState(NamedTuple):
         lr_max: largest lr_t so far; shape ().
         c: averaging weight of the last update; shape ().
         weight_sum: sum of the averaging weights so far; shape ().
-        weight_sum_low: what rounding has cut off weight_sum; shape ().
+        weight_sum_low: what rounding has cut off weight_sum in float32; 0 in float64; shape ().
         base_optimizer_state: the base's state, or the direction's buffers.
         z: tree of the parameters, at least float32 unless state_dtype says otherwise. At b1 = 0 the
             parameters themselves are z and this holds x. With precision="lean", z - y in bfloat16 for

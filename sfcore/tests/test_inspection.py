@@ -137,6 +137,13 @@ def test_c_is_the_one_of_the_last_step_and_of_the_next(tmp_path, case):
     assert group["next_c"] == pytest.approx(optimizer.metrics()[0]["c"], rel=1e-12)
 
 
+def test_c_is_right_while_radam_rests_and_the_average_weighs_every_step_alike(tmp_path):
+    model, optimizer = runs.torch_run(lambda p: sftorch.RAdamScheduleFree(p, weight_lr_power=0.0), steps=3)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    group = inspection.inspect(tmp_path / "run.pt")["groups"][0]
+    assert (group["c"], group["next_c"]) == (1 / 3, 1 / 4)
+
+
 def test_plain_adam_says_that_it_is_not_schedule_free(tmp_path):
     _, optimizer = runs.torch_run(lambda params: torch.optim.AdamW(params))
     torch.save(optimizer.state_dict(), tmp_path / "adam.pt")

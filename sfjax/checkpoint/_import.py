@@ -122,6 +122,12 @@ def _one_clock(meta: Meta) -> tuple[Meta, list[str]]:
                 f"{len(late)} parameters have a clock of their own, the first {late[0]!r}: JAX has one clock "
                 f"for all, so they go on at step {clock['step']} too"
             )
+        ramp, warmed = group["hyperparameters"].get("warmup_steps", 0), group["clock"]["step"]
+        if warmed != clock["step"] and min(warmed, clock["step"]) < ramp:
+            differences.append(
+                f"the warm-up has come to step {warmed} of {ramp}, the parameters to step {clock['step']}: "
+                "JAX has one clock for both, so the warm-up goes on at the latter"
+            )
         moved.append(group | {"clock": clock})
     return replace(meta, groups=moved), differences
 
