@@ -105,9 +105,12 @@ def _stored(saved: Saved) -> dict[str, str]:
     found = {}
     for group in saved.meta.groups:
         first, second = ("x", "z") if beta_of(group) == 0 else ("z", "x")
+        mine = set(group["parameters"])
         for name, role in saved.roles.items():
             kind, _, parameter = role.partition("/")
-            if kind == first or (kind == second and f"stored/{parameter}" not in found):
+            if parameter in mine and (
+                kind == first or (kind == second and f"stored/{parameter}" not in found)
+            ):
                 found[f"stored/{parameter}"] = name
     return found
 
