@@ -67,6 +67,17 @@ def test_a_partition_of_several_b1_is_there_and_back_the_same(tmp_path: Path) ->
     assert_same((back.params, back.opt_state), (params, opt_state))
 
 
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_the_sum_of_growing_weights_is_there_and_back_the_same(steps: int, tmp_path: Path) -> None:
+    tx = sfjax.schedule_free_sgd(0.3, warmup_steps=9, weight_lr_power=3.0, r=2.0)
+    params = jnp.ones(3)
+    opt_state = tx.init(params)
+    for _ in range(steps):
+        _, opt_state = tx.update(params, opt_state, params)
+    path = export_exchange(tmp_path, params, opt_state, step=steps)
+    assert_same(import_exchange(path, params, tx.init(params)).opt_state, opt_state)
+
+
 def test_inner_momentum_and_wrapped_bases_cross_too(tmp_path: Path) -> None:
     for number, tx in enumerate(
         (sfjax.schedule_free_adamw(LR, inner_momentum=0.5), sfjax.schedule_free(optax.rmsprop(LR), LR))
