@@ -60,7 +60,7 @@ def _noise(shape: tuple[int, ...], draw: Draw, buffer: int) -> jax.Array:
         along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
         index = index + along * jnp.uint32(stride & 0xFFFFFFFF)
         stride *= shape[axis]
-    key = _mix(jnp.asarray(draw.seed).astype(jnp.uint32) ^ jnp.uint32(0x9E3779B9))
+    key = _mix(jnp.asarray(draw.seed, jnp.uint32).reshape(()) ^ jnp.uint32(0x9E3779B9))
     for word in (jnp.uint32(draw.leaf), draw.step.astype(jnp.uint32), jnp.uint32(buffer)):
         key = _mix(key ^ word) + jnp.uint32(0x9E3779B9)
     return _mix(_mix(index ^ key) + key)

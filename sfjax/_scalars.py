@@ -108,7 +108,9 @@ def next_scalars(
     weight = _power(age, r) * _power(lr_max, weight_lr_power)  # S4
     added = weight + clock.weight_sum_low
     weight_sum = clock.weight_sum + added
-    weight_sum_low = added - (weight_sum - clock.weight_sum)
+    grown = weight_sum - clock.weight_sum
+    # Exact also where a step weighs more than all before it, as in a warm-up.
+    weight_sum_low = (clock.weight_sum - (weight_sum - grown)) + (added - grown)
     if weight_sum.dtype == jnp.float64:  # wide enough by itself, and all that the torch twin has
         weight_sum_low = jnp.zeros_like(weight_sum)
     c = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1.0), 0.0)  # S5

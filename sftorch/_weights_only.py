@@ -159,6 +159,7 @@ def start(
             f"{len(cast)} weights are converted to the model's dtype, the first {name!r}: "
             f"{_arrays.name_of(cast[name])} to {_arrays.name_of(live[name].dtype)}"
         )
+    optimizer._is_half_restored = True
     for name, value in live.items():
         value.copy_(weights[name])
     for name in extra.keys() & unwrapped(model).state_dict().keys():
@@ -180,11 +181,13 @@ def empty(
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
-    return [
+    notices = [
         notice
         for index, group in enumerate(optimizer.param_groups)
         for notice in _open(optimizer, index, group, given, trained)
     ]
+    optimizer._is_half_restored = False
+    return notices
 
 
 def _open(

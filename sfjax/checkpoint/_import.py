@@ -23,7 +23,7 @@ from sfjax.checkpoint._leaves import parameters
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
-from sfjax.checkpoint._storable import stored_form
+from sfjax.checkpoint._storable import is_weak, stored_form
 
 _STATE = ("y", "rest", "x", "z", "v", "m", "base")
 
@@ -175,5 +175,6 @@ def _buffers(path: Path, arrays: Mapping[str, np.ndarray], target: Any) -> Any:
     ]
     if problems:
         raise CheckpointError(f"{path} does not fit the program:\n  " + "\n  ".join(problems))
-    leaves = place(list(wanted.values()), [found[name] for name in wanted])
+    targets = list(wanted.values())
+    leaves = place(targets, [found[name] for name in wanted], list(map(is_weak, targets)))
     return jax.tree.unflatten(jax.tree.structure(target), leaves)

@@ -18,13 +18,14 @@ from sfcore.exchange import CheckpointError
 from sfjax.checkpoint._storable import Number, is_key
 
 
-def place(targets: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
+def place(targets: Sequence[Any], arrays: Sequence[np.ndarray], weak: Sequence[bool]) -> list[Any]:
     """Returns the arrays as the targets' types, on their devices.
 
     Args:
         targets: jax.Arrays, `jax.ShapeDtypeStruct`s (without sharding: the default device), PRNG keys,
             NumPy arrays or Python numbers.
         arrays: a host array for each, of the right shape and dtype.
+        weak: for each whether it gets a weak type.
     """
     placed: list[Any] = [None] * len(targets)
     shardings = _concrete([sharding_of(target) for target in targets])
@@ -40,7 +41,7 @@ def place(targets: Sequence[Any], arrays: Sequence[np.ndarray]) -> list[Any]:
             together.setdefault(None if sharding is None else frozenset(sharding.device_set), []).append(i)
     for indices in together.values():
         on_device = _owned(
-            [_put(targets[i], arrays[i], shardings[i]) for i in indices], [shardings[i] for i in indices]
+            [_put(arrays[i], weak[i], shardings[i]) for i in indices], [shardings[i] for i in indices]
         )
         for i, leaf in zip(indices, on_device, strict=True):
             placed[i] = leaf
@@ -83,9 +84,9 @@ def _concrete(shardings: list[Any]) -> list[Any]:
     return [on_devices(sharding) for sharding in shardings]
 
 
-def _put(target: Any, array: np.ndarray, sharding: Any) -> Any:
-    if getattr(target, "weak_type", False) and array.ndim == 0:
-        return array.item()  # a Python number is what becomes a weak type
+def _put(array: Any, weak: bool, sharding: Any) -> Any:
+    if weak:  # which only comes from a Python number
+        array = jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
     return jax.device_put(array, sharding)
 
 

@@ -13,11 +13,11 @@ from sfcore import changes
 from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
-from sfjax.checkpoint import _changes, _precision
+from sfjax.checkpoint import _changes, _folder, _precision
 from sfjax.checkpoint._leaves import CLOCK, ONE_VECTOR, Group, Named
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured, clock_from
-from sfjax.checkpoint._storable import OBJECTS, array_like, is_object, stored_form
+from sfjax.checkpoint._storable import OBJECTS, array_like, is_object, is_weak, stored_form
 
 _ANEW = {
     "v": "the second moment v starts anew",
@@ -41,12 +41,14 @@ class Fit:
 
     Attributes:
         values: a leaf each: a host array, or the JSON of an object.
+        weak: for each leaf whether it has a weak type, as a Python number has.
         differences: sentences about what is not as it was saved.
         problems: sentences about what makes a resume impossible.
         fresh: moments that start anew: "v", "m".
     """
 
     values: list[Any] = field(default_factory=list)
+    weak: list[bool] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     fresh: set[str] = field(default_factory=set)
@@ -76,11 +78,13 @@ def fit(
     by_role = {role: name for name, role in saved.roles.items()} | _stored(saved)
     clocks = _clocks(saved, own, by_role, roles, configured, result)
     used: set[str] = set()
+    recorded = saved.meta.tensors.get(_folder.STATE, {})
     vectors = {f"{group.name}/z" for group in own if not group.parameters}
     for name, leaf in zip(target.names, target.leaves, strict=True):
         role = roles.get(name)
         if role in clocks:
             result.values.append(clocks[role])
+            result.weak.append(False)
             continue
         source = by_role.get(_source_role(role, saved, own))
         if source is None and name in saved.arrays and (role is None or name not in saved.roles):
@@ -90,6 +94,8 @@ def fit(
         elif name in vectors:  # not to be begun anew: it belongs to parameters that come from elsewhere
             result.problems.append(f"{name} must be a tree like params, got {ONE_VECTOR}")
         result.values.append(_value(name, leaf, role, source, saved, result))
+        # As it was saved: a parameter loses its weak type in its first update, and rounds less from then on.
+        result.weak.append(recorded.get(source, {}).get("weak", False) if source else is_weak(leaf))
     _leftovers(saved, used, result)
     return result
 
@@ -99,9 +105,12 @@ def _stored(saved: Saved) -> dict[str, str]:
     found = {}
     for group in saved.meta.groups:
         first, second = ("x", "z") if beta_of(group) == 0 else ("z", "x")
+        mine = set(group["parameters"])
         for name, role in saved.roles.items():
             kind, _, parameter = role.partition("/")
-            if kind == first or (kind == second and f"stored/{parameter}" not in found):
+            if parameter in mine and (
+                kind == first or (kind == second and f"stored/{parameter}" not in found)
+            ):
                 found[f"stored/{parameter}"] = name
     return found
 

@@ -162,7 +162,11 @@ def concrete_beta(state: Any) -> dict[str, Any]:
 def _assemble(target: Any, result: Fit) -> Any:
     """Returns the target's tree with its new leaves; objects are moved last, when nothing else can fail."""
     arrays = [i for i, leaf in enumerate(target.leaves) if not is_object(leaf)]
-    placed = place([target.leaves[i] for i in arrays], [result.values[i] for i in arrays])
+    placed = place(
+        [target.leaves[i] for i in arrays],
+        [result.values[i] for i in arrays],
+        [result.weak[i] for i in arrays],
+    )
     leaves = list(target.leaves)
     for i, leaf in zip(arrays, placed, strict=True):
         leaves[i] = leaf

@@ -17,7 +17,7 @@ from sfcore.meta import Meta
 from sfjax._find import schedule_free_eval_params
 from sfjax.checkpoint import _folder, _record
 from sfjax.checkpoint._leaves import Named, groups, parameters, roles
-from sfjax.checkpoint._storable import Snapshot, array_like, is_key, is_object, object_state
+from sfjax.checkpoint._storable import Snapshot, array_like, is_key, is_object, is_weak, object_state
 
 
 @jax.jit
@@ -60,6 +60,8 @@ def on_host(flat: Named, snapshot: Snapshot) -> Host:
     for name in arrays:
         if is_key(leaves[name]):
             about[name] = {"key": str(jax.random.key_impl(leaves[name]))}
+        elif is_weak(leaves[name]):
+            about[name] = about.get(name, {}) | {"weak": True}
     held = [arrays[name] if name in arrays and arrays[name].size else None for name in flat.names]
     return Host(arrays, tree, flat.pure.unflatten(held), about, objects)
 

@@ -23,6 +23,11 @@ def is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def is_weak(leaf: Any) -> bool:
+    """Tells whether a leaf, concrete or abstract, has a weak type, as jnp.full(3, 0.5) has."""
+    return bool(getattr(leaf, "weak_type", False))
+
+
 def is_object(leaf: Any) -> bool:
     """Tells whether a leaf is saved as JSON: text, a NumPy generator, or an iterator that knows its place."""
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Number):

@@ -54,6 +54,30 @@ def test_there_and_back_is_the_identity_bit_for_bit(kind: str, b1: float, dtype:
     )
 
 
+def test_a_partition_of_several_b1_is_there_and_back_the_same(tmp_path: Path) -> None:
+    parts = {b1: sfjax.schedule_free_sgd(0.1, b1=b1) for b1 in (0.0, 0.9)}
+    tx = optax.partition(parts, {"a": 0.0, "b": 0.9})
+    params = {name: jnp.ones(3) for name in "ab"}
+    opt_state = tx.init(params)
+    for _ in range(3):
+        updates, opt_state = tx.update(params, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    path = export_exchange(tmp_path, params, opt_state, step=3)
+    back = import_exchange(path, params, tx.init(params))
+    assert_same((back.params, back.opt_state), (params, opt_state))
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_the_sum_of_growing_weights_is_there_and_back_the_same(steps: int, tmp_path: Path) -> None:
+    tx = sfjax.schedule_free_sgd(0.3, warmup_steps=9, weight_lr_power=3.0, r=2.0)
+    params = jnp.ones(3)
+    opt_state = tx.init(params)
+    for _ in range(steps):
+        _, opt_state = tx.update(params, opt_state, params)
+    path = export_exchange(tmp_path, params, opt_state, step=steps)
+    assert_same(import_exchange(path, params, tx.init(params)).opt_state, opt_state)
+
+
 def test_inner_momentum_and_wrapped_bases_cross_too(tmp_path: Path) -> None:
     for number, tx in enumerate(
         (sfjax.schedule_free_adamw(LR, inner_momentum=0.5), sfjax.schedule_free(optax.rmsprop(LR), LR))

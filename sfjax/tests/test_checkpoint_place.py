@@ -74,14 +74,14 @@ def test_a_committed_target_stays_committed_to_its_device(tmp_path: Path) -> Non
 
 def test_host_arrays_are_copied() -> None:
     target, array = np.zeros(3), np.arange(3.0)
-    (placed,) = place([target], [array])
+    (placed,) = place([target], [array], [False])
     array[:] = 9
     assert placed.tolist() == [0, 1, 2]
 
 
 def test_a_device_array_does_not_follow_the_host_array_that_it_came_from() -> None:
     array = np.arange(1000, dtype=np.float32)
-    (placed,) = place([jax.ShapeDtypeStruct((1000,), jnp.float32)], [array])
+    (placed,) = place([jax.ShapeDtypeStruct((1000,), jnp.float32)], [array], [False])
     array[:] = 9
     np.testing.assert_array_equal(placed, np.arange(1000, dtype=np.float32))
 

@@ -42,6 +42,33 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert_same(go(tx, restored.params, restored.opt_state, 6, 14), expected)
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_parameters_begun_with_python_numbers_resume_beside_bfloat16(step: int, tmp_path: Path) -> None:
+    def weak() -> dict[str, Any]:
+        return {"scale": jnp.asarray(2.6592), "layer_scale": jnp.full(3, 0.1), "w": jnp.eye(3)}
+
+    @jax.jit
+    def train(params: Any, opt_state: Any) -> tuple[Any, Any]:
+        def loss(p: Any) -> Any:
+            # In bfloat16 while the scales have a weak type, in float32 once they have been updated.
+            return jnp.sum((p["scale"] * (p["layer_scale"] * p["w"].astype(jnp.bfloat16) + 0.3)) ** 3)
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    tx = transformation("adamw")
+    run = weak(), tx.init(weak())
+    with jax.numpy_dtype_promotion("standard"), Checkpoints(tmp_path) as checkpoints:
+        for _ in range(step):
+            run = train(*run)
+        checkpoints.save(step, *run)
+        restored = checkpoints.restore(weak(), jax.eval_shape(tx.init, weak()))
+        assert restored is not None
+        expected, compiled = train(*run), train._cache_size()
+        assert_same(train(restored.params, restored.opt_state), expected)
+        assert train._cache_size() == compiled
+
+
 def test_float32_state_of_bfloat16_parameters_stays_float32(tmp_path: Path) -> None:
     tx = transformation("adamw")
     params = begin(jnp.bfloat16)

@@ -136,4 +136,5 @@ def test_a_seed_that_is_no_whole_number_of_32_bits_is_refused(seed: Any) -> None
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, np.int64(3), jnp.asarray(3)])
 def test_a_whole_number_of_any_package_is_a_seed(seed: Any) -> None:
-    sfjax.schedule_free_adamw(precision="lean", seed=seed).init({"w": jnp.ones(2)})
+    tx, params = sfjax.schedule_free_adamw(precision="lean", seed=seed), {"w": jnp.ones(2, jnp.bfloat16)}
+    tx.update(params, tx.init(params), params)

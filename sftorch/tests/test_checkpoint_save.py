@@ -69,7 +69,8 @@ def test_a_save_interrupted_while_its_thread_starts_leaves_later_ones_possible(t
     checkpoints.close()
 
 
-def test_a_state_that_is_half_restored_is_not_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resume", ["auto", "weights:{}"])
+def test_a_state_that_is_half_restored_is_not_saved_until_it_is_whole(tmp_path, monkeypatch, resume):
     model, optimizer = started()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(model, optimizer)
@@ -84,7 +85,7 @@ def test_a_state_that_is_half_restored_is_not_saved(tmp_path, monkeypatch):
             checkpoints.restore(model, optimizer)
     with pytest.raises(CheckpointError, match=r"one step's state.*call restore\(\) again"):
         checkpoints.save(model, optimizer)
-    checkpoints.restore(model, optimizer)
+    checkpoints.restore(model, optimizer, resume=resume.format(tmp_path))
     checkpoints.save(model, optimizer)
     checkpoints.close()
 
