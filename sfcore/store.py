@@ -23,8 +23,8 @@ from sfcore.checks import HyperparameterError
 from sfcore.exchange import OLDER, CheckpointError
 from sfcore.meta import Meta
 
-_in_work: set[str] = set()  # names of what this process is writing, which are no leftovers
 STATE, INFERENCE, META = "state.safetensors", "inference.safetensors", "meta.json"
+_in_work: set[str] = set()  # names of what this process is writing, which are no leftovers
 
 
 def check_keep(keep_newest: int, keep_best: int) -> None:

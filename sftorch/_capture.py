@@ -269,8 +269,7 @@ def _group(
         if key not in ours and key not in ("params", "param_names")
     }
     own["options"] = _arrays.encode({k: v for k, v in options.items() if _is_plain(v)}, {}, "options")
-    if "lr" in optimizer.defaults:
-        own["default_lr"] = _number(optimizer.defaults["lr"])
+    own["built_lr"] = optimizer._built_lr(group)
     if isinstance(optimizer, ScheduleFreeWrapper):
         own["base"] = type(optimizer.base).__name__
         defaults = {k: v for k, v in optimizer.base.defaults.items() if _is_plain(v)}

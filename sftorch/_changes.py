@@ -99,16 +99,16 @@ def lrs(
     """Returns the saved and the configured lr, and whether a scheduler that is gone drove the saved one.
 
     Where a scheduler drives both, its base lr is the configuration. ReduceLROnPlateau notes none; there and
-    where the program sets lr itself, it is the constructor's.
+    where the program sets lr itself, it is what the group was built with.
     """
     options = options_of(saved)
     current, now = options.get("lr", saved["hyperparameters"]["lr"]), float(group["lr"])
     was, is_scheduled = "initial_lr" in options, "initial_lr" in group
     if was and is_scheduled:
         return options["initial_lr"], float(group["initial_lr"]), False
-    constructed = saved.get("torch", {}).get("default_lr")
-    if not (was or is_scheduled) and now == constructed == optimizer.defaults.get("lr"):
-        return constructed, now, False
+    built = optimizer._built_lr(group)  # type: ignore[arg-type]
+    if not (was or is_scheduled) and now == built == saved.get("torch", {}).get("built_lr"):
+        return now, now, False
     return current, now, was
 
 

@@ -59,6 +59,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
     _may_be_lean: ClassVar[bool] = False
     _loaded: _reconcile.Loaded | None = None
     _is_half_restored = False  # by a restore that was interrupted
+    _built_lrs: tuple[float, ...] = ()
     _watch: Any = None
     describe = _describe.describe
 
@@ -97,6 +98,16 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         group = _checks.as_group(param_group, self.defaults, self._params())
         group |= self._opening_books(self.defaults | group)
         super().add_param_group(group)
+        self._note_lr(self.param_groups[-1])
+
+    def _note_lr(self, group: dict[str, Any]) -> None:
+        """Notes what lr a new group was built with; a resume compares it, whatever the run made of lr."""
+        self._built_lrs = (*self._built_lrs, float(group["lr"]))
+
+    def _built_lr(self, group: dict[str, Any]) -> float | None:
+        """Returns the lr that a group of this optimizer was built with, None if it is not known."""
+        index = next(i for i, one in enumerate(self.param_groups) if one is group)
+        return self._built_lrs[index] if index < len(self._built_lrs) else None
 
     def _opening_books(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the books of a group that joins now, after checking its options."""
@@ -200,7 +211,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
                 group.setdefault(name, default)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_loaded": self._loaded}
+        return super().__getstate__() | {"_loaded": self._loaded, "_built_lrs": self._built_lrs}
 
     def _wanted(self, group: dict[str, Any]) -> str:
         """Returns what a group's parameters hold in its mode, "x" or "y"."""

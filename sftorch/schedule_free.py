@@ -85,10 +85,12 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         """
         if any(param_group is group for group in self.base.param_groups):
             self.param_groups.append(param_group)  # the constructor hands over the base's own
+            self._note_lr(param_group)
             return
         group = _checks.as_group(param_group, self.base.defaults, self._params())
         drawer = self._new_drawer(self.base.defaults | group)
         self.base.add_param_group(group | {_DRAWER: drawer})
+        self._note_lr(self.base.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the whole state in torch's shape; the base's lies under "base" in each parameter's."""

@@ -148,20 +148,29 @@ def test_a_scheduled_lr_goes_on_and_a_missing_scheduler_is_said(tmp_path):
     assert optimizer.param_groups[0]["lr"] == 0.005
 
 
-def test_an_lr_that_the_run_itself_has_lowered_goes_on_and_a_configured_one_holds(tmp_path):
-    model, optimizer = fresh(sftorch.AdamWScheduleFree, lr=0.01)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_lr_that_the_run_itself_has_lowered_goes_on_and_a_configured_one_holds(tmp_path, wrapped):
+    def build(lr, wrapped):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+        groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.25}]
+        if wrapped:
+            return model, sftorch.ScheduleFreeWrapper(torch.optim.SGD(groups, lr=lr))
+        return model, sftorch.AdamWScheduleFree(groups, lr=lr)
+
+    model, optimizer = build(0.5, wrapped)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    train(model, optimizer, ADAMW, 0, 1)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
     for _ in range(2):
         scheduler.step(1.0)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(model, optimizer)
-    model, optimizer = fresh(sftorch.AdamWScheduleFree, lr=0.01)
+    model, optimizer = build(0.5, wrapped)
     assert checkpoints.restore(model, optimizer, strict=True).notices == []
-    assert optimizer.param_groups[0]["lr"] == 0.005
-    model, optimizer = fresh(sftorch.AdamWScheduleFree, lr=0.02)
-    assert "saved 0.005, configured 0.02" in checkpoints.restore(model, optimizer).notices[0]
-    assert optimizer.param_groups[0]["lr"] == 0.02
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.125]
+    model, optimizer = build(0.75, wrapped)
+    assert "saved 0.25, configured 0.75" in checkpoints.restore(model, optimizer).notices[0]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.75, 0.125]
 
 
 @pytest.mark.parametrize("kind", [sftorch.AdamWScheduleFree, sftorch.SGDScheduleFree])
