@@ -1,8 +1,8 @@
 """(c) What a save and a restore cost, against the size of the state, in both frameworks.
 
 "blocks" is how long `save` keeps a training loop waiting when it writes in the background, "first" the same
-for the first save of a Checkpoints, which has to find room for its copy; in a process that has saved nothing
-before it is slower still. The ratio to a save that waits is what counts, since the times are this machine's.
+for the first save of a Checkpoints, which has to find room for its copy. The ratio to a save that waits is
+what counts, since the times are this machine's.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from sftorch._core import ScheduleFreeOptimizer
 
 
+# What torch.compile and (Distributed)DataParallel put into parameters' names.
+WRAPPERS = ("_orig_mod", "module")
+
+
 def pack(optimizer: ScheduleFreeOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
     """Returns torch's state dict, as a new one, with prints, shapes and what the weights hold now.
 
@@ -132,5 +136,4 @@ def _group_problems(
 
 
 def _unwrapped(name: str) -> str:
-    """Returns a parameter's name without what torch.compile and (Distributed)DataParallel put into it."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -17,9 +17,9 @@ from sftorch import _arrays, _scalars
 from sftorch._capture import is_extra_state, put_extra_state, unwrapped
 from sftorch._core import ScheduleFreeOptimizer, new_books
 from sftorch._modes import TrainEvalOptimizer
+from sftorch._state_dict import WRAPPERS
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
-_WRAPPERS = ("_orig_mod.", "module.")  # torch.compile's and (Distributed)DataParallel's
 NO_STATE = "no optimizer state: starting from x"
 
 
@@ -66,7 +66,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def _named_as(live: Mapping[str, Tensor], weights: dict[str, Any]) -> dict[str, Any]:
     """Returns weights without what wrappers put before every name, unless the model has names like these."""
     while weights and not weights.keys() & live.keys():
-        word = next((word for word in _WRAPPERS if all(name.startswith(word) for name in weights)), None)
+        word = next((f"{w}." for w in WRAPPERS if all(name.startswith(f"{w}.") for name in weights)), None)
         if word is None:
             break
         weights = {name.removeprefix(word): value for name, value in weights.items()}

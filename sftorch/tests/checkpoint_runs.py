@@ -170,3 +170,24 @@ def resume_and_finish(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)  # as conftest.py does: another number sums in another order
     sys.stdout.writelines(resume_and_finish(folder) + "\n" for folder in sys.argv[1:])
+
+
+PLAIN = Case("adamw", "float32", 1, 4, "train")
+
+
+def started(updates=3):
+    model, optimizer = build(PLAIN)
+    train(model, optimizer, PLAIN, 0, updates)
+    return model, optimizer
+
+
+class Counting(torch.nn.Linear):
+    """A module with state of its own, which torch keeps beside its tensors."""
+
+    calls = 0
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]

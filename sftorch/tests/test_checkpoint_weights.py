@@ -8,7 +8,7 @@ import sftorch
 from sfcore.checks import HyperparameterError
 from sfcore.restart import WEIGHTS_ONLY
 from sftorch.checkpoint import CheckpointError, Checkpoints
-from sftorch.tests.checkpoint_runs import Case, build, digest, train
+from sftorch.tests.checkpoint_runs import Case, Counting, build, digest, train
 
 CASE = Case("adamw", "float32", 1, 8, "train")
 
@@ -166,15 +166,6 @@ def test_weights_saved_from_a_wrapped_model_fit_it_with_and_without_the_wrappers
 
 
 def test_state_that_modules_keep_themselves_comes_with_the_weights(tmp_path):
-    class Counting(torch.nn.Linear):
-        calls = 0
-
-        def get_extra_state(self):
-            return {"calls": self.calls}
-
-        def set_extra_state(self, state):
-            self.calls = state["calls"]
-
     model = torch.nn.Sequential(Counting(2, 1))
     model[0].calls = 5
     torch.save(model.state_dict(), tmp_path / "w.pt")
