@@ -179,15 +179,20 @@ def test_parameters_of_every_shape_and_dtype_resume(tmp_path: Path) -> None:
     assert_same((restored.params, restored.opt_state), (params, opt_state))
 
 
-@pytest.mark.parametrize("params", [{}, {"w": jnp.zeros((0, 3))}], ids=["no leaf", "no element"])
-def test_parameters_without_a_number_resume(params: Any, tmp_path: Path) -> None:
-    tx = sfjax.schedule_free_adamw(0.1)
+def _resumed_after_a_step(tx: Any, params: Any, tmp_path: Path) -> Any:
+    """Returns the state after a step, having checked that a checkpoint of it comes back."""
     _, opt_state = tx.update(params, tx.init(params), params)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, params, opt_state)
         restored = checkpoints.restore(params, tx.init(params), strict=True)
     assert restored is not None
     assert_same((restored.params, restored.opt_state), (params, opt_state))
+    return opt_state
+
+
+@pytest.mark.parametrize("params", [{}, {"w": jnp.zeros((0, 3))}], ids=["no leaf", "no element"])
+def test_parameters_without_a_number_resume(params: Any, tmp_path: Path) -> None:
+    _resumed_after_a_step(sfjax.schedule_free_adamw(0.1), params, tmp_path)
 
 
 def test_parameters_that_are_one_array_resume(tmp_path: Path) -> None:
@@ -203,12 +208,7 @@ def test_parameters_that_are_one_array_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["value", ""])
 def test_a_parameter_may_have_any_name(name: str, tmp_path: Path) -> None:
     tx, params = sfjax.schedule_free_adamw(0.1), {name: jnp.arange(3.0)}
-    _, opt_state = tx.update(params, tx.init(params), params)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, params, opt_state)
-        restored = checkpoints.restore(params, tx.init(params), strict=True)
-    assert restored is not None
-    assert_same((restored.params, restored.opt_state), (params, opt_state))
+    opt_state = _resumed_after_a_step(tx, params, tmp_path)
     start = start_from_weights(params, params, tx.init(params), hyperparameters={"lr": 0.1})
     assert_same(start.params, params)
     path = export_exchange(tmp_path / "store", params, opt_state, step=1)

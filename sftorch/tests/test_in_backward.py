@@ -139,12 +139,17 @@ def test_remove_goes_back_to_ordinary_steps():
     sftorch.step_in_backward(optimizer)
 
 
-@pytest.mark.parametrize("through", ["state_dict", "checkpoint"])
-def test_a_run_goes_back_in_the_middle_of_a_step(through, tmp_path):
+def a_started_run():
     model = a_model()
     optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE)
     sftorch.step_in_backward(optimizer)
     train(model, optimizer, 3)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("through", ["state_dict", "checkpoint"])
+def test_a_run_goes_back_in_the_middle_of_a_step(through, tmp_path):
+    model, optimizer = a_started_run()
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(model, optimizer)
         weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -161,10 +166,7 @@ def test_a_run_goes_back_in_the_middle_of_a_step(through, tmp_path):
 
 
 def test_a_run_starts_from_weights_in_the_middle_of_a_step(tmp_path):
-    model = a_model()
-    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE)
-    sftorch.step_in_backward(optimizer)
-    train(model, optimizer, 3)
+    model, optimizer = a_started_run()
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(model, optimizer)
         runs = []
