@@ -13,6 +13,7 @@ BENCHMARKS = {
     "cost": "what a save and a restore cost, against the size of the state",
     "memory": "what an optimizer keeps, and what a step takes for a moment",
     "step": "what a step costs against the memory it must move, beside the peers",
+    "calls": "how much of our Python a step goes through: files, functions, calls",
     "hlo": "what XLA makes of a step: kernels, bytes, copies, on an H100, a TPU and a CPU",
     "storm": "the same under SIGKILL at random moments, saves in flight",
 }
