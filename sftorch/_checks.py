@@ -20,6 +20,11 @@ _UNSUPPORTED = {
         "False", lambda v: not v, "the step writes in place; use sfjax to differentiate through a step"
     ),
     "maximize": checks.FLAG,
+    "foreach": Rule(
+        "None, True or False",
+        lambda v: v is None or isinstance(v, bool),
+        "True is usual; inner_momentum, which schedulefree after 1.4.1 has in this place, goes by name",
+    ),
     "fused": Rule("None, True or False", lambda v: v is None or isinstance(v, bool), "None picks for you"),
 }
 
