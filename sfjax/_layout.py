@@ -8,14 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 
 def zeros_alike(leaf: jax.Array, dtype: Any) -> jax.Array:
     """Returns zeros of leaf's shape, laid out over devices as leaf is, also inside jit."""
     zeros = jnp.zeros_like(leaf, dtype=dtype)
-    return shard_alike(zeros, leaf.astype(dtype))[0] if isinstance(leaf, jax.core.Tracer) else zeros
+    if not isinstance(leaf, jax.core.Tracer):
+        return zeros
+    # A choice between both, so that one layout has to serve both. The compiler may see which it is only after it
+    # has laid them out, and then drops the choice.
+    true = jax.lax.optimization_barrier(jnp.asarray(True))
+    return jax.lax.select(true, zeros, leaf.astype(dtype))
 
 
 def on_every_device(tree: Any, params: Any) -> Any:

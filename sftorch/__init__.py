@@ -1,8 +1,26 @@
 """Schedule-Free optimizers for PyTorch, a drop-in for the `schedulefree` package.
 
 The parameters hold y while training; `optimizer.eval()` puts the average x into them, which is what
-to evaluate, save and ship; `optimizer.train()` puts y back, bit for bit.
+to evaluate, save and ship; `optimizer.train()` puts y back, bit for bit. `sftorch.checkpoint`,
+`sftorch.recalibrate` and `sftorch.trainers` are imported when they are first used.
 """
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+from sfcore import __version__ as __version__
+
+try:
+    from torch import __version__ as _torch_version
+
+    if _torch_version < "2.6":  # torch compares versions, not letters
+        raise ImportError(f"torch {_torch_version}")
+except ImportError as error:
+    raise ImportError(
+        f"sftorch needs torch >= 2.6, got {error}: pip install 'schedulefree-twin[torch]'"
+    ) from error
 
 from sftorch.adamw import AdamWScheduleFree
 from sftorch.closure import AdamWScheduleFreeClosure, RAdamScheduleFreeClosure, SGDScheduleFreeClosure
@@ -21,3 +39,19 @@ __all__ = [
     "ScheduleFreeWrapper",
     "step_in_backward",
 ]
+
+_ON_DEMAND = ("checkpoint", "recalibrate", "trainers")
+
+if TYPE_CHECKING:
+    from sftorch import checkpoint as checkpoint
+    from sftorch import recalibrate as recalibrate
+    from sftorch import trainers as trainers
+else:  # a type checker would take it for leave to use any name
+
+    def __getattr__(name):
+        if name in _ON_DEMAND:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *_ON_DEMAND})

@@ -27,17 +27,21 @@ def _ml_dtype(name: str) -> np.dtype[Any]:
     try:
         import ml_dtypes
     except ImportError as error:
-        raise CheckpointError(f"{name} tensors need the package ml_dtypes: pip install ml_dtypes") from error
+        raise CheckpointError(
+            f"{name} tensors need ml_dtypes, got {error}: pip install 'schedulefree-twin[torch]'"
+        ) from error
     return np.dtype(getattr(ml_dtypes, name))
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Raises CheckpointError, naming the tensor, if it is sparse or quantized, or has no values."""
+    """Raises CheckpointError, naming the tensor, if it is sparse or quantized, or NumPy cannot hold it."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else tensor.layout
         raise CheckpointError(
             f"{name} must be a dense tensor, got {kind}: convert it, or leave it out of the model's state"
         )
+    if name_of(tensor.dtype) in _EXTENDED:
+        _ml_dtype(name_of(tensor.dtype))
 
 
 def to_numpy(tensor: Tensor, name: str = "tensor") -> np.ndarray:

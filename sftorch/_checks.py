@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,11 @@ _UNSUPPORTED = {
         "False", lambda v: not v, "the step writes in place; use sfjax to differentiate through a step"
     ),
     "maximize": checks.FLAG,
+    "foreach": Rule(
+        "None, True or False",
+        lambda v: v is None or isinstance(v, bool),
+        "True is usual; inner_momentum, which schedulefree after 1.4.1 has in this place, goes by name",
+    ),
     "fused": Rule("None, True or False", lambda v: v is None or isinstance(v, bool), "None picks for you"),
 }
 
@@ -129,6 +134,34 @@ def check_gradients(params: Iterable[Tensor]) -> None:
                 f"gradients must be dense, got {grad.layout} for a parameter of shape {tuple(p.shape)}: "
                 "use sparse=False in the embedding"
             )
+
+
+def check_entries(entries: Mapping[str, Any], held: Iterable[Tensor]) -> None:
+    """Raises unless the tensors of a model are those that an optimizer holds, and no copies of them.
+
+    A copy has the shape of its original, which the model then lacks. So a model is refused that has none of
+    the optimizer's parameters, or that lacks one and has a trainable tensor of the same shape in its place.
+    Frozen ones may have any shape: a teacher, or what lies below an adapter.
+
+    Args:
+        entries: `model.state_dict(keep_vars=True)`.
+        held: the optimizer's parameters.
+    """
+    own = set(held)
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in tensors.items() if value not in own}
+    absent = {p.shape for p in own - set(tensors.values())}
+    copies = [name for name, value in others.items() if value.requires_grad and value.shape in absent]
+    if len(others) < len(tensors) and not copies:
+        return
+    first = next(iter(copies or others), None)
+    lacks = "" if first is None else f", the first other {first!r} of shape {tuple(tensors[first].shape)}"
+    raise ValueError(
+        f"model must be the one whose parameters this optimizer holds, got one with "
+        f"{len(tensors) - len(others)} of them among its {len(tensors)} tensors{lacks}: pass the original, "
+        "and for a copy call copy.load_state_dict(optimizer.eval_state_dict(original)), or copy both at "
+        "once, copy.deepcopy((model, optimizer))"
+    )
 
 
 def split_betas(betas: Any) -> dict[str, Any]:

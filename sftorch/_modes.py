@@ -137,7 +137,11 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         """Returns `model.state_dict()` with x in place of y: a copy, buffers included, to save or load.
 
         Args:
-            model: the module whose parameters this optimizer holds; what it does not hold is copied as it is.
+            model: a module with parameters of this optimizer: all of them, or a part, such as one of two
+                models or an adapter. What is frozen or another optimizer's is copied as it is.
+
+        Raises:
+            ValueError: for a copy of the model, or another model, of which this optimizer does not know x.
 
         Example:
             >>> import sftorch, torch
@@ -146,8 +150,9 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             >>> sorted(optimizer.eval_state_dict(model))
             ['bias', 'weight']
         """
-        x = self.eval_params()
         found: dict[str, Any] = model.state_dict(keep_vars=True)
+        _checks.check_entries(found, self._params())
+        x = self.eval_params()
         for name, value in found.items():
             if not isinstance(value, Tensor):
                 found[name] = copy.deepcopy(value)

@@ -27,6 +27,9 @@ ANY_OPTION = [
     ({"prior_steps": 0.5}, r"prior_steps must be a whole number of optimizer steps >= 0, got 0\.5: "),
     ({"prior_steps": 3, "lr": 0.0}, r"lr must be > 0 when prior_steps > 0, got 0\.0: "),
     ({"maximize": "yes"}, r"maximize must be True or False, got 'yes': "),
+    ({"foreach": "x"}, r"foreach must be None, True or False, got 'x': "),
+    ({"foreach": 0.9}, r"foreach must be None, True or False, got 0\.9: .*inner_momentum.* by name"),
+    ({"foreach": 0}, r"foreach must be None, True or False, got 0: "),
 ]
 ADAPTIVE_OPTION = [
     ({"betas": (2.0, 0.9)}, r"betas\[0\] must be a number in \[0, 1\], got 2\.0: "),
@@ -56,6 +59,17 @@ def test_options_out_of_range_are_refused(make, options, message):
     with pytest.raises(HyperparameterError, match=message):
         optimizer.add_param_group({"params": some_params(seed=3), **options})
     assert repr(optimizer.param_groups) == before
+
+
+def test_positional_arguments_are_those_of_schedulefree_1_4_1_and_not_of_its_later_order():
+    shared = (1e-3, (0.9, 0.999), 1e-8, 0, 0, 0.0, 2.0)  # lr to weight_lr_power
+    for make in (sftorch.AdamWScheduleFree, sftorch.AdamWScheduleFreeClosure):
+        for foreach in (True, False, None):
+            assert make(some_params(), *shared, foreach).param_groups[0]["foreach"] is foreach
+        with pytest.raises(HyperparameterError, match=r"foreach must be .*, got 0\.9: .*inner_momentum"):
+            make(some_params(), *shared, 0.9)
+        with pytest.raises(TypeError, match="positional"):
+            make(some_params(), *shared, 0.9, True)
 
 
 def test_all_problems_are_told_at_once():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -140,6 +142,110 @@ def test_eval_state_dict_loads_into_another_model_and_under_a_prefix():
     inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
     with optimizer.evaluation(), torch.no_grad():
         assert torch.equal(other.eval()["net"](inputs), outer.eval()["net"](inputs))
+
+
+def pair(make=lambda: torch.nn.Linear(4, 4)):
+    """Returns two models of the same shapes, and one optimizer that has stepped all of their parameters."""
+    torch.manual_seed(6)
+    models = [make(), make()]
+    params = [p for model in models for p in model.parameters() if p.requires_grad]
+    optimizer = sftorch.SGDScheduleFree(params, lr=STEP_SIZE)
+    feed(optimizer, params, some_grads(4, params))
+    return models, optimizer
+
+
+def assert_x(shipped, model, optimizer):
+    x = optimizer.eval_params()
+    assert shipped.keys() == model.state_dict().keys()
+    for name, p in model.named_parameters():
+        assert torch.equal(shipped[name], x.get(p, p))
+
+
+def with_a_copied_head(model):
+    model.head = copy.deepcopy(model.head)
+    return model
+
+
+FOREIGN = {
+    "a copy": (
+        copy.deepcopy,
+        r"0 of them among its 12 tensors, the first other 'inside\.0\.weight' of shape \(4, 4\)",
+    ),
+    "a frozen copy": (
+        lambda model: copy.deepcopy(model).requires_grad_(False),
+        "0 of them among its 12 tensors",
+    ),
+    "a copy in half precision": (lambda model: copy.deepcopy(model).half(), "0 of them among its 12 tensors"),
+    "another model": (
+        lambda _: torch.nn.Linear(7, 1),
+        r"0 of them among its 2 tensors, .* 'weight' of shape \(1, 7\)",
+    ),
+    "no weights": (lambda _: torch.nn.ReLU(), "0 of them among its 0 tensors: pass"),
+    # Its weight is the tied one, and still there under another name.
+    "a copy in part": (
+        with_a_copied_head,
+        r"4 of them among its 12 tensors, .* 'head\.bias' of shape \(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_eval_state_dict_refuses_weights_whose_x_it_does_not_know(what, mode):
+    model, optimizer = trained()
+    getattr(optimizer, mode)()
+    make, message = FOREIGN[what]
+    with pytest.raises(
+        ValueError, match=rf"model must be the one .*, got one with {message}.*eval_state_dict"
+    ):
+        optimizer.eval_state_dict(make(model))
+
+
+def test_eval_state_dict_takes_what_it_holds_in_part_and_in_wrappers():
+    (a, b), optimizer = pair()
+    assert_x(optimizer.eval_state_dict(a), a, optimizer)
+    both = torch.nn.ModuleDict({"a": a, "b": b})
+    assert_x(optimizer.eval_state_dict(both), both, optimizer)
+    shown = torch.compile(a, backend="eager")
+    assert_x(optimizer.eval_state_dict(shown), shown, optimizer)
+    a.requires_grad_(False)  # frozen later, it is still the optimizer's
+    assert_x(optimizer.eval_state_dict(a), a, optimizer)
+
+
+def test_eval_state_dict_takes_an_adapter_on_frozen_weights_of_a_held_shape():
+    def with_adapter():
+        layers = torch.nn.ModuleDict({"base": torch.nn.Linear(4, 4), "adapter": torch.nn.Linear(4, 4)})
+        layers["base"].requires_grad_(False)
+        return layers
+
+    (a, _), optimizer = pair(with_adapter)  # the other's adapter has the shapes of this one's frozen weights
+    assert_x(optimizer.eval_state_dict(a), a, optimizer)
+    assert_x(optimizer.eval_state_dict(a["adapter"]), a["adapter"], optimizer)
+
+
+def test_eval_state_dict_takes_a_model_that_another_optimizer_trains_too():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    params = list(model[0].parameters())
+    optimizer = sftorch.SGDScheduleFree(params, lr=STEP_SIZE)
+    feed(optimizer, params, some_grads(3, params))
+    assert_x(optimizer.eval_state_dict(model), model, optimizer)
+
+
+def test_eval_state_dict_takes_parametrized_weights():
+    model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+    params = list(model.parameters())
+    optimizer = sftorch.SGDScheduleFree(params, lr=STEP_SIZE)
+    feed(optimizer, params, some_grads(3, params))
+    assert_x(optimizer.eval_state_dict(model), model, optimizer)
+
+
+def test_eval_state_dict_of_a_model_and_an_optimizer_that_were_copied_together():
+    model, optimizer = trained()
+    other, own = copy.deepcopy((model, optimizer))
+    shipped = own.eval_state_dict(other)
+    assert_x(shipped, other, own)
+    assert not torch.equal(shipped["head.weight"], other.head.weight)
+    assert_x(shipped, model, optimizer)
 
 
 def test_evaluation_holds_x_inside_and_y_after():

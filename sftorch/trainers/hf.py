@@ -11,7 +11,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        f"sftorch.trainers.hf needs transformers, got {error}: pip install 'schedulefree-twin[trainers]'"
+    ) from error
 
 from sfcore.checks import HyperparameterError
 from sftorch.trainers._unwrap import unwrap

@@ -11,8 +11,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback
 from torch.optim import Optimizer
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise ImportError(
+        f"sftorch.trainers.lightning needs lightning, got {error}: pip install 'schedulefree-twin[trainers]'"
+    ) from error
 
 from sftorch._modes import TrainEvalOptimizer
 from sftorch.trainers._unwrap import unwrap
