@@ -13,7 +13,7 @@ _FILES = ("test_native.py", "test_fused.py")
 def pytest_runtest_setup(item: Any) -> None:
     about_it = item.path.name in _FILES and "compiler" not in item.name
     if about_it or "fused" in item.name:
-        from sftorch._native import build
+        from sftorch.kernels import build
 
         kernel = build.find()
         if isinstance(kernel, str):

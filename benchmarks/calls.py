@@ -121,7 +121,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--list", action="store_true", help="print each function and how often it is called")
     arguments = parser.parse_args(argv)
-    table = Table("step", "files", "functions", "calls", "at most", title="Python functions that a step visits")
+    table = Table(
+        "step", "files", "functions", "calls", "at most", title="Python functions that a step visits"
+    )
     found = rows()
     replace_part(RESULTS, "calls", found)
     for row in found:

@@ -14,7 +14,7 @@ from torch import Tensor
 import sftorch
 from benchmarks import precision_problem
 from benchmarks.precision_problem import EVERY, Problem, Run
-from sftorch import _held
+from sftorch.state import forms
 
 
 class Method(NamedTuple):
@@ -83,9 +83,9 @@ def _x(optimizer: Any, params: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     found = {}
     for name, p in params.items():
         state = optimizer.state[p]
-        y = _held.joined(p, state).float()
+        y = forms.joined(p, state).float()
         x = (
-            _held.x_from_y(y, state, BETA)
+            forms.x_from_y(y, state, BETA)
             if "gap" in state
             else y + (1 / BETA - 1) * (y - state["z"].float())
         )

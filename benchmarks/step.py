@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks import step_report, step_torch
 from benchmarks._records import replace_part, spread, versions, write_between_markers
 from benchmarks._trees import CPU_TREES, TREES, Shape, count
-from sftorch._native import call
+from sftorch.kernels import call
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 # Bytes a parameter that a step must read and write in float32: y, z, g and v in, y, z and v out.

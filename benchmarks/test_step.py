@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import _trees, memory, step, step_report, step_torch
-from sftorch._native import build
+from sftorch.kernels import build
 
 
 @pytest.fixture(autouse=True)

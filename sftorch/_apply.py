@@ -25,11 +25,12 @@ from sftorch._capture import (
     put_extra_state,
     unwrapped,
 )
-from sftorch._core import ScheduleFreeOptimizer, new_books
-from sftorch._modes import TrainEvalOptimizer
 from sftorch._saved_parameter import Saved, placed
-from sftorch._scalars import Clock
+from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
+from sftorch.state.groups import new_books
+from sftorch.state.modes import TrainEvalOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 
 @dataclass

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 import sfcore
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
-from sftorch import _arrays, _halves, _held, _reconcile
-from sftorch._core import ScheduleFreeOptimizer, new_books
-from sftorch._modes import TrainEvalOptimizer
+from sftorch import _arrays
 from sftorch._steps import steps_of
 from sftorch.adamw import AdamWDirection
 from sftorch.radam import RAdamDirection
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.sgd import SGDDirection
+from sftorch.state import forms, state_dict
+from sftorch.state.groups import new_books
+from sftorch.state.modes import TrainEvalOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 KINDS = {
     SGDDirection: "sgd",
@@ -53,13 +55,13 @@ class Average(NamedTuple):
     def compute(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """Returns x in full; elementwise, so the same bits on any device."""
         held = leaves[f"y/{self.name}"]
-        return held if self.beta is None else _held.x_from_y(held, self._stored(leaves), self.beta)
+        return held if self.beta is None else forms.x_from_y(held, self._stored(leaves), self.beta)
 
     def ship(self, x: Tensor) -> Tensor:
         """Returns x as the parameter holds it in eval mode."""
         # What rests as x was rounded when it was put there, in a way that differs at ties.
         at_rest = self.beta is None and x.dtype != self.dtype
-        return _halves.split(x, self.dtype)[0] if at_rest else x.to(self.dtype)
+        return forms.split(x, self.dtype)[0] if at_rest else x.to(self.dtype)
 
     def _stored(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         roles = ("x", "z", "gap")
@@ -168,7 +170,7 @@ def capture(
             "call restore() again"
         )
     names = parameter_names(model, optimizer)
-    _reconcile.settle(optimizer)
+    state_dict.settle(optimizer)
     if isinstance(optimizer, TrainEvalOptimizer):
         optimizer._require_untouched(optimizer.param_groups)
     tensors: dict[str, Tensor] = {}
@@ -209,7 +211,7 @@ def _parameters(
             name, state = names[p], optimizer.state.get(p, {})
             tensors[f"y/{name}"] = state.get("y", p)
             about: dict[str, Any] = {"shape": list(p.shape), "dtype": _arrays.name_of(p.dtype), "clock": None}
-            if _held.has_started(state):
+            if forms.has_started(state):
                 about["clock"] = {key: state[key] for key in CLOCK}
                 tensors |= {f"{role}/{name}": state[key] for key, role in ROLES.items() if key in state}
                 if optimizer._rest in state:

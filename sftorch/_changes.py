@@ -10,8 +10,8 @@ from sfcore.changes import EFFECTS, NEXT, Change, carried_sum, comparable, of_op
 from sfcore.meta import Meta
 from sftorch import _arrays
 from sftorch._capture import kind_of
-from sftorch._core import ScheduleFreeOptimizer
-from sftorch._scalars import Clock
+from sftorch.law.scalars import Clock
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 _SCHEDULED = "build the lr scheduler before restore() and load its state to go on with it"
 
@@ -68,7 +68,7 @@ def of_group(
 ) -> list[Change]:
     """Returns the rows for the hyperparameters of one group; learning rates only where they compare."""
     values = values_of(optimizer, group, saved)
-    defaults = {field.name: field.default for field in fields(optimizer.hyperparameters)}
+    defaults = {field.name: field.default for field in fields(optimizer.law.options)}
     old = defaults | saved["hyperparameters"]
     for option, default in (("maximize", False), ("precision", "exact"), ("seed", 0)):
         if option in group:

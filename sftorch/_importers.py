@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sfcore.changes import comparable, of_optimizer
 from sfcore.checks import HyperparameterError
-from sftorch import _changes, _held, _prints, _reconcile, _weights_only
+from sftorch import _changes, _weights_only
 from sftorch._capture import CLOCK, kind_of
-from sftorch._core import ScheduleFreeOptimizer, new_books
-from sftorch._scalars import Clock
 from sftorch._sources import Source, recognise
+from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
+from sftorch.state import forms, prints, state_dict
+from sftorch.state.groups import new_books
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 # Hyperparameters that other programs call as the equations do.
 _NAMES = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "silent_sgd_phase", "inner_momentum")
@@ -139,7 +141,7 @@ class _Group:
     def fill(self, group: dict[str, Any]) -> list[str]:
         """Writes the clock and what the weights hold into the packed group; returns notices."""
         books = self.optimizer._books(group)
-        group[_reconcile.HOLD] = self.source.holds
+        group[state_dict.HOLD] = self.source.holds
         if self.source.kind == "plain":
             prior, notices = _weights_only.protect(self.optimizer, self.number, group)
             books |= new_books() | {
@@ -159,9 +161,9 @@ class _Group:
         """Returns a parameter's packed state, {} if it had not started."""
         if self.source.kind == "plain":
             return self._from_plain(theirs, group, p) if "exp_avg_sq" in theirs else {}
-        if not _held.has_started(theirs):
+        if not forms.has_started(theirs):
             return {}
-        kept = ("z", "gap", "x", "y", *_held.RESTS, *_reconcile.PRINTS)
+        kept = ("z", "gap", "x", "y", *forms.RESTS, *state_dict.PRINTS)
         found: dict[str, Any] = {name: theirs[name] for name in kept if name in theirs}
         needed = self.optimizer._buffers(self.live)
         found |= self._buffers(theirs, needed, p)
@@ -201,5 +203,5 @@ def _watch(optimizer: ScheduleFreeOptimizer) -> None:
     """Makes weights that are loaded after the import an error: x, y and z came from those before."""
     loaded = optimizer._loaded
     if loaded is not None:
-        found = _prints.take(_reconcile.local(p.detach()) for p in loaded.saved)
+        found = prints.take(state_dict.local(p.detach()) for p in loaded.saved)
         loaded.prints = {p: (print_, print_) for p, print_ in zip(loaded.saved, found, strict=True)}

@@ -13,11 +13,12 @@ from torch import Tensor
 from sfcore._iterates import beta_of
 from sfcore.changes import comparable
 from sfcore.meta import Meta
-from sftorch import _arrays, _changes, _halves, _held, _lean
+from sftorch import _arrays, _changes
 from sftorch._capture import CLOCK, ROLES, kind_of
-from sftorch._core import ScheduleFreeOptimizer
-from sftorch._modes import TrainEvalOptimizer
-from sftorch._scalars import Clock
+from sftorch.law.scalars import Clock
+from sftorch.state import forms
+from sftorch.state.modes import TrainEvalOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 
 def placed(array: np.ndarray, like: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class Saved:
             # torch keeps its step counters on the host unless the whole step runs on the device.
             if isinstance(value, Tensor) and (key != "step" or on_device):
                 # Earlier versions let the base step 16-bit parameters themselves.
-                narrow = value.dtype == self.p.dtype and _halves.rest_dtype(value.dtype) is not None
+                narrow = value.dtype == self.p.dtype and forms.rest_dtype(value.dtype) is not None
                 state[key] = value.to(self.p.device, torch.float32 if narrow else None)
         return state
 
@@ -92,7 +93,7 @@ class Saved:
         values = _changes.values_of(self.optimizer, self.group, self.saved)
         before = Clock(*(clock[key] for key in CLOCK))
         after = _changes.carry(before, self.saved["hyperparameters"], values, same, new_v)
-        value, rest = (held, None) if held.dtype == self.p.dtype else _halves.split(held, self.p.dtype)
+        value, rest = (held, None) if held.dtype == self.p.dtype else forms.split(held, self.p.dtype)
         rests = {} if rest is None else {self.optimizer._rest: rest}
         kept = "gap" if "gap" in state else "z"
         iterate = state[kept]
@@ -104,7 +105,7 @@ class Saved:
             isinstance(self.optimizer, TrainEvalOptimizer)
             and not self.optimizer._books(self.group)["train_mode"]
         ):
-            state["y"], value = value, _held.x_from_y(held, state, self.beta).to(self.p.dtype)
+            state["y"], value = value, forms.x_from_y(held, state, self.beta).to(self.p.dtype)
         return state, value
 
     def _converted(self, state: dict[str, Any], held: Tensor) -> Tensor:
@@ -115,23 +116,23 @@ class Saved:
         if not holds_x:
             if not wants_x and beta != self.beta:
                 held = self._rebuilt(state, held, beta)
-            _lean.convert_(state, held, lean)
+            forms.convert_(state, held, lean)
         elif not wants_x:
             if self.beta == 0:
                 state["x"] = held.to(state["z"].dtype)
-            held = _held.y_from_x(held, state, self.beta)
-            _lean.convert_(state, held, lean)
+            held = forms.y_from_x(held, state, self.beta)
+            forms.convert_(state, held, lean)
         if wants_x and not holds_x:
-            held = _held.x_from_y(held, state, beta)
+            held = forms.x_from_y(held, state, beta)
         if wants_x:
             state.pop("x", None)
         return held
 
     def _rebuilt(self, state: dict[str, Any], held: Tensor, beta: float) -> Tensor:
         """Returns the y that the live group's beta makes where its own group had another, so that x stays."""
-        _lean.convert_(state, held, False)
-        x = _held.x_from_y(held, state, beta)
+        forms.convert_(state, held, False)
+        x = forms.x_from_y(held, state, beta)
         state.pop("x", None)
         if self.beta == 0:
             state["x"] = x
-        return _held.y_from_x(x, state, self.beta)
+        return forms.y_from_x(x, state, self.beta)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftorch._reconcile import HOLD
-from sftorch._scalars import Clock
+from sftorch.law.scalars import Clock
+from sftorch.state.state_dict import HOLD
 
 
 @dataclass

@@ -16,9 +16,10 @@ from torch import Tensor
 from sfcore import samples
 from sfcore.samples import Restart, Sample
 from sfcore.watch import WATCHED_STEPS
-from sftorch import _halves, _held, _iterates
-from sftorch._core import ScheduleFreeOptimizer
-from sftorch._modes import TrainEvalOptimizer
+from sftorch.law import iterates
+from sftorch.state import forms
+from sftorch.state.modes import TrainEvalOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 _log = logging.getLogger("sftorch.checkpoint")
 Row = tuple[int, float, float, Tensor, Tensor, float | None]
@@ -122,16 +123,16 @@ def _iterates_at(
 
     def taken(tensor: Tensor, rest: Tensor | None = None) -> Tensor:
         some = torch.take(tensor.detach(), entries)
-        some = some if rest is None else _halves.join(some, torch.take(rest, entries))
+        some = some if rest is None else forms.join(some, torch.take(rest, entries))
         some = some.to(torch.promote_types(some.dtype, torch.float32))
-        return _iterates.as_real(some).reshape(-1).cpu()
+        return iterates.as_real(some).reshape(-1).cpu()
 
     state = optimizer.state.get(p, {})
-    if not _held.has_started(state):
+    if not forms.has_started(state):
         held = taken(p)
         return held, held
     if not isinstance(optimizer, TrainEvalOptimizer):  # the closure forms hold x
         return taken(p, state.get(optimizer._rest)), taken(state["z"])
     y = taken(state.get("y", p), state.get(optimizer._rest))
     some = {name: taken(state[name]) for name in ("x", "z", "gap") if name in state}
-    return _held.x_from_y(y, some, optimizer._y_beta(group)), _held.z_of(y, some)
+    return forms.x_from_y(y, some, optimizer._y_beta(group)), forms.z_of(y, some)

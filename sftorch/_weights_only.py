@@ -15,9 +15,9 @@ from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sftorch import _arrays, _scalars
 from sftorch._capture import is_extra_state, put_extra_state, unwrapped
-from sftorch._core import ScheduleFreeOptimizer, new_books
-from sftorch._modes import TrainEvalOptimizer
-from sftorch._state_dict import WRAPPERS
+from sftorch.state.groups import new_books
+from sftorch.state.modes import TrainEvalOptimizer
+from sftorch.state.state_dict import WRAPPERS, ScheduleFreeOptimizer
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 NO_STATE = "no optimizer state: starting from x"
@@ -146,7 +146,7 @@ def start(
         HyperparameterError: for prior_steps out of range; nothing has changed then.
     """
     if prior_steps is not None:
-        checks.check(optimizer.hyperparameters, {"prior_steps": prior_steps})
+        checks.check(optimizer.law.options, {"prior_steps": prior_steps})
     weights, trained = read(path)
     weights = _named_as(_tensors_of(model), weights)
     extra = {name: weights.pop(name) for name in list(weights) if is_extra_state(name)}
@@ -216,13 +216,13 @@ def protect(
     What is given, and what differs from the optimizer's default, was asked for and stays.
     """
     values, _ = optimizer._values(group)
-    usual = {field.name: field.default for field in fields(optimizer.hyperparameters)}
+    usual = {field.name: field.default for field in fields(optimizer.law.options)}
     asked = {name: value for name, value in values.items() if value != usual[name]} | dict(given or {})
     lr = full_lr(group, values)
     if lr == 0:
         return 0.0, [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
     notices = []
-    for name, value in weights_only_policy(asked, optimizer.hyperparameters, trained_steps=trained).items():
+    for name, value in weights_only_policy(asked, optimizer.law.options, trained_steps=trained).items():
         if name in values and value != values[name]:
             (group if name in group else optimizer._books(group))[name] = value
             notices.append(

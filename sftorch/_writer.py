@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sfcore import exchange, store
 from sfcore.exchange import CheckpointError
-from sftorch import _arrays, _halves
+from sftorch import _arrays
 from sftorch._capture import REST, Capture
 from sftorch._snapshot import Snapshot
+from sftorch.state import forms
 
 _log = logging.getLogger("sftorch.checkpoint")
 
@@ -127,5 +128,5 @@ def _joined(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {leaf: tensor for leaf, tensor in leaves.items() if not leaf.startswith(f"{REST}/")}
     for leaf in leaves.keys() - found.keys():
         held = f"y/{leaf.removeprefix(f'{REST}/')}"
-        found[held] = _halves.join(found[held], leaves[leaf])
+        found[held] = forms.join(found[held], leaves[leaf])
     return found

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfcore import hyperparameters
-from sftorch import _checks
-from sftorch._directed import DirectedOptimizer, Direction, YAtRest
-from sftorch._iterates import Scalar
-from sftorch._native.call import Kind
-from sftorch._scalars import bias_correction
+from sfcore.averaging import bias_correction
+from sfcore.laws import LAWS
+from sftorch.law.iterates import Scalar
+from sftorch.law.move import Direction
+from sftorch.step.plan import DirectedOptimizer, YAtRest, given
 
 
 def average_single_(old: Tensor, new: Tensor, share: Scalar) -> None:
@@ -68,13 +68,13 @@ def adamw_foreach(
     return directions  # S6
 
 
-ADAMW = Direction(adamw_single, adamw_foreach, Kind.ADAMW)
+ADAMW = Direction(adamw_single, adamw_foreach, "ADAMW")
 
 
 class AdamWDirection(DirectedOptimizer):
     """Abstract: constructor and direction of AdamW."""
 
-    hyperparameters = hyperparameters.AdamW
+    law = LAWS["adamw"]
 
     def __init__(
         self,
@@ -97,44 +97,11 @@ class AdamWDirection(DirectedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "r": r,
-            "weight_lr_power": weight_lr_power,
-            "foreach": foreach,
-            "inner_momentum": inner_momentum,
-            "prior_steps": prior_steps,
-            "maximize": maximize,
-            "fused": fused,
-            "precision": precision,
-            "seed": seed,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, given(locals()))
 
-    def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        shared = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "prior_steps")
-        values = {name: group[name] for name in (*shared, "inner_momentum")}
-        values |= {"lr": _checks.as_number(group["lr"])}
-        return values | _checks.split_betas(group["betas"]), {"beta": "betas[0]", "b2": "betas[1]"}
-
-    def _beta(self, group: dict[str, Any]) -> float:
-        return group["betas"][0]
-
-    def _lr_factor(self, group: dict[str, Any], t: int) -> float:
-        return 1.0
-
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
-
-    def _direction(self, group: dict[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
-        b2, m1 = group["betas"][1], group["inner_momentum"]
-        return ADAMW, (b2, group["eps"], m1, bias_correction(b2, t), bias_correction(m1, t))
+    def _direction(self, values: Mapping[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+        b2, m1 = values["b2"], values["inner_momentum"]
+        return ADAMW, (b2, values["eps"], m1, bias_correction(b2, t), bias_correction(m1, t))
 
 
 class AdamWScheduleFree(AdamWDirection, YAtRest):

@@ -24,10 +24,10 @@ from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
 from sfcore.store import Skipped
 from sftorch import _apply, _arrays, _rng, _weights_only
 from sftorch._capture import MODEL_EXTRA, capture, trained_by_others
-from sftorch._core import ScheduleFreeOptimizer
 from sftorch._importers import import_state_dict
 from sftorch._steps import steps_of
 from sftorch._writer import Writer
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "Skipped", "import_state_dict"]
 

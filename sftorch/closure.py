@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch import _checks, _held, _reconcile
-from sftorch._core import Batch
-from sftorch._directed import DirectedOptimizer, run
 from sftorch.adamw import AdamWDirection
 from sftorch.radam import RAdamDirection
 from sftorch.sgd import SGDDirection
+from sftorch.state import forms
+from sftorch.step.plan import DirectedOptimizer, given
 
 
 class XAtRest(DirectedOptimizer):
     """Abstract: `step(closure)` for parameters that hold x, so that nothing needs to be switched."""
 
-    _rest = _held.X_REST  # in a step, y's
+    _rest = forms.X_REST  # in a step, y's
+    _passed = ("step",)
+    _eager = ("_extrapolate", "_restore")
 
-    @torch.no_grad()
-    @torch.compiler.disable(recursive=False)
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
         """Takes one step; `p.grad` is read and never written.
 
@@ -42,56 +41,38 @@ class XAtRest(DirectedOptimizer):
                 f"closure must be a function, got {closure!r}: pass one that evaluates the model and calls "
                 "backward, or use the class without 'Closure' in its name"
             )
-        _reconcile.settle(self)
-        self._loaded = None
-        x = self._extrapolate()
-        try:
-            with torch.enable_grad():
-                loss = closure()
-            self._open_step(x)
-            lrs, batches, moves = self._plan(x)
-        except BaseException:
-            self._restore(x)
-            raise
-        run(moves)
-        self._close_step(lrs, batches)
+        with torch.no_grad():
+            x = self._extrapolate()
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+                plan = self._prepare(x)
+            except BaseException:
+                self._restore(x)
+                raise
+            self._restore({p: value for p, value in x.items() if p.grad is None})
+            self._run(plan)
+            self._close(plan)
         return loss
 
-    @torch.compiler.disable
     def _extrapolate(self) -> dict[Tensor, Tensor]:
         """Puts y into the parameters and returns parameter -> x."""
+        self._settle()
+        self._loaded = None
         self._check_settings()
         x = {}
         for p in self._params():
-            x[p] = _held.joined(p.detach().clone(), self.state.get(p, {}), self._rest)
+            x[p] = forms.joined(p.detach().clone(), self.state.get(p, {}), self._rest)
         for group in self.param_groups:
             for p in self._started(group):
-                y = _held.y_from_x(x[p], self.state[p], self._beta(group))  # S9
-                _held.put_(p, self.state[p], y, self._rest)
+                y = forms.y_from_x(x[p], self.state[p], self._beta(group))  # S9
+                forms.put_(p, self.state[p], y, self._rest)
         return x
 
-    @torch.compiler.disable
-    def _open_step(self, x: dict[Tensor, Tensor]) -> None:
-        self._check_settings()
-        _checks.check_gradients(x)
-        self._restore({p: value for p, value in x.items() if p.grad is None})
-        for group in self.param_groups:
-            self._start(group)
-
-    @torch.compiler.disable
-    def _close_step(self, lrs: list[float], batches: list[Batch]) -> None:
-        for batch in batches:
-            clock = batch.clock._asdict()
-            for state in batch.states:
-                state.update(clock)
-        for group, lr in zip(self.param_groups, lrs, strict=True):
-            self._finish(group, lr)
-
-    @torch.compiler.disable
     def _restore(self, x: dict[Tensor, Tensor]) -> None:
         for p, value in x.items():
-            if _held.has_started(self.state.get(p, {})):
-                _held.put_(p, self.state[p], value, self._rest)
+            if forms.has_started(self.state.get(p, {})):
+                forms.put_(p, self.state[p], value, self._rest)
             else:
                 p.copy_(value)
 
@@ -129,21 +110,7 @@ class SGDScheduleFreeClosure(SGDDirection, XAtRest):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            r=r,
-            weight_lr_power=weight_lr_power,
-            foreach=foreach,
-            prior_steps=prior_steps,
-            maximize=maximize,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-        )
+        super().__init__(params, **given(locals()))
 
 
 class AdamWScheduleFreeClosure(AdamWDirection, XAtRest):

@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from sftorch import _checks, _reconcile
-from sftorch._directed import YAtRest, run
+from sftorch.step.plan import GroupPlan, YAtRest
 
 
 class InBackward:
@@ -16,8 +15,9 @@ class InBackward:
 
     def __init__(self, optimizer: YAtRest):
         self._optimizer = optimizer
+        plans: dict[Tensor, GroupPlan | None] = {}
         self._hooks = [
-            p.register_post_accumulate_grad_hook(functools.partial(_step_one, optimizer, index))
+            p.register_post_accumulate_grad_hook(functools.partial(_step_one, optimizer, plans, index))
             for index, group in enumerate(optimizer.param_groups)
             for p in group["params"]
             if p.requires_grad
@@ -80,7 +80,7 @@ def step_in_backward(optimizer: YAtRest) -> InBackward:
 
 
 @torch.no_grad()
-def _step_one(optimizer: YAtRest, index: int, p: Tensor) -> None:
+def _step_one(optimizer: YAtRest, plans: dict[Tensor, GroupPlan | None], index: int, p: Tensor) -> None:
     """Takes the coming step of one parameter, as a group of its own, and frees its gradient."""
     ahead = optimizer._ahead
     assert ahead is not None  # hooks and set come and go together
@@ -90,16 +90,9 @@ def _step_one(optimizer: YAtRest, index: int, p: Tensor) -> None:
             f"parameters must have one backward a step, got a second for one of shape {tuple(p.shape)}: "
             "call optimizer.step() after each backward; gradients cannot accumulate while steps are in it"
         )
-    if not ahead:
-        optimizer._require_train_mode()
-        _reconcile.before_step(optimizer)
-        optimizer._check_settings()
-    _checks.check_gradients([p])
-    alone = optimizer.param_groups[index] | {"params": [p]}
-    optimizer._start(alone)
-    optimizer._settle_beta(alone)
-    for batch in optimizer._batches(alone, optimizer._group_lr(alone)):
-        run([optimizer._move(alone, batch, None)])
-        optimizer._finish_batch(batch)
+    plan = optimizer._prepare_one(optimizer.param_groups[index], p, plans.get(p))
+    optimizer._run([plan])
+    optimizer._close([plan], is_whole=False)
+    plans[p] = plan if plan.may_be_kept else None
     ahead.add(p)
     p.grad = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfcore import hyperparameters
-from sftorch import _checks
-from sftorch._directed import DirectedOptimizer, Direction, YAtRest
-from sftorch._iterates import Scalar
-from sftorch._native.call import Kind
-from sftorch._scalars import bias_correction, rectification
+from sfcore.averaging import bias_correction, rectification
+from sfcore.laws import LAWS
 from sftorch.adamw import ADAMW, average_single_
+from sftorch.law.iterates import Scalar
+from sftorch.law.move import Direction
+from sftorch.step.plan import DirectedOptimizer, YAtRest, given
 
 
 def young_single(grad: Tensor, buffers: dict[str, Tensor], b2: Scalar) -> Tensor:
@@ -30,13 +30,13 @@ def young_foreach(grads: list[Tensor], buffers: dict[str, list[Tensor]], b2: flo
     return grads  # S6
 
 
-YOUNG = Direction(young_single, young_foreach, Kind.YOUNG)
+YOUNG = Direction(young_single, young_foreach, "YOUNG")
 
 
 class RAdamDirection(DirectedOptimizer):
     """Abstract: constructor and direction of RAdam."""
 
-    hyperparameters = hyperparameters.RAdam
+    law = LAWS["radam"]
 
     def __init__(
         self,
@@ -58,47 +58,14 @@ class RAdamDirection(DirectedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "r": r,
-            "weight_lr_power": weight_lr_power,
-            "foreach": foreach,
-            "silent_sgd_phase": silent_sgd_phase,
-            "prior_steps": prior_steps,
-            "maximize": maximize,
-            "fused": fused,
-            "precision": precision,
-            "seed": seed,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, given(locals()))
 
-    def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        shared = ("eps", "weight_decay", "r", "weight_lr_power", "silent_sgd_phase", "prior_steps")
-        values = {name: group[name] for name in shared} | {"lr": _checks.as_number(group["lr"])}
-        return values | _checks.split_betas(group["betas"]), {"beta": "betas[0]", "b2": "betas[1]"}
-
-    def _beta(self, group: dict[str, Any]) -> float:
-        return group["betas"][0]
-
-    def _lr_factor(self, group: dict[str, Any], t: int) -> float:
-        rect = rectification(group["betas"][1], t)
-        if rect is None:
-            return 0.0 if group["silent_sgd_phase"] else 1.0
-        return rect
-
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg_sq",)
-
-    def _direction(self, group: dict[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
-        b2 = group["betas"][1]
-        if rectification(b2, t) is None:
+    def _direction(self, values: Mapping[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+        b2 = values["b2"]
+        _, usable = rectification(b2, t)
+        if not usable:
             return YOUNG, (b2,)
-        return ADAMW, (b2, group["eps"], 0.0, bias_correction(b2, t), 1.0)
+        return ADAMW, (b2, values["eps"], 0.0, bias_correction(b2, t), 1.0)
 
 
 class RAdamScheduleFree(RAdamDirection, YAtRest):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfcore import hyperparameters
-from sftorch import _checks, _held, _iterates, _stand_ins
-from sftorch._core import Batch, ScheduleFreeOptimizer
-from sftorch._modes import TrainEvalOptimizer
+from sfcore.averaging import coefficients
+from sfcore.laws import LAWS
+from sftorch.law import iterates
+from sftorch.law.parts import note_written
+from sftorch.state import arguments, forms
+from sftorch.state.groups import Batch, Next
+from sftorch.state.modes import TrainEvalOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 _BASE = "base"
 _DRAWER = "schedule_free"
@@ -47,7 +53,8 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         >>> optimizer.step()
     """
 
-    hyperparameters = hyperparameters.Wrapper
+    law = LAWS["wrapper"]
+    _eager = ("_prepare", "_close")
 
     # Keyword-only: schedulefree orders these arguments differently, and a swap would go unnoticed.
     def __init__(
@@ -75,7 +82,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             group[_DRAWER] = drawer
         torch.optim.Optimizer.__init__(self, base.param_groups, base.defaults)
         self.param_groups = base.param_groups
-        _stand_ins.widen_state(base, self._params())
+        _widen_state(base, self._params())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base, in the mode the wrapper is in; everything is checked before.
@@ -87,7 +94,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             self.param_groups.append(param_group)  # the constructor hands over the base's own
             self._note_lr(param_group)
             return
-        group = _checks.as_group(param_group, self.base.defaults, self._params())
+        group = arguments.as_group(param_group, self.base.defaults, self._params())
         drawer = self._new_drawer(self.base.defaults | group)
         self.base.add_param_group(group | {_DRAWER: drawer})
         self._note_lr(self.base.param_groups[-1])
@@ -117,8 +124,8 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         base = {index: copy.deepcopy(of_p[_BASE]) for index, of_p in state.items() if _BASE in of_p}
         own = {index: {k: v for k, v in of_p.items() if k != _BASE} for index, of_p in state.items()}
         # Torch casts what it loads to the parameter's dtype.
-        wide = {p: torch.empty_like(p, dtype=torch.float32) for p in _stand_ins.needed_for(self._params())}
-        with _stand_ins.in_place_of(self.base, wide):
+        wide = {p: torch.empty_like(p, dtype=torch.float32) for p in _narrow(self._params())}
+        with _in_place_of(self.base, wide):
             self.base.load_state_dict({"state": copy.deepcopy(base), "param_groups": groups})
         self._keep_dtypes(state, [index for group in groups for index in group["params"]])
         super()._load({"state": own, "param_groups": groups})
@@ -150,60 +157,71 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         return self.options | self._opening_books(group | {_DRAWER: self.options})
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        drawer, lr = group[_DRAWER], _checks.as_number(group["lr"])
+        values, names = super()._values(group | group[_DRAWER])
         if "d" in group:  # Prodigy and D-Adaptation keep the scale of their lr there
-            lr *= _checks.as_number(group["d"])
-        values = {name: drawer[name] for name in ("r", "weight_lr_power", "prior_steps")}
-        values |= {"lr": lr, "beta": drawer["momentum"], "weight_decay": drawer["weight_decay_at_y"]}
-        return values, {"beta": "momentum", "weight_decay": "weight_decay_at_y"}
+            values["lr"] *= arguments.as_number(group["d"])
+        return values, names
 
     def _books(self, group: dict[str, Any]) -> dict[str, Any]:
         drawer: dict[str, Any] = group[_DRAWER]
         return drawer
 
-    def _beta(self, group: dict[str, Any]) -> float:
-        return group[_DRAWER]["momentum"]
+    def _prepare(self) -> dict[Tensor, dict[str, Any]]:
+        """Returns the state of the parameters that are to move."""
+        self._begin()
+        self._check_settings()
+        arguments.check_gradients(self._params())
+        moving: dict[Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            moving |= {p: self._ready(p, group) for p in group["params"] if p.grad is not None}
+        self.state.update(moving)
+        for group in self.param_groups:
+            self._settle_beta(group)
+        return moving
 
-    def _lr_factor(self, group: dict[str, Any], t: int) -> float:
-        return 1.0
+    @staticmethod
+    def _run(plan: dict[Tensor, dict[str, Any]]) -> None:
+        pass  # the base's arithmetic is not to be compiled either
 
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ()
-
-    @torch.compiler.disable
-    def _step_groups(self) -> None:
-        moving = [p for p in self._params() if p.grad is not None]
-        y = {p: p.detach().clone() for p in moving}
-        z = {p: self.state[p]["z"].clone() for p in _stand_ins.needed_for(moving)}
+    def _close(self, plan: dict[Tensor, dict[str, Any]]) -> None:
+        y = {p: p.detach().clone() for p in plan}
+        z = {p: plan[p]["z"].clone() for p in _narrow(plan)}
         try:
             for p in y.keys() - z.keys():
-                p.copy_(self.state[p]["z"])
-            with _stand_ins.in_place_of(self.base, z):
+                p.copy_(plan[p]["z"])
+            with _in_place_of(self.base, z):
                 self.base.step()
         except BaseException:
             for p, value in y.items():
                 p.copy_(value)
             raise
         for group in self.param_groups:
-            lr = self._group_lr(group)  # after the base's step, in which Prodigy sets d
-            for batch in self._batches(group, lr):
-                self._fold(group, batch, y, z)
-                self._finish_batch(batch)
-            self._finish(group, lr)
+            values, _ = self._values(group)  # after the base's step, in which Prodigy sets d
+            moved = {p: plan[p] for p in group["params"] if p in plan}
+            for batch in self._batches(moved):
+                self._fold(batch, self._next(group, batch.clock, values), values, y, z)
+            self._finish(group, self._next(group, self._group_clock(group), values))
         self._show_base_state()
 
     def _fold(
-        self, group: dict[str, Any], batch: Batch, y: dict[Tensor, Tensor], moved: dict[Tensor, Tensor]
+        self,
+        batch: Batch,
+        after: Next,
+        values: dict[str, Any],
+        y: dict[Tensor, Tensor],
+        moved: dict[Tensor, Tensor],
     ) -> None:
         """Takes S6-S9 with what the base did: to stand-ins of 16-bit parameters, else to the parameters."""
-        decay = group[_DRAWER]["weight_decay_at_y"]
-        for p in batch.params:
-            z = self.state[p]["z"]
+        k1, k2 = coefficients(after.c, values["beta"])
+        for p, state in zip(batch.params, batch.states, strict=True):
+            z = state["z"]
             step = moved.get(p, p) - z
-            full = _held.joined(y[p], self.state[p])
-            delta = step - batch.lr_t * decay * full.to(z.dtype)  # S6
-            _iterates.fold_single_(full, z, delta, batch.c, self._beta(group))
-            _held.put_(p, self.state[p], full)
+            full = forms.joined(y[p], state)
+            delta = step - after.lr_t * values["weight_decay"] * full.to(z.dtype)  # S6
+            iterates.fold_single_(full, z, delta, k1, k2)
+            forms.put_(p, state, full)
+        self._finish_batch(batch, after)
+        note_written(batch.params)
 
 
 def _check_base(base: Any) -> None:
@@ -215,3 +233,47 @@ def _check_base(base: Any) -> None:
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise TypeError(f"base must be an optimizer that steps without a closure, got {kind}: wrap another")
+
+
+# Float32 parameters that stand in place of 16-bit ones while a wrapped optimizer steps or loads. What it makes
+# of them, its own buffers included, is then float32, and no step is lost to rounding.
+
+
+def _narrow(params: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the 16-bit parameters."""
+    return [p for p in params if forms.rest_dtype(p.dtype) is not None]
+
+
+def _widen_state(base: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
+    """Puts into float32 what a base that makes its state at once (Adagrad) made of 16-bit parameters."""
+    for p in _narrow(params):
+        for name, value in base.state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.dtype == p.dtype:
+                base.state[p][name] = value.to(torch.float32)
+
+
+@contextmanager
+def _in_place_of(base: torch.optim.Optimizer, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Puts float32 values in the place of parameters, with their gradients, inside a `with` block.
+
+    Args:
+        base: any torch optimizer; its groups and the keys of its state are as before afterwards.
+        values: parameter -> float32 tensor, whose memory the stand-in shares.
+    """
+    stand_ins = {p: torch.nn.Parameter(value) for p, value in values.items()}
+    for p, stand_in in stand_ins.items():
+        stand_in.grad = None if p.grad is None else p.grad.to(torch.float32)
+    _swap(base, stand_ins)
+    try:
+        yield
+    finally:
+        _swap(base, {stand_in: p for p, stand_in in stand_ins.items()})
+
+
+def _swap(base: torch.optim.Optimizer, others: Mapping[Tensor, Tensor]) -> None:
+    if not others:
+        return
+    for group in base.param_groups:
+        group["params"][:] = [others.get(p, p) for p in group["params"]]
+    for p in [p for p in base.state if p in others]:
+        base.state[others[p]] = base.state.pop(p)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from sfcore import hyperparameters
-from sftorch import _checks
-from sftorch._directed import DirectedOptimizer, Direction, YAtRest
-from sftorch._native.call import Kind
+from sfcore.laws import LAWS
+from sftorch.law.move import Direction
+from sftorch.step.plan import DirectedOptimizer, YAtRest, given
 
 
 def sgd(grad: Any, buffers: Any) -> Any:
@@ -17,13 +17,13 @@ def sgd(grad: Any, buffers: Any) -> Any:
     return grad  # S6
 
 
-SGD = Direction(sgd, sgd, Kind.SGD)
+SGD = Direction(sgd, sgd, "SGD")
 
 
 class SGDDirection(DirectedOptimizer):
     """Abstract: constructor and direction of SGD."""
 
-    hyperparameters = hyperparameters.SGD
+    law = LAWS["sgd"]
 
     def __init__(
         self,
@@ -44,39 +44,9 @@ class SGDDirection(DirectedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "r": r,
-            "weight_lr_power": weight_lr_power,
-            "foreach": foreach,
-            "prior_steps": prior_steps,
-            "maximize": maximize,
-            "fused": fused,
-            "precision": precision,
-            "seed": seed,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, given(locals()))
 
-    def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        shared = ("weight_decay", "warmup_steps", "r", "weight_lr_power", "prior_steps")
-        values = {name: group[name] for name in shared} | {"lr": _checks.as_number(group["lr"])}
-        return values | {"beta": group["momentum"]}, {"beta": "momentum"}
-
-    def _beta(self, group: dict[str, Any]) -> float:
-        return group["momentum"]
-
-    def _lr_factor(self, group: dict[str, Any], t: int) -> float:
-        return 1.0
-
-    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ()
-
-    def _direction(self, group: dict[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+    def _direction(self, values: Mapping[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
         return SGD, ()
 
 

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import torch
 
-from sftorch._iterates import as_real
+from sftorch.law.iterates import as_real
 from sftorch.tests.plain import STEP_SIZE, feed, same_bits, some_grads, some_params
 
 BUFFERS = ("z", "x", "exp_avg_sq", "exp_avg", "y_rest", "x_rest")

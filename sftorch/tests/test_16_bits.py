@@ -7,8 +7,8 @@ import torch
 
 import sftorch
 from sfcore import convert, inspection, store
-from sftorch import _held
 from sftorch.checkpoint import Checkpoints, import_state_dict
+from sftorch.state import forms
 from sftorch.tests.load_runs import ORDERS, between, build, follow
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, copies, feed, same_bits, some_grads, some_params
 
@@ -34,7 +34,7 @@ def pair(dtype):
 
 def held(optimizer, params):
     """Returns in full what the parameters hold."""
-    return [_held.joined(p.detach(), optimizer.state[p], optimizer._rest) for p in params]
+    return [forms.joined(p.detach(), optimizer.state[p], optimizer._rest) for p in params]
 
 
 def z(optimizer, params):
@@ -84,7 +84,7 @@ def test_eval_and_train_give_back_both_halves(make, dtype):
     for _ in range(3):
         optimizer.eval()
         assert same_bits(params, x)
-        assert same_bits([_held.y_of(p, optimizer.state[p]) for p in params], y)
+        assert same_bits([forms.y_of(p, optimizer.state[p]) for p in params], y)
         optimizer.train()
         assert same_bits(held(optimizer, params), y)
 
@@ -291,7 +291,7 @@ class TestCheckpoints:
         assert not any(leaf.startswith("rest/") for leaf in state)
         assert meta.precision == str(dtype).removeprefix("torch.")
         for name, p in model.named_parameters():
-            y = _held.joined(p.detach(), optimizer.state[p])
+            y = forms.joined(p.detach(), optimizer.state[p])
             assert torch.equal(torch.from_numpy(state[f"y/{name}"]), y)
             assert inference[name].dtype.name == meta.precision
             assert torch.equal(torch.from_numpy(inference[name].astype("float32")), x[name].float())
@@ -318,7 +318,7 @@ class TestCheckpoints:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
         found, of_torch = inspection.inspect(path), inspection.inspect(tmp_path / "run.pt")
         assert found["norms"] == pytest.approx(of_torch["norms"], rel=1e-6)
-        y = torch.cat([_held.joined(p.detach(), optimizer.state[p]).flatten() for p in model.parameters()])
+        y = torch.cat([forms.joined(p.detach(), optimizer.state[p]).flatten() for p in model.parameters()])
         assert found["norms"]["y"] == pytest.approx(y.norm().item(), rel=1e-6)
         target, _ = convert.convert(tmp_path / "run.pt", tmp_path / "x.safetensors", "inference")
         x, _ = sftorch._weights_only.read(target)

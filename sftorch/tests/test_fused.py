@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sftorch
 from sfcore.checks import HyperparameterError
-from sftorch import _directed, _fused
-from sftorch._native import call
-from sftorch._triton import launch
+from sftorch.kernels import call, launch
+from sftorch.step import backends, plan
 from sftorch.tests.fused_runs import CASES, SHAPES, assert_fused_is_single, everything, same, special_run
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, copies, feed, same_bits, some_grads, some_params
 
@@ -24,7 +23,7 @@ from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, copies, feed, same
 def calls(monkeypatch):
     """Counts the tensors that the kernel steps, and those that the single path does."""
     seen = {"fused": 0, "single": 0}
-    run, single = call.run, _directed._run_single
+    run, single = call.run, plan._run_single
 
     def counting_run(kind, tables, *rest, **options):
         seen["fused"] += len(tables["y"])
@@ -211,23 +210,23 @@ def on_cuda(dtype=torch.float32):
 def test_on_a_cuda_device_fused_must_be_asked_for(monkeypatch):
     monkeypatch.setattr(launch, "find", lambda: types.ModuleType("kernel"))
     group = {"foreach": True, "precision": "exact"}
-    assert not _fused.chosen(group | {"fused": None}, [on_cuda()])
-    assert not _fused.chosen(group | {"fused": False}, [on_cuda()])
-    assert _fused.chosen(group | {"fused": True}, [on_cuda()])
-    assert _fused.chosen(group | {"fused": True}, [on_cuda(torch.bfloat16)])
+    assert not backends.chosen(group | {"fused": None}, [on_cuda()])
+    assert not backends.chosen(group | {"fused": False}, [on_cuda()])
+    assert backends.chosen(group | {"fused": True}, [on_cuda()])
+    assert backends.chosen(group | {"fused": True}, [on_cuda(torch.bfloat16)])
     with pytest.raises(RuntimeError, match=r"on cuda:0 must be of one of float32, .*, got torch.float64"):
-        _fused.chosen(group | {"fused": True}, [on_cuda(torch.float64)])
+        backends.chosen(group | {"fused": True}, [on_cuda(torch.float64)])
 
 
 def test_without_triton_there_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "sftorch._triton.kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "sftorch.kernels.triton_step", raising=False)
     monkeypatch.setattr(launch, "find", launch.find.__wrapped__)
     group = {"foreach": True, "precision": "exact", "fused": True}
     with pytest.raises(
         RuntimeError, match=r"got True: triton must be importable, got .*: install the version"
     ):
-        _fused.chosen(group, [on_cuda()])
+        backends.chosen(group, [on_cuda()])
 
 
 def test_a_step_on_the_cpu_never_looks_for_triton(monkeypatch):

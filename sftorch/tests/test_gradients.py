@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sftorch
-from sftorch import _held
+from sftorch.state import forms
 from sftorch.tests.plain import (
     CLASSES,
     CLOSURES,
@@ -61,7 +61,7 @@ def test_foreach_is_single(make, dtype):
         params = some_params(dtype)
         optimizer = make(params, foreach=foreach, fused=False, **options)
         feed(optimizer, params, some_grads(50, params))
-        held = [_held.joined(p.detach(), optimizer.state[p], optimizer._rest) for p in params]
+        held = [forms.joined(p.detach(), optimizer.state[p], optimizer._rest) for p in params]
         runs.append(held + [optimizer.state[p]["z"] for p in params])
     # Measured over 50 steps: 1.8 eps in float64 and float32 (the order of two products differs);
     # 16-bit parameters step in float32.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sftorch._halves import join, new_rest, rest_dtype, split
+from sftorch.state.forms import join, new_rest, rest_dtype, split
 from sftorch.tests.plain import same_bits
 
 EDGES = (-0x8000, -0x7FFF, -0x1234, -1, 0, 1, 0x1234, 0x7FFF)

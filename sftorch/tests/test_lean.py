@@ -8,8 +8,9 @@ import torch
 import sftorch
 from sfcore import inspection, store
 from sfcore.checks import HyperparameterError
-from sftorch import _held, _noise
 from sftorch.checkpoint import CheckpointError, Checkpoints, import_state_dict
+from sftorch.state import forms
+from sftorch.step.lean import key_of, noise, rounded
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, copies, feed, same_bits, some_grads, some_params
 
 SHAPE = [(40, 30)]
@@ -30,7 +31,7 @@ def everything(optimizer, params):
 
 class TestNoise:
     def test_it_is_even(self):
-        drawn = _noise.noise(torch.Size([1 << 20]), _noise.key_of(1), torch.device("cpu"))
+        drawn = noise(torch.Size([1 << 20]), key_of(1), torch.device("cpu"))
         counts = torch.bincount(drawn >> 8, minlength=256).double()
         # A sum of squares over 256 bins has mean 255 and deviation 22.6; measured 255 to 290 over ten keys.
         assert ((counts - 4096).square() / 4096).sum() < 350
@@ -40,34 +41,34 @@ class TestNoise:
     @pytest.mark.parametrize("other", [(2, 0, 0), (1, 1, 0), (1, 0, 1)])
     def test_other_keys_give_other_noise(self, other):
         shape, device = torch.Size([1 << 18]), torch.device("cpu")
-        a, b = (_noise.noise(shape, _noise.key_of(*key), device).double() for key in ((1, 0, 0), other))
+        a, b = (noise(shape, key_of(*key), device).double() for key in ((1, 0, 0), other))
         # Of 2^18 pairs the correlation deviates by 0.002; measured 0.003 at most.
         assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.01
 
     def test_neighbours_are_unlike(self):
-        drawn = _noise.noise(torch.Size([1 << 18]), _noise.key_of(1), torch.device("cpu")).double()
+        drawn = noise(torch.Size([1 << 18]), key_of(1), torch.device("cpu")).double()
         assert torch.corrcoef(torch.stack([drawn[1:], drawn[:-1]]))[0, 1].abs() < 0.01
 
     def test_rounding_is_right_on_average_and_exact_where_it_can_be(self):
         value = torch.linspace(-3, 3, 1000).repeat(4000, 1)
-        found = _noise.rounded(value, _noise.key_of(7)).double()
+        found = rounded(value, key_of(7)).double()
         # The mean of 4000 has 1/63 of the deviation of one, which is half a gap at most; 3.4 of these here.
         gap = value.double().abs() * 2.0**-7
         assert ((found.mean(0) - value[0].double()).abs() <= 6 * gap[0] / 2 / 4000**0.5 + 1e-9).all()
         assert ((found - value.double()).abs() < gap + 1e-30).all()
         exact = value.to(torch.bfloat16)
-        assert same_bits([_noise.rounded(exact.float(), _noise.key_of(7))], [exact])
+        assert same_bits([rounded(exact.float(), key_of(7))], [exact])
 
     def test_infinities_nan_and_zeros_stay(self):
         value = torch.tensor([float("inf"), float("-inf"), 0.0, -0.0, float("nan")])
-        found = _noise.rounded(value, _noise.key_of(3))
+        found = rounded(value, key_of(3))
         assert same_bits([found[:4]], [value[:4].to(torch.bfloat16)])
         assert found[4].isnan()
 
     def test_a_layout_changes_nothing(self):
         value = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
         turned = value.t().contiguous().t()
-        assert same_bits([_noise.rounded(turned, (1, 2))], [_noise.rounded(value, (1, 2))])
+        assert same_bits([rounded(turned, (1, 2))], [rounded(value, (1, 2))])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -81,7 +82,7 @@ def test_the_run_stays_near_the_exact_one(kind, dtype):
     feed(optimizer, params, grads)
     feed(reference, exact, [[g.float() for g in of_step] for of_step in grads])
     moved = (exact[0] - start[0]).norm()
-    off = (_held.joined(params[0].detach(), optimizer.state[params[0]]) - exact[0]).norm()
+    off = (forms.joined(params[0].detach(), optimizer.state[params[0]]) - exact[0]).norm()
     assert off < 0.03 * moved  # SGD 0.1%, AdamW and RAdam 1.2%, for v is off by some percent
     x = optimizer._x(params[0], optimizer.param_groups[0])
     assert (x - reference.eval_params()[exact[0]]).norm() < 0.03 * moved
@@ -175,8 +176,8 @@ def test_a_changed_beta_keeps_x_and_z():
     group, (p,) = optimizer.param_groups[0], params
 
     def x_and_z():
-        y = _held.joined(p.detach(), optimizer.state[p])
-        return optimizer._x(p, group), _held.z_of(y, optimizer.state[p])
+        y = forms.joined(p.detach(), optimizer.state[p])
+        return optimizer._x(p, group), forms.z_of(y, optimizer.state[p])
 
     x, z = x_and_z()
     gap = optimizer.state[p]["gap"].float().abs().max()
@@ -303,8 +304,8 @@ class TestCheckpoints:
         _, state = store.read(path)
         assert {leaf.partition("/")[0] for leaf in state} == {"y", "gap", "v", "rng"}
         assert {state[f"{role}/weight"].dtype.name for role in ("gap", "v")} == {"bfloat16"}
-        ys = [_held.joined(p.detach(), optimizer.state[p]) for p in model.parameters()]
-        zs = [_held.z_of(y, optimizer.state[p]) for p, y in zip(model.parameters(), ys, strict=True)]
+        ys = [forms.joined(p.detach(), optimizer.state[p]) for p in model.parameters()]
+        zs = [forms.z_of(y, optimizer.state[p]) for p, y in zip(model.parameters(), ys, strict=True)]
         norm = torch.cat([z.flatten() for z in zs]).norm().item()
         assert inspection.inspect(path)["norms"]["z"] == pytest.approx(norm, rel=1e-6)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
@@ -316,9 +317,9 @@ class TestCheckpoints:
         assert [n.partition(":")[0] for n in restored.notices] == ["precision (group 0)", "seed (group 0)"]
         for p, q in zip(model.parameters(), params, strict=True):
             state = optimizer.state[p]
-            y = _held.joined(p.detach(), state)
-            assert same_bits([_held.joined(q.detach(), exact.state[q])], [y])
-            assert same_bits([exact.state[q]["z"]], [_held.z_of(y, state)])
+            y = forms.joined(p.detach(), state)
+            assert same_bits([forms.joined(q.detach(), exact.state[q])], [y])
+            assert same_bits([exact.state[q]["z"]], [forms.z_of(y, state)])
             assert same_bits([exact.state[q]["exp_avg_sq"]], [state["exp_avg_sq"].float()])
         again = torch.nn.Linear(20, 10).to(torch.bfloat16)
         again.load_state_dict(dict(zip(("weight", "bias"), params, strict=True)))
@@ -339,7 +340,7 @@ class TestCheckpoints:
         other = copy.deepcopy(model)
         closed = sftorch.AdamWScheduleFreeClosure(list(other.parameters()))
         Checkpoints(tmp_path).restore(other, closed)
-        held = [_held.joined(p.detach(), closed.state[p], "x_rest") for p in other.parameters()]
+        held = [forms.joined(p.detach(), closed.state[p], "x_rest") for p in other.parameters()]
         # x comes from z = y + gap here, and from the gap there; measured 1.2e-7.
         for a, b in zip(held, x, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import sftorch
-from sftorch import _fused
 from sftorch._directed import Move
-from sftorch._native import build, call
-from sftorch._native.call import Element, Kind
 from sftorch.adamw import ADAMW
+from sftorch.kernels import build, call
+from sftorch.kernels.call import Element, Kind
+from sftorch.step import backends
 from sftorch.tests.plain import feed, same_bits, some_grads, some_params
 
 CHUNK = 1 << 15  # as in step.c
@@ -169,7 +169,7 @@ def test_a_move_with_rests_is_the_float32_move():
     ):
         buffers = {"exp_avg_sq": list(v.clone()), "exp_avg": list(m.clone())}
         move = Move(ADAMW, ys, rests, [], list(z.clone()), list(g), buffers, scalars, True, False, True)
-        assert _fused.run(move, scalars.tolist()) == []
+        assert backends.run(move, scalars.tolist()) == []
         both[name] = move
     wide, halves = both.values()
     assert same_bits(wide.zs, halves.zs)
@@ -177,7 +177,7 @@ def test_a_move_with_rests_is_the_float32_move():
     for y, low, want in zip(halves.ys, halves.rests, wide.ys, strict=True):
         assert np.array_equal(join(y.view(torch.int16).numpy().view(np.uint16), low.numpy()), want.numpy())
     in_x = halves._replace(xs=halves.ys)
-    assert _fused.run(in_x, scalars.tolist()) == [0, 1, 2]  # the closure forms: left to the other path
+    assert backends.run(in_x, scalars.tolist()) == [0, 1, 2]  # the closure forms: left to the other path
 
 
 @pytest.mark.parametrize("narrow_grad", [True, False])
@@ -215,7 +215,7 @@ def test_the_number_of_threads_changes_no_bit(kind, flush):
 # torch's own threads do not survive a fork, so its operations get one; the kernel gets two.
 FORK = """
 import os, torch, sftorch
-from sftorch._native import call
+from sftorch.kernels import call
 torch.set_num_threads(1)
 run = call.run
 call.run = lambda *args: run(*args, threads=2)

@@ -15,18 +15,18 @@ import pytest
 import torch
 
 import sftorch
-from sftorch import _directed, _fused
 from sftorch._directed import Move
-from sftorch._native.call import Element, Kind
-from sftorch._triton import launch
 from sftorch.adamw import ADAMW
+from sftorch.kernels import launch
+from sftorch.kernels.call import Element, Kind
 from sftorch.radam import YOUNG
 from sftorch.sgd import SGD
+from sftorch.step import plan
 from sftorch.tests.fused_runs import CASES, assert_fused_is_single, same, special_run
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, feed, some_grads, some_params
 
 triton = pytest.importorskip("triton")
-KERNEL = "sftorch._triton.kernel"
+KERNEL = "sftorch.kernels.triton_step"
 SHAPES = [(1003,), (3, 5), (0,), (), (launch.BLOCK,), (3 * launch.BLOCK,), (2 * launch.BLOCK + 1,)]
 
 
@@ -122,8 +122,8 @@ def test_gradients_of_either_width(direction, buffers, of_y, of_g, launches):
         if move.rests:
             move.ys[0][:3] = torch.tensor([torch.inf, -torch.inf, 0.0])
             move.rests[0][:3] = torch.tensor([5, 5, -5])
-    _directed.run(moves[:1])
-    _directed.run([moves[1]._replace(fused=False)])
+    plan.run(moves[:1])
+    plan.run([moves[1]._replace(fused=False)])
     assert len(launches) == 1
     tensors = [[*m.ys, *m.rests, *m.zs, *(t for ts in m.buffers.values() for t in ts)] for m in moves]
     assert len(tensors[0]) == len(tensors[1]) >= 4
@@ -214,7 +214,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sftorch._triton import kernel, launch
+from sftorch.kernels import triton_step as kernel, launch
 flags = dict.fromkeys(("HAS_M", "TO_X", "HALVES", "NARROW_G"), False)
 constants = flags | {"HAS_V": True, "SCALED": True, "BLOCK": launch.BLOCK}
 types = {"table": "*i64", "owners": "*i32"} | dict.fromkeys(constants, "constexpr")

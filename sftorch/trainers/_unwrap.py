@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sftorch._modes import TrainEvalOptimizer
+from sftorch.state.modes import TrainEvalOptimizer
 
 
 def unwrap(optimizer: Any) -> TrainEvalOptimizer:

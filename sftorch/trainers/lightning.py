@@ -20,7 +20,7 @@ except ImportError as error:
         f"sftorch.trainers.lightning needs lightning, got {error}: pip install 'schedulefree-twin[trainers]'"
     ) from error
 
-from sftorch._modes import TrainEvalOptimizer
+from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.trainers._unwrap import unwrap
 
 __all__ = ["ScheduleFreeCallback"]

@@ -1,8 +1,8 @@
 /* S6 to S9* of a list of parameters in one pass over memory, with a plain C interface.
  *
- * Every element goes through the operations of the single-tensor path (sftorch/_directed.py), in their order
+ * Every element goes through the operations of the single-tensor path (sftorch/law/iterates.py), in their order
  * and in the dtype of z, so the results are equal bit for bit, with any number of threads. That needs
- * -ffp-contract=off and no -ffast-math. Python's side is sftorch/_native/call.py.
+ * -ffp-contract=off and no -ffast-math. Python's side is sftorch/kernels/call.py.
  */
 #include <fenv.h>
 #include <math.h>
@@ -29,7 +29,7 @@ struct job {
     const int64_t *sizes;
     char *const *y, *const *rest, *const *z, *const *v, *const *m, *const *x, *const *g;
     int32_t kind, is_double, y_type, g_type;
-    double sign, lr_t, weight_decay, c, k, share2, eps, share1, correction2, correction1;
+    double sign, lr_t, wd_y, wd_z, k1, k2, b2, eps, m1, correction2, correction1;
 };
 
 struct cursor { int64_t tensor, start; };             /* start: of the tensor, among the elements of all */
@@ -78,6 +78,15 @@ INLINE void narrow(uint16_t *to, int16_t *rest, const float *from, int64_t n) {
         }
     }
 }
+
+/* The loop of a kind, in OF(span); what is 0 for a whole step costs no operation. */
+#define MOVE(KIND)                                                                \
+    if (job->wd_z != 0)                                                           \
+        x ? OF(move)(KIND, 1, 1, n, y, z, v, m, x, g, job)                        \
+          : OF(move)(KIND, 0, 1, n, y, z, v, m, x, g, job);                       \
+    else                                                                          \
+        x ? OF(move)(KIND, 1, 0, n, y, z, v, m, x, g, job)                        \
+          : OF(move)(KIND, 0, 0, n, y, z, v, m, x, g, job)
 
 #define REAL float
 #define OF(NAME) NAME##_float

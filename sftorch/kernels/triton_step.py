@@ -1,4 +1,4 @@
-"""S6 to S9* of a list of parameters in one launch; sftorch/_native/arithmetic.h in Triton's language.
+"""S6 to S9* of a list of parameters in one launch; sftorch/kernels/arithmetic.h in Triton's language.
 
 A program takes BLOCK elements of one tensor. Elements go through the operations of the single-tensor path in
 their order and with IEEE roundings; with enable_fp_fusion=False results are equal bit for bit. All that is
@@ -25,9 +25,10 @@ def step(
     owners,  # (programs,) int32: each program's row
     sign,  # Python floats from here on: they come as float32, and Triton never compiles for their values
     lr_t,
-    weight_decay,
-    c,
-    k,
+    wd_y,
+    wd_z,
+    k1,
+    k2,
     share2,
     eps,
     share1,
@@ -36,12 +37,13 @@ def step(
     HAS_V: tl.constexpr,
     HAS_M: tl.constexpr,
     SCALED: tl.constexpr,  # whether the direction is divided by v's root
+    AT_Z: tl.constexpr,  # whether wd_z is not 0
     TO_X: tl.constexpr,  # whether y is to end as x
     HALVES: tl.constexpr,  # whether y is bfloat16, its rest int16
     NARROW_G: tl.constexpr,  # whether gradients are bfloat16
     BLOCK: tl.constexpr,
 ):
-    """Steps the elements of one program; the numbers are those of sftorch/_native/call.py."""
+    """Steps the elements of one program; the numbers are those of sftorch/kernels/call.py."""
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * WIDTH
     start = (program - tl.load(row + FIRST)) * BLOCK
@@ -50,20 +52,21 @@ def step(
     # Loads are 16 bytes wide only where the compiler knows of alignment and needs no mask.
     if (start + BLOCK <= size) & (tl.load(row + ALIGNED) != 0):
         _move(
-            row, at, None, sign, lr_t, weight_decay, c, k, share2, eps, share1, correction2, correction1,
-            HAS_V, HAS_M, SCALED, TO_X, HALVES, NARROW_G, True,
+            row, at, None, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, correction2, correction1,
+            HAS_V, HAS_M, SCALED, AT_Z, TO_X, HALVES, NARROW_G, True,
         )  # fmt: skip
     else:
         _move(
-            row, at, at < size, sign, lr_t, weight_decay, c, k, share2, eps, share1, correction2, correction1,
-            HAS_V, HAS_M, SCALED, TO_X, HALVES, NARROW_G, False,
+            row, at, at < size, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, correction2, correction1,
+            HAS_V, HAS_M, SCALED, AT_Z, TO_X, HALVES, NARROW_G, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _move(
-    row, at, mask, sign, lr_t, weight_decay, c, k, share2, eps, share1, correction2, correction1,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, TO_X: tl.constexpr,
+    row, at, mask, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, correction2, correction1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+    TO_X: tl.constexpr,
     HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # All loads come first: the compiler may move none of them ahead of a store.
@@ -99,13 +102,16 @@ def _move(
         tl.store(of_v, v, mask)
         if SCALED:
             direction = tl.div_rn(direction, tl.sqrt_rn(tl.div_rn(v, correction2)) + eps)
-    delta = -lr_t * (direction + weight_decay * y)  # S6
+    direction += wd_y * y
+    if AT_Z:
+        direction += wd_z * z
+    delta = -lr_t * direction  # S6
     after = z + delta  # S7
     tl.store(of_z, after, mask)
     if TO_X:
-        y = x + c * (after - x)  # S8
+        y = x + k1 * (after - x)  # S8
     else:
-        y = y + (c * (z - y) + k * delta)  # S9*
+        y = y + (k1 * (z - y) + k2 * delta)  # S9*
     if HALVES:
         bits = tl.where(y != y, QUIET_NAN, y.to(tl.int32, bitcast=True))
         tl.store(of_y, ((bits + 0x8000) >> 16).to(tl.int16), mask)
@@ -131,6 +137,6 @@ def _widened(upper):
 
 @triton.jit
 def _join(upper, rest):
-    """Returns float32 numbers of two halves as `_halves.join` does."""
+    """Returns float32 numbers of two halves as `forms.join` does."""
     whole = ((upper.to(tl.int32) << 16) + rest.to(tl.int32)).to(tl.float32, bitcast=True)
     return tl.where(whole != whole, _widened(upper), whole)

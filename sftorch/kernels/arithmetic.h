@@ -1,11 +1,11 @@
 /* The arithmetic of step.c for one dtype of z, included once for each: REAL, its ROOT, and OF(NAME). */
 
-/* One loop, to be inlined with a constant kind and to_x, so that no branch is left in it. */
-INLINE void OF(move)(int kind, int to_x, int64_t n, REAL *y, REAL *z, REAL *v, REAL *m, const REAL *x,
+/* One loop, to be inlined with a constant kind, to_x and at_z, so that no branch is left in it. */
+INLINE void OF(move)(int kind, int to_x, int at_z, int64_t n, REAL *y, REAL *z, REAL *v, REAL *m, const REAL *x,
                      const REAL *g, const struct job *job) {
-    const REAL sign = (REAL)job->sign, down = (REAL)-job->lr_t, decay = (REAL)job->weight_decay;
-    const REAL c = (REAL)job->c, k = (REAL)job->k, eps = (REAL)job->eps;
-    const REAL share2 = (REAL)job->share2, share1 = (REAL)job->share1;
+    const REAL sign = (REAL)job->sign, down = (REAL)-job->lr_t;
+    const REAL wd_y = (REAL)job->wd_y, wd_z = (REAL)job->wd_z, k1 = (REAL)job->k1, k2 = (REAL)job->k2;
+    const REAL share2 = (REAL)(1.0 - job->b2), share1 = (REAL)(1.0 - job->m1), eps = (REAL)job->eps;
     const REAL per2 = (REAL)(1.0 / job->correction2), per1 = (REAL)(1.0 / job->correction1);
     ELEMENTWISE
     for (int64_t i = 0; i < n; i++) {
@@ -16,13 +16,15 @@ INLINE void OF(move)(int kind, int to_x, int64_t n, REAL *y, REAL *z, REAL *v, R
             direction = m[i] * per1;
         }
         if (kind == ADAMW || kind == ADAMW_MOMENTUM) direction /= ROOT(v[i] * per2) + eps;
-        REAL delta = down * (direction + decay * y[i]); /* S6 */
+        direction += wd_y * y[i];
+        if (at_z) direction += wd_z * z[i];
+        REAL delta = down * direction; /* S6 */
         if (to_x) {
-            z[i] = z[i] + delta;             /* S7 */
-            y[i] = x[i] + c * (z[i] - x[i]); /* S8 */
+            z[i] = z[i] + delta;              /* S7 */
+            y[i] = x[i] + k1 * (z[i] - x[i]); /* S8 */
         } else {
-            y[i] = y[i] + (c * (z[i] - y[i]) + k * delta); /* S9* */
-            z[i] = z[i] + delta;                           /* S7 */
+            y[i] = y[i] + (k1 * (z[i] - y[i]) + k2 * delta); /* S9* */
+            z[i] = z[i] + delta;                             /* S7 */
         }
     }
 }
@@ -30,36 +32,27 @@ INLINE void OF(move)(int kind, int to_x, int64_t n, REAL *y, REAL *z, REAL *v, R
 /* Does a job to n elements; returns whether HOLDS found a difference. */
 INLINE int OF(span)(const struct job *job, int64_t n, REAL *y, REAL *z, REAL *v, REAL *m, REAL *x,
                     const REAL *g) {
-    const REAL c = (REAL)job->c;
+    const REAL k1 = (REAL)job->k1;
     int differ = 0;
     switch (job->kind) {
-    case SGD:
-        x ? OF(move)(SGD, 1, n, y, z, v, m, x, g, job) : OF(move)(SGD, 0, n, y, z, v, m, x, g, job);
-        break;
-    case YOUNG:
-        x ? OF(move)(YOUNG, 1, n, y, z, v, m, x, g, job) : OF(move)(YOUNG, 0, n, y, z, v, m, x, g, job);
-        break;
-    case ADAMW:
-        x ? OF(move)(ADAMW, 1, n, y, z, v, m, x, g, job) : OF(move)(ADAMW, 0, n, y, z, v, m, x, g, job);
-        break;
-    case ADAMW_MOMENTUM:
-        x ? OF(move)(ADAMW_MOMENTUM, 1, n, y, z, v, m, x, g, job)
-          : OF(move)(ADAMW_MOMENTUM, 0, n, y, z, v, m, x, g, job);
-        break;
+    case SGD: MOVE(SGD); break;
+    case YOUNG: MOVE(YOUNG); break;
+    case ADAMW: MOVE(ADAMW); break;
+    case ADAMW_MOMENTUM: MOVE(ADAMW_MOMENTUM); break;
     case RECOVER:
         ELEMENTWISE
-        for (int64_t i = 0; i < n; i++) x[i] = y[i] + c * (y[i] - z[i]);
+        for (int64_t i = 0; i < n; i++) x[i] = y[i] + k1 * (y[i] - z[i]);
         break;
     case PUT_ASIDE:
         ELEMENTWISE
         for (int64_t i = 0; i < n; i++) {
             REAL held = y[i];
             x[i] = held;
-            y[i] = held + c * (held - z[i]);
+            y[i] = held + k1 * (held - z[i]);
         }
         break;
     case HOLDS: /* whether y still is what PUT_ASIDE left there; NaN is not */
-        for (int64_t i = 0; i < n; i++) differ |= !(y[i] == x[i] + c * (x[i] - z[i]));
+        for (int64_t i = 0; i < n; i++) differ |= !(y[i] == x[i] + k1 * (x[i] - z[i]));
         break;
     case FLOOR_SGD: /* the traffic of a step and as good as no arithmetic, for benchmarks */
         ELEMENTWISE

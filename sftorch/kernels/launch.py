@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftorch._native.call import Element, Kind
+from sftorch.kernels.call import NUMBERS, Element, Kind
 
 # Four elements a thread: loads of 16 bytes in float32. AdamW then takes 48 registers; with eight elements it
 # takes 98, which leaves room for a quarter of the threads (compiled for sm_90 by Triton 3.7).
 BLOCK = 1024
 WARPS = 8
 KEPT = 64  # tables; a batch needs one. step_in_backward needs one a parameter, and may send them anew
-_ADDRESSES = ("y", "rest", "z", "v", "m", "x", "g")  # in the order of kernel.COLUMNS
+_ADDRESSES = ("y", "rest", "z", "v", "m", "x", "g")  # in the order of triton_step.COLUMNS
 
 
 @functools.cache
@@ -30,12 +30,12 @@ def find() -> ModuleType | str:
     """Returns the kernel's module, or why there is none. The first call imports Triton.
 
     Example:
-        >>> from sftorch._triton import launch
+        >>> from sftorch.kernels import launch
         >>> launch.find() is launch.find()
         True
     """
     try:
-        return importlib.import_module("sftorch._triton.kernel")
+        return importlib.import_module("sftorch.kernels.triton_step")
     except ImportError as error:
         return f"triton must be importable, got {error}: install the version that your torch names"
 
@@ -52,7 +52,7 @@ def run(
     Args:
         kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
         tables: as for the native `call.run`, with z, v and m in float32; checked no more than there.
-        numbers: all of `call.NUMBERS`, as Python floats.
+        numbers: those of `call.NUMBERS`, as Python floats; 0 those it lacks.
         y_type: AS_Z or BFLOAT16_REST.
         g_type: AS_Z or BFLOAT16.
 
@@ -67,6 +67,8 @@ def run(
     kernel = find()
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
+    given = dict.fromkeys(NUMBERS, 0.0) | dict(numbers)
+    given |= {"share2": 1.0 - given.pop("b2"), "share1": 1.0 - given.pop("m1")}  # not in float32
     ys = tables["y"]
     sizes = np.array([y.numel() for y in ys], dtype=np.int64)
     addresses = np.zeros((len(_ADDRESSES), len(ys)), dtype=np.int64)
@@ -86,10 +88,11 @@ def run(
         kernel.step[(len(owners),)](
             _table(device, stream, sizes.tobytes(), addresses.tobytes()),
             owners,
-            **numbers,
+            **given,
             HAS_V=kind != Kind.SGD,
             HAS_M=kind == Kind.ADAMW_MOMENTUM,
             SCALED=kind in (Kind.ADAMW, Kind.ADAMW_MOMENTUM),
+            AT_Z=given["wd_z"] != 0,
             TO_X="x" in tables,
             HALVES=y_type == Element.BFLOAT16_REST,
             NARROW_G=g_type == Element.BFLOAT16,
@@ -112,7 +115,7 @@ def _owners(device: torch.device, stream: int, sizes: bytes) -> Tensor:
 
 @functools.lru_cache(maxsize=KEPT)
 def _table(device: torch.device, stream: int, sizes: bytes, addresses: bytes) -> Tensor:
-    """Returns the table of kernel.py, (tensors, WIDTH) int64."""
+    """Returns the table of triton_step.py, (tensors, WIDTH) int64."""
     size = np.frombuffer(sizes, dtype=np.int64)
     columns = np.frombuffer(addresses, dtype=np.int64).reshape(len(_ADDRESSES), len(size))
     programs = _programs(size)

@@ -38,7 +38,7 @@ def take(tensors: Iterable[Tensor]) -> list[int]:
 
     Example:
         >>> import torch
-        >>> from sftorch._prints import take
+        >>> from sftorch.state.prints import take
         >>> a, b = take([torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])])
         >>> a == b
         False

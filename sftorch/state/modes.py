@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch import _checks, _flips, _held, _iterates, _reconcile
-from sftorch._core import Batch, ScheduleFreeOptimizer
+from sftorch.kernels import build, call, fit
+from sftorch.kernels.call import Kind
+from sftorch.law import iterates
+from sftorch.law.parts import part
+from sftorch.state import arguments, forms
+from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step
 
 
 class TrainEvalOptimizer(ScheduleFreeOptimizer):
@@ -22,17 +26,23 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     At beta = 0, where y is z, x cannot be had from y and lies in `state[p]["x"]`.
     """
 
-    # Parameters that took the coming step in backward already; None without `step_in_backward`.
-    _ahead: set[Tensor] | None = None
+    # torch.compile passes over step, and over all that it calls but the arithmetic on tensors: compiled with
+    # the numbers of a step, a program would do for that step only.
+    _passed = ("step",)
+    _eager = ("_open",)
 
     @abstractmethod
-    def _step_groups(self) -> None:
-        """Moves every parameter that has a gradient by one step; everything has been checked."""
+    def _prepare(self) -> Any:
+        """Begins, and checks everything before anything changes; returns the plan of the coming step."""
 
-    # torch.compile passes over this function, and over whatever else is marked so. What is left for it
-    # is the arithmetic on tensors: compiled with the numbers of a step, it would do for that step only.
-    @torch.no_grad()
-    @torch.compiler.disable(recursive=False)
+    @abstractmethod
+    def _run(self, plan: Any) -> None:
+        """Moves y and z: all that torch.compile compiles."""
+
+    @abstractmethod
+    def _close(self, plan: Any) -> None:
+        """Writes the books of the step."""
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step; `p.grad` is read and never written.
 
@@ -45,19 +55,35 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: in eval mode, and for gradients that are not dense; nothing has moved then.
+            RuntimeError: in eval mode, for gradients that are not dense, and where fused=True cannot be had;
+                nothing has moved then.
             HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
         """
-        self._require_train_mode()
-        _reconcile.before_step(self)
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._open_step()
-        self._step_groups()
-        self._forget_step()
+        with torch.no_grad():
+            if closure is not None:
+                self._open()
+                with torch.enable_grad():
+                    loss = closure()
+            plan = self._prepare()
+            self._run(plan)
+            self._close(plan)
         return loss
+
+    def _open(self) -> None:
+        """Begins a step with a closure; without one, `_prepare` does."""
+        self._begin()
+
+    def _begin(self) -> None:
+        """Raises unless gradients are, or will be, taken at y."""
+        for group in self.param_groups:
+            if not self._books(group)["train_mode"]:
+                raise RuntimeError(
+                    "the optimizer must be in train mode for step(), got eval mode: call optimizer.train() "
+                    "before training and optimizer.eval() before evaluating or saving"
+                )
+        if self._loaded is not None:
+            before_step(self)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -66,10 +92,10 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         Raises:
             RuntimeError: if weights and state were loaded that do not belong together.
         """
-        _reconcile.settle(self, train_mode=False)
+        self._settle(train_mode=False)
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                for p in _flips.put_aside(self, group):
+                for p in _put_aside(self, group):
                     x = self._x(p, group)
                     self.state[p]["y"] = p.detach().clone(memory_format=torch.preserve_format)
                     p.copy_(x)
@@ -83,7 +109,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             RuntimeError: if the weights were written to in eval mode, or weights and state were loaded
                 that do not belong together; nothing has changed then.
         """
-        _reconcile.settle(self, train_mode=True)
+        self._settle(train_mode=True)
         resting = [group for group in self.param_groups if not self._books(group)["train_mode"]]
         self._require_untouched(resting)
         for group in resting:
@@ -91,7 +117,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 state = self.state[p]
                 y = state.pop("y", None)
                 if y is None:  # an eval-mode checkpoint of schedulefree, which keeps no y
-                    _held.put_(p, state, _held.y_from_x(p, state, self._y_beta(group)))
+                    forms.put_(p, state, forms.y_from_x(p, state, self._y_beta(group)))
                 else:
                     p.copy_(y)
             self._books(group)["train_mode"] = True
@@ -125,11 +151,11 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             >>> sftorch.SGDScheduleFree([p]).eval_params()[p]
             tensor([1., 1.])
         """
-        _reconcile.settle(self)
+        self._settle()
         found: dict[Tensor, Tensor | None] = dict.fromkeys(self._params())
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                fast, slow = _flips.recover(self, group)
+                fast, slow = _recover(self, group)
                 found |= fast | {p: self._x(p, group).to(p.dtype, copy=True) for p in slow}
         return {p: p.detach().clone() if x is None else x for p, x in found.items()}
 
@@ -151,7 +177,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             ['bias', 'weight']
         """
         found: dict[str, Any] = model.state_dict(keep_vars=True)
-        _checks.check_entries(found, self._params())
+        arguments.check_entries(found, self._params())
         x = self.eval_params()
         for name, value in found.items():
             if not isinstance(value, Tensor):
@@ -187,7 +213,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 for name in ("x", "z"):
                     if name in state:
                         state[name].copy_(p)
-                for name in (_held.Y_REST, "gap"):
+                for name in (forms.Y_REST, "gap"):
                     if name in state:
                         state[name].zero_()
 
@@ -196,27 +222,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         self._forget_step()
 
     def _forget_step(self) -> None:
-        """Forgets what backward has taken of the coming step: other state has come in its place."""
         if self._ahead is not None:
             self._ahead.clear()
-
-    @torch.compiler.disable
-    def _require_train_mode(self) -> None:
-        if not all(self._books(group)["train_mode"] for group in self.param_groups):
-            raise RuntimeError(
-                "the optimizer must be in train mode for step(), got eval mode: "
-                "call optimizer.train() before training and optimizer.eval() before evaluating or saving"
-            )
-
-    @torch.compiler.disable
-    def _open_step(self) -> None:
-        """Checks everything, and then makes the state ready for the step."""
-        self._require_train_mode()  # the closure may have evaluated
-        self._check_settings()
-        _checks.check_gradients(self._params())
-        for group in self.param_groups:
-            self._start(group)
-            self._settle_beta(group)
 
     def _wanted(self, group: dict[str, Any]) -> str:
         return "y" if self._books(group)["train_mode"] else "x"
@@ -231,20 +238,11 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             state = self.state[p]
             x = self._x(p, group)
             if changed:
-                _held.move_y_(p, state, x, beta)
+                forms.move_y_(p, state, x, beta)
                 state.pop("x", None)
             if beta == 0 and "x" not in state:
                 state["x"] = x.clone()
         self._books(group)["y_beta"] = beta
-
-    def _finish_batch(self, batch: Batch) -> None:
-        """Stores the batch's clock, and S8 for the parameters that keep x."""
-        clock = batch.clock._asdict()
-        for p, state in zip(batch.params, batch.states, strict=True):
-            state.update(clock)
-            if "x" in state:
-                z = _held.z_of(_held.joined(p, state), state)
-                state["x"].add_(batch.c * (z - state["x"]))  # S8
 
     def _x(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Returns the x of a parameter that holds y, in z's dtype."""
@@ -253,12 +251,12 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _recover_x(self, p: Tensor, y: Tensor, group: dict[str, Any]) -> Tensor:
         """Returns the x that a y in the parameter's dtype leads to, in z's dtype."""
         state = self.state[p]
-        return _held.x_from_y(_held.joined(y, state), state, self._y_beta(group))
+        return forms.x_from_y(forms.joined(y, state), state, self._y_beta(group))
 
     def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
         changed = []
         for group in groups:
-            untouched = _flips.untouched(self, group)
+            untouched = _untouched(self, group)
             for index, p in enumerate(group["params"]):
                 aside = p not in untouched and "y" in self.state.get(p, {})
                 if aside and not self._holds_x(p, group):
@@ -276,10 +274,81 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         """Tells whether a parameter still holds x, to the rounding that another device may do differently."""
         state = self.state[p]
         x = self._recover_x(p, state["y"], group)
-        y = _held.y_of(p, state)
-        p, x, y, z = (_iterates.as_real(tensor) for tensor in (p, x, y, _held.z_of(y, state)))
+        y = forms.y_of(p, state)
+        p, x, y, z = (iterates.as_real(tensor) for tensor in (p, x, y, forms.z_of(y, state)))
         reach = (y - z).abs() / (self._y_beta(group) or 1.0)
         slack = 8 * torch.finfo(z.dtype).eps * (y.abs() + reach)
         # A 16-bit parameter holds x rounded, so it may be off by an ulp, but only next to a tie.
         near = (p >= (x - slack).to(p.dtype)) & (p <= (x + slack).to(p.dtype))
         return bool((near | (p == x.to(p.dtype)) | (p.isnan() & x.isnan())).all())
+
+
+# x from y and z in one pass over memory, by the native kernel.
+
+
+def _by_speed(
+    optimizer: TrainEvalOptimizer, group: dict[str, Any], *names: str
+) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+    """Sorts the started parameters of a group into those that the kernel can flip, and the others.
+
+    Args:
+        optimizer: whose state they have.
+        group: of its own.
+        names: of the state tensors that are needed.
+
+    Returns:
+        The first, a list of their state tensors for each name, and the others.
+    """
+    started, states = optimizer._started(group), optimizer.state
+    wanted = group.get("fused") is not False and group.get("foreach") is not False
+    if not wanted or not optimizer._y_beta(group) or isinstance(build.find(), str):
+        return [], [[] for _ in names], started
+    fast: list[Tensor] = []
+    slow: list[Tensor] = []
+    for p in started:
+        tensors = [states[p][name] for name in names if name in states[p]]
+        fits = p.is_cpu and len(tensors) == len(names) and fit.alike(*map(_real, (p, *tensors)))
+        (fast if fits else slow).append(p)
+    return fast, [[states[p][name] for p in fast] for name in names], slow
+
+
+def _recover(
+    optimizer: TrainEvalOptimizer, group: dict[str, Any]
+) -> tuple[dict[Tensor, Tensor], list[Tensor]]:
+    """Returns parameter -> x, new tensors, for parameters that hold y, and the parameters that are left."""
+    fast, (zs,), slow = _by_speed(optimizer, group, "z")
+    xs = [torch.empty_like(p, requires_grad=False) for p in fast]
+    _flip(Kind.RECOVER, fast, zs, xs, optimizer._y_beta(group))
+    return dict(zip(fast, xs, strict=True)), slow
+
+
+def _put_aside(optimizer: TrainEvalOptimizer, group: dict[str, Any]) -> list[Tensor]:
+    """Puts x into parameters that hold y, and y into their state; returns the parameters that are left."""
+    fast, (zs,), slow = _by_speed(optimizer, group, "z")
+    ys = [torch.empty_like(p, requires_grad=False) for p in fast]
+    _flip(Kind.PUT_ASIDE, fast, zs, ys, optimizer._y_beta(group))
+    torch.autograd.graph.increment_version(fast)
+    for p, y in zip(fast, ys, strict=True):
+        optimizer.state[p]["y"] = y
+    return slow
+
+
+def _untouched(optimizer: TrainEvalOptimizer, group: dict[str, Any]) -> set[Tensor]:
+    """Returns parameters that surely hold what `put_aside` put into them; others may do so too."""
+    fast, (zs, ys), _ = _by_speed(optimizer, group, "z", "y")
+    changed = _flip(Kind.HOLDS, fast, zs, ys, optimizer._y_beta(group))
+    return set() if changed else set(fast)
+
+
+def _flip(kind: Kind, params: list[Tensor], zs: list[Tensor], xs: list[Tensor], beta: float) -> bool:
+    found = False
+    for dtype in {z.dtype for z in zs}:
+        rows = [row for row in zip(params, zs, xs, strict=True) if row[1].dtype == dtype]
+        columns = ([_real(t) for t in column] for column in zip(*rows, strict=True))
+        # The same doubles as in iterates.recover_x, rounded to the tensors' dtype by both.
+        found |= call.run(kind, dict(zip("yzx", columns, strict=True)), {"k1": 1.0 / beta - 1.0})
+    return found
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return iterates.as_real(part(tensor.detach()))

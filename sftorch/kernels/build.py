@@ -35,7 +35,7 @@ def find() -> ctypes.CDLL | str:
     """Returns the kernel, or why there is none; built at most once a machine and user.
 
     Example:
-        >>> from sftorch._native import build
+        >>> from sftorch.kernels import build
         >>> build.find() is build.find()
         True
     """

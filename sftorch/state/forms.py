@@ -1,0 +1,248 @@
+"""What a parameter and its state hold together: y, x and z in full precision, whatever they are stored as.
+
+A 16-bit parameter holds the nearest number of its dtype, and its state the rest: "y_rest" beside y,
+"x_rest" in the closure forms, whose parameters hold x. State without one, of an earlier version or of
+another program, has the rest 0. In eval mode y lies in "y", with the same rest. Beside y there is "z" or,
+in the lean form, the "gap" z - y, which with the moments is in bfloat16.
+
+A float32 number in two halves: for bfloat16 the rest is an int16 in units of the last bit of float32, so that
+both halves together are as large as the float32 number; float16 has other exponents, and its rest is the
+float32 difference. Bits are shifted by a function and a product: torch 2.13's operators >> and << leave a
+DTensor as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfcore import laws
+from sftorch.law.iterates import interpolate, recover_x
+
+Y_REST, X_REST = "y_rest", "x_rest"
+RESTS = (Y_REST, X_REST)
+NARROW = torch.bfloat16
+LEAN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_RESTS = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
+
+
+def rest_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """Returns the dtype of the rest beside a parameter, None for a dtype that needs none."""
+    return _RESTS.get(dtype)
+
+
+def new_rest(p: Tensor) -> Tensor | None:
+    """Returns the rest of a parameter whose value is exact: zeros like it, or None if it needs none.
+
+    Example:
+        >>> import torch
+        >>> from sftorch.state.forms import new_rest
+        >>> new_rest(torch.ones(2, dtype=torch.bfloat16))
+        tensor([0, 0], dtype=torch.int16)
+    """
+    dtype = rest_dtype(p.dtype)
+    if dtype is None:
+        return None
+    return torch.zeros_like(p, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+
+
+def split(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Returns the nearest numbers of a dtype and what they leave; `join` makes the same bits of them again.
+
+    NaN becomes the one quiet NaN. What is beyond the dtype becomes inf; for bfloat16 the rest still leads
+    back, for float16 it does not.
+
+    Args:
+        y: float32 where dtype is 16 bits wide; any dtype otherwise, and then the rest is None.
+        dtype: of the parameter.
+
+    Example:
+        >>> import torch
+        >>> from sftorch.state.forms import join, split
+        >>> p, rest = split(torch.tensor([1.001]), torch.bfloat16)
+        >>> p, rest
+        (tensor([1.], dtype=torch.bfloat16), tensor([8389], dtype=torch.int16))
+        >>> join(p, rest)
+        tensor([1.0010])
+    """
+    if dtype is torch.bfloat16:
+        # Any other NaN could lose its last set bit to the rest and become inf, or carry into the sign.
+        bits = torch.where(y.isnan(), float("nan"), y).view(torch.int32)
+        upper = torch.bitwise_right_shift(bits + 0x8000, 16)
+        return upper.to(torch.int16).view(dtype), bits.to(torch.int16)  # which keeps the lower bits
+    p = y.to(dtype)
+    if dtype is torch.float16:
+        return p, (y - p).nan_to_num_(0.0, 0.0, 0.0)
+    return p, None
+
+
+def put_halves_(p: Tensor, rest: Tensor | None, y: Tensor) -> None:
+    """Puts the halves of a float32 y into a 16-bit p and its rest; y itself where there is no rest."""
+    upper, lower = (y, None) if rest is None else split(y, p.dtype)
+    p.copy_(upper)
+    if rest is not None and lower is not None:
+        rest.copy_(lower)
+
+
+def join(p: Tensor, rest: Tensor | None) -> Tensor:
+    """Returns the float32 number of which p and rest are the halves; p itself without a rest.
+
+    A rest that does not belong to p, because someone else has written to p, moves it by half an ulp at
+    most; where no number has these halves the result is p.
+
+    Example:
+        >>> import torch
+        >>> from sftorch.state.forms import join
+        >>> join(torch.zeros(1, dtype=torch.bfloat16), torch.tensor([-3], dtype=torch.int16))
+        tensor([0.])
+    """
+    if rest is None:
+        return p
+    if p.dtype is torch.bfloat16:
+        y = (p.view(torch.int16).to(torch.int32) * 0x10000 + rest).view(torch.float32)
+        return torch.where(y.isnan(), p, y)  # zero or infinity, with a rest that leads beyond it
+    wide = p.to(torch.float32)
+    whole = wide + rest
+    return torch.where((rest != 0) & (whole.to(p.dtype) == p), whole, wide)
+
+
+def has_started(state: Mapping[str, Any]) -> bool:
+    """Tells whether this is the state of a parameter that has had a gradient."""
+    return "z" in state or "gap" in state
+
+
+def joined(p: Tensor, state: Mapping[str, Any], rest: str = Y_REST) -> Tensor:
+    """Returns the number that p and its rest are; p itself where it has none."""
+    return join(p, state.get(rest))
+
+
+def y_of(p: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Returns the y of a parameter that holds y, or x with y put aside."""
+    return joined(state.get("y", p), state)
+
+
+def z_of(y: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Returns z, which the lean form tells by its distance from y."""
+    z: Tensor = state["z"] if "z" in state else y.to(torch.float32) + state["gap"]
+    return z
+
+
+def x_from_y(y: Tensor, state: Mapping[str, Any], beta: float) -> Tensor:
+    """Returns x in z's dtype; at beta = 0 it must be stored."""
+    if beta and "gap" in state:
+        return y.to(torch.float32) - (1.0 / beta - 1.0) * state["gap"].to(torch.float32)
+    if beta:
+        return recover_x(y, state["z"], beta)
+    return state["x"] if "x" in state else z_of(y, state)
+
+
+def y_from_x(x: Tensor, state: Mapping[str, Any], beta: float) -> Tensor:
+    """Returns y in z's dtype; in the lean form x must be more than z, so that beta > 0."""
+    if "gap" in state:
+        return x.to(torch.float32) + (1.0 / beta - 1.0) * state["gap"].to(torch.float32)
+    return interpolate(x, state["z"], beta)
+
+
+def has_rest(p: Tensor, state: Mapping[str, Any], rest: str) -> bool:
+    """Tells whether a state has the rest that its parameter's dtype needs, or rightly none."""
+    return (state[rest].dtype if rest in state else None) == rest_dtype(p.dtype)
+
+
+def fit_rest(p: Tensor, state: dict[str, Any], rest: str) -> None:
+    """Makes sure that a parameter has the rest that its dtype needs, which may have changed."""
+    wanted = rest_dtype(p.dtype)
+    if rest in state and state[rest].dtype != wanted:
+        del state[rest]
+    if wanted is not None and rest not in state:
+        state[rest] = new_rest(p)
+
+
+def put_(p: Tensor, state: dict[str, Any], value: Tensor, rest: str = Y_REST) -> None:
+    """Makes a parameter hold a value in full: the nearest of its dtype, and the rest in its state."""
+    if rest_dtype(p.dtype) is None:
+        p.copy_(value)
+        return
+    fit_rest(p, state, rest)
+    put_halves_(p, state[rest], value.to(torch.float32))
+
+
+def move_y_(p: Tensor, state: dict[str, Any], x: Tensor, beta: float) -> None:
+    """Makes a parameter hold the y that another beta makes of x and of the z that it has."""
+    z = z_of(joined(p, state), state)
+    y = interpolate(x, z, beta)
+    put_(p, state, y)
+    if "gap" in state:
+        state["gap"].copy_(z - joined(p, state))
+
+
+def loaded_dtype(name: str, state: Mapping[str, Any], p: Tensor) -> torch.dtype | None:
+    """Returns the dtype in which a tensor of a loaded state is kept, None to leave it out."""
+    value: Tensor = state[name]
+    if name in RESTS:
+        # One of another dtype belongs to weights of another dtype, which these are not.
+        return value.dtype if value.dtype == rest_dtype(p.dtype) else None
+    # y is the parameter itself, put aside in eval mode; all else is at least float32, but in the lean form.
+    return value.dtype if name == "y" or "gap" in state else torch.promote_types(value.dtype, torch.float32)
+
+
+def find_lean_problems(group: Mapping[str, Any], beta: Any, allowed: bool) -> list[str]:
+    """Returns what is wrong with a group's precision and seed.
+
+    Args:
+        group: with its options and parameters; a wrapper's drawer, which has no precision.
+        beta: its interpolation.
+        allowed: whether the optimizer has a lean form.
+    """
+    precision, seed = group.get("precision", "exact"), group.get("seed", 0)
+    found = []
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        found.append(f"seed must be a whole number >= 0, got {seed!r}: 0 is usual")
+    if precision == "exact":
+        return found
+    start = f"precision must be 'exact' or 'lean', got {precision!r}"
+    if precision != "lean":
+        return [*found, f"{start}: 'exact' is usual"]
+    start = "precision must be 'exact'"
+    if not allowed:
+        found.append(f"{start} in this class, got 'lean': use the class without 'Closure' in its name")
+    if beta == 0:
+        found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
+    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
+    wrong = [p for p in params if p.dtype not in LEAN_DTYPES or hasattr(p, "to_local")]
+    if wrong:
+        kind = wrong[0].dtype if wrong[0].dtype not in LEAN_DTYPES else "DTensor"
+        found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")
+    return found
+
+
+def first_iterate(p: Tensor, lean: bool) -> dict[str, Tensor]:
+    """Returns the z of a parameter that starts, as it is kept: x = y = z."""
+    if lean:
+        return {"gap": torch.zeros_like(p, dtype=NARROW, memory_format=torch.preserve_format)}
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return {"z": p.detach().to(wide, copy=True, memory_format=torch.preserve_format)}
+
+
+def convert_(state: dict[str, Any], y: Tensor, lean: bool) -> None:
+    """Brings the state of a started parameter into the form wanted: to the nearest, where that rounds.
+
+    Args:
+        state: with z and moments in at least float32, or with the gap and moments in bfloat16.
+        y: in full.
+        lean: which.
+    """
+    if lean == ("gap" in state):
+        return
+    moments = [one.torch for one in laws.roles().values()]
+    if lean:
+        changed = {"gap": (state["z"] - y).to(NARROW)}
+    else:
+        changed = {"z": y + state["gap"].to(torch.float32)}
+    dtype = NARROW if lean else torch.float32
+    changed |= {name: state[name].to(dtype) for name in moments if name in state}
+    others = {name: value for name, value in state.items() if name not in ("z", "gap", *changed)}
+    state.clear()
+    state.update(changed | others)

@@ -1,0 +1,313 @@
+"""Parameter groups: checked options of a law, and a clock for each parameter and each group."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfcore import averaging, checks
+from sfcore.averaging import STEP_SIZES, effective_lr
+from sfcore.laws import Law
+from sfcore.plan import check, text
+from sftorch.law.scalars import Clock, next_scalars
+from sftorch.state import arguments, forms
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class Batch(NamedTuple):
+    """Parameters of one group that share clock, device and dtype.
+
+    Attributes:
+        params: those that have a gradient.
+        states: their state.
+        clock: theirs, before the step.
+    """
+
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    clock: Clock
+
+
+class Next(NamedTuple):
+    """The scalars of a step: the clock after it, its averaging weight, its step size with all factors."""
+
+    clock: Clock
+    c: float
+    lr_t: float
+
+
+def new_books() -> dict[str, Any]:
+    """Returns the bookkeeping of a new group; the first five names are upstream's."""
+    return {
+        "k": 0,
+        "train_mode": True,
+        "weight_sum": 0.0,
+        "lr_max": 0.0,
+        "scheduled_lr": 0.0,
+        "c": 0.0,
+        "y_beta": None,
+        "prior_weight": 0.0,
+    }
+
+
+@cache
+def _leave_to_python(kind: type) -> None:
+    """Marks the methods of a class that torch.compile is not to compile.
+
+    Where an optimizer is built, because that imports torch._dynamo in any case; `import sftorch` must not.
+    """
+    names = dict.fromkeys(kind.__dict__.get("_eager", ()), True)
+    for name, recursive in (names | dict.fromkeys(kind.__dict__.get("_passed", ()), False)).items():
+        setattr(kind, name, torch.compiler.disable(getattr(kind, name), recursive=recursive))
+
+
+class GroupedOptimizer(torch.optim.Optimizer, ABC):
+    """Abstract base: groups and their checks, clocks, metrics. No state dict, no step.
+
+    A parameter's clock starts at its first gradient, so its bias correction and its average are its
+    own; lr and warm-up belong to the group. `group["k"]`, `["lr_max"]`, `["weight_sum"]` are the
+    clock of a parameter that had a gradient in every step, as in schedulefree 1.4.1.
+
+    What a parameter holds, and what its state has beside it, tells `forms`.
+    """
+
+    law: ClassVar[Law]
+    _eager: ClassVar[tuple[str, ...]] = ()  # methods that torch.compile runs as they are, with all they call
+    _passed: ClassVar[tuple[str, ...]] = ()  # and those of which it compiles what they call only
+    _rest: ClassVar[str] = forms.Y_REST  # of what the parameters hold between steps
+    _may_be_lean: ClassVar[bool] = False
+    _built_lrs: tuple[float, ...] = ()
+    _watch: Any = None
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        for kind in cls.__mro__:
+            _leave_to_python(kind)
+        return super().__new__(cls)
+
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        super().__init__(arguments.as_groups(params), defaults | new_books())
+
+    def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Returns a group's hyperparameters by canonical name, and the names its user knows."""
+        values = self.law.of_torch_group(group)
+        return values | {"lr": arguments.as_number(values["lr"])}, dict(self.law.torch_names)
+
+    @abstractmethod
+    def _books(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns the dict that holds a group's bookkeeping, and the options that are ours."""
+
+    def _beta(self, group: dict[str, Any]) -> float:
+        """Returns the configured interpolation beta."""
+        return float(self._values(group)[0]["beta"])
+
+    def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Returns the names of the state tensors beside z that a parameter of this group needs."""
+        return tuple(one.torch for one in self.law.kept(self.law.of_torch_group(group)))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, in the mode the optimizer is in; everything is checked before.
+
+        Args:
+            param_group: `{"params": ..., option: value, ...}`; missing options take the defaults.
+
+        Raises:
+            HyperparameterError: with every option that is out of range or misspelt.
+        """
+        group = arguments.as_group(param_group, self.defaults, self._params())
+        group |= self._opening_books(self.defaults | group)
+        super().add_param_group(group)
+        self._note_lr(self.param_groups[-1])
+
+    def _note_lr(self, group: dict[str, Any]) -> None:
+        """Notes what lr a new group was built with; a resume compares it, whatever the run made of lr."""
+        self._built_lrs = (*self._built_lrs, float(group["lr"]))
+
+    def _built_lr(self, group: dict[str, Any]) -> float | None:
+        """Returns the lr that a group of this optimizer was built with, None if it is not known."""
+        index = next(i for i, one in enumerate(self.param_groups) if one is group)
+        return self._built_lrs[index] if index < len(self._built_lrs) else None
+
+    def _opening_books(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns the books of a group that joins now, after checking its options."""
+        values, names = self._values(group)
+        self._raise_problems(self._problems(group, values, names))
+        counted = averaging.sum_of_powers(values["prior_steps"], values["r"])
+        prior = averaging.prior_weight(counted, values["lr"], values["weight_lr_power"])
+        in_train_mode = self._books(self.param_groups[0])["train_mode"] if self.param_groups else True
+        return new_books() | {"train_mode": in_train_mode, "prior_weight": prior, "weight_sum": prior}
+
+    def _problems(self, group: dict[str, Any], values: dict[str, Any], names: dict[str, str]) -> list[str]:
+        """Returns everything that is wrong with a group's options."""
+        books = self._books(group)
+        found = checks.find_problems(self.law.options, values, names)
+        found += arguments.find_group_problems(books)
+        may_be_lean = self._may_be_lean and all(one.lean for one in self.law.buffers)
+        return found + forms.find_lean_problems(books, values.get("beta"), may_be_lean)
+
+    def _raise_problems(self, found: list[str]) -> None:
+        if found:
+            raise checks.HyperparameterError(found)
+
+    def _check_settings(self) -> None:
+        """Raises if a scheduler or a user has since put nonsense into a group."""
+        found = []
+        for group in self.param_groups:
+            values, names = self._values(group)
+            # Prior steps were weighed at the start; a scheduler may set lr to 0 now.
+            found += self._problems(group, values | {"prior_steps": 0}, names)
+        self._raise_problems(found)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Returns what the last step of each group used, for logging.
+
+        Returns:
+            One dict a group: `lr` (with warm-up and rectification), `lr_max`, `c` (averaging weight),
+            `weight_sum`, `step` (finished updates), `effective_lr` (the multiple of the newest
+            direction by which y moved). The keys of `sfjax.metrics`. After `Checkpoints.restore` also
+            `restart_steps`, `restart_moved` and `restart_jump`.
+
+        Example:
+            >>> import sftorch, torch
+            >>> optimizer = sftorch.SGDScheduleFree([torch.nn.Parameter(torch.ones(2))])
+            >>> optimizer.metrics()[0]["step"]
+            0
+        """
+        found = []
+        restart = self._watch.metrics() if self._watch else {}
+        for group in self.param_groups:
+            books = self._books(group)
+            lr_t, c = books["scheduled_lr"], books["c"]
+            of_step = {"lr": lr_t, "lr_max": books["lr_max"], "c": c, "weight_sum": books["weight_sum"]}
+            effective = effective_lr(lr_t, c, self._beta(group))
+            found.append(of_step | {"step": books["k"], "effective_lr": effective} | restart)
+        return found
+
+    def describe(self, **facts: Any) -> str:
+        """Returns what a run will do, and what is wrong with it, as a table a group to print at its start.
+
+        It changes nothing.
+
+        Args:
+            facts: what the optimizer cannot know, such as `total_steps=10_000`, `accumulation=8`,
+                `batchnorm=True`; `sfcore.plan.check` has them all.
+
+        Example:
+            >>> import sftorch, torch
+            >>> optimizer = sftorch.AdamWScheduleFree([torch.nn.Parameter(torch.ones(2))], warmup_steps=50)
+            >>> optimizer.describe(total_steps=1000).splitlines()[5]
+            'warm-up       50 optimizer steps, by optimizer'
+        """
+        parts = []
+        for number, group in enumerate(self.param_groups):
+            values, _ = self._values(group)
+            dtypes = {str(p.dtype).removeprefix("torch.") for p in group["params"]}
+            narrow = dtypes & {"float16", "bfloat16"}
+            known = {"optimizer": f"sftorch.{self.law.torch}"}
+            known["param_dtype"] = min(narrow) if narrow else "float32"
+            plan = check(**(known | values | facts))
+            holds = "y, to train" if self._books(group)["train_mode"] else "x, to evaluate"
+            kinds = ", ".join(sorted(dtypes))
+            head = f"group {number}: {len(group['params'])} parameters ({kinds}) hold {holds}"
+            shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
+            parts.append(f"{head}\nvalues        {shown}\n{text(plan)}")
+        return "\n".join(parts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_built_lrs": self._built_lrs}
+
+    def _wanted(self, group: dict[str, Any]) -> str:
+        """Returns what a group's parameters hold in its mode, "x" or "y"."""
+        return "x"
+
+    def _is_lean(self, group: dict[str, Any]) -> bool:
+        """Tells whether a group's state is kept in the lean form of `forms`."""
+        return False
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _started(self, group: dict[str, Any]) -> list[Tensor]:
+        return [p for p in group["params"] if forms.has_started(self.state.get(p, {}))]
+
+    def _ready(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state that a parameter needs for a step: its own if it will do, else a new dict.
+
+        At the first gradient x = y = z, and the clock is at 0.
+        """
+        buffers, lean = self._buffers(group), self._is_lean(group)
+        state: dict[str, Any] = self.state.get(p, {})
+        wanted = ["gap" if lean else "z", "step", *buffers]
+        if all(name in state for name in wanted) and forms.has_rest(p, state, self._rest):
+            return state
+        state = dict(state)
+        if not forms.has_started(state):
+            state |= forms.first_iterate(p, lean)
+            state |= Clock(0, 0.0, self._books(group)["prior_weight"])._asdict()
+        elif "step" not in state:  # upstream's state has the group's clock only
+            state |= self._group_clock(group)._asdict()
+        forms.convert_(state, forms.joined(p, state, self._rest), lean)
+        forms.fit_rest(p, state, self._rest)
+        for name in buffers:
+            if name not in state:
+                state[name] = torch.zeros_like(state[wanted[0]], memory_format=torch.preserve_format)
+        return state
+
+    def _y_beta(self, group: dict[str, Any]) -> float:
+        """Returns the beta that built y, which a changed configuration does not change."""
+        y_beta: float | None = self._books(group)["y_beta"]
+        return self._beta(group) if y_beta is None else y_beta
+
+    def _group_clock(self, group: dict[str, Any]) -> Clock:
+        books = self._books(group)
+        return Clock(books["k"], books["lr_max"], books["weight_sum"])
+
+    def _next(self, group: dict[str, Any], clock: Clock, values: dict[str, Any]) -> Next:
+        """Returns the scalars of the next step of a clock: a parameter's, or the group's own."""
+        rule = STEP_SIZES[self.law.step_size]
+        t = self._books(group)["k"] if rule.of_group else clock.step
+        lr_t = float(values["lr"] * rule.factor(t + 1, values, averaging.floats))  # S2
+        average = (values["r"], values["weight_lr_power"], values["prior_steps"], self.law.averaging)
+        return Next(*next_scalars(clock, lr_t, *average), lr_t)
+
+    def _batches(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Batch]:
+        """Returns parameters and their states by clock, device and dtype."""
+        # Neighbours mostly share their key: with thousands of small tensors, this loop is much of a step.
+        table: dict[tuple[Any, ...], tuple[list[Tensor], list[dict[str, Any]]]] = {}
+        last = None
+        for p, state in states.items():
+            key = (state["step"], state["lr_max"], state["weight_sum"], p.dtype, p.device)
+            if key != last:
+                params, of_params = table.setdefault(key, ([], []))
+                last = key
+            params.append(p)
+            of_params.append(state)
+        return [Batch(params, of_params, Clock(*key[:3])) for key, (params, of_params) in table.items()]
+
+    def _finish_batch(self, batch: Batch, after: Next) -> None:
+        """Writes the clock of parameters that have moved, and S8 for those that keep x beside y."""
+        clock = after.clock
+        entries = {"step": clock.step, "lr_max": clock.lr_max, "weight_sum": clock.weight_sum}
+        for p, state in zip(batch.params, batch.states, strict=True):
+            state.update(entries)
+            if "x" in state:
+                z = forms.z_of(forms.joined(p, state), state)
+                state["x"].add_(after.c * (z - state["x"]))  # S8
+
+    def _finish(self, group: dict[str, Any], after: Next) -> None:
+        """Advances the group's own clock by one step."""
+        books, clock = self._books(group), after.clock
+        books["k"], books["lr_max"], books["weight_sum"] = clock
+        books["scheduled_lr"], books["c"] = after.lr_t, after.c

@@ -1,0 +1,436 @@
+"""A state dict and the weights beside it, in any order: what do the weights hold, and is that what is wanted?
+
+`state_dict()` notes two prints of each started parameter, of its x and of its y. After `load_state_dict`
+the weights are compared with them, at once and again at every use, until the first step has been taken.
+State without prints (schedulefree's, or of DTensors, which are stored in parts) is believed: its
+weights hold what its saved mode says.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sftorch.law.parts import is_divided, part
+from sftorch.state import forms, prints
+from sftorch.state.groups import GroupedOptimizer
+
+PRINTS = ("x_print", "y_print")
+HOLD = "weights_hold"
+
+
+@dataclass
+class Loaded:
+    """What is known of the weights between a load and the first step after it.
+
+    Attributes:
+        saved: parameter -> "x" or "y", what the weights saved beside the state hold.
+        prints: parameter -> (print of x, print of y), where the state has them.
+        y: parameter -> the saved y, where the state was saved in eval mode.
+        rests: parameter -> the saved rests of a 16-bit parameter's y and x, as far as the state has them.
+        settled: parameter -> (print, "x" or "y"), what was last found or put there; empty before that.
+    """
+
+    saved: dict[Tensor, str] = field(default_factory=dict)
+    prints: dict[Tensor, tuple[int, int]] = field(default_factory=dict)
+    y: dict[Tensor, Tensor] = field(default_factory=dict)
+    rests: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)
+    settled: dict[Tensor, tuple[int, str]] = field(default_factory=dict)
+
+    def candidates(self, p: Tensor, found: int) -> set[str]:
+        """Returns the iterates that a parameter of this print can be; several where x equals y."""
+        if p not in self.prints:
+            return {self.settled[p][1]} if self.unchanged(p, found) else {self.saved[p]}
+        same = {name for name, known in zip("xy", self.prints[p], strict=True) if known == found}
+        return same | ({self.settled[p][1]} if self.unchanged(p, found) else set())
+
+    def held(self, p: Tensor, found: int) -> str | None:
+        """Returns which iterate a parameter of this print holds; None if it is neither."""
+        names = self.candidates(p, found)
+        expected = self.saved[p] if self.is_as_saved(p, found) else self.settled[p][1]
+        return expected if expected in names else next(iter(names), None)
+
+    def unchanged(self, p: Tensor, found: int) -> bool:
+        """Tells whether a parameter is what it was when it was last settled."""
+        return p in self.settled and self.settled[p][0] == found
+
+    def is_as_saved(self, p: Tensor, found: int) -> bool:
+        """Tells whether the state as it was loaded belongs to a parameter, and not what was made of it."""
+        return not self.unchanged(p, found) or (p in self.prints and self.prints[p][1] == found)
+
+
+def saved_holds(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> list[str]:
+    """Returns what the weights saved beside each group hold; schedulefree's closure forms have no mode."""
+    return [
+        group.get(HOLD, "y" if optimizer._books(group).get("train_mode") else "x")
+        for group in state_dict["param_groups"]
+    ]
+
+
+def accept(optimizer: ScheduleFreeOptimizer, live_mode: bool, holds: list[str]) -> None:
+    """Takes the notes out of state that has just been loaded, sets the live mode, and tries to settle."""
+    loaded = Loaded()
+    for group, hold in zip(optimizer.param_groups, holds, strict=True):
+        optimizer._books(group)["train_mode"] = live_mode
+        for note in (HOLD, "shapes"):
+            group.pop(note, None)
+        for p in optimizer._started(group):
+            state = optimizer.state[p]
+            notes = tuple(state.pop(key, None) for key in PRINTS)
+            if None not in notes:
+                loaded.prints[p] = notes
+            loaded.saved[p] = hold
+            if "y" in state:
+                loaded.y[p] = state["y"]
+            loaded.rests[p] = _rests(state)
+    optimizer._loaded = loaded if loaded.saved else None
+    settle(optimizer, or_raise=False)
+
+
+# An evaluation may settle; what it makes in inference mode, the next step could not write to.
+@torch.inference_mode(False)
+@torch.no_grad()
+def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_raise: bool = True) -> None:
+    """Finds out what loaded weights hold, and puts in what the mode wants.
+
+    Args:
+        optimizer: of any class.
+        train_mode: the mode to go to, None for the one it is in.
+        or_raise: False leaves weights that are neither as they are.
+
+    Raises:
+        RuntimeError: if they are neither the saved x nor the saved y; nothing has changed then.
+    """
+    loaded: Loaded | None = optimizer._loaded
+    if loaded is None:
+        return
+    found = dict(zip(loaded.saved, prints.take(part(p.detach()) for p in loaded.saved), strict=True))
+    held = {p: loaded.held(p, print_) for p, print_ in found.items()}
+    strange = [p for p, name in held.items() if name is None]
+    if strange:
+        if or_raise:
+            raise RuntimeError(_neither(optimizer, strange, len(held)))
+        return
+    _warn(loaded, held, found)
+    for group in optimizer.param_groups:
+        if train_mode is not None:
+            optimizer._books(group)["train_mode"] = train_mode
+        for p in optimizer._started(group):
+            if loaded.is_as_saved(p, found[p]):
+                _reset(optimizer.state[p], loaded, p)
+            _put(optimizer, group, p, str(held[p]))
+    now = prints.take(part(p.detach()) for p in loaded.saved)
+    wanted = {p: optimizer._wanted(group) for group in optimizer.param_groups for p in group["params"]}
+    loaded.settled = {p: (print_, wanted[p]) for p, print_ in zip(loaded.saved, now, strict=True)}
+
+
+def _rests(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: state[name] for name in forms.RESTS if name in state}
+
+
+def _reset(state: dict[str, Any], loaded: Loaded, p: Tensor) -> None:
+    """Puts back what was loaded beside other weights than those of a moment ago; both may be x or y."""
+    saved = loaded.rests[p] | ({"y": loaded.y[p]} if p in loaded.y else {})
+    for name in ("y", *forms.RESTS):
+        if name not in saved:
+            state.pop(name, None)
+    state.update(saved)
+
+
+def _put(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, held: str) -> None:
+    """Makes a parameter that holds x or y hold what its mode wants; y is put aside where that is x.
+
+    Writes into no tensor of the state: it may be needed again as it was loaded.
+    """
+    state, beta = optimizer.state[p], optimizer._y_beta(group)
+    y, rests = state.pop("y", None), _rests(state)
+    at_rest = not hasattr(optimizer, "eval")  # the closure forms: x is the parameter itself
+    if held == "y":
+        y = p.detach().clone(memory_format=torch.preserve_format)
+    if held == "y" or (at_rest and y is not None and forms.X_REST not in rests):
+        x = forms.x_from_y(forms.joined(y, rests), state, beta)
+    else:
+        x = forms.joined(p, rests, forms.X_REST)
+        if beta == 0 and "x" not in state:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            state["x"] = x.detach().to(wide, copy=True)
+    if at_rest:
+        state.pop("x", None)
+        p.copy_(_keep(state, p.dtype, forms.X_REST, x))
+        return
+    if y is None:
+        y = _keep(state, p.dtype, forms.Y_REST, forms.y_from_x(x, state, beta))
+    state.pop(forms.X_REST, None)
+    if optimizer._wanted(group) == "y":
+        p.copy_(y)
+        return
+    if held == "y":
+        p.copy_(x)
+    state["y"] = y
+
+
+def _keep(state: dict[str, Any], dtype: torch.dtype, rest: str, value: Tensor) -> Tensor:
+    """Returns what a parameter is to hold of a value; its state gets the rest, and keeps no other."""
+    for name in forms.RESTS:
+        if name != rest:
+            state.pop(name, None)
+    if value.dtype == dtype:
+        return value
+    upper, lower = forms.split(value, dtype)
+    if lower is not None:
+        state[rest] = lower
+    return upper
+
+
+def _warn(loaded: Loaded, held: dict[Tensor, str | None], found: dict[Tensor, int]) -> None:
+    other = [p for p, name in held.items() if name != loaded.saved[p] and not loaded.unchanged(p, found[p])]
+    if other:
+        name = held[other[0]]
+        warnings.warn(
+            f"the weights hold {name} in {len(other)} of {len(held)} parameters, but the optimizer's state "
+            f"was saved beside weights that hold {loaded.saved[other[0]]}: they are put right. {name} and z "
+            "give the other iterate to rounding; save both in the same mode to get the same bits",
+            stacklevel=4,
+        )
+
+
+def _neither(optimizer: ScheduleFreeOptimizer, strange: list[Tensor], total: int) -> str:
+    places = {
+        p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
+    }
+    group, place = places[strange[0]]
+    return (
+        "weights must be the x or the y of the loaded optimizer state, got others in "
+        f"{len(strange)} of {total} parameters, the first at index {place} of group {group} with shape "
+        f"{tuple(strange[0].shape)}: load the weights that were saved with it (and pass the "
+        "parameters in the same order), or call optimizer.rebase() to take the weights as they are for x, y "
+        "and z"
+    )
+
+
+@torch.no_grad()
+def before_step(optimizer: ScheduleFreeOptimizer) -> None:
+    """Checks that the first step after a load has its gradient at y, and ends the watch.
+
+    Raises:
+        RuntimeError: if the weights hold something else; nothing has moved then.
+    """
+    loaded: Loaded | None = optimizer._loaded
+    if loaded is None:
+        return
+    found = dict(zip(loaded.saved, prints.take(part(p.detach()) for p in loaded.saved), strict=True))
+    names = {p: loaded.candidates(p, print_) for p, print_ in found.items()}
+    strange = [p for p, candidates in names.items() if not candidates]
+    if strange:
+        raise RuntimeError(_neither(optimizer, strange, len(names)))
+    at_x = [p for p, candidates in names.items() if "y" not in candidates]
+    if at_x:
+        raise RuntimeError(
+            f"weights must hold y in the first step after load_state_dict, got x in {len(at_x)} of "
+            f"{len(names)} parameters: call optimizer.train() after loading the weights and before the "
+            "forward pass, and take the gradient anew"
+        )
+    for p in names:
+        if loaded.is_as_saved(p, found[p]):
+            _reset(optimizer.state[p], loaded, p)
+        optimizer.state[p].pop("y", None)
+    optimizer._loaded = None
+
+
+# What torch.compile and (Distributed)DataParallel put into parameters' names.
+WRAPPERS = ("_orig_mod", "module")
+
+
+def pack(optimizer: ScheduleFreeOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
+    """Returns torch's state dict, as a new one, with prints, shapes and what the weights hold now.
+
+    State that was loaded and is not settled keeps the notes it came with.
+    """
+    loaded = optimizer._loaded
+    pending = loaded if loaded is not None and not loaded.settled else None
+    state = {index: dict(values) for index, values in packed["state"].items()}
+    groups = [
+        # A wrapper's books are a dict of their own in the group.
+        {name: dict(value) if isinstance(value, dict) else value for name, value in group.items()}
+        for group in packed["param_groups"]
+    ]
+    for group, live in zip(groups, optimizer.param_groups, strict=True):
+        group["shapes"] = [list(p.shape) for p in live["params"]]
+        started = optimizer._started(live)
+        group[HOLD] = pending.saved[started[0]] if pending and started else optimizer._wanted(live)
+        notes = pending.prints if pending else _take(optimizer, live, started)
+        for index, p in zip(group["params"], live["params"], strict=True):
+            if p in notes:
+                state[index].update(zip(PRINTS, notes[p], strict=True))
+    return packed | {"state": state, "param_groups": groups}
+
+
+@torch.no_grad()
+def _take(
+    optimizer: ScheduleFreeOptimizer, group: dict[str, Any], started: list[Tensor]
+) -> dict[Tensor, tuple[int, int]]:
+    """Returns the prints of x and y of each parameter that lies whole on its device."""
+    whole = [p for p in started if not is_divided(p)]
+    flat = prints.take(iterate for p in whole for iterate in _x_and_y(optimizer, group, p))
+    return dict(zip(whole, zip(flat[::2], flat[1::2], strict=True), strict=True))
+
+
+def _x_and_y(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a parameter's x and y in its dtype, in either mode."""
+    state = optimizer.state[p]
+    if optimizer._wanted(group) == "y":
+        return optimizer._x(p, group).to(p.dtype), p
+    if "y" in state:
+        y = state["y"]
+        return p if optimizer._holds_x(p, group) else optimizer._recover_x(p, y, group).to(p.dtype), y
+    y = forms.y_from_x(forms.joined(p, state, forms.X_REST), state, optimizer._y_beta(group))
+    return p, forms.split(y, p.dtype)[0]
+
+
+def check(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> None:
+    """Raises unless a state dict fits the optimizer, with every problem at once."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+    if groups is None or "state" not in state_dict:
+        raise ValueError(
+            f"state_dict must have the keys 'state' and 'param_groups', got {type(state_dict).__name__} "
+            "without: pass what optimizer.state_dict() returned"
+        )
+    live = optimizer.param_groups
+    if len(groups) != len(live):
+        raise ValueError(
+            f"state_dict must have {len(live)} parameter groups like the optimizer, got {len(groups)}: "
+            "build the optimizer with the groups it was saved with"
+        )
+    found = []
+    for number, (saved, group) in enumerate(zip(groups, live, strict=True)):
+        found += _group_problems(optimizer, number, saved, group, state_dict["state"])
+    if found:
+        raise ValueError(
+            "state_dict does not fit the optimizer; nothing has changed:\n  " + "\n  ".join(found)
+        )
+
+
+def _group_problems(
+    optimizer: ScheduleFreeOptimizer, number: int, saved: dict[str, Any], group: dict[str, Any], state: Any
+) -> list[str]:
+    _, names = optimizer._values(group)
+    own = {"k", names["beta"].partition("[")[0]}
+    if not own <= optimizer._books(saved).keys():
+        return [
+            f"group {number} must be of {type(optimizer).__name__} here or in schedulefree, got the keys "
+            f"{sorted(saved)}: use sftorch.checkpoint, which carries over what other optimizers share"
+        ]
+    if len(saved["params"]) != len(group["params"]):
+        return [
+            f"group {number} must have {len(group['params'])} parameters, got {len(saved['params'])}: "
+            "build the model as it was saved"
+        ]
+    found = []
+    # What the saved options ask for; an option that they lack was added later, and asks for nothing.
+    buffers = optimizer._buffers(dict.fromkeys(optimizer.defaults, 0) | saved)
+    iterates = {"z", "gap"} if optimizer._may_be_lean else {"z"}
+    columns = (
+        saved["params"],
+        group["params"],
+        saved.get("shapes"),
+        saved.get("param_names"),
+        group.get("param_names"),
+    )
+    rows = zip(*(column or [None] * len(group["params"]) for column in columns), strict=True)
+    for place, (index, p, shape, old, new) in enumerate(rows):
+        where, values = f"parameter {place} of group {number}", state.get(index, {})
+        if old is not None and new is not None and _unwrapped(old) != _unwrapped(new):
+            found.append(
+                f"{where} must be {new!r}, got {old!r}: pass the parameters in the order they were saved in"
+            )
+        kept = iterates & values.keys()
+        shape = values[min(kept)].shape if kept else shape
+        if shape is not None and list(shape) != list(p.shape):
+            found.append(f"{where} must have shape {tuple(p.shape)}, got {tuple(shape)}")
+        needed = buffers if kept else ("z", *buffers)
+        has_started = values.keys() - {"base"}  # some bases (Adagrad) have state before the first step
+        lacking = [name for name in needed if name not in values] if has_started else []
+        if lacking:
+            found.append(
+                f"{where} must have the state {lacking[0]!r}, got {sorted(values)}: load the state of an "
+                "optimizer of this class, or use sftorch.checkpoint to carry over what is shared"
+            )
+    return found
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+class ScheduleFreeOptimizer(GroupedOptimizer):
+    """Abstract: groups whose state is saved and loaded, beside weights that are saved in either mode."""
+
+    _eager = ("_settle",)
+    _loaded: Loaded | None = None
+    _is_half_restored = False  # by a restore that was interrupted
+    # Parameters that took the coming step in backward already; None without `step_in_backward`.
+    _ahead: set[Tensor] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state in torch's shape, with what tells apart the weights that x and y are.
+
+        Each started parameter has "x_print" and "y_print", 64-bit prints of the bits of its x and y;
+        each group has "shapes" and "weights_hold", "x" or "y", what the parameters hold now.
+        """
+        return pack(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of its namesake in schedulefree 1.4.1, as a copy.
+
+        Weights and state can be loaded in any order, and saved in either mode: the optimizer stays in
+        the mode it is in and puts into the weights what that mode wants, as soon as it recognises them;
+        `train()` and `eval()` raise if they never match. State is never narrowed (torch would cast fp32
+        state of a bf16 parameter to bf16), and options that the state dict lacks keep their defaults.
+
+        Raises:
+            ValueError: with every name, shape and entry that does not fit; nothing has changed then.
+        """
+        check(self, state_dict)
+        live_mode = self._books(self.param_groups[0])["train_mode"]
+        holds = saved_holds(self, state_dict)
+        self._load(state_dict)
+        self._is_half_restored = False
+        accept(self, live_mode, holds)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, p in zip(saved_ids, self._params(), strict=True):
+            saved = state_dict["state"].get(index, {})
+            for name, value in saved.items():
+                if not isinstance(value, Tensor):
+                    continue
+                dtype = forms.loaded_dtype(name, saved, p)
+                if dtype is None:
+                    del self.state[p][name]
+                else:
+                    self.state[p][name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+        for group in self.param_groups:
+            for p in self._started(group):
+                if "step" not in self.state[p]:
+                    self.state[p].update(self._group_clock(group)._asdict())
+
+    def _begin(self) -> None:
+        """Raises unless gradients are, or will be, taken where the step needs them."""
+
+    def _settle_beta(self, group: dict[str, Any]) -> None:
+        """Makes a group's parameters hold what the configured beta makes of x and z."""
+
+    def _forget_step(self) -> None:
+        """Forgets what backward has taken of the coming step: other state has come in its place."""
+
+    def _settle(self, train_mode: bool | None = None) -> None:
+        """Puts into loaded weights what the mode wants; see `settle`."""
+        settle(self, train_mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_loaded": self._loaded}

@@ -1,0 +1,345 @@
+"""From a direction of one's own (S6) to a step: who moves what, by which numbers, and the books.
+
+A plan tells which tensors go together and which backend moves them. It is kept, and will do for the next step
+while all that it was made of is the same: groups, options, parameters and which of them have gradients, the
+tensors of their state, where these lie, and the clocks. All of this is looked at in every step, at a fraction
+of the cost of a new plan. Numbers are always new.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfcore.averaging import BETAS, DECAYS, coefficients, floats
+from sftorch.law.iterates import as_real
+from sftorch.law.move import Direction, Move
+from sftorch.law.parts import PLAIN, gradients, note_written, part
+from sftorch.law.scalars import Clock
+from sftorch.state import arguments
+from sftorch.state.groups import Batch, new_books
+from sftorch.state.modes import TrainEvalOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer
+from sftorch.step import backends, lean
+
+Averages = Mapping[Tensor, Tensor]  # x, where parameters are to end as x
+_CLOCK = itemgetter("step", "lr_max", "weight_sum")
+_NO_OPTIONS = {*new_books(), "params"}
+
+
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `locals()` is at the start of a constructor as the options of its groups."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
+def viewed(tensors: Iterable[Tensor], are_complex: bool) -> list[Tensor]:
+    """Returns views that share memory: the parts of DTensors, complex tensors as pairs of reals, no 0-d ones.
+
+    torch.compile (2.13) takes a 0-d float64 tensor for a Python number and loses what is written to it.
+    """
+    found = [tensor if tensor.ndim else tensor.view(1) for tensor in map(part, tensors)]
+    return [as_real(tensor) for tensor in found] if are_complex else found
+
+
+class Work:
+    """One batch of a plan.
+
+    Attributes:
+        parts: who runs what of it, each a backend and a move.
+        numbers: of the coming step, as `Move` has them.
+        scalars: the same as float64 of shape (n,), because torch.compile would compile Python numbers into
+            its program, a new one in every step.
+        after: the clock after the coming step, with its c and lr_t.
+        may_be_kept: whether it takes little time to see that this stands.
+    """
+
+    def __init__(self, optimizer: DirectedOptimizer, plan: GroupPlan, batch: Batch, x: Averages | None):
+        self.batch = batch
+        self.params, self.states, self.clock = batch
+        group, self.pairs = plan.group, self.params[0].is_complex()
+        self.is_lean, self.to_x = optimizer._is_lean(group), x is not None
+        places = {p: place for place, p in enumerate(optimizer._params())} if self.is_lean else {}
+        self._ordinals = [places[p] for p in self.params if places]
+        direction = self._number(optimizer, plan)
+        rests = [optimizer._rest] if optimizer._rest in self.states[0] else []
+        names = ["gap" if self.is_lean else "z", *rests, *plan.buffers]
+        columns = {name: [state[name] for state in self.states] for name in names}
+        views = {name: viewed(tensors, self.pairs) for name, tensors in columns.items()}
+        move = Move(
+            direction=direction,
+            ys=viewed(self.params, self.pairs),
+            rests=views[rests[0]] if rests else [],
+            xs=[] if x is None else viewed(map(x.__getitem__, self.params), self.pairs),
+            zs=views[names[0]],
+            grads=viewed(gradients(self.params), self.pairs),
+            buffers={name: views[name] for name in plan.buffers},
+            foreach=group["foreach"],
+            fused=group["fused"],
+            maximize=group["maximize"],
+            keys=self._keys(plan) if self.is_lean else None,
+            kept={},
+        )
+        self.parts = backends.assign(move)
+        self._buffer = np.array(self.numbers, dtype=np.float64)
+        self.scalars = torch.from_numpy(self._buffer)
+        self._remember(columns)
+
+    def _remember(self, columns: dict[str, list[Tensor]]) -> None:
+        """Notes all that this was made of; for odd tensors there is no end of it, and it is not kept."""
+        grads: list[Any] = [p.grad for p in self.params]
+        self._held = list(chain(self.params, *columns.values()))
+        every = [*self._held, *grads]
+        self.may_be_kept = (
+            len(self.parts) == 1
+            and PLAIN.issuperset(map(type, every))
+            # Elsewhere people move state away to free memory, which a plan would hold.
+            and {(t.is_cpu, t.is_contiguous(), t.is_neg()) for t in every} == {(True, True, False)}
+            and len({g.dtype for g in grads}) == 1
+        )
+        if self.may_be_kept:
+            self._columns = [(itemgetter(name), tensors) for name, tensors in columns.items()]
+            self._places = [t.data_ptr() for t in self._held]
+            self._dtypes = [t.dtype for t in self._held]
+            self._sizes = [p.numel() for p in self.params]
+            self._of_grad = (grads[0].dtype, True, True, False)
+            self._has_views = self.pairs or any(p.ndim == 0 for p in self.params)
+
+    def stands(self, optimizer: DirectedOptimizer, plan: GroupPlan, x: Averages | None) -> bool:
+        """Tells whether this does for the coming step, and takes its gradients, its x and its numbers."""
+        params, states = self.params, self.states
+        grads: list[Any] = [p.grad for p in params]
+        if (
+            not PLAIN.issuperset(map(type, grads))
+            or not all(map(is_, map(optimizer.state.get, params), states))
+            or list(map(_CLOCK, states)).count(self.clock) != len(params)
+            or {(g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads} != {self._of_grad}
+            or [g.numel() for g in grads] != self._sizes
+            or [p.numel() for p in params if p.is_contiguous()] != self._sizes
+            or [t.data_ptr() for t in self._held] != self._places
+            or [t.dtype for t in self._held] != self._dtypes
+        ):
+            return False
+        for read, tensors in self._columns:
+            if not all(map(is_, map(read, states), tensors)):
+                return False
+        ((backend, move),) = self.parts
+        move.grads[:] = viewed(grads, self.pairs) if self._has_views else grads
+        if x is not None:
+            move.xs[:] = viewed(map(x.__getitem__, params), self.pairs)
+        if self._number(optimizer, plan) is not move.direction:
+            return False
+        if self.is_lean:
+            self.parts = [(backend, move._replace(keys=self._keys(plan)))]
+        self._buffer[:] = self.numbers
+        return True
+
+    def _number(self, optimizer: DirectedOptimizer, plan: GroupPlan) -> Direction:
+        """Takes the numbers of the coming step; returns its direction."""
+        law, values = optimizer.law, plan.values
+        self.after = after = optimizer._next(plan.group, self.clock, values)
+        direction, own = optimizer._direction(values, after.clock.step)
+        wd_y, wd_z = DECAYS[law.decay_at](values.get("weight_decay", 0.0))
+        beta, change = BETAS[law.beta_rule](values["beta"], after.clock.step, values, floats)
+        k1, k2 = coefficients(after.c, beta, change, values["beta"] or 1.0)  # from 0, beta does not change
+        if self.to_x:
+            k1, k2 = after.c, 0.0
+        elif self.is_lean:
+            k2 = values["beta"]
+        self.numbers = (after.lr_t, wd_y, wd_z, k1, k2, *own)
+        return direction
+
+    def _keys(self, plan: GroupPlan) -> Tensor:
+        return lean.keys(plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers))
+
+
+class GroupPlan:
+    """The works of a group, or of one of its parameters.
+
+    Attributes:
+        group: the optimizer's own.
+        values: its options by canonical name.
+        buffers: names of the state tensors that its direction needs.
+        works: what is to be done.
+        after: the group's own clock after the coming step.
+        may_be_kept: whether it takes little time to see that this stands.
+    """
+
+    def __init__(
+        self,
+        optimizer: DirectedOptimizer,
+        group: dict[str, Any],
+        params: list[Tensor],
+        states: Mapping[Tensor, dict[str, Any]],
+        x: Averages | None,
+    ):
+        self.group, self._params = group, list(params)
+        self._options = itemgetter(*(name for name in optimizer.defaults if name not in _NO_OPTIONS))
+        self._take_options(optimizer)
+        self.buffers = optimizer._buffers(group)
+        self._idle = [p for p in params if p not in states]
+        moving = {p: states[p] for p in params if p in states}
+        self.works = [Work(optimizer, self, batch, x) for batch in optimizer._batches(moving)]
+        self.after = optimizer._next(group, optimizer._group_clock(group), self.values)
+        self.may_be_kept = all(work.may_be_kept for work in self.works)
+
+    def _take_options(self, optimizer: DirectedOptimizer) -> None:
+        self._given: tuple[Any, ...] = self._options(self.group)
+        self.values, _ = optimizer._values(self.group)
+        if any(isinstance(value, Tensor | list) for value in self._given):
+            self._given = ()  # these may be written to, and would still be the same objects
+        self._chosen = self._choice(optimizer)
+
+    def _choice(self, optimizer: DirectedOptimizer) -> tuple[Any, ...]:
+        """Returns what options decide but numbers."""
+        named = [self.group[name] for name in ("foreach", "fused", "maximize", "precision", "seed")]
+        return (*named, self.values["beta"], optimizer._buffers(self.group))
+
+    def stands(
+        self,
+        optimizer: DirectedOptimizer,
+        group: dict[str, Any],
+        params: list[Tensor],
+        x: Averages | None,
+    ) -> bool:
+        """Tells whether this does for the coming step, and takes all that is new in it.
+
+        Raises:
+            HyperparameterError: if options have changed, and some are wrong now.
+        """
+        if group is not self.group or len(params) != len(self._params):
+            return False
+        given = self._options(group)
+        if not self._given or not all(map(is_, given, self._given)):
+            optimizer._check_settings()
+            chosen = self._chosen
+            self._take_options(optimizer)
+            if chosen != self._chosen:
+                return False
+        if group["y_beta"] not in (None, self.values["beta"]) or not all(map(is_, params, self._params)):
+            return False
+        for p in self._idle:
+            if p.grad is not None:
+                return False
+        try:
+            for work in self.works:
+                if not work.stands(optimizer, self, x):
+                    return False
+        except (KeyError, RuntimeError):  # state without an entry; gradients that cannot be asked
+            return False
+        clock = group["k"], group["lr_max"], group["weight_sum"]
+        if self.works and self.works[0].clock == clock:
+            self.after = self.works[0].after
+        else:
+            self.after = optimizer._next(group, Clock(*clock), self.values)
+        return True
+
+
+class DirectedOptimizer(ScheduleFreeOptimizer):
+    """Abstract: optimizers that have a direction of their own; their groups hold options and books."""
+
+    _eager = ("_prepare", "_close")
+    _plan: list[GroupPlan] | None = None  # of the last step, if it may do for the next
+
+    @abstractmethod
+    def _direction(self, values: Mapping[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
+        """Returns S6's direction at a parameter's time t, and the numbers to call it with.
+
+        Args:
+            values: a group's options by canonical name.
+            t: one-based.
+        """
+
+    def _is_lean(self, group: dict[str, Any]) -> bool:
+        return group["precision"] == "lean"
+
+    def _books(self, group: dict[str, Any]) -> dict[str, Any]:
+        return group
+
+    def _prepare(self, x: Averages | None = None) -> list[GroupPlan]:
+        """Returns the plan of the coming step; where it cannot be taken, raises before anything changes.
+
+        Args:
+            x: parameter -> x, if the parameters are to end as x.
+        """
+        self._begin()
+        groups, plan = self.param_groups, self._plan or []
+        stands = len(plan) == len(groups)
+        for of_group, group in zip(plan, groups, strict=False):
+            stands = stands and of_group.stands(self, group, group["params"], x)
+        if stands:
+            return plan
+        self._plan = None
+        self._check_settings()
+        arguments.check_gradients(self._params())
+        return self._new_plan([(group, group["params"]) for group in groups], x)
+
+    def _new_plan(
+        self, groups: list[tuple[dict[str, Any], list[Tensor]]], x: Averages | None = None
+    ) -> list[GroupPlan]:
+        """Returns a plan for parameters of some groups, and makes their state ready."""
+        ready = {p: self._ready(p, group) for group, params in groups for p in params if p.grad is not None}
+        plan = [GroupPlan(self, group, params, ready, x) for group, params in groups]
+        self.state.update(ready)
+        for group, params in groups:
+            self._settle_beta(group if params is group["params"] else group | {"params": params})
+        return plan
+
+    @staticmethod
+    def _run(plan: list[GroupPlan]) -> None:
+        """Runs S6-S9 of every batch, in place. torch.compile compiles this, one tensor at a time."""
+        compiling = torch.compiler.is_compiling()
+        for of_group in plan:
+            for work in of_group.works:
+                for backend, move in work.parts:
+                    if compiling:
+                        backends.run_compiled(move, work.scalars)
+                    else:
+                        backend.run(move, work.numbers)
+
+    def _close(self, plan: list[GroupPlan], is_whole: bool = True) -> None:
+        """Writes the books, and lets go of the gradients.
+
+        Args:
+            plan: what has been run.
+            is_whole: whether that was the step of all groups, and not of one parameter.
+        """
+        for of_group in plan:
+            for work in of_group.works:
+                self._finish_batch(work.batch, work.after)
+                work.clock = work.after.clock
+                if not work.may_be_kept:
+                    note_written(work.params)
+                for _, move in work.parts:
+                    move.grads.clear()
+                    move.xs.clear()
+            if is_whole:
+                self._finish(of_group.group, of_group.after)
+        if is_whole:
+            self._plan = plan if all([one.may_be_kept for one in plan]) else None
+            if self._ahead:
+                self._forget_step()
+
+
+class YAtRest(DirectedOptimizer, TrainEvalOptimizer):
+    """Abstract: the usual form, parameters hold y between steps."""
+
+    _may_be_lean = True
+    _eager = ("_prepare_one",)
+
+    def _prepare_one(self, group: dict[str, Any], p: Tensor, last: GroupPlan | None) -> GroupPlan:
+        """Returns the plan of the coming step of one parameter; `last` is that of its last one."""
+        if not self._ahead:
+            self._begin()
+            self._check_settings()
+        if last is not None and last.stands(self, group, [p], None):
+            return last
+        arguments.check_gradients([p])
+        (plan,) = self._new_plan([(group, [p])])
+        return plan
