@@ -14,6 +14,7 @@ from sfcore.checks import HyperparameterError
 from sftorch import _changes, _held, _prints, _reconcile, _weights_only
 from sftorch._capture import CLOCK, kind_of
 from sftorch._core import ScheduleFreeOptimizer, new_books
+from sftorch._parts import part
 from sftorch._scalars import Clock
 from sftorch._sources import Source, recognise
 from sftorch.schedule_free import ScheduleFreeWrapper
@@ -201,5 +202,5 @@ def _watch(optimizer: ScheduleFreeOptimizer) -> None:
     """Makes weights that are loaded after the import an error: x, y and z came from those before."""
     loaded = optimizer._loaded
     if loaded is not None:
-        found = _prints.take(_reconcile.local(p.detach()) for p in loaded.saved)
+        found = _prints.take(part(p.detach()) for p in loaded.saved)
         loaded.prints = {p: (print_, print_) for p, print_ in zip(loaded.saved, found, strict=True)}
