@@ -17,6 +17,7 @@ from sfcore.meta import Meta
 from sftorch import _arrays
 from sftorch._steps import steps_of
 from sftorch.adamw import AdamWDirection
+from sftorch.law.parts import is_divided
 from sftorch.radam import RAdamDirection
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.sgd import SGDDirection
@@ -120,7 +121,7 @@ def parameter_names(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> dict[
     Raises:
         CheckpointError: naming those that are not in the model; for DTensors.
     """
-    if any(hasattr(p, "to_local") for p in optimizer._params()):
+    if any(map(is_divided, optimizer._params())):
         raise CheckpointError(
             "parameters must lie whole on one device, got DTensors: use torch.distributed.checkpoint with "
             "get_state_dict and set_state_dict, which know how they are divided"

@@ -14,6 +14,7 @@ from sfcore.checks import HyperparameterError
 from sftorch import _changes, _weights_only
 from sftorch._capture import CLOCK, kind_of
 from sftorch._sources import Source, recognise
+from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
@@ -203,5 +204,5 @@ def _watch(optimizer: ScheduleFreeOptimizer) -> None:
     """Makes weights that are loaded after the import an error: x, y and z came from those before."""
     loaded = optimizer._loaded
     if loaded is not None:
-        found = prints.take(state_dict.local(p.detach()) for p in loaded.saved)
+        found = prints.take(part(p.detach()) for p in loaded.saved)
         loaded.prints = {p: (print_, print_) for p, print_ in zip(loaded.saved, found, strict=True)}

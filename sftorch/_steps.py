@@ -17,6 +17,7 @@ from sfcore import samples
 from sfcore.samples import Restart, Sample
 from sfcore.watch import WATCHED_STEPS
 from sftorch.law import iterates
+from sftorch.law.parts import part
 from sftorch.state import forms
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
@@ -34,7 +35,7 @@ class Steps:
 
     def __init__(self, optimizer: ScheduleFreeOptimizer):
         params = optimizer._params()
-        sizes = [p.numel() for p in params]
+        sizes = [part(p.detach()).numel() for p in params]
         self._entries = [
             (params[i], torch.from_numpy(entries).to(params[i].device))
             for i, entries in samples.positions(sizes)
@@ -122,8 +123,8 @@ def _iterates_at(
     """Returns some entries of x and z as flat real float32 or wider."""
 
     def taken(tensor: Tensor, rest: Tensor | None = None) -> Tensor:
-        some = torch.take(tensor.detach(), entries)
-        some = some if rest is None else forms.join(some, torch.take(rest, entries))
+        some = torch.take(part(tensor.detach()), entries)
+        some = some if rest is None else forms.join(some, torch.take(part(rest), entries))
         some = some.to(torch.promote_types(some.dtype, torch.float32))
         return iterates.as_real(some).reshape(-1).cpu()
 

@@ -235,8 +235,8 @@ def _check_base(base: Any) -> None:
         raise TypeError(f"base must be an optimizer that steps without a closure, got {kind}: wrap another")
 
 
-# Float32 parameters that stand in place of 16-bit ones while a wrapped optimizer steps or loads. What it makes
-# of them, its own buffers included, is then float32, and no step is lost to rounding.
+# Float32 parameters that stand in place of 16-bit ones while a wrapped optimizer steps or loads. What it
+# makes of them, its own buffers included, is then float32, and no step is lost to rounding.
 
 
 def _narrow(params: Iterable[Tensor]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sfcore import laws
 from sftorch.law.iterates import interpolate, recover_x
+from sftorch.law.parts import is_divided
 
 Y_REST, X_REST = "y_rest", "x_rest"
 RESTS = (Y_REST, X_REST)
@@ -211,7 +212,7 @@ def find_lean_problems(group: Mapping[str, Any], beta: Any, allowed: bool) -> li
     if beta == 0:
         found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
     params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
-    wrong = [p for p in params if p.dtype not in LEAN_DTYPES or hasattr(p, "to_local")]
+    wrong = [p for p in params if p.dtype not in LEAN_DTYPES or is_divided(p)]
     if wrong:
         kind = wrong[0].dtype if wrong[0].dtype not in LEAN_DTYPES else "DTensor"
         found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")

@@ -140,7 +140,7 @@ def _takes_native(move: Move) -> str | None:
 
 
 def _takes_triton(move: Move) -> str | None:
-    return _why_no_kernel(move, "cuda", _CUDA_DTYPES, launch.find, True)
+    return _why_no_kernel(move, "cuda", _CUDA_DTYPES, lambda: launch.find(), True)
 
 
 def _kind(move: Move) -> Kind:

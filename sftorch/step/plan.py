@@ -21,7 +21,7 @@ from torch import Tensor
 from sfcore.averaging import BETAS, DECAYS, coefficients, floats
 from sftorch.law.iterates import as_real
 from sftorch.law.move import Direction, Move
-from sftorch.law.parts import PLAIN, gradients, note_written, part
+from sftorch.law.parts import PLAIN, gradients, note_written, parts
 from sftorch.law.scalars import Clock
 from sftorch.state import arguments
 from sftorch.state.groups import Batch, new_books
@@ -44,7 +44,7 @@ def viewed(tensors: Iterable[Tensor], are_complex: bool) -> list[Tensor]:
 
     torch.compile (2.13) takes a 0-d float64 tensor for a Python number and loses what is written to it.
     """
-    found = [tensor if tensor.ndim else tensor.view(1) for tensor in map(part, tensors)]
+    found = [tensor if tensor.ndim else tensor.view(1) for tensor in parts(tensors)]
     return [as_real(tensor) for tensor in found] if are_complex else found
 
 
@@ -322,7 +322,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
             if is_whole:
                 self._finish(of_group.group, of_group.after)
         if is_whole:
-            self._plan = plan if all([one.may_be_kept for one in plan]) else None
+            self._plan = None if any(not one.may_be_kept for one in plan) else plan
             if self._ahead:
                 self._forget_step()
 

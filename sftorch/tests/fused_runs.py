@@ -7,6 +7,8 @@ import copy
 import numpy as np
 import torch
 
+from sftorch.kernels import call
+from sftorch.law import iterates
 from sftorch.law.iterates import as_real
 from sftorch.tests.plain import STEP_SIZE, feed, same_bits, some_grads, some_params
 
@@ -19,6 +21,42 @@ VARIANTS = {
 CASES = [(kind, options) for kind, listed in VARIANTS.items() for options in listed]
 SHAPES = [(1003,), (3, 5), (0,), (), (40_000,)]
 SPECIAL = [np.inf, -np.inf, np.nan, 1e-39, -1e-45, 0.0, -0.0, 1e30, 5e-324]
+
+
+class Calls:
+    """Counts the tensors that the native kernel steps or flips, and those that other paths step.
+
+    Args:
+        replace: (owner, name, function) -> None, as of pytest's monkeypatch.
+    """
+
+    def __init__(self, replace=setattr):
+        self.kernel = self.single = self.foreach = 0
+        run = call.Job.run
+
+        def counting(job, tables, *rest, **options):
+            found = run(job, tables, *rest, **options)
+            self.kernel += job.count
+            return found
+
+        replace(call.Job, "run", counting)
+        for name in ("advance", "average"):
+            for path, count in (("single", lambda y: 1), ("foreach", len)):
+                full = f"{name}_{path}_"
+                replace(iterates, full, self._counting(getattr(iterates, full), path, count))
+
+    def _counting(self, function, path, count):
+        def counting(ys, *rest):
+            setattr(self, path, getattr(self, path) + count(ys))
+            return function(ys, *rest)
+
+        return counting
+
+    def taken(self):
+        """Returns the tensors of the kernel and of the other paths since the last call."""
+        found = (self.kernel, self.single + self.foreach)
+        self.kernel = self.single = self.foreach = 0
+        return found
 
 
 def same(a, b):

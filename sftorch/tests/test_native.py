@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import sftorch
-from sftorch._directed import Move
 from sftorch.adamw import ADAMW
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Element, Kind
+from sftorch.law.move import Move
 from sftorch.step import backends
 from sftorch.tests.plain import feed, same_bits, some_grads, some_params
 
 CHUNK = 1 << 15  # as in step.c
-NUMBERS = {"sign": 1.0, "lr_t": 0.05, "weight_decay": 0.1, "c": 0.25, "k": 0.3}
-MOMENTS = {"share2": 0.1, "eps": 1e-8, "share1": 0.2, "correction2": 0.3, "correction1": 0.4}
+NUMBERS = {"sign": 1.0, "lr_t": 0.05, "wd_y": 0.1, "k1": 0.25, "k2": 0.3}
+MOMENTS = {"b2": 0.9, "eps": 1e-8, "m1": 0.8, "correction2": 0.3, "correction1": 0.4}
 
 
 class Cursor(ctypes.Structure):
@@ -99,8 +99,8 @@ def run_sgd(y, z, g, y_type, g_type, rest=None):
 def sgd(y, z, g):
     """S6 to S9* in float32 as the single-tensor path computes them."""
     of = {name: np.float32(value) for name, value in NUMBERS.items()}
-    delta = -of["lr_t"] * (g + of["weight_decay"] * y)
-    return y + (of["c"] * (z - y) + of["k"] * delta), z + delta
+    delta = -of["lr_t"] * (g + of["wd_y"] * y)
+    return y + (of["k1"] * (z - y) + of["k2"] * delta), z + delta
 
 
 def same(a, b):
@@ -161,23 +161,23 @@ def test_a_move_with_rests_is_the_float32_move():
     start, z, g = (torch.randn(n, 77, generator=random) for n in (3, 3, 3))
     v, m = torch.rand(3, 77, generator=random), torch.randn(3, 77, generator=random)
     upper, rest = split(start.numpy())
-    scalars = torch.tensor([0.05, 0.1, 0.25, 0.9, 0.99, 1e-8, 0.5, 0.3, 0.4], dtype=torch.float64)
+    numbers = (0.05, 0.1, 0.0, 0.25, 0.3, 0.99, 1e-8, 0.5, 0.3, 0.4)
     both = {}
     for name, ys, rests in (
         ("wide", list(start.clone()), []),
         ("halves", list(as_bfloat16(upper)), list(torch.from_numpy(rest))),
     ):
         buffers = {"exp_avg_sq": list(v.clone()), "exp_avg": list(m.clone())}
-        move = Move(ADAMW, ys, rests, [], list(z.clone()), list(g), buffers, scalars, True, False, True)
-        assert backends.run(move, scalars.tolist()) == []
-        both[name] = move
+        move = Move(ADAMW, ys, rests, [], list(z.clone()), list(g), buffers, True, True, False, None, {})
+        ((backend, both[name]),) = backends.assign(move)
+        backend.run(both[name], numbers)
     wide, halves = both.values()
     assert same_bits(wide.zs, halves.zs)
     assert same_bits(wide.buffers["exp_avg"], halves.buffers["exp_avg"])
     for y, low, want in zip(halves.ys, halves.rests, wide.ys, strict=True):
         assert np.array_equal(join(y.view(torch.int16).numpy().view(np.uint16), low.numpy()), want.numpy())
-    in_x = halves._replace(xs=halves.ys)
-    assert backends.run(in_x, scalars.tolist()) == [0, 1, 2]  # the closure forms: left to the other path
+    parts = backends.assign(halves._replace(xs=halves.ys, fused=None))
+    assert [(backend.name, len(move.ys)) for backend, move in parts] == [("single", 3)]  # the closure forms
 
 
 @pytest.mark.parametrize("narrow_grad", [True, False])
@@ -217,8 +217,8 @@ FORK = """
 import os, torch, sftorch
 from sftorch.kernels import call
 torch.set_num_threads(1)
-run = call.run
-call.run = lambda *args: run(*args, threads=2)
+run = call.Job.run
+call.Job.run = lambda *args: run(*args, threads=2)
 p = torch.nn.Parameter(torch.ones(200_000))
 optimizer = sftorch.SGDScheduleFree([p], fused=True)
 def step():

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import sftorch
-from sftorch._directed import Move
 from sftorch.adamw import ADAMW
 from sftorch.kernels import launch
 from sftorch.kernels.call import Element, Kind
+from sftorch.law.move import Move
 from sftorch.radam import YOUNG
 from sftorch.sgd import SGD
-from sftorch.step import plan
+from sftorch.step import backends
 from sftorch.tests.fused_runs import CASES, assert_fused_is_single, same, special_run
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, feed, some_grads, some_params
 
@@ -35,7 +35,8 @@ def interpreter():
     """Has the kernel interpreted, and takes it for the CPU."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.setattr(_fused, "_runner", lambda device: launch.run)
+        taking = backends.NATIVE._replace(run=backends.TRITON.run)
+        patch.setattr(backends, "BACKENDS", [taking, *backends.BACKENDS[1:]])
         sys.modules.pop(KERNEL, None)
         launch.find.cache_clear()
         yield
@@ -85,7 +86,6 @@ def some_move(direction, buffers, of_y, of_g, n=2077):
 
     ys = some(of_y)
     rests = [torch.randint(-(2**15), 2**15, y.shape, generator=random).to(torch.int16) for y in ys]
-    numbers = [0.05, 0.1, 0.25, 0.9, 0.99, 1e-8, 0.5, 0.3, 0.4][: 4 if not buffers else None]
     return Move(
         direction=direction,
         ys=ys,
@@ -94,10 +94,11 @@ def some_move(direction, buffers, of_y, of_g, n=2077):
         zs=some(),
         grads=some(of_g),
         buffers={name: [t.abs() for t in some()] for name in buffers},
-        scalars=torch.tensor(numbers if direction is not YOUNG else numbers[:5], dtype=torch.float64),
         foreach=False,
-        maximize=False,
         fused=True,
+        maximize=False,
+        keys=None,
+        kept={},
     )
 
 
@@ -116,14 +117,16 @@ def some_move(direction, buffers, of_y, of_g, n=2077):
 )
 def test_gradients_of_either_width(direction, buffers, of_y, of_g, launches):
     moves = [some_move(direction, buffers, of_y, of_g) for _ in range(2)]
+    own = {SGD: 0, YOUNG: 1}.get(direction, 5)
+    numbers = (0.05, 0.1, 0.0, 0.25, 0.3, *(0.99, 1e-8, 0.5, 0.3, 0.4)[:own])
     # A NaN whose last bit must not carry, and halves that no number has, as after someone wrote to y.
     for move in moves:
         move.grads[0][3:4] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
         if move.rests:
             move.ys[0][:3] = torch.tensor([torch.inf, -torch.inf, 0.0])
             move.rests[0][:3] = torch.tensor([5, 5, -5])
-    plan.run(moves[:1])
-    plan.run([moves[1]._replace(fused=False)])
+    for move, chosen in zip(moves, (backends.BACKENDS[0], backends.SINGLE), strict=True):
+        chosen.run(move, numbers)
     assert len(launches) == 1
     tensors = [[*m.ys, *m.rests, *m.zs, *(t for ts in m.buffers.values() for t in ts)] for m in moves]
     assert len(tensors[0]) == len(tensors[1]) >= 4
@@ -153,9 +156,8 @@ def test_misaligned_tensors_and_other_layouts(launches):
         random = torch.Generator().manual_seed(0)
         memory = torch.randn(4000, generator=random)
         params = [memory[1:2501], memory[2501:2505], torch.randn(40, 50, generator=random).t()]
-        params += [torch.randn(40, generator=random)[::2]]  # left to the single path
         params = [torch.nn.Parameter(p) for p in params]
-        assert [p.data_ptr() % 16 == 0 for p in params] == [False, False, True, True]
+        assert [p.data_ptr() % 16 == 0 for p in params] == [False, False, True]
         optimizer = sftorch.AdamWScheduleFree(params, lr=STEP_SIZE, **path)
         for _ in range(3):
             for p in params:
@@ -191,9 +193,9 @@ def test_offsets_are_64_bits_wide(aligned):
     row = dict.fromkeys(kernel.COLUMNS, 0)
     row |= {"first": -(begin // launch.BLOCK), "size": begin + n, "aligned": aligned}
     row |= {name: t.data_ptr() - 4 * begin for name, t in (("y", y), ("z", z), ("g", g))}
-    numbers = dict.fromkeys(("weight_decay", "share2", "eps", "share1", "correction2", "correction1"), 0.0)
-    flags = dict.fromkeys(("HAS_V", "HAS_M", "SCALED", "TO_X", "HALVES", "NARROW_G"), False)
-    numbers |= {"sign": 1.0, "lr_t": 0.5, "c": 0.5, "k": 0.25}
+    numbers = dict.fromkeys(("wd_y", "wd_z", "share2", "eps", "share1", "correction2", "correction1"), 0.0)
+    flags = dict.fromkeys(("HAS_V", "HAS_M", "SCALED", "AT_Z", "TO_X", "HALVES", "NARROW_G"), False)
+    numbers |= {"sign": 1.0, "lr_t": 0.5, "k1": 0.5, "k2": 0.25}
     table, owners = torch.tensor([list(row.values())]), torch.zeros(1, dtype=torch.int32)
     kernel.step[(1,)](table, owners, **numbers, **flags, BLOCK=launch.BLOCK)
     # delta = -1.5; z' = z + delta; y' = y + (z - y) / 2 + delta / 4
