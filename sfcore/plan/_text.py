@@ -6,11 +6,16 @@ import ast
 import json
 import re
 import shlex
-import tomllib
+import sys
 from pathlib import Path
 from typing import Any
 
 from sfcore.plan._model import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # A backslash before a letter is no escape but part of a Windows path, D:\lora; what is quoted stays.
 _UNQUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')|\\(?=\w)""")

@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-import tomllib
 
 import pytest
 
 from sfcore import __main__
 from sfcore.plan import check
 from sfcore.plan._command import as_text
+from sfcore.plan._text import tomllib
 
 GOOD = {"optimizer": "sftorch.AdamWScheduleFree", "lr": 0.001, "warmup_steps": 50, "total_steps": 1000}
 
