@@ -1,41 +1,58 @@
-"""The hyperparameters of each optimizer: names, defaults, ranges and meaning, once for both twins.
+"""The options of each law: names, defaults, ranges, meaning, and what a resume with another value does.
 
-Names are those of the equations S1-S9. The twins show their users their own framework's names
-(`learning_rate`, `b1` in JAX; `lr`, `betas[0]` or `momentum` in torch) and are tested against these
-defaults.
+Names are those of the equations S1-S9, written once for both twins; what users of each framework call
+them is in the rows of `sfcore.laws`. A law's dataclass inherits the options that it shares with others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sfcore import checks
 from sfcore.checks import Rule
 
+NEXT = "the configured value holds from the next step"
+_WEIGHS = "later steps are weighed anew; the sum so far is put in the new units, so that c goes on as it was"
 
-def _option(default: Any, rule: Rule, doc: str) -> Any:
-    return field(default=default, metadata={"rule": rule, "doc": doc})
+
+def option(default: Any, rule: Rule, doc: str, effect: str = NEXT) -> Any:
+    """Returns a field of an options dataclass.
+
+    Args:
+        default: of both twins.
+        rule: what a value must be.
+        doc: what it does, half a sentence.
+        effect: what becomes of a run that is resumed with another value.
+    """
+    return field(default=default, metadata={"rule": rule, "doc": doc, "effect": effect})
 
 
 _LR = "step size; 1 to 10 times the AdamW rate of a scheduled run, 10 to 50 times for SGD"
+_LR_EFFECT = f"{NEXT}; a larger lr also weighs its steps more in the average"
 
 
 @dataclass(frozen=True)
 class ScheduleFree:
     """What every Schedule-Free optimizer has (S2-S5, S9)."""
 
-    lr: float = _option(0.0025, checks.STEP_SIZE, _LR)
-    beta: float = _option(
-        0.9, checks.INTERPOLATION, "interpolation y = beta x + (1 - beta) z; 0 is Polyak, 1 primal averaging"
+    lr: float = option(0.0025, checks.STEP_SIZE, _LR, _LR_EFFECT)
+    beta: float = option(
+        0.9,
+        checks.INTERPOLATION,
+        "interpolation y = beta x + (1 - beta) z; 0 is Polyak, 1 primal averaging",
+        "y moves in the next step so that x stays",
     )
-    r: float = _option(0.0, checks.NON_NEGATIVE, "the average weighs step t by t^r")
-    weight_lr_power: float = _option(
-        2.0, checks.NON_NEGATIVE, "the average weighs a step by the largest lr so far to this power"
+    r: float = option(0.0, checks.NON_NEGATIVE, "the average weighs step t by t^r", _WEIGHS)
+    weight_lr_power: float = option(
+        2.0, checks.NON_NEGATIVE, "the average weighs a step by the largest lr so far to this power", _WEIGHS
     )
-    prior_steps: int = _option(
-        0, checks.STEPS, "the initial weights count as the average of this many earlier steps"
+    prior_steps: int = option(
+        0,
+        checks.STEPS,
+        "the initial weights count as the average of this many earlier steps",
+        "the average so far is kept; with r > 0 later steps count as that much older",
     )
 
     @staticmethod
@@ -50,36 +67,61 @@ class ScheduleFree:
 
 
 @dataclass(frozen=True)
-class SGD(ScheduleFree):
-    """Schedule-Free SGD: the direction is the gradient."""
+class Adaptive(ScheduleFree):
+    """Options of a direction that divides by a root mean square."""
 
-    lr: float = _option(1.0, checks.STEP_SIZE, _LR)
-    weight_decay: float = _option(0.0, checks.NON_NEGATIVE, "decoupled decay, taken at y (S6)")
-    warmup_steps: int = _option(0, checks.STEPS, "optimizer steps of linear warm-up (S2)")
+    b2: float = option(0.999, checks.DECAY_RATE, "decay of the second moment v", f"{NEXT}; v keeps its value")
+    eps: float = option(1e-8, checks.POSITIVE, "added to the denominator, outside the root")
 
 
 @dataclass(frozen=True)
-class AdamW(ScheduleFree):
+class Decayed(ScheduleFree):
+    """The option of a law that decays weights itself."""
+
+    weight_decay: float = option(0.0, checks.NON_NEGATIVE, "decoupled decay, taken at y (S6)")
+
+
+@dataclass(frozen=True)
+class Ramped(ScheduleFree):
+    """The option of a law that has a warm-up of its own."""
+
+    warmup_steps: int = option(
+        0,
+        checks.STEPS,
+        "optimizer steps of linear warm-up (S2)",
+        "the ramp goes on at the step it had reached",
+    )
+
+
+# Bases from right to left are the order of the options.
+@dataclass(frozen=True)
+class SGD(Ramped, Decayed):
+    """Schedule-Free SGD: the direction is the gradient."""
+
+    lr: float = option(1.0, checks.STEP_SIZE, _LR, _LR_EFFECT)
+
+
+@dataclass(frozen=True)
+class AdamW(Ramped, Decayed, Adaptive):
     """Schedule-Free AdamW: the direction is the gradient over its root mean square."""
 
-    b2: float = _option(0.999, checks.DECAY_RATE, "decay of the second moment v")
-    eps: float = _option(1e-8, checks.POSITIVE, "added to the denominator, outside the root")
-    weight_decay: float = _option(0.0, checks.NON_NEGATIVE, "decoupled decay, taken at y (S6)")
-    warmup_steps: int = _option(0, checks.STEPS, "optimizer steps of linear warm-up (S2)")
-    inner_momentum: float = _option(
-        0.0, checks.DECAY_RATE, "decay of a first moment in the numerator; 0 keeps no buffer"
+    inner_momentum: float = option(
+        0.0,
+        checks.DECAY_RATE,
+        "decay of a first moment in the numerator; 0 keeps no buffer",
+        "the first moment starts from zero, or is dropped at 0",
     )
 
 
 @dataclass(frozen=True)
-class RAdam(ScheduleFree):
+class RAdam(Decayed, Adaptive):
     """Schedule-Free RAdam: AdamW whose lr is rectified, in place of a warm-up."""
 
-    b2: float = _option(0.999, checks.DECAY_RATE, "decay of the second moment v")
-    eps: float = _option(1e-8, checks.POSITIVE, "added to the denominator, outside the root")
-    weight_decay: float = _option(0.0, checks.NON_NEGATIVE, "decoupled decay, taken at y (S6)")
-    silent_sgd_phase: bool = _option(
-        True, checks.FLAG, "nothing moves until the variance estimate is usable; False takes SGD steps there"
+    silent_sgd_phase: bool = option(
+        True,
+        checks.FLAG,
+        "nothing moves until the variance estimate is usable; False takes SGD steps there",
+        "it matters in the first steps only",
     )
 
     @staticmethod
@@ -95,7 +137,16 @@ class RAdam(ScheduleFree):
 
 
 @dataclass(frozen=True)
-class Wrapper(ScheduleFree):
+class Wrapper(Decayed):
     """Schedule-Free around any base optimizer, which owns lr and its own decay."""
 
-    weight_decay: float = _option(0.0, checks.NON_NEGATIVE, "decoupled decay, taken at y (S6)")
+
+def defaults(options: type) -> dict[str, Any]:
+    """Returns option -> default of a dataclass of options, in its order.
+
+    Example:
+        >>> from sfcore.hyperparameters import SGD, defaults
+        >>> defaults(SGD)["lr"]
+        1.0
+    """
+    return {one.name: one.default for one in fields(options)}

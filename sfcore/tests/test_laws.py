@@ -1,0 +1,201 @@
+"""The rows: held to both twins' constructors, and what is refused of a new one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass, fields, replace
+
+import optax
+import pytest
+import pytorch_optimizer
+import schedulefree
+import torch
+
+import sfjax
+import sftorch
+from sfcore import averaging, checks, hyperparameters, laws
+from sfcore.laws import LAWS, Buffer, Law
+
+DIRECTED = list(laws.directed())
+PROGRAMS = {
+    "schedulefree": schedulefree,
+    "pytorch_optimizer": pytorch_optimizer,
+    "optax.contrib": optax.contrib,
+}
+
+
+@dataclass(frozen=True)
+class ToyOptions(hyperparameters.Decayed):
+    """One option more than any law has, and no warm-up."""
+
+    power: float = hyperparameters.option(0.5, checks.NON_NEGATIVE, "of the sum")
+
+
+TOY = Law(
+    "toy",
+    "Toy",
+    ToyOptions,
+    "ToyScheduleFree",
+    "schedule_free_toy",
+    {"beta": "momentum"},
+    (Buffer("s", "sum", "sum", "sum of squares"), Buffer("e", "extra", "extra", "rest", when="power")),
+    direction="sum",
+    step_size="base",
+)
+
+
+def defaults_of(signature: inspect.Signature) -> dict[str, object]:
+    return {name: p.default for name, p in signature.parameters.items()}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_torch_has_the_options_of_a_row_with_their_defaults(name: str):
+    law = LAWS[name]
+    for form in ("", "Closure")[: 1 if name == "wrapper" else 2]:
+        found = defaults_of(inspect.signature(getattr(sftorch, law.torch + form)))
+        expected = law.to_torch(law.defaults)
+        if name == "wrapper":
+            del expected["lr"]  # the base's
+        assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_jax_has_the_options_of_a_row_with_their_defaults(name: str):
+    law = LAWS[name]
+    found = defaults_of(inspect.signature(getattr(sfjax, law.jax)))
+    expected = law.to_jax(law.defaults)
+    if name == "wrapper":  # lr has no default beside a base's, which decays by itself
+        expected = {key: expected[key] for key in expected if key not in ("learning_rate", "weight_decay")}
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_option_says_its_rule_its_meaning_and_what_a_resume_does(name: str):
+    for option in fields(LAWS[name].options):
+        assert option.metadata["rule"].holds(option.default)
+        assert option.metadata["doc"]
+        assert option.metadata["effect"] == laws.effects()[option.name]
+
+
+def test_the_order_of_options_is_that_of_the_first_release():
+    shared = ["lr", "beta", "r", "weight_lr_power", "prior_steps"]
+    assert [*hyperparameters.defaults(hyperparameters.SGD)] == [*shared, "weight_decay", "warmup_steps"]
+    moments = ["b2", "eps", "weight_decay"]
+    assert [*LAWS["adamw"].defaults] == [*shared, *moments, "warmup_steps", "inner_momentum"]
+    assert [*LAWS["radam"].defaults] == [*shared, *moments, "silent_sgd_phase"]
+    assert [*LAWS["wrapper"].defaults] == [*shared, "weight_decay"]
+
+
+@pytest.mark.parametrize("name", DIRECTED)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_torch_keeps_the_buffers_of_a_row(name: str, momentum: float):
+    law = LAWS[name]
+    given = {"inner_momentum": momentum} if "inner_momentum" in law.defaults else {}
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = getattr(sftorch, law.torch)([p], **law.to_torch(given))
+    p.grad = torch.ones(2)
+    optimizer.step()
+    values = law.of_torch_group(optimizer.param_groups[0])
+    assert values == law.defaults | given
+    held = {key for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
+    assert held == {"z", *(one.torch for one in law.kept(values))}
+
+
+def test_options_go_to_torch_and_back():
+    law = LAWS["adamw"]
+    values = law.defaults | {"b2": 0.5, "r": 1.0}
+    assert law.of_torch_group(law.to_torch(values)) == values
+    assert law.to_torch({"b2": 0.5}) == {"betas": (0.9, 0.5)}
+    assert law.of_torch_group({"betas": 0.9, "lr": 1.0}) == {"lr": 1.0}
+    assert LAWS["sgd"].to_torch({"beta": 0.5}) == {"momentum": 0.5}
+    assert law.to_jax({"beta": 0.5, "lr": 1.0}) == {"b1": 0.5, "learning_rate": 1.0}
+
+
+@pytest.mark.parametrize(("name", "program"), [(n, p) for n in LAWS for p in LAWS[n].elsewhere])
+def test_other_programs_have_what_a_row_says(name: str, program: str):
+    there = LAWS[name].elsewhere[program]
+    if program == "transformers":
+        names = importlib.import_module("transformers.training_args").OptimizerNames
+        assert there in {str(one.value) for one in names}
+    else:
+        assert callable(getattr(PROGRAMS[program], there))
+
+
+@pytest.mark.parametrize("name", DIRECTED)
+@pytest.mark.parametrize("package", [sftorch, schedulefree, pytorch_optimizer])
+def test_a_torch_group_tells_its_law(name: str, package: object):
+    names = LAWS[name].elsewhere | {"sftorch": LAWS[name].torch}
+    make = getattr(package, names[package.__name__])  # type: ignore[attr-defined]
+    group = make([torch.nn.Parameter(torch.ones(2))]).param_groups[0]
+    assert laws.recognise(None, group) == name
+
+
+def test_a_state_alone_tells_as_much_as_it_can():
+    assert laws.recognise([]) == "sgd"
+    assert laws.recognise(["v"]) == "adamw or radam"
+    assert laws.recognise(["v", "m"]) == "adamw"
+    with pytest.raises(
+        ValueError, match=r"known law \(sgd, adamw, radam, wrapper\), got the buffers \['s'\]"
+    ):
+        laws.recognise(["s"])
+    assert [law.name for law in laws.candidates("adamw or radam")] == ["adamw", "radam"]
+    with pytest.raises(ValueError, match="got 'radamm'; did you mean 'radam'"):
+        laws.law_of("radamm")
+
+
+def test_a_registered_law_is_seen_and_goes_again():
+    with laws.register(TOY):
+        assert laws.law_of("toy") is TOY
+        assert laws.recognise(["s"]) == laws.recognise(None, ["momentum", "power"]) == "toy"
+        assert list(laws.roles()) == ["v", "m", "s", "e"]
+        assert laws.effects()["power"] == hyperparameters.NEXT
+        assert [one.role for one in TOY.kept({"power": 0.0})] == ["s"]
+    assert "toy" not in LAWS
+    assert list(laws.roles()) == ["v", "m"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "sgd"}, "name must be its own, got 'sgd'"),
+        ({"torch": "SGDScheduleFree"}, "torch must be its own"),
+        ({"jax": "schedule_free"}, "jax must be its own"),
+        ({"step_size": "polyak"}, "step_size must be in ramp, rectified, base, got 'polyak'"),
+        ({"decay_at": "w"}, "decay_at must be in y, z, got 'w'"),
+        ({"averaging": "window"}, "averaging must be in weights, got 'window'"),
+        ({"beta_rule": "anneal"}, "beta_rule must be in constant, got 'anneal'"),
+        ({"torch_names": {"b2": "betas[1]"}}, "'b2' must be an option"),
+        ({"buffers": (Buffer("s", "sum", "sum", "", when="momentum"),)}, "'momentum' must be an option"),
+        ({"buffers": (Buffer("z", "sum", "sum", ""),)}, "buffer 'z' must have names of its own"),
+        ({"buffers": (Buffer("s", "y_rest", "sum", ""),)}, "buffer 's' must have names of its own"),
+        (
+            {"buffers": (Buffer("v", "sum", "nu", ""),)},
+            "or all of those of 'v' (exp_avg_sq, nu), got sum, nu",
+        ),
+        (
+            {"buffers": (Buffer("s", "exp_avg_sq", "sum", ""),)},
+            "buffer 's' must have names of its own, or all",
+        ),
+        ({"step_size": "rectified"}, "step_size 'rectified' needs the options b2, silent_sgd_phase: add"),
+    ],
+)
+def test_a_wrong_row_is_refused(change: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=r"law '.*': ") as caught:
+        laws.register(replace(TOY, **change))
+    assert message in str(caught.value)
+    assert "toy" not in LAWS
+
+
+def test_all_that_is_wrong_with_a_row_is_said_at_once():
+    with pytest.raises(ValueError, match="averaging") as caught:
+        laws.register(replace(TOY, averaging="window", step_size="polyak"))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_every_rule_that_a_row_may_name_is_there():
+    for law in LAWS.values():
+        assert law.step_size in averaging.STEP_SIZES
+        assert law.averaging in averaging.AVERAGES
+        assert law.decay_at in averaging.DECAYS
+        assert law.beta_rule in averaging.BETAS
