@@ -140,7 +140,7 @@ def rows(devices: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """Returns the table of the README: bytes a parameter, and kernels a leaf in brackets."""
+    """Returns the table of docs/precision.md: bytes a parameter, and kernels a leaf in brackets."""
     cells = {
         (row["program"], row["device"]): f"{row['bytes_a_parameter']:.3g} ({row['kernels_a_leaf']:.2g})"
         for row in found

@@ -29,7 +29,7 @@ def site(tmp_path_factory):
 
 
 def public_names():
-    """Returns the names in `__all__` of every public module, and those that the README lists."""
+    """Returns the names in `__all__` of every public module, and those that names.md lists."""
     found = set()
     for package in ("sfcore", "sfjax", "sftorch"):
         for path in (ROOT / package).rglob("*.py"):
@@ -37,7 +37,7 @@ def public_names():
             module = parts[:-1] if parts[-1] == "__init__" else parts
             if not any(part.startswith("_") or part == "tests" for part in module):
                 found |= {f"{'.'.join(module)}.{name}" for name in exported(path)}
-    listed = (ROOT / "README.md").read_text().split("\n## Every public name\n")[1].split("\n## ")[0]
+    listed = (DOCS / "names.md").read_text()
     for line in re.findall(r"^- (`.*?`): ", listed, re.MULTILINE):
         for name in re.findall(r"`([\w.]+)`", line):
             module = name.rpartition(".")[0] or module  # `a.b.c`, `d` is short for `a.b.d`
@@ -94,9 +94,20 @@ def test_every_link_leads_somewhere(site):
 
 
 def test_the_readme_is_included_and_not_linked_out_of_the_site(site):
-    equations = (site[0] / "equations.html").read_text()
-    assert "delta  = -lr_t" in equations
+    start = (site[0] / "index.html").read_text()
+    assert 'src="benchmarks/results/restart.png"' in start
+    assert "<code>python -m benchmarks resume</code>" in start
     assert [page.name for page in site[0].rglob("*.html") if "../README.md" in page.read_text()] == []
+
+
+def test_a_link_to_a_page_or_a_figure_of_ours_stays_on_the_site(site):
+    pages = [
+        page
+        for page in site[0].rglob("*.html")
+        if re.search(r'(?:href|src)="[^"]*/main/docs/', page.read_text())
+    ]
+    assert [page.name for page in pages] == []
+    assert not [page.name for page in site[0].rglob("*.html") if "raw.githubusercontent" in page.read_text()]
 
 
 @pytest.mark.parametrize(
