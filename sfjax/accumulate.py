@@ -47,9 +47,9 @@ def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulat
     where MultiSteps moves 36. `update` has to give updates of zero for someone to add: with
     optax.apply_updates 28 bytes (`python -m benchmarks hlo`).
 
-    Use it in jax.jit, with params and state donated in this order: JAX gives the results the donated buffers in
-    order, and copies all of them where state comes first. It skips no gradients: NaN goes where it goes in the
-    optimizer, so put optax.apply_if_finite inside. Not differentiable in reverse mode, as it is a while loop.
+    Use it in jax.jit, with params and state donated in this order: JAX gives the results the donated buffers
+    in order, and copies all of them where state comes first. It skips no gradients: NaN goes where it goes in
+    the optimizer, so put optax.apply_if_finite inside. Not differentiable in reverse mode, as it is a loop.
 
     Args:
         optimizer: any Optax transformation, with everything that should see the mean (clipping) in it.
@@ -124,8 +124,8 @@ def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulat
     ) -> tuple[Any, optax.MultiStepsState]:
         if more or gradients is None:
             raise TypeError(
-                f"gradients must be passed to step() by name, got {2 + len(more)} arguments by position: call "
-                "step(params, state, gradients=gradients), with params first"
+                f"gradients must be passed to step() by name, got {2 + len(more)} arguments by position: "
+                "call step(params, state, gradients=gradients), with params first"
             )
 
         def move(mean: Any, inner_state: Any, p: Any) -> tuple[Any, Any]:
