@@ -85,7 +85,7 @@ def step_of(tx: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     import optax
 
     if hasattr(tx, "step"):
-        return lambda params, state, grads: tx.step(grads, state, params)
+        return lambda params, state, grads: tx.step(params, state, gradients=grads)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
