@@ -109,16 +109,16 @@ def _keys(content: Any) -> str:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    from sftorch import _arrays
+    from sftorch.checkpoint import _arrays
 
     return _arrays.to_numpy(tensor)
 
 
 def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, np.ndarray]) -> Source:
-    from sftorch import _sources
+    from sftorch.checkpoint import _importers
 
     try:
-        found = _sources.recognise(_with_note(state_dict))
+        found = _importers.recognise(_with_note(state_dict))
     except ValueError as error:
         raise unknown(path, f"the state of an optimizer that is not known ({error})") from error
     indices = [index for group in found.groups for index in group["params"]]
@@ -177,7 +177,8 @@ def _names(
 
 def _are_its_own(found: Any, names: Mapping[Any, str], weights: Mapping[str, np.ndarray]) -> bool:
     """Tells whether weights are those that a state was saved with, as far as it has prints of them."""
-    from sftorch import _arrays, _prints
+    from sftorch import _prints
+    from sftorch.checkpoint import _arrays
 
     own = f"{found.holds}_print"
     printed = {
@@ -243,7 +244,8 @@ def _add_parameter(
 
 def _in_full(source: Source, held: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
     """Returns the y (or x, where the weights hold that) of a 16-bit parameter with what its state adds."""
-    from sftorch import _arrays, _halves
+    from sftorch import _halves
+    from sftorch.checkpoint import _arrays
 
     assert source.meta is not None
     holds_x = source.meta.weights_hold == "x" and "y" not in values

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from sfcore import _torch_files, checks, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
-from sftorch import _arrays, _scalars
-from sftorch._capture import is_extra_state, put_extra_state, unwrapped
+from sftorch import _scalars
 from sftorch._core import ScheduleFreeOptimizer, new_books
 from sftorch._modes import TrainEvalOptimizer
 from sftorch._state_dict import WRAPPERS
+from sftorch.checkpoint import _arrays
+from sftorch.checkpoint._record import is_extra_state, put_extra_state, unwrapped
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 NO_STATE = "no optimizer state: starting from x"

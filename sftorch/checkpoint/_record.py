@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import sfcore
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
-from sftorch import _arrays, _halves, _held, _reconcile
+from sftorch import _halves, _held, _reconcile
 from sftorch._core import ScheduleFreeOptimizer, new_books
 from sftorch._modes import TrainEvalOptimizer
-from sftorch._steps import steps_of
 from sftorch.adamw import AdamWDirection
+from sftorch.checkpoint import _arrays
+from sftorch.checkpoint._steps import steps_of
 from sftorch.radam import RAdamDirection
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.sgd import SGDDirection

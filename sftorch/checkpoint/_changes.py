@@ -8,10 +8,10 @@ from typing import Any
 
 from sfcore.changes import EFFECTS, NEXT, Change, carried_sum, comparable, of_optimizer
 from sfcore.meta import Meta
-from sftorch import _arrays
-from sftorch._capture import kind_of
 from sftorch._core import ScheduleFreeOptimizer
 from sftorch._scalars import Clock
+from sftorch.checkpoint import _arrays
+from sftorch.checkpoint._record import kind_of
 
 _SCHEDULED = "build the lr scheduler before restore() and load its state to go on with it"
 
