@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import _sources, restart
-from sfcore._iterates import beta_of, iterates
-from sfcore._sources import Source
+from sfcore import restart, sources
 from sfcore.exchange import split
+from sfcore.iterates import beta_of, iterates
 from sfcore.meta import Meta
+from sfcore.sources import Source
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         >>> found["what"], found["norms"]
         ('weights without optimizer state (safetensors)', {'weights': 2.0})
     """
-    source = _sources.load(Path(path))
+    source = sources.load(Path(path))
     found: dict[str, Any] = {"path": str(source.path), "what": source.what, "verified": source.verified}
     if source.meta is None:
         weights = source.weights or {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sfcore import _folder, store
+from sfcore import files, store
 from sfcore.exchange import CheckpointError
 from sfcore.tests import examples
 
@@ -77,5 +77,5 @@ def test_a_folder_without_permission_says_so(tmp_path, monkeypatch):
 
 def test_a_disk_too_full_to_remove_keeps_the_checkpoint(saved, monkeypatch):
     monkeypatch.setattr(os, "rename", _raises(errno.ENOSPC))
-    assert not _folder.remove(saved)
+    assert not files.remove(saved)
     assert examples.same(store.read(saved)[1], examples.state())

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sfcore import changes
-from sfcore._iterates import beta_of
 from sfcore.changes import comparable
 from sfcore.exchange import CheckpointError
+from sfcore.iterates import beta_of
 from sfcore.meta import Meta
 from sftorch import _halves, _held, _lean
 from sftorch._core import ScheduleFreeOptimizer, new_books

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import _torch_files, checks, exchange, store
+from sfcore import checks, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sftorch import _scalars
 from sftorch._core import ScheduleFreeOptimizer, new_books
 from sftorch._modes import TrainEvalOptimizer
 from sftorch._state_dict import WRAPPERS
-from sftorch.checkpoint import _arrays
+from sftorch.checkpoint import _arrays, _files
 from sftorch.checkpoint._record import is_extra_state, put_extra_state, unwrapped
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
         return _tensors(arrays), meta.step
     if path.suffix == ".safetensors":
         return _tensors(exchange.read_tensors(path)), exchange.said_of_weights(path)[0]
-    loaded = _torch_files.load(path)
+    loaded = _files.load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sfcore._lean import widened
-from sfcore._sources import Source, unknown
 from sfcore.exchange import CheckpointError, cannot_read
+from sfcore.iterates import widened
 from sfcore.meta import Meta
+from sfcore.sources import Source, unknown
+from sftorch import _halves, _prints
+from sftorch.checkpoint import _arrays, _importers
 
 _ROLES = {"z": "z", "gap": "gap", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
 _SAME = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
@@ -61,14 +64,8 @@ def load(path: Path) -> Any:
     """Returns what a torch file holds, on the CPU; nothing in it is executed.
 
     Raises:
-        CheckpointError: if it cannot be read, is damaged, or holds other objects; without torch.
+        CheckpointError: if it cannot be read, is damaged, or holds other objects.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is a torch file, which needs the package torch: pip install torch"
-        ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -109,13 +106,10 @@ def _keys(content: Any) -> str:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    from sftorch.checkpoint import _arrays
-
     return _arrays.to_numpy(tensor)
 
 
 def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, np.ndarray]) -> Source:
-    from sftorch.checkpoint import _importers
 
     try:
         found = _importers.recognise(_with_note(state_dict))
@@ -177,8 +171,6 @@ def _names(
 
 def _are_its_own(found: Any, names: Mapping[Any, str], weights: Mapping[str, np.ndarray]) -> bool:
     """Tells whether weights are those that a state was saved with, as far as it has prints of them."""
-    from sftorch import _prints
-    from sftorch.checkpoint import _arrays
 
     own = f"{found.holds}_print"
     printed = {
@@ -244,9 +236,6 @@ def _add_parameter(
 
 def _in_full(source: Source, held: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
     """Returns the y (or x, where the weights hold that) of a 16-bit parameter with what its state adds."""
-    from sftorch import _halves
-    from sftorch.checkpoint import _arrays
-
     assert source.meta is not None
     holds_x = source.meta.weights_hold == "x" and "y" not in values
     rest = values.get("x_rest" if holds_x else "y_rest")
