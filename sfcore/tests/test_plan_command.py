@@ -53,6 +53,16 @@ def test_a_half_written_file_is_an_error_with_its_place(tmp_path, capsys):
     assert "line 1, column 14" in error
 
 
+def test_a_config_file_on_a_command_line_is_refused_with_what_to_pass_instead(capsys):
+    assert __main__.main(["plan", "accelerate launch train_network.py --config_file lora"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(
+        "error: --config_file must not be part of a command line that is checked, got 'lora'"
+    )
+    assert "`plan lora.toml`" in error
+
+
 def test_the_table_shows_what_the_run_will_do(good, capsys):
     __main__.main(["plan", good])
     out = capsys.readouterr().out
