@@ -1,4 +1,4 @@
-"""schedulefree, also python -m sfcore: exit codes, refusals, tables, JSON; no framework where none is needed."""
+"""schedulefree, also python -m sfcore: exit codes, refusals, tables, JSON; frameworks only where needed."""
 
 import json
 import shlex
