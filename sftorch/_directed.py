@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sftorch import _fused, _halves, _iterates, _lean
+from sftorch import _fused, _halves, _iterates, _lean, _parts
 from sftorch._core import Batch, ScheduleFreeOptimizer
 from sftorch._iterates import as_real
 from sftorch._modes import TrainEvalOptimizer
@@ -45,7 +45,7 @@ class Move(NamedTuple):
             torch.compile would compile Python numbers into its program, a new one in every step.
         foreach: whether to take a list at a time.
         maximize: whether to ascend.
-        fused: whether the native kernel takes those parameters that it can.
+        shares: which parameters a kernel takes, and which are left; None where there is none.
         keys: in the lean form the random words of `_lean.keys`, else None.
     """
 
@@ -59,7 +59,7 @@ class Move(NamedTuple):
     scalars: Tensor
     foreach: bool
     maximize: bool
-    fused: bool
+    shares: _fused.Shares | None = None
     keys: Tensor | None = None
 
 
@@ -74,9 +74,9 @@ def run(moves: Iterable[Move]) -> None:
         if compiling:
             _run_wide(move._replace(foreach=False), scalars)
             continue
-        if move.fused:
-            left = _fused.run(move, scalars)
-            move = _rows(move, left)._replace(foreach=False)
+        if move.shares is not None:
+            _fused.run(move, scalars)
+            move = _rows(move, move.shares.left)._replace(foreach=False)
         if move.ys:
             _run_wide(move, scalars)
 
@@ -141,11 +141,11 @@ def _run_foreach(move: Move, scalars: list[float]) -> None:
 
 
 def _viewed(tensors: Iterable[Tensor], are_complex: bool) -> list[Tensor]:
-    """Returns views that share memory: complex tensors as pairs of reals, and no 0-d ones.
+    """Returns views that share memory: the parts of DTensors, complex tensors as pairs of reals, no 0-d ones.
 
     torch.compile (2.13) takes a 0-d float64 tensor for a Python number and loses what is written to it.
     """
-    found = [tensor if tensor.ndim else tensor.view(1) for tensor in tensors]
+    found = [tensor if tensor.ndim else tensor.view(1) for tensor in _parts.parts(tensors)]
     return [as_real(tensor) for tensor in found] if are_complex else found
 
 
@@ -179,20 +179,20 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         scalars = (batch.lr_t, group["weight_decay"], batch.c, self._beta(group), *numbers)
         params, states, pairs = batch.params, batch.states, batch.params[0].is_complex()
         names, lean = self._buffers(group), self._is_lean(group)
-        return Move(
+        move = Move(
             direction=direction,
             ys=_viewed(params, pairs),
             rests=_viewed((state[self._rest] for state in states if self._rest in state), False),
             xs=_viewed((x[p] for p in params), pairs) if x is not None else [],
             zs=_viewed((state["gap" if lean else "z"] for state in states), pairs),
-            grads=_viewed((p.grad for p in params if p.grad is not None), pairs),
+            grads=_viewed(_parts.gradients(params), pairs),
             buffers={name: _viewed((state[name] for state in states), pairs) for name in names},
             scalars=torch.tensor(scalars, dtype=torch.float64, device="cpu"),
             foreach=bool(group["foreach"]),
             maximize=group["maximize"],
-            fused=_fused.chosen(group, batch.params),
             keys=self._keys(group, batch) if lean else None,
         )
+        return _fused.shared(move, group["fused"] is True) if _fused.chosen(group, params) else move
 
     def _keys(self, group: dict[str, Any], batch: Batch) -> Tensor:
         places = {p: place for place, p in enumerate(self._params())}

@@ -11,6 +11,7 @@ from sftorch import _fused
 from sftorch._iterates import as_real
 from sftorch._native import build, call
 from sftorch._native.call import Kind
+from sftorch._parts import part
 
 if TYPE_CHECKING:
     from sftorch._modes import TrainEvalOptimizer
@@ -81,4 +82,4 @@ def _run(kind: Kind, params: list[Tensor], zs: list[Tensor], xs: list[Tensor], b
 
 
 def _real(tensor: Tensor) -> Tensor:
-    return as_real(tensor.detach())
+    return as_real(part(tensor).detach())

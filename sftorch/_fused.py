@@ -7,13 +7,14 @@ only: its bits are right in Triton's interpreter, but no GPU has run it yet, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sftorch._native import build, call
 from sftorch._native.call import Element, Kind
+from sftorch._parts import PLAIN
 from sftorch._triton import launch
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ DTYPES = {
     "cpu": (*_WIDE, *_NARROW, torch.complex64, torch.complex128),
     "cuda": (torch.float32, torch.bfloat16, torch.complex64),
 }
-_PLAIN = {Tensor, torch.nn.Parameter}
 _NUMBERS = ("b2", "eps", "m1", "correction2", "correction1")
 
 
@@ -64,33 +64,58 @@ def _runner(device: torch.device) -> Callable[..., object]:
     return call.run if device.type == "cpu" else launch.run
 
 
-def run(move: Move, scalars: list[float]) -> list[int]:
-    """Runs S6 to S9* of a move in one pass.
+class Shares(NamedTuple):
+    """How a move is shared out.
+
+    Attributes:
+        taken: indices of the parameters that the kernel takes, by the dtype of their gradients.
+        left: those of the others.
+    """
+
+    taken: dict[torch.dtype, list[int]]
+    left: list[int]
+
+
+def shared(move: Move, required: bool) -> Move:
+    """Returns a move with its shares, and with gradients of odd kinds copied, so that the kernel takes them.
 
     Args:
         move: of parameters for which `chosen` holds.
-        scalars: the numbers of `move.scalars`.
+        required: whether all must be taken.
 
-    Returns:
-        The indices of the parameters that are left, because the kernel does not take their tensors.
+    Raises:
+        RuntimeError: if they must, and are not; nothing has changed then.
     """
-    if move.rests and move.xs:
-        return list(range(len(move.ys)))  # the closure forms' x comes whole
-    tables = {"y": move.ys, "rest": move.rests, "z": move.zs, "g": move.grads, "x": move.xs}
-    tables |= {"v": move.buffers.get("exp_avg_sq", []), "m": move.buffers.get("exp_avg", [])}
-    tables = {name: tensors for name, tensors in tables.items() if tensors}
-    fitting: dict[torch.dtype, list[int]] = {}  # by the gradients' dtype
-    left: list[int] = []
-    if _all_fit(tables):
-        fitting[move.grads[0].dtype] = list(range(len(move.ys)))
-    else:
-        for i in range(len(move.ys)):
-            row = {name: [tensors[i]] for name, tensors in tables.items()}
-            if _all_fit(row) or (_same_kinds(row) and _same_dense_layout(*(t for (t,) in row.values()))):
-                fitting.setdefault(move.grads[i].dtype, []).append(i)
-            else:
-                left.append(i)
-    for of_grad, rows in fitting.items():
+    tables, count = _tables(move), len(move.ys)
+    if not (move.rests and move.xs) and _all_fit(tables):
+        return move._replace(shares=Shares({move.grads[0].dtype: list(range(count))}, []))
+    grads, taken, left = list(move.grads), {}, {}
+    for i in range(count):
+        row = {name: tensors[i] for name, tensors in tables.items()}
+        if why := _why_left(row):
+            left[i] = why
+        else:
+            grads[i] = _walkable(row["g"], row["y"], row["z"].dtype)
+            taken.setdefault(grads[i].dtype, []).append(i)
+    if left and required:
+        first, why = next(iter(left.items()))
+        raise RuntimeError(
+            f"fused must be None or False here, got True: {why}, in {len(left)} of {count} parameters, the "
+            f"first of shape {tuple(move.ys[first].shape)}"
+        )
+    return move._replace(grads=grads, shares=Shares(taken, list(left)))
+
+
+def run(move: Move, scalars: list[float]) -> None:
+    """Runs S6 to S9* of the kernel's share of a move, in one pass.
+
+    Args:
+        move: with its shares.
+        scalars: the numbers of `move.scalars`.
+    """
+    assert move.shares is not None
+    tables = _tables(move)
+    for of_grad, rows in move.shares.taken.items():
         whole = len(rows) == len(move.ys)
         taken = tables if whole else {name: [t[i] for i in rows] for name, t in tables.items()}
         y_type, g_type = (_NARROW.get(d, Element.AS_Z) for d in (move.ys[rows[0]].dtype, of_grad))
@@ -98,7 +123,12 @@ def run(move: Move, scalars: list[float]) -> list[int]:
         _runner(move.ys[0].device)(_kind(move), taken, _numbers(move, scalars), y_type, g_type)
         # As an operation of torch does, so that autograd notices a graph that needs the old values.
         torch.autograd.graph.increment_version(taken["y"])
-    return left
+
+
+def _tables(move: Move) -> dict[str, list[Tensor]]:
+    tables = {"y": move.ys, "rest": move.rests, "z": move.zs, "g": move.grads, "x": move.xs}
+    tables |= {"v": move.buffers.get("exp_avg_sq", []), "m": move.buffers.get("exp_avg", [])}
+    return {name: tensors for name, tensors in tables.items() if tensors}
 
 
 def _kind(move: Move) -> Kind:
@@ -127,7 +157,41 @@ def _all_fit(tables: dict[str, list[Tensor]]) -> bool:
 
     A list at a time, because with thousands of small tensors these questions are most of a step.
     """
-    return _same_kinds(tables) and all({t.is_contiguous() for t in ts} == {True} for ts in tables.values())
+    return (
+        len({g.dtype for g in tables["g"]}) == 1
+        and _same_kinds(tables)
+        and all({t.is_contiguous() for t in ts} == {True} for ts in tables.values())
+    )
+
+
+def _why_left(row: dict[str, Tensor]) -> str | None:
+    """Returns why the kernel does not take a parameter, None if it does; its gradient can be copied."""
+    y, z = row["y"], row["z"]
+    if "rest" in row and "x" in row:
+        return "16-bit parameters must be in a class without 'Closure' in its name: there x comes whole"
+    if type(y) not in PLAIN:
+        return f"parameters must be plain tensors, got {type(y).__name__}"
+    others = {name: [tensor] for name, tensor in row.items()}
+    if not _same_kinds(others | {"g": [torch.empty_like(y, dtype=z.dtype)]}):
+        kinds = ", ".join(f"{name} {_kind_of(t)}" for name, t in row.items() if name != "g")
+        return f"state must be of its parameter's kind, and in float32 at least, got {kinds}"
+    if not _same_dense_layout(*(tensor for name, tensor in row.items() if name != "g")):
+        strides = ", ".join(f"{name} {t.stride()}" for name, t in row.items() if name != "g")
+        return f"parameters and state must fill their memory in one order, got the strides {strides}"
+    return None
+
+
+def _kind_of(tensor: Tensor) -> str:
+    sign = " with a pending sign" if tensor.is_neg() else ""
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}{sign}"
+
+
+def _walkable(grad: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
+    """Returns a gradient as it is, or a copy, in a dtype that the kernel knows and in the layout of y."""
+    dtype = grad.dtype if grad.dtype in _NARROW and wide == torch.float32 else wide
+    if grad.dtype == dtype and type(grad) in PLAIN and not grad.is_neg() and _same_dense_layout(y, grad):
+        return grad
+    return torch.empty_like(y, dtype=dtype).copy_(grad)
 
 
 def _same_kinds(tables: dict[str, list[Tensor]]) -> bool:
@@ -140,11 +204,10 @@ def _same_kinds(tables: dict[str, list[Tensor]]) -> bool:
     counts = [y.numel() for y in ys]
     return (
         wide in _WIDE
-        and {type(y) for y in ys} <= _PLAIN
+        and all(PLAIN.issuperset(map(type, tensors)) for tensors in tables.values())
         and dtypes.pop("x", {of_y}) == {of_y}
         and dtypes.pop("rest", {torch.int16}) == {torch.int16}
-        and len(of_grads := dtypes.pop("g")) == 1
-        and of_grads <= {wide} | narrow
+        and dtypes.pop("g") <= {wide} | narrow
         and all(found == {wide} for found in dtypes.values())
         and all([t.numel() for t in tensors] == counts for tensors in others.values())
         and all(_are_on(device, tensors) for tensors in others.values())
@@ -162,7 +225,7 @@ def alike(first: Tensor, *others: Tensor) -> bool:
     """Tells whether plain CPU tensors have one wide dtype and one dense layout."""
     return (
         first.dtype in _WIDE
-        and type(first) in _PLAIN
+        and type(first) in PLAIN
         and all(t.is_cpu and t.dtype == first.dtype for t in others)
         and not any(t.is_neg() for t in (first, *others))
         and _same_dense_layout(first, *others)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _halves, _noise
+from sftorch._parts import is_divided
 
 if TYPE_CHECKING:
     from sftorch._directed import Move
@@ -46,7 +47,7 @@ def find_problems(group: Mapping[str, Any], beta: Any, allowed: bool) -> list[st
     if beta == 0:
         found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
     params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
-    wrong = [p for p in params if p.dtype not in DTYPES or hasattr(p, "to_local")]
+    wrong = [p for p in params if p.dtype not in DTYPES or is_divided(p)]
     if wrong:
         kind = wrong[0].dtype if wrong[0].dtype not in DTYPES else "DTensor"
         found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch import _checks, _flips, _held, _iterates, _reconcile
+from sftorch import _checks, _flips, _held, _iterates, _parts, _reconcile
 from sftorch._core import Batch, ScheduleFreeOptimizer
 
 
@@ -245,6 +245,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             if "x" in state:
                 z = _held.z_of(_held.joined(p, state), state)
                 state["x"].add_(batch.c * (z - state["x"]))  # S8
+        _parts.note_written(batch.params)
 
     def _x(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Returns the x of a parameter that holds y, in z's dtype."""

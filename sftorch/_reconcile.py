@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _halves, _held, _prints
+from sftorch._parts import part
 
 if TYPE_CHECKING:
     from sftorch._core import ScheduleFreeOptimizer
@@ -64,12 +65,6 @@ class Loaded:
         return not self.unchanged(p, found) or (p in self.prints and self.prints[p][1] == found)
 
 
-def local(p: Tensor) -> Tensor:
-    """Returns a DTensor's own part, any other tensor as it is."""
-    part: Tensor = p.to_local() if hasattr(p, "to_local") else p
-    return part
-
-
 def saved_holds(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> list[str]:
     """Returns what the weights saved beside each group hold; schedulefree's closure forms have no mode."""
     return [
@@ -116,7 +111,7 @@ def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_
     loaded: Loaded | None = optimizer._loaded
     if loaded is None:
         return
-    found = dict(zip(loaded.saved, _prints.take(local(p.detach()) for p in loaded.saved), strict=True))
+    found = dict(zip(loaded.saved, _prints.take(part(p.detach()) for p in loaded.saved), strict=True))
     held = {p: loaded.held(p, print_) for p, print_ in found.items()}
     strange = [p for p, name in held.items() if name is None]
     if strange:
@@ -131,7 +126,7 @@ def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_
             if loaded.is_as_saved(p, found[p]):
                 _reset(optimizer.state[p], loaded, p)
             _put(optimizer, group, p, str(held[p]))
-    now = _prints.take(local(p.detach()) for p in loaded.saved)
+    now = _prints.take(part(p.detach()) for p in loaded.saved)
     wanted = {p: optimizer._wanted(group) for group in optimizer.param_groups for p in group["params"]}
     loaded.settled = {p: (print_, wanted[p]) for p, print_ in zip(loaded.saved, now, strict=True)}
 
@@ -231,7 +226,7 @@ def before_step(optimizer: ScheduleFreeOptimizer) -> None:
     loaded: Loaded | None = optimizer._loaded
     if loaded is None:
         return
-    found = dict(zip(loaded.saved, _prints.take(local(p.detach()) for p in loaded.saved), strict=True))
+    found = dict(zip(loaded.saved, _prints.take(part(p.detach()) for p in loaded.saved), strict=True))
     names = {p: loaded.candidates(p, print_) for p, print_ in found.items()}
     strange = [p for p, candidates in names.items() if not candidates]
     if strange:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _halves, _held, _prints
+from sftorch._parts import is_divided
 from sftorch._reconcile import HOLD, PRINTS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _take(
     optimizer: ScheduleFreeOptimizer, group: dict[str, Any], started: list[Tensor]
 ) -> dict[Tensor, tuple[int, int]]:
     """Returns the prints of x and y of each parameter that lies whole on its device."""
-    whole = [p for p in started if not hasattr(p, "to_local")]
+    whole = [p for p in started if not is_divided(p)]
     flat = _prints.take(iterate for p in whole for iterate in _x_and_y(optimizer, group, p))
     return dict(zip(whole, zip(flat[::2], flat[1::2], strict=True), strict=True))
 

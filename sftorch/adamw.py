@@ -155,8 +155,8 @@ class AdamWScheduleFree(AdamWDirection, YAtRest):
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
         maximize: ascend instead of descend, default False.
         fused: one native pass over memory: None (default) on the CPU, where it can be had and foreach is not
-            False; True to require it, also on CUDA devices, in Triton and not yet run on one; False for
-            never. It wins over foreach, torch.compile over both.
+            False; True to require it of all parameters, also on CUDA devices, in Triton and not yet run on
+            one; False for never. It wins over foreach, torch.compile over both.
         precision: "exact" (default), or "lean" for about 8 bytes a 16-bit parameter in all: z - y and the
             moments in bfloat16, rounded at random without bias. docs/precision.md has what it costs.
         seed: of those roundings, >= 0, default 0; the same seed gives the same bits, also after a resume.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch import _checks, _held, _reconcile
+from sftorch import _checks, _held, _parts, _reconcile
 from sftorch._core import Batch
 from sftorch._directed import DirectedOptimizer, run
 from sftorch.adamw import AdamWDirection
@@ -84,6 +84,7 @@ class XAtRest(DirectedOptimizer):
             clock = batch.clock._asdict()
             for state in batch.states:
                 state.update(clock)
+            _parts.note_written(batch.params)
         for group, lr in zip(self.param_groups, lrs, strict=True):
             self._finish(group, lr)
 

@@ -13,6 +13,7 @@ from sfcore.changes import comparable, of_optimizer
 from sfcore.checks import HyperparameterError
 from sftorch import _held, _prints, _reconcile
 from sftorch._core import ScheduleFreeOptimizer, new_books
+from sftorch._parts import part
 from sftorch._reconcile import HOLD
 from sftorch._scalars import Clock
 from sftorch.checkpoint import _changes, _weights
@@ -310,5 +311,5 @@ def _watch(optimizer: ScheduleFreeOptimizer) -> None:
     """Makes weights that are loaded after the import an error: x, y and z came from those before."""
     loaded = optimizer._loaded
     if loaded is not None:
-        found = _prints.take(_reconcile.local(p.detach()) for p in loaded.saved)
+        found = _prints.take(part(p.detach()) for p in loaded.saved)
         loaded.prints = {p: (print_, print_) for p, print_ in zip(loaded.saved, found, strict=True)}

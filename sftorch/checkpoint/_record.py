@@ -17,6 +17,8 @@ from sfcore.meta import Meta
 from sftorch import _halves, _held, _reconcile
 from sftorch._core import ScheduleFreeOptimizer, new_books
 from sftorch._modes import TrainEvalOptimizer
+from sftorch._parts import is_divided
+from sftorch._steps import steps_of
 from sftorch.adamw import AdamWDirection
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._steps import steps_of
@@ -119,7 +121,7 @@ def parameter_names(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> dict[
     Raises:
         CheckpointError: naming those that are not in the model; for DTensors.
     """
-    if any(hasattr(p, "to_local") for p in optimizer._params()):
+    if any(map(is_divided, optimizer._params())):
         raise CheckpointError(
             "parameters must lie whole on one device, got DTensors: use torch.distributed.checkpoint with "
             "get_state_dict and set_state_dict, which know how they are divided"

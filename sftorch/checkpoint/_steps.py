@@ -19,6 +19,7 @@ from sfcore.watch import WATCHED_STEPS
 from sftorch import _halves, _held, _iterates
 from sftorch._core import ScheduleFreeOptimizer
 from sftorch._modes import TrainEvalOptimizer
+from sftorch._parts import part
 
 _log = logging.getLogger("sftorch.checkpoint")
 Row = tuple[int, float, float, Tensor, Tensor, float | None]
@@ -33,7 +34,7 @@ class Steps:
 
     def __init__(self, optimizer: ScheduleFreeOptimizer):
         params = optimizer._params()
-        sizes = [p.numel() for p in params]
+        sizes = [part(p.detach()).numel() for p in params]
         self._entries = [
             (params[i], torch.from_numpy(entries).to(params[i].device))
             for i, entries in samples.positions(sizes)
@@ -121,8 +122,8 @@ def _iterates_at(
     """Returns some entries of x and z as flat real float32 or wider."""
 
     def taken(tensor: Tensor, rest: Tensor | None = None) -> Tensor:
-        some = torch.take(tensor.detach(), entries)
-        some = some if rest is None else _halves.join(some, torch.take(rest, entries))
+        some = torch.take(part(tensor.detach()), entries)
+        some = some if rest is None else _halves.join(some, torch.take(part(rest), entries))
         some = some.to(torch.promote_types(some.dtype, torch.float32))
         return _iterates.as_real(some).reshape(-1).cpu()
 

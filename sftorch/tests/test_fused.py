@@ -45,6 +45,8 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_every_element_is_the_specifications(kind, options, dtype, maximize, table):
+    if dtype is torch.bfloat16 and table is CLOSURES:
+        pytest.skip("no kernel takes them: see below")
     params, grads = special_run(dtype, SHAPES)
     decay = 0.0 if maximize else 0.1
     assert_fused_is_single(table[kind], params, grads, weight_decay=decay, maximize=maximize, **options)
@@ -85,7 +87,7 @@ def test_dense_tensors_of_one_layout_are_walked_as_memory_and_others_left(kind, 
         return torch.empty_strided(p.size(), p.stride()).copy_(torch.randn(p.shape))
 
     runs, fed = [], [[alike(p) for p in params] for _ in range(5)]
-    for path in ({"fused": True}, {"fused": False, "foreach": False}):
+    for path in ({"fused": None}, {"fused": False, "foreach": False}):
         own = [torch.nn.Parameter(alike(p).copy_(p.detach())) for p in params]
         optimizer = CLASSES[kind](own, lr=STEP_SIZE, **path)
         for of_step in fed:
@@ -93,13 +95,13 @@ def test_dense_tensors_of_one_layout_are_walked_as_memory_and_others_left(kind, 
                 p.grad = g
             optimizer.step()
         runs.append(everything(optimizer, own))
-        if path["fused"]:
+        if path["fused"] is None:
             # z of the strided one is dense, so nothing about it is flat.
             assert calls == {"fused": 4 * 5, "single": 1 * 5}
     assert all(same(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradients_of_another_layout_or_sign_bit_are_left(calls):
+def test_gradients_of_another_layout_or_sign_bit_are_copied(calls):
     params = some_params(torch.float32, [(3, 4)] * 3)
     others = copies(params)
     optimizer = sftorch.SGDScheduleFree(params, lr=STEP_SIZE, fused=True)
@@ -111,8 +113,10 @@ def test_gradients_of_another_layout_or_sign_bit_are_left(calls):
     assert grads[2].is_neg()
     for p, g in zip(params, grads, strict=True):
         p.grad = g
+    held = copies(grads)
     optimizer.step()
-    assert calls == {"fused": 0, "single": 3}
+    assert calls == {"fused": 3, "single": 0}
+    assert same_bits(grads, held)
     # The first step is one of plain SGD from y = z: c = 1, so y' = z + 0 + delta.
     for p, start, g in zip(params, others, grads, strict=True):
         torch.testing.assert_close(p.detach(), start - STEP_SIZE * g, rtol=1e-6, atol=1e-6)
@@ -134,7 +138,7 @@ def test_complex_parameters_are_pairs_of_reals(calls):
 
 def test_state_that_does_not_match_never_reaches_the_kernel(calls):
     params = some_params(torch.float32, [(4,)])
-    optimizer = sftorch.SGDScheduleFree(params, lr=STEP_SIZE, fused=True)
+    optimizer = sftorch.SGDScheduleFree(params, lr=STEP_SIZE)
     feed(optimizer, params, some_grads(1, params))
     optimizer.state[params[0]]["z"] = torch.zeros(2)
     with pytest.raises(RuntimeError, match="size"):
@@ -201,6 +205,68 @@ def test_fused_true_says_why_it_cannot():
         optimizer.step()
     with pytest.raises(HyperparameterError, match="fused must be None, True or False, got 'yes'"):
         sftorch.SGDScheduleFree([half], fused="yes")
+
+
+class Marked(torch.nn.Parameter):
+    """A subclass that may mean something by its operations."""
+
+
+def strided():
+    return torch.nn.Parameter(torch.ones(8)[::2])
+
+
+def of_wide_state(optimizer, p):
+    optimizer.state[p]["z"] = optimizer.state[p]["z"].double()
+
+
+UNFIT = {
+    "gaps in memory": (strided, None, r"fill their memory in one order, got the strides y \(2,\), z \(1,\)"),
+    "a subclass": (lambda: Marked(torch.ones(4)), None, "parameters must be plain tensors, got Marked"),
+    "wide state": (
+        lambda: torch.nn.Parameter(torch.ones(4)),
+        of_wide_state,
+        "got y float32 .*, z float64 of",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_fused_true_raises_where_a_parameter_would_be_left_and_none_has_moved(kind, what, calls):
+    make, spoil, message = UNFIT[what]
+    fit, unfit = some_params(torch.float32, [(3,)])[0], make()
+    params = [fit, unfit]
+    optimizer = CLASSES[kind](params, lr=STEP_SIZE, fused=None)
+    feed(optimizer, params, some_grads(2, params))
+    if spoil is not None:
+        spoil(optimizer, unfit)
+    optimizer.param_groups[0]["fused"] = True
+    held, state, before = copies(params), repr(optimizer.state_dict()), dict(calls)
+    why = rf"fused must be None or False here, got True: .*{message}.*, in 1 of 2 .* of shape \(4,\)"
+    with pytest.raises(RuntimeError, match=why):
+        feed(optimizer, params, some_grads(1, params))
+    assert same_bits(params, held)
+    assert repr(optimizer.state_dict()) == state
+    assert calls == before
+    optimizer.param_groups[0]["fused"] = None
+    feed(optimizer, params, some_grads(1, params))
+    assert optimizer.metrics()[0]["step"] == 3
+
+
+@pytest.mark.parametrize("kind", CLOSURES)
+def test_fused_true_raises_in_the_closure_forms_of_16_bit_parameters(kind):
+    params = some_params(torch.bfloat16)
+    optimizer = CLOSURES[kind](params, lr=STEP_SIZE, fused=True)
+    held = copies(params)
+    with pytest.raises(
+        RuntimeError, match="got True: 16-bit parameters must be in a class without 'Closure'"
+    ):
+        feed(optimizer, params, some_grads(1, params))
+    assert same_bits(params, held)
+    assert optimizer.metrics()[0]["step"] == 0
+    optimizer.param_groups[0]["fused"] = None
+    feed(optimizer, params, some_grads(1, params))
+    assert optimizer.metrics()[0]["step"] == 1
 
 
 def on_cuda(dtype=torch.float32):

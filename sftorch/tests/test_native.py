@@ -168,16 +168,16 @@ def test_a_move_with_rests_is_the_float32_move():
         ("halves", list(as_bfloat16(upper)), list(torch.from_numpy(rest))),
     ):
         buffers = {"exp_avg_sq": list(v.clone()), "exp_avg": list(m.clone())}
-        move = Move(ADAMW, ys, rests, [], list(z.clone()), list(g), buffers, scalars, True, False, True)
-        assert _fused.run(move, scalars.tolist()) == []
-        both[name] = move
+        move = Move(ADAMW, ys, rests, [], list(z.clone()), list(g), buffers, scalars, True, False)
+        both[name] = _fused.shared(move, required=True)
+        _fused.run(both[name], scalars.tolist())
     wide, halves = both.values()
     assert same_bits(wide.zs, halves.zs)
     assert same_bits(wide.buffers["exp_avg"], halves.buffers["exp_avg"])
     for y, low, want in zip(halves.ys, halves.rests, wide.ys, strict=True):
         assert np.array_equal(join(y.view(torch.int16).numpy().view(np.uint16), low.numpy()), want.numpy())
     in_x = halves._replace(xs=halves.ys)
-    assert _fused.run(in_x, scalars.tolist()) == [0, 1, 2]  # the closure forms: left to the other path
+    assert _fused.shared(in_x, required=False).shares.left == [0, 1, 2]  # the closure forms
 
 
 @pytest.mark.parametrize("narrow_grad", [True, False])
