@@ -25,7 +25,7 @@ OWNERS = {
     "checkpoints": (sftorch.checkpoint.Checkpoints, sfjax.checkpoint.Checkpoints),
 }
 
-# Each line of the input has names for one process of their own, which knows the plain import and nothing else.
+# Each line of the input has names for a process of their own, which knows the plain import and nothing else.
 PROGRAM = """
 import functools, importlib, os, sys, warnings
 package = sys.argv[1]
@@ -53,8 +53,7 @@ def test_every_name_is_there_after_the_plain_import(package):
     names = sorted(name for name in written(NAME) if name.startswith(f"{package}."))
     together: dict[str, list[str]] = {}
     for name in names:
-        owner = name.rpartition(".")[0]
-        together.setdefault(name if owner == package else owner, []).append(name)
+        together.setdefault(".".join(name.split(".")[:2]), []).append(name)
     assert len(names) > 10
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, package],
