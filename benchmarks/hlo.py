@@ -85,7 +85,7 @@ def step_of(tx: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     import optax
 
     if hasattr(tx, "step"):
-        return lambda params, state, grads: tx.step(grads, state, params)
+        return lambda params, state, grads: tx.step(params, state, gradients=grads)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
@@ -140,7 +140,7 @@ def rows(devices: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """Returns the table of the README: bytes a parameter, and kernels a leaf in brackets."""
+    """Returns the table of docs/precision.md: bytes a parameter, and kernels a leaf in brackets."""
     cells = {
         (row["program"], row["device"]): f"{row['bytes_a_parameter']:.3g} ({row['kernels_a_leaf']:.2g})"
         for row in found

@@ -1,8 +1,8 @@
 """What a restart costs: `python -m benchmarks resume`.
 
 (b) A restart from weights alone, with 1, 8 and 32 micro-batches an optimizer step, on two problems, for
-ours and for the others: about an hour on one free core. Writes OUT/resume.jsonl and
-OUT/resume.png.
+ours and for the others: about an hour on one free core. Writes OUT/resume.jsonl, OUT/resume.png
+and OUT/restart.png, the picture of the README.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.sweep:
         return 0
     resume_figure.draw(found, options.out / "resume.png")
+    resume_figure.draw_first(found, options.out / "restart.png")
     if options.markdown:
         _records.write_between_markers(options.markdown, resume_rows.PART, resume_rows.markdown(found))
     misses = resume_rows.misses(found)
@@ -68,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be a whole number >= 1, got {value}: pass 1 or more")
     if options.markdown and (options.quick or options.sweep or options.problem):
         parser.error(
-            "--markdown must come alone, not with --quick, --sweep or --problem: a README holds full runs"
+            "--markdown must come alone, not with --quick, --sweep or --problem: a page holds full runs"
         )
     return options
 

@@ -1,4 +1,4 @@
-"""resume.png: validation loss around a restart from weights alone, for each method."""
+"""resume.png: validation loss around a restart from weights alone, for each method; restart.png: a choice."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ RC: dict[str, Any] = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
 }
+FIRST = ("upstream-0", "radam", "exact", "ours")
 FINE_TICKS = (0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.4)
 COARSE_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50)
 STEP_TICKS = (-50, -10, 0, 5, 25, 50, 100, 200, 300)
@@ -73,9 +74,38 @@ def draw(found: Sequence[Row], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def panel(ax: Axes, found: Sequence[Row]) -> None:
-    """Draws one setting, the methods in the order of STYLES: later ones lie on top."""
-    for name, style in STYLES.items():
+def draw_first(found: Sequence[Row], path: Path) -> None:
+    """Draws the picture of the README: the methods of FIRST with the most accumulation, a panel a problem."""
+    most = max(row["accumulate"] for row in found)
+    problems = list(dict.fromkeys(row["problem"] for row in found))
+    with mpl.rc_context(RC):  # type: ignore[arg-type]
+        figure = Figure(figsize=(4.4 * len(problems), 3.9), layout="constrained")
+        (axes,) = figure.subplots(1, len(problems), squeeze=False)
+        for ax, problem in zip(axes, problems, strict=True):
+            rows = [row for row in found if (row["problem"], row["accumulate"]) == (problem, most)]
+            panel(ax, rows, FIRST)
+            ax.set_title(f"{problem}, {rows[0]['n']} seeds")
+            ax.set_xlabel("optimizer steps since the restart, square-root axis")
+        axes[0].set_ylabel("validation loss / loss before")
+        title = f"A restart from weights alone, {most} micro-batches a step: median and quartiles"
+        figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold")
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles,
+            names,
+            loc="outside lower left",
+            ncols=5,
+            frameon=False,
+            columnspacing=1.3,
+            handlelength=1.3,
+        )
+        figure.savefig(path, dpi=150)
+
+
+def panel(ax: Axes, found: Sequence[Row], methods: Sequence[str] = tuple(STYLES)) -> None:
+    """Draws one setting: later methods lie on top."""
+    for name in methods:
+        style = STYLES[name]
         row = resume_rows.pick(found, found[0]["problem"], found[0]["accumulate"], name)
         line(ax, row["curve"], False, style | {"label": row["label"]})
     line(ax, found[0]["curve"], True, {"color": INK, "linewidth": 1.8, "label": "before"})

@@ -1,4 +1,4 @@
-"""What `benchmarks step` and `memory` measured, as a figure and as the tables of the README."""
+"""What `benchmarks step` and `memory` measured, as a figure and as the tables of docs/precision.md."""
 
 from __future__ import annotations
 

@@ -34,10 +34,10 @@ def test_bfloat16_parameters_learn_as_float32_ones_and_stall_without_the_rest_of
 
 
 def test_it_writes_a_row_a_method_a_figure_and_a_table(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- precision -->\n<!-- /precision -->\nafter\n")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- precision -->\n<!-- /precision -->\nafter\n")
     options = ["--seeds", "1", "--steps", "100", "--frameworks", "torch"]
-    precision.main([*options, "--out", str(tmp_path), "--markdown", str(readme)])
+    precision.main([*options, "--out", str(tmp_path), "--markdown", str(page)])
     rows = [json.loads(line) for line in (tmp_path / "precision.jsonl").read_text().splitlines()]
     assert len(rows) == len(precision.LRS) * len(precision_torch.METHODS)
     assert {row["method"]: row["bytes"] for row in rows} | {"lean": 8.0, "exact": 12.0} == {
@@ -45,4 +45,4 @@ def test_it_writes_a_row_a_method_a_figure_and_a_table(tmp_path):
     }
     assert [row["ratio"]["median"] for row in rows if row["method"] == "float32"] == [1.0] * 2
     assert (tmp_path / "precision.png").stat().st_size > 10_000
-    assert readme.read_text().count("| torch: ") == len(precision_torch.METHODS)
+    assert page.read_text().count("| torch: ") == len(precision_torch.METHODS)

@@ -99,16 +99,17 @@ def test_a_missed_target_is_named(worst, last, count):
     assert all(sentence.startswith(OURS.label) for sentence in found)
 
 
-def test_the_table_for_the_readme_has_a_line_a_method():
+def test_the_table_for_the_page_has_a_line_a_method():
     text = resume_rows.markdown(made_up_rows(1.25, 0.5))
     assert text.count("\n") == 1 + len(METHODS)
     assert f"| **{OURS.label}** | 1.25 / 1.25 / 0.5000 / 0.500 ± 0.000 |" in text
     assert f"| {RADAM.label} | 1.00 / 1.00 / 1.000 / 1.000 ± 0.000 |" in text
 
 
-def test_the_figure_is_written(tmp_path):
-    resume_figure.draw(made_up_rows(), tmp_path / "resume.png")
-    assert (tmp_path / "resume.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("draw", [resume_figure.draw, resume_figure.draw_first])
+def test_the_figures_are_written(draw, tmp_path):
+    draw(made_up_rows(), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_part_replaces_its_own_lines_only(tmp_path):
@@ -121,7 +122,7 @@ def test_a_part_replaces_its_own_lines_only(tmp_path):
 
 
 def test_only_what_stands_between_the_markers_changes(tmp_path):
-    path = tmp_path / "README.md"
+    path = tmp_path / "page.md"
     path.write_text("a\n<!-- restart -->\nold\n<!-- /restart -->\nb\n")
     _records.write_between_markers(path, "restart", "new\n")
     assert path.read_text() == "a\n<!-- restart -->\nnew\n<!-- /restart -->\nb\n"
@@ -129,7 +130,7 @@ def test_only_what_stands_between_the_markers_changes(tmp_path):
         _records.write_between_markers(path, "other", "new")
 
 
-REFUSED = (["--seeds", "0"], ["--trained", "-1"], ["--quick", "--markdown", "README.md"])
+REFUSED = (["--seeds", "0"], ["--trained", "-1"], ["--quick", "--markdown", "docs/resuming.md"])
 
 
 @pytest.mark.parametrize("words", REFUSED)

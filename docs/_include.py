@@ -1,7 +1,9 @@
-"""Sections of README.md and of other files in the pages, so that each text stands in one place.
+"""What the pages take from outside of docs/, so that each text and figure stands in one place.
 
 A line of a page that is only a link to `../FILE.md#section`, or to a whole `../FILE.md`, is a link on GitHub,
-and that text in the built documentation. mkdocs calls the two functions that begin with `on_`.
+and that text in the built documentation. Other links out of docs/ lead to the repository, but figures are
+copied into the site. README.md is shown by PyPI too and has whole addresses; those of our pages stay here.
+mkdocs calls the two functions that begin with `on_`.
 """
 
 from __future__ import annotations
@@ -15,45 +17,37 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+BLOB = "https://github.com/schedulefree-twin/schedulefree-twin/blob/main/"
+RAW = "https://raw.githubusercontent.com/schedulefree-twin/schedulefree-twin/main/"
 PART = re.compile(r"^\[[^\]]*\]\(\.\./([\w/]+\.md)(?:#([\w-]+))?\)$", re.MULTILINE)
-LINK = re.compile(r"\]\((?!http)([^)#]*)(#[\w-]+)?\)")
-FIGURES = "benchmarks/results/*.png"
+FIGURES = "benchmarks/results/"
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Adds the figures under the path by which README.md shows them."""
-    for figure in sorted(ROOT.glob(FIGURES)):
-        files.append(File.generated(config, figure.relative_to(ROOT).as_posix(), abs_src_path=str(figure)))
+    """Adds the figures."""
+    for figure in sorted((ROOT / FIGURES).glob("*.png")):
+        files.append(File.generated(config, FIGURES + figure.name, abs_src_path=str(figure)))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts the text in place of each link to it."""
-    return PART.sub(lambda found: part(found[1], found[2]), markdown)
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Puts the text in place of each link to it, and leads other links out of docs/ to where they are."""
+    text = PART.sub(lambda found: part(found[1], found[2]), markdown)
+    text = text.replace(f"]({RAW}{FIGURES}", f"]({FIGURES}").replace(f"]({BLOB}docs/", "](")
+    if "/" in page.file.src_uri:  # `../` leads to docs/, and not out of it
+        return text
+    return text.replace(f"](../{FIGURES}", f"]({FIGURES}").replace("](../", f"]({BLOB}")
 
 
 def part(file: str, anchor: str | None) -> str:
-    """Returns a section without its heading, or a file without its title, with links that work in a page."""
+    """Returns a section without its heading, or a file without its title."""
     text = (ROOT / file).read_text()
+    if anchor is None:
+        return text.partition("\n")[2].strip()
     sections = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n?)*)", text, re.MULTILINE))
     by_anchor = {slugify(title, "-"): body for title, body in sections.items()}
-    if anchor is None:
-        body = text.partition("\n")[2]
-    elif anchor in by_anchor:
-        body = by_anchor[anchor]
-    else:
+    if anchor not in by_anchor:
         raise PluginError(
             f"{file} must have the section #{anchor}, got {sorted(by_anchor)}: correct the link"
         )
-    return LINK.sub(lambda link: f"]({_in_docs(link[1], link[2] or '')})", body).strip()
-
-
-def _in_docs(path: str, anchor: str) -> str:
-    if anchor and not path:  # a section of the same file, which is on some page
-        return next((page for page, anchors in _pages().items() if anchor[1:] in anchors), anchor)
-    return path.removeprefix("docs/") + anchor
-
-
-def _pages() -> dict[str, set[str]]:
-    pages = (ROOT / "docs").glob("*.md")
-    return {page.name: {anchor for _, anchor in PART.findall(page.read_text())} for page in pages}
+    return by_anchor[anchor].strip()

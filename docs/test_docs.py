@@ -29,7 +29,7 @@ def site(tmp_path_factory):
 
 
 def public_names():
-    """Returns the names in `__all__` of every public module, and those that the README lists."""
+    """Returns the names in `__all__` of every public module, and those that names.md lists."""
     found = set()
     for package in ("sfcore", "sfjax", "sftorch"):
         for path in (ROOT / package).rglob("*.py"):
@@ -37,7 +37,7 @@ def public_names():
             module = parts[:-1] if parts[-1] == "__init__" else parts
             if not any(part.startswith("_") or part == "tests" for part in module):
                 found |= {f"{'.'.join(module)}.{name}" for name in exported(path)}
-    listed = (ROOT / "README.md").read_text().split("\n## Every public name\n")[1].split("\n## ")[0]
+    listed = (DOCS / "names.md").read_text()
     for line in re.findall(r"^- (`.*?`): ", listed, re.MULTILINE):
         for name in re.findall(r"`([\w.]+)`", line):
             module = name.rpartition(".")[0] or module  # `a.b.c`, `d` is short for `a.b.d`
@@ -94,9 +94,48 @@ def test_every_link_leads_somewhere(site):
 
 
 def test_the_readme_is_included_and_not_linked_out_of_the_site(site):
-    equations = (site[0] / "equations.html").read_text()
-    assert "delta  = -lr_t" in equations
+    start = (site[0] / "index.html").read_text()
+    assert 'src="benchmarks/results/restart.png"' in start
+    assert "<code>python -m benchmarks resume</code>" in start
     assert [page.name for page in site[0].rglob("*.html") if "../README.md" in page.read_text()] == []
+
+
+def test_nothing_is_fetched_and_search_works_without_a_server(site):
+    folder, fetched = site[0], []
+    for page in folder.rglob("*.html"):
+        text = page.read_text()
+        fetched += re.findall(r'<(?:script|img|iframe)\b[^>]*\bsrc="?https?:[^>]*>', text)
+        fetched += re.findall(r'<link\b[^>]*rel="?(?:stylesheet|preconnect)"?[^>]*https?:[^>]*>', text)
+        fetched += re.findall(r'data-md-component="source"', text)  # asks GitHub for stars
+    assert fetched == []
+    assert (folder / "search" / "search_index.js").read_text().startswith("var __index = {")
+    assert 'src="assets/iframe-worker.js"' in (folder / "index.html").read_text()
+
+
+def test_mathematics_is_mathematics(site):
+    text = (site[0] / "equations.html").read_text()
+    source = (DOCS / "equations.md").read_text()
+    assert text.count("<math ") == len(re.findall(r"\$`[^`]+`\$|^```math$", source, re.MULTILINE)) > 40
+    assert "$`" not in text
+    assert "$<code>" not in text
+    assert "\\" not in "".join(re.findall(r"<math .*?</math>", text, re.DOTALL))
+
+
+def test_a_page_leads_to_its_source(site):
+    text = (site[0] / "equations.html").read_text()
+    repository = "https://github.com/schedulefree-twin/schedulefree-twin"
+    assert f'href="{repository}/edit/main/docs/equations.md"' in text
+    assert f'href="{repository}"' in text
+
+
+def test_a_link_to_a_page_or_a_figure_of_ours_stays_on_the_site(site):
+    pages = [
+        page
+        for page in site[0].rglob("*.html")
+        if re.search(r'(?:href|src)="[^"]*/blob/main/docs/', page.read_text())
+    ]
+    assert [page.name for page in pages] == []
+    assert not [page.name for page in site[0].rglob("*.html") if "raw.githubusercontent" in page.read_text()]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,10 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02,
 DIGITS = _digits.load()
 
 
-@eqx.filter_jit
-def train_step(model: Any, state: Any, images: Any, labels: Any) -> tuple[Any, Any]:
+@eqx.filter_jit(donate="all-except-first")
+def train_step(batch: Any, model: Any, state: Any) -> tuple[Any, Any]:
+    images, labels = batch
+
     def loss(model: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(images), labels).mean()
 
@@ -52,7 +54,7 @@ def main(folder: Path, steps: int) -> float:
         if restored:
             model, state = eqx.combine(restored.params, static), restored.opt_state
         for number in range(restored.meta.step if restored else 0, steps):
-            model, state = train_step(model, state, *batch(number))
+            model, state = train_step(batch(number), model, state)
         params = eqx.filter(model, eqx.is_inexact_array)
         checkpoints.save(steps, params, state)
     x = eqx.combine(sfjax.schedule_free_eval_params(state, params), static)  # the model still holds y

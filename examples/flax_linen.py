@@ -41,7 +41,7 @@ class State(sfjax.linen.TrainState):
     key: jax.Array  # for dropout; saved like every field
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def train_step(state: State, images: jax.Array, labels: jax.Array) -> State:
     key, dropout = jax.random.split(state.key)
 
@@ -67,7 +67,7 @@ def main(folder: Path, micro_steps: int) -> float:
         state, _ = sfjax.linen.restore(checkpoints, state)
         for number in range(int(state.step), micro_steps):
             state = train_step(state, *batch(number))
-        train = partial(MODEL.apply, train=True, rngs={"dropout": key})
+        train = partial(MODEL.apply, train=True, rngs={"dropout": jax.random.key(1)})
         x = recalibrate_linen(train, state.eval_variables, map(batch, range(20)))
         sfjax.linen.save(checkpoints, state, buffers=x["batch_stats"], position=micro_steps)
     logits: Any = MODEL.apply(x, DIGITS.test_images, train=False)

@@ -39,7 +39,7 @@ class Network(nnx.Module):
         return self.out(self.dropout(images.reshape(len(images), -1)))
 
 
-@nnx.jit
+@nnx.jit(donate_argnums=(0, 1))
 def train_step(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> None:
     def loss(model: Network) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()

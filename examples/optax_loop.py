@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def logits_of(params: Any, images: Any) -> jax.Array:
     return images @ params[-1]["kernel"] + params[-1]["bias"]
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=(0, 1))
 def train_step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
     key, chosen, noise = jax.random.split(key, 3)
     rows = jax.random.randint(chosen, (64,), 0, len(DIGITS.train_images))

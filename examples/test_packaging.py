@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
 import sfcore
+from sfcore.plan._text import tomllib
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# What people install to use it, not to work on it.
+RUNTIME = ("jax", "torch", "all", "trainers", "completion")
+PACKAGES = ("sfcore", "sfjax", "sftorch")
 
 
 @pytest.mark.parametrize(
@@ -35,9 +40,50 @@ def test_a_package_imports_without_the_other_framework(package, strangers):
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
-@pytest.mark.parametrize("package", ["sfcore", "sfjax", "sftorch"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_each_package_carries_its_type_marker(package):
     assert (ROOT / package / "py.typed").is_file()
+
+
+def test_an_older_python_is_told_what_is_needed_in_words_that_it_can_read():
+    # The grammar of 3.4 is the oldest that ast can ask for.
+    ast.parse((ROOT / "sfcore/__init__.py").read_text(), feature_version=(3, 4))
+    code = "import sys; sys.version_info = (3, 9, 18); sys.version = '3.9.18 (main)'; import sfcore.plan"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    needed = "ImportError: schedulefree-twin needs Python 3.10 or newer, got 3.9.18"
+    assert done.stderr.strip().endswith(needed)
+
+
+def test_what_people_install_has_no_upper_bound():
+    asked = [*PROJECT["dependencies"], *(item for extra in RUNTIME for item in EXTRAS[extra])]
+    assert [item for item in asked if "<" in item.partition(";")[0] or "==" in item or "~=" in item] == []
+    assert PROJECT["requires-python"] == ">=3.10"
+
+
+def test_what_the_packages_import_is_what_their_extras_bring():
+    # What else they import, they import where a user has it already, or they say what to install.
+    optional = {"accelerate", "flax", "lightning", "matplotlib", "rich", "shtab", "transformers", "triton"}
+    asked = [*PROJECT["dependencies"], *EXTRAS["jax"], *EXTRAS["torch"]]
+    brought = {name_of(item).replace("-", "_") for item in asked} | {
+        "orbax",
+        "tensorstore",
+    }  # by orbax_checkpoint
+    found = {name for package in PACKAGES for name in imported(ROOT / package)}
+    assert found - brought - optional - {*PACKAGES} - sys.stdlib_module_names == set()
+    assert {"jax", "torch", "orbax"} < found
+    assert "safetensors" not in found  # trainers pin an old one
+
+
+def imported(folder: Path) -> set[str]:
+    """Returns the first words of all that the shipped files of a package import, at once or when needed."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())) if "tests" not in path.parts else ():
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found
 
 
 def name_of(requirement: str) -> str:
@@ -51,8 +97,7 @@ def test_everything_that_the_project_asks_for_is_pinned():
         if line and not line.startswith("#")
     }
     assert [line for line in pins.values() if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
-    extras = PROJECT["optional-dependencies"]
-    wanted = {name_of(item) for items in [PROJECT["dependencies"], *extras.values()] for item in items}
+    wanted = {name_of(item) for items in [PROJECT["dependencies"], *EXTRAS.values()] for item in items}
     assert wanted - pins.keys() == {PROJECT["name"]}
 
 

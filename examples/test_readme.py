@@ -1,30 +1,25 @@
-"""The README tells the truth: its code runs, and it names everything that is public."""
+"""The README tells the truth on one screen: its code runs, its numbers are measured, its links lead on."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+from readme_renderer import markdown
 
-import sfcore
-import sfjax
-import sfjax.linen
-import sfjax.nnx
-import sftorch
-from parity_tests.matrix import BEGIN, END
+from benchmarks.resume_rows import pick
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PACKAGES = (sfjax, sfjax.nnx, sfjax.linen, sftorch, sfcore)
 SECTIONS = (
-    *("Install, and run", "Ten lines of JAX", "Ten lines of torch", "In your trainer", "The equations"),
-    *("The conformance matrix", "How it differs", "What you must tune", "Caveats"),
-    *("Check a run before it starts", "16-bit parameters", "Stopping and resuming"),
-    *("What a step costs", "The map", "Every public name"),
+    *("In numbers", "Install", "Ten lines of JAX", "Ten lines of torch", "In your trainer"),
+    *("Run it here", "Read on"),
 )
+REPOSITORY = "https://github.com/schedulefree-twin/schedulefree-twin/blob/main/"
+PICTURES = "https://raw.githubusercontent.com/schedulefree-twin/schedulefree-twin/main/"
 
 
 def section(title: str) -> str:
@@ -38,8 +33,20 @@ def run_block(title: str) -> dict:
     return names
 
 
-def test_sections_come_in_the_order_of_a_reader():
-    assert re.findall(r"^## (.*)$", README, re.MULTILINE)[: len(SECTIONS)] == list(SECTIONS)
+def results(name: str) -> list[dict]:
+    lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def numbers(command: str) -> tuple[str, str]:
+    """Returns the cells 'here' and 'elsewhere' of the line that ends with a command."""
+    (line,) = re.findall(rf"^\|.*\| (.*?) \| (.*?) \| `{command}` \|$", section("In numbers"), re.MULTILINE)
+    return line
+
+
+def test_it_fits_on_one_screen_in_the_order_of_a_reader():
+    assert len(README.splitlines()) <= 150
+    assert re.findall(r"^## (.*)$", README, re.MULTILINE) == list(SECTIONS)
 
 
 def test_the_jax_lines_run_and_x_is_near_the_minimum():
@@ -59,42 +66,71 @@ def test_the_torch_lines_run_and_x_is_not_y():
     assert float((model(names["inputs"]) - names["targets"]).square().mean().detach()) < 0.1
 
 
-def test_the_plan_finds_the_two_errors_and_repairs_them(capsys):
-    names = run_block("Check a run before it starts")
-    assert [problem.code for problem in names["plan"].problems] == ["SF103", "SF401"]
-    assert names["repaired"].problems == ()
-    assert capsys.readouterr().out.endswith(f"{names['repaired'].config}\n")
+def test_the_numbers_of_a_restart_are_the_measured_ones():
+    found = [row for row in results("resume") if row["part"] == "restart"]
+    ours, jax, adamw, radam, optax = (
+        f"{pick(found, 'digits', 32, name)['worst_over_before']['median']:#.3g}"
+        for name in ("ours", "ours-jax", "upstream-0", "radam", "optax")
+    )
+    assert numbers("python -m benchmarks resume") == (
+        ours,
+        f"`schedulefree` AdamW {adamw}, RAdam {radam}; `optax.contrib` {optax}",
+    )
+    assert jax == ours
 
 
-@pytest.mark.parametrize("equation", [f"S{i}" for i in range(1, 10)] + ["S9*"])
-def test_each_equation_is_printed(equation):
-    assert re.search(rf"^{re.escape(equation)}\s+\S", section("The equations"), re.MULTILINE)
+def test_the_numbers_of_bfloat16_are_the_measured_ones():
+    ratio = {row["label"]: row["ratio"]["median"] for row in results("precision") if (row["lr"] == 3e-3)}
+    ours = f"{ratio['bfloat16, exact']:.2f}"
+    assert numbers("python -m benchmarks precision") == (
+        ours,
+        f"`schedulefree` {ratio['schedulefree, bfloat16']:.0f}; "
+        f"`optax.contrib` {ratio['optax.contrib, bfloat16']:.1f}",
+    )
+    assert f"{ratio['bfloat16, exact (JAX)']:.2f}" == ours
 
 
-@pytest.mark.parametrize(
-    "name", [f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__]
-)
-def test_every_public_name_has_its_line(name):
-    assert re.search(rf"^- `{re.escape(name)}`: \S", section("Every public name"), re.MULTILINE), name
+def test_the_numbers_of_the_suite_are_those_of_the_matrix():
+    page = (ROOT / "docs" / "conformance.md").read_text()
+    cells = dict(re.findall(r"^\| ([\w. ]+?) \|(.*)\|$", page, re.MULTILINE))
+
+    def largest(program: str) -> float:
+        rows = [row for name, row in cells.items() if name.startswith(program)]
+        return max(float(error) for row in rows for error in re.findall(r"\d+e[-+]\d+", row))
+
+    assert "NaN" in cells["optax.contrib 0.2.8"]
+    assert numbers("python -m parity_tests") == (
+        f"{max(largest('sfjax'), largest('sftorch')):.0e}",
+        f"`schedulefree` {largest('schedulefree'):.0e}; "
+        f"`optax.contrib` {largest('optax.contrib'):g}, and NaN at b1 = 0",
+    )
 
 
-def test_no_line_is_left_over_for_a_name_that_is_gone():
-    pattern = r"^- `(sfjax|sfjax\.nnx|sfjax\.linen|sftorch|sfcore)\.(\w+)`: "
-    lines = re.findall(pattern, section("Every public name"), re.MULTILINE)
-    packages = {package.__name__: package for package in PACKAGES}
-    assert [line for line in lines if line[1] not in packages[line[0]].__all__] == []
+def test_every_kill_of_the_storm_left_the_same_bits():
+    found = results("storm")
+    assert all(row["same bits"] for row in found)
+    assert f"{sum(row['kills'] for row in found)} kills" in section("In numbers")
 
 
-def test_every_path_in_the_map_exists():
-    paths = re.findall(r"^\| `([^`*]+)`", section("The map"), re.MULTILINE)
-    assert len(paths) > 5
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+def test_every_link_is_absolute_as_on_pypi_and_its_file_is_there():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert [link for link in links if not link.startswith("https://")] == []
+    ours = [
+        link.removeprefix(REPOSITORY).removeprefix(PICTURES)
+        for link in links
+        if "/schedulefree-twin/" in link
+    ]
+    assert len(ours) > 15
+    assert [path for path in ours if not (ROOT / path.partition("#")[0]).is_file()] == []
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert [picture.startswith(PICTURES) for picture in pictures] == [True]
 
 
-def test_the_matrix_has_its_place():
-    before, between = section("The conformance matrix").split(BEGIN)
-    assert "python -m parity_tests --markdown README.md" in before
-    assert between.count(END) == 1
+def test_pypi_shows_it_as_it_is_meant():
+    shown = markdown.render(README)
+    assert re.search(rf'<img [^>]*src="{PICTURES}', shown)
+    assert shown.count("<table>") == 2
+    assert "<!--" not in README
 
 
 def test_ci_reads_the_test_command_from_the_readme():

@@ -57,11 +57,11 @@ def test_refusals_and_known_differences_are_shown(made: matrix.Matrix):
 
 
 def test_markdown_replaces_what_lies_between_the_markers(made: matrix.Matrix, tmp_path: Path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{matrix.BEGIN}\nyesterday\n{matrix.END}\nafter\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{matrix.BEGIN}\nyesterday\n{matrix.END}\nafter\n")
     for _ in range(2):
-        matrix.write_between_markers(readme, matrix.markdown(made))
-    text = readme.read_text()
+        matrix.write_between_markers(page, matrix.markdown(made))
+    text = page.read_text()
     assert text.startswith(f"before\n{matrix.BEGIN}\n| implementation | defaults |")
     assert text.endswith(f"\n{matrix.END}\nafter\n")
     assert "yesterday" not in text

@@ -1,38 +1,59 @@
-"""Checks a run before it starts, looks at files to resume from, and turns one kind into another.
-
-Exit codes: 0 done; 1 the file is unknown, damaged or not enough, with the reason on standard error;
-2 a wrong command line. Of `plan`: 0 no errors; 1 warnings, with --strict; 2 errors, or unreadable.
-"""
+"""The program `schedulefree`, also `python -m sfcore`: plan, inspect, convert, completion."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sfcore import convert, inspection
+from sfcore import __version__, convert, inspection
 from sfcore.exchange import CheckpointError
 from sfcore.plan import _command as plan
 
+FINE, FOUND, UNUSABLE = 0, 1, 2
+_ABOUT = "Checks a run before it starts, looks at files to resume from, and turns one kind into another."
+_EXIT_CODES = """\
+exit codes:
+  0  fine
+  1  problems found: a plan with errors, or with --strict with warnings; a file that is
+     unknown, damaged or not enough for what was asked
+  2  nothing could be looked at: a wrong command line, a file that is missing or cannot be
+     read, a package that is not installed
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sfcore", description=__doc__)
+problems are printed on standard output, what could not be done on standard error
+"""
+_PATHS = ("config", "dst", "map", "out", "path", "preview", "rules", "src")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Returns the parser, and the parser of each command."""
+    shape: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "epilog": _EXIT_CODES,
+    }
+    parser = argparse.ArgumentParser(prog="schedulefree", description=_ABOUT, **shape)
+    parser.add_argument("--version", action="version", version=f"schedulefree-twin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="what it is, where it stands, what a resume would do")
+    plan.add_arguments(
+        commands.add_parser("plan", help="what a run will do, and what is wrong with it", **shape)
+    )
+    look = commands.add_parser("inspect", help="what it is, where it stands, what a resume would do", **shape)
     look.add_argument(
         "path", help="checkpoint, folder of checkpoints, safetensors, torch file, or Orbax folder"
     )
     look.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    turn = commands.add_parser("convert", help="write it in another form")
+    turn = commands.add_parser("convert", help="write it in another form", **shape)
     turn.add_argument("src", help="whatever inspect takes")
     turn.add_argument("dst", help="a folder for a checkpoint; for --to inference a new safetensors file")
     turn.add_argument("--to", required=True, choices=convert.TARGETS, help="names and layouts, or x alone")
     turn.add_argument("--map", metavar="FILE", help='JSON between names, such as {"Dense_0": "fc1"}')
-    plan.add_arguments(commands.add_parser("plan", help="what a run will do, and what is wrong with it"))
-    return parser
+    complete = commands.add_parser("completion", help="print what a shell needs to complete it", **shape)
+    complete.add_argument("shell", choices=["bash", "zsh", "fish"], help="for this shell")
+    return parser, commands.choices
 
 
 def _strict(value: Any) -> Any:
@@ -54,23 +75,53 @@ def _inspect(path: str, as_json: bool) -> None:
     _show.show(found)
 
 
+def _completion(shell: str) -> int:
+    try:
+        import shtab
+    except ImportError:
+        line = "pip install 'schedulefree-twin[completion]'"
+        print(f"error: completion needs the package shtab: {line}", file=sys.stderr)
+        return UNUSABLE
+    parser, commands = _parser()
+    for command in commands.values():
+        for action in command._actions:
+            if action.dest in _PATHS:
+                vars(action)["complete"] = shtab.FILE
+    print(shtab.complete(parser, shell))
+    return FINE
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    chosen = _parser().parse_args(arguments)
+    chosen = _parser()[0].parse_args(arguments)
+    try:
+        code = _run(chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a pager that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
+    return code
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    if chosen.command == "completion":
+        return _completion(chosen.shell)
+    if chosen.command == "plan":
+        shown, code = plan.run(chosen)
+        print(shown, file=sys.stderr if code == UNUSABLE else sys.stdout)
+        return code
+    source = chosen.path if chosen.command == "inspect" else chosen.src
     try:
         if chosen.command == "inspect":
-            _inspect(chosen.path, chosen.json)
-        elif chosen.command == "plan":
-            shown, code = plan.run(chosen)
-            print(shown, file=sys.stderr if shown.startswith("error:") else sys.stdout)
-            return code
+            _inspect(source, chosen.json)
         else:
-            path, notices = convert.convert(chosen.src, chosen.dst, chosen.to, chosen.map)
+            path, notices = convert.convert(source, chosen.dst, chosen.to, chosen.map)
             print("\n".join([*notices, f"written: {path}"]))
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        unusable = isinstance(error.__cause__, ImportError) or not os.access(source, os.R_OK)
+        return UNUSABLE if unusable else FOUND
+    return FINE
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from sfcore import averaging
 from sfcore.exchange import CheckpointError
+from sfcore.hyperparameters import weighed
 from sfcore.meta import Meta
 
 NEXT = "the configured value holds from the next step"
@@ -168,7 +170,8 @@ def carried_sum(
     # Before the first step there is no lr_max, but prior steps have been weighed with the full lr.
     lr = clock["lr_max"] or _number(saved.get("lr"))
     lr_after = new_lr if new_lr and lr else lr
-    then, now = _both(saved, configured)
+    then = weighed(saved, configured)
+    now = weighed(configured, then)
     before, after = _weight(clock["step"], lr, then), _weight(clock["step"], lr_after, now)
     lr_max = lr_after if clock["lr_max"] else clock["lr_max"]
     if before == after or not before:
@@ -180,13 +183,6 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _both(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    usual = {"r": 0.0, "weight_lr_power": 2.0, "prior_steps": 0}
-    known = {name: (saved.get(name, configured.get(name, value))) for name, value in usual.items()}
-    return known, {name: configured.get(name, value) for name, value in known.items()}
-
-
-def _weight(step: int, lr: float, values: Mapping[str, Any]) -> float:
-    """Returns S4 for the last step."""
-    weight: float = max(step + values["prior_steps"], 1) ** values["r"] * lr ** values["weight_lr_power"]
-    return weight
+def _weight(step: int, lr: float, options: Mapping[str, Any]) -> float:
+    """Returns S4 for the last step, before the first for the last prior one."""
+    return float(averaging.step_weight(max(step, 1 - options["prior_steps"]), lr, **options))

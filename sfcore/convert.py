@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sfcore import _folder, _sources, _translate, exchange, store
-from sfcore._iterates import says_beta, x_of
-from sfcore._sources import Source
+from sfcore import exchange, files, sources, store
 from sfcore.exchange import CheckpointError, fingerprint, of_role
+from sfcore.iterates import says_beta, x_of
 from sfcore.meta import Meta
-from sfcore.names import UserMap
+from sfcore.names import UserMap, translate
+from sfcore.sources import Source
 
 TARGETS = ("jax", "torch", "exchange", "inference")
 
@@ -51,7 +51,7 @@ def convert(src: str | Path, dst: str | Path, to: str, user: UserMap = None) -> 
     """
     if to not in TARGETS:
         raise CheckpointError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
-    source = _sources.load(Path(src))
+    source = sources.load(Path(src))
     if to == "inference":
         if user is not None:
             raise CheckpointError("a map has no use here, got one: inference weights keep the source's names")
@@ -64,8 +64,8 @@ def _write_checkpoint(source: Source, folder: Path, to: str, user: UserMap) -> t
     state, x = dict(source.state), _inference(source)
     notices = list(source.notes)
     if to in ("jax", "torch") and meta.framework != to:
-        names = _translate.name_map(meta, state, to, user)
-        meta, state, x, more = _translate.translate(meta, state, x, to, names)
+        names = translate.name_map(meta, state, to, user)
+        meta, state, x, more = translate.translate(meta, state, x, to, names)
         notices += more
     elif user is not None:
         raise CheckpointError(
@@ -140,14 +140,14 @@ def _write_inference(source: Source, path: Path) -> Path:
     about = (
         {"format": "pt", "weights_hold": "x"} if source.meta is None else store.about_inference(source.meta)
     )
-    partial = _folder.aside(path.parent)
+    partial = files.aside(path.parent)
     try:
-        _folder.make(path.parent)
+        files.make(path.parent)
         exchange.write_tensors(partial, x, about)
         os.rename(partial, path)
-        _folder.sync(path.parent)
+        files.sync(path.parent)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {_folder.why(error)}") from error
+        raise CheckpointError(f"cannot write {path}: {files.why(error)}") from error
     finally:
         with suppress(OSError):  # gone, or its folder never came to be
             partial.unlink()

@@ -150,3 +150,18 @@ def defaults(options: type) -> dict[str, Any]:
         1.0
     """
     return {one.name: one.default for one in fields(options)}
+
+
+def weighed(*records: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of S4, each from the first record that has it, else its default.
+
+    Example:
+        >>> from sfcore.hyperparameters import weighed
+        >>> weighed({"r": 1.0}, {"r": 2.0, "prior_steps": 5})
+        {'r': 1.0, 'weight_lr_power': 2.0, 'prior_steps': 5}
+    """
+    usual = defaults(ScheduleFree)
+    return {
+        name: next((one[name] for one in records if name in one), usual[name])
+        for name in ("r", "weight_lr_power", "prior_steps")
+    }

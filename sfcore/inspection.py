@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import _sources, restart
-from sfcore._iterates import beta_of, iterates
-from sfcore._sources import Source
+from sfcore import averaging, restart, sources
 from sfcore.exchange import split
+from sfcore.hyperparameters import weighed
+from sfcore.iterates import beta_of, iterates
 from sfcore.meta import Meta
+from sfcore.sources import Source
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         >>> found["what"], found["norms"]
         ('weights without optimizer state (safetensors)', {'weights': 2.0})
     """
-    source = _sources.load(Path(path))
+    source = sources.load(Path(path))
     found: dict[str, Any] = {"path": str(source.path), "what": source.what, "verified": source.verified}
     if source.meta is None:
         weights = source.weights or {}
@@ -83,18 +84,14 @@ def _group(meta: Meta, group: Mapping[str, Any]) -> dict[str, Any]:
 
 def averaging_weights(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Returns c of the last step (None before one) and of the next, at the largest lr so far (S4, S5)."""
-    clock, values = group["clock"], group["hyperparameters"]
-    r, power, prior = values.get("r", 0.0), values.get("weight_lr_power", 2.0), values.get("prior_steps", 0)
-    t, total = clock["step"] + prior, clock["weight_sum"]
-
-    def weight(time: float) -> float:
-        return float(time**r * clock["lr_max"] ** power)  # S4
-
+    clock, options = group["clock"], weighed(group["hyperparameters"])
+    step, lr_max, total = clock["step"], clock["lr_max"], clock["weight_sum"]
+    of_last, of_next = (averaging.step_weight(t, lr_max, **options) for t in (step, step + 1))
     last = clock.get("c")
-    if last is None and clock["step"] > 0:
-        last = weight(t) / total if total > 0 else 0.0
-    coming = weight(t + 1)
-    return last, coming / (total + coming) if total + coming > 0 else None
+    if last is None and step > 0:
+        last = averaging.averaging_weight(of_last, total)
+    coming = averaging.averaging_weight(of_next, total + of_next)
+    return last, coming if total + of_next > 0 else None
 
 
 def norms(meta: Meta, state: Mapping[str, np.ndarray]) -> dict[str, float | None]:

@@ -11,19 +11,19 @@ ends; one that goes on all the same (a notebook) hears signals again `grace` sec
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
-
-from sfcore import _process
 
 EXIT_SAVED = 75
 EXIT_UNSAVED = 74
@@ -176,7 +176,7 @@ class Preemption:
         while True:
             numbers = self._receiver.recv(64)
             if self._outer_fd != -1:
-                _process.pass_on(self._outer_fd, numbers.replace(_CLOSE, b""))
+                _pass_on(self._outer_fd, numbers.replace(_CLOSE, b""))
             ours = [number for number in numbers if number in self._signals]
             if ours:
                 self._stop(ours[0])
@@ -188,7 +188,7 @@ class Preemption:
     def _stop(self, number: int) -> None:
         global _exit_code
         self.requested = True
-        _log.warning("%s: saving before the end", _process.name(number))
+        _log.warning("%s: saving before the end", _name(number))
         # Never released: what was saved is what the program ends with.
         if self._update.acquire(timeout=self._patience):
             self._code = self._try_to_save()
@@ -201,9 +201,9 @@ class Preemption:
             self._code = EXIT_UNSAVED
         _exit_code = self._code
         self._decided.set()
-        _process.interrupt_main_thread(number)
+        _interrupt_main_thread(number)
         if not self._left.wait(self._grace):
-            _process.flush()
+            _flush()
             os._exit(self._code)
 
     def _try_to_save(self) -> int:
@@ -238,6 +238,39 @@ def _forget_in_child() -> None:
         preemption._reset()
 
 
+def _pass_on(descriptor: int, numbers: bytes) -> None:
+    """Writes signal numbers to a wakeup descriptor that someone else set."""
+    try:
+        os.write(descriptor, numbers)
+    except OSError:
+        _log.debug("signal numbers %r found no reader", list(numbers))
+
+
+def _name(number: int) -> str:
+    """Returns a signal's name; most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _interrupt_main_thread(number: int) -> None:
+    """Lets the handler run in the main thread, out of a sleep or a read if the system can do that."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
+    else:
+        _thread.interrupt_main(signal.Signals(number))
+
+
+def _flush() -> None:
+    """Writes out what is still buffered for the standard streams."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):  # its reader is gone, or it is closed: the exit code counts
+                stream.flush()
+
+
 def _end_process() -> None:
     """Ends the process with the code, before the interpreter takes itself apart.
 
@@ -245,7 +278,7 @@ def _end_process() -> None:
     exit code. What was registered with atexit after this module has run by now.
     """
     if _exit_code is not None:
-        _process.flush()
+        _flush()
         os._exit(_exit_code)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sfcore import _folder, exchange
+from sfcore import exchange, files
 from sfcore.checks import HyperparameterError
 from sfcore.exchange import OLDER, CheckpointError
 from sfcore.meta import Meta
@@ -66,23 +66,23 @@ def write(
     """
     for leaf in state:
         exchange.split(leaf)
-    partial = _folder.aside(folder)
+    partial = files.aside(folder)
     _in_work.add(partial.name)
     try:
-        _folder.make(folder)
+        files.make(folder)
         partial.mkdir()
         _fill(partial, meta, state, inference)
         older = steps(folder).get(meta.step)
-        final = folder / _folder.next_name(meta.step, older)
+        final = folder / files.next_name(meta.step, older)
         os.rename(partial, final)
-        _folder.sync(folder)
+        files.sync(folder)
     except OSError as error:
-        raise CheckpointError(f"cannot write a checkpoint into {folder}: {_folder.why(error)}") from error
+        raise CheckpointError(f"cannot write a checkpoint into {folder}: {files.why(error)}") from error
     finally:
         _in_work.discard(partial.name)
         shutil.rmtree(partial, ignore_errors=True)
     if older is not None:
-        _folder.remove(older)
+        files.remove(older)
     return final
 
 
@@ -93,8 +93,8 @@ def _fill(
         STATE: exchange.write_tensors(folder / STATE, state),
         INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta)),
     }
-    _folder.write_text(folder / META, replace(meta, tensors=record).to_json())
-    _folder.sync(folder)
+    files.write_text(folder / META, replace(meta, tensors=record).to_json())
+    files.sync(folder)
 
 
 def about_inference(meta: Meta) -> dict[str, str]:
@@ -109,7 +109,7 @@ def steps(folder: Path) -> dict[int, Path]:
     Raises:
         CheckpointError: if it is no folder or cannot be read.
     """
-    return dict(_folder.checkpoints(folder))
+    return dict(files.checkpoints(folder))
 
 
 def read_meta(path: Path) -> Meta:
@@ -185,7 +185,7 @@ def latest_good(folder: Path) -> tuple[Path, list[Skipped]]:
         CheckpointError: if none verifies, with the reason for each.
     """
     skipped = []
-    for _, path in reversed(_folder.checkpoints(folder)):
+    for _, path in reversed(files.checkpoints(folder)):
         try:
             for file in (STATE, INFERENCE):
                 read(path, file)
@@ -206,11 +206,11 @@ def set_aside(folder: Path, newer_than: int) -> list[Path]:
     Raises:
         CheckpointError: if the folder cannot be read or written to.
     """
-    newer = [path for step, path in _folder.checkpoints(folder) if step > newer_than]
+    newer = [path for step, path in files.checkpoints(folder) if step > newer_than]
     try:
-        return [_folder.move(path, folder / _folder.SET_ASIDE) for path in newer]
+        return [files.move(path, folder / files.SET_ASIDE) for path in newer]
     except OSError as error:
-        raise CheckpointError(f"cannot move checkpoints in {folder}: {_folder.why(error)}") from error
+        raise CheckpointError(f"cannot move checkpoints in {folder}: {files.why(error)}") from error
 
 
 def clean(folder: Path) -> list[Path]:
@@ -218,13 +218,13 @@ def clean(folder: Path) -> list[Path]:
 
     That is every `.partial-` folder, and the older of two checkpoints of the same step.
     """
-    everything, kept = _folder.checkpoints(folder), set(steps(folder).values())
-    partial = sorted(folder.glob(f"{_folder.PARTIAL}*")) if folder.is_dir() else []
+    everything, kept = files.checkpoints(folder), set(steps(folder).values())
+    partial = sorted(folder.glob(f"{files.PARTIAL}*")) if folder.is_dir() else []
     left = [path for path in partial if path.name not in _in_work]
     for path in left:
-        _folder.discard(path)
+        files.discard(path)
     replaced = [path for _, path in everything if path not in kept]
-    return left + [path for path in replaced if _folder.remove(path)]
+    return left + [path for path in replaced if files.remove(path)]
 
 
 def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") -> list[Path]:
@@ -253,4 +253,4 @@ def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") 
         except (CheckpointError, KeyError):
             continue
     keep |= {step for _, step in sorted(scored)[:keep_best]}
-    return [path for step, path in found.items() if step not in keep and _folder.remove(path)]
+    return [path for step, path in found.items() if step not in keep and files.remove(path)]

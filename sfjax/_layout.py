@@ -16,8 +16,8 @@ def zeros_alike(leaf: jax.Array, dtype: Any) -> jax.Array:
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     if not isinstance(leaf, jax.core.Tracer):
         return zeros
-    # A choice between both, so that one layout has to serve both. The compiler may see which it is only after it
-    # has laid them out, and then drops the choice.
+    # A choice between both, so that one layout has to serve both. The compiler may see which it is only
+    # after it has laid them out, and then drops the choice.
     true = jax.lax.optimization_barrier(jnp.asarray(True))
     return jax.lax.select(true, zeros, leaf.astype(dtype))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,20 @@ from sfjax import _layout
 from sfjax._iterates import wide_dtype
 
 
+class Step(Protocol):
+    """The signature of `Accumulation.step`."""
+
+    def __call__(self, params: Any, state: Any, *, gradients: Any, **extra_args: Any) -> tuple[Any, Any]:
+        """Returns (params, state)."""
+
+
 class Accumulation(optax.GradientTransformationExtraArgs):
     """What `accumulate` returns: a transformation (init, update) with a cheaper way to go on, `step`.
 
     Attributes:
-        step: (gradients, state, params, **extra_args) -> (params, state). As update and
-            optax.apply_updates, but a micro-step leaves params where they are.
+        step: (params, state, *, gradients, **extra_args) -> (params, state). As update and
+            optax.apply_updates, but a micro-step leaves params where they are. Gradients look like params,
+            so they are taken by name alone: nothing could notice a call that mistakes one for the other.
 
     Example:
         >>> import optax, sfjax
@@ -27,7 +35,7 @@ class Accumulation(optax.GradientTransformationExtraArgs):
         True
     """
 
-    step: Callable[..., tuple[Any, Any]]
+    step: Step
 
 
 def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulation:
@@ -39,8 +47,9 @@ def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulat
     where MultiSteps moves 36. `update` has to give updates of zero for someone to add: with
     optax.apply_updates 28 bytes (`python -m benchmarks hlo`).
 
-    Use it in jax.jit, with params and state donated. It skips no gradients: NaN goes where it goes in the
-    optimizer, so put optax.apply_if_finite inside. Not differentiable in reverse mode, as it is a while loop.
+    Use it in jax.jit, with params and state donated in this order: JAX gives the results the donated buffers
+    in order, and copies all of them where state comes first. It skips no gradients: NaN goes where it goes in
+    the optimizer, so put optax.apply_if_finite inside. Not differentiable in reverse mode, as it is a loop.
 
     Args:
         optimizer: any Optax transformation, with everything that should see the mean (clipping) in it.
@@ -58,9 +67,9 @@ def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulat
         >>> tx = sfjax.accumulate(sfjax.schedule_free_sgd(0.5), every=2)
         >>> params = jnp.ones(2)
         >>> state = tx.init(params)
-        >>> step = jax.jit(tx.step, donate_argnums=(1, 2))
+        >>> step = jax.jit(tx.step, donate_argnums=(0, 1))
         >>> for gradients in (jnp.array([1.0, 0.0]), jnp.array([3.0, 0.0])):
-        ...     params, state = step(gradients, state, params)
+        ...     params, state = step(params, state, gradients=gradients)
         >>> params.tolist(), sfjax.schedule_free_eval_params(state, params).tolist()
         ([0.0, 1.0], [0.0, 1.0])
     """
@@ -111,8 +120,14 @@ def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulat
         return go(updates, state, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), like), move)
 
     def step_fn(
-        gradients: Any, state: Any, params: Any, **extra_args: Any
+        params: Any, state: Any, *more: Any, gradients: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.MultiStepsState]:
+        if more or gradients is None:
+            raise TypeError(
+                f"gradients must be passed to step() by name, got {2 + len(more)} arguments by position: "
+                "call step(params, state, gradients=gradients), with params first"
+            )
+
         def move(mean: Any, inner_state: Any, p: Any) -> tuple[Any, Any]:
             updates, inner_state = inner.update(mean, inner_state, p, **extra_args)
             return optax.apply_updates(p, updates), inner_state

@@ -1,4 +1,4 @@
-"""`python -m sfcore plan`: the arguments, and what becomes of them."""
+"""`schedulefree plan`: the arguments, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfcore.plan._model import ConfigError, Plan
 from sfcore.plan._read import SOURCES
 from sfcore.plan._text import literal
 
-DONE, WARNED, FAILED = 0, 1, 2
+DONE, FOUND, UNUSABLE = 0, 1, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE", help="with --fix: write the repaired configuration"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 for warnings")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 for warnings too")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="draw lr and c over the run")
     parser.add_argument("--rules", type=Path, metavar="FILE", help="write the page of all rules, and stop")
 
 
 def run(chosen: argparse.Namespace) -> tuple[str, int]:
-    """Returns what to print and the exit code: 0 clean, 1 warnings with --strict, 2 errors."""
+    """Returns what to print and the exit code: 0 fine, 1 problems found, 2 unreadable."""
     if chosen.rules:
         chosen.rules.write_text(_markdown.page(), encoding="utf-8")
         return f"written: {chosen.rules}", DONE
@@ -48,13 +48,13 @@ def run(chosen: argparse.Namespace) -> tuple[str, int]:
         )
         notes = _write(plan, chosen)
     except (ConfigError, ValueError, OSError) as error:
-        return f"error: {error}", FAILED
+        return f"error: {error}", UNUSABLE
     if chosen.json:
         # A value that JSON has not, such as NaN, becomes text.
         shown = json.dumps(_plain(_report.as_dict(plan)), indent=1)
     else:
         shown = "\n".join([_report.text(plan), *notes])
-    return shown, FAILED if plan.errors else WARNED if chosen.strict and plan.warnings else DONE
+    return shown, FOUND if plan.errors or (chosen.strict and plan.warnings) else DONE
 
 
 def _facts(items: list[str]) -> dict[str, Any]:

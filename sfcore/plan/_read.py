@@ -52,6 +52,7 @@ def read(config: Any, source: str | None, facts: Mapping[str, Any]) -> Config:
     config = _script(config)
     command = _command(config)
     if command is not None:
+        _text.refuse_config_file(command)
         found = Config(_sources.SD_COMMAND, _text.flags(command), config)
     else:
         raw = _fields_of(config)

@@ -104,7 +104,9 @@ def _note_close(config: Config) -> None:
 
 def read_kohya(config: Config) -> None:
     """Reads a Kohya_SS preset; what its additional_parameters say wins."""
-    extra = _text.flags(_text.words(str(config.raw.get("additional_parameters") or "")))
+    words = _text.words(str(config.raw.get("additional_parameters") or ""))
+    _text.refuse_config_file(words)
+    extra = _text.flags(words)
     zero = [key for key in ("max_train_steps", "lr_warmup_steps") if str(config.raw.get(key)) == "0"]
     config.raw = {key: value for key, value in config.raw.items() if key not in zero}
     config.put_fields()

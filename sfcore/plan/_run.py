@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from sfcore import averaging
+from sfcore.hyperparameters import weighed
 from sfcore.plan import _fields, _schedules
 from sfcore.plan._config import Config
 from sfcore.plan._tables import RADAM, SCHEDULERS, OptimizerKind, SchedulerKind, optimizer_kind
@@ -151,30 +153,23 @@ class Run:
         lr = np.full(steps, self.lr)
         if acts:
             lr *= _schedules.factors(self, step)
-        if self.own_warmup:
-            lr *= np.where(step < self.own_warmup, (step + 1) / self.own_warmup, 1.0)  # S2
-        return lr * _schedules.rectification(self.config.get("b2", 0.999), step) if self.kind is RADAM else lr
+        values = {"b2": 0.999, "silent_sgd_phase": True} | self.config.values
+        values["warmup_steps"] = self.own_warmup
+        rule = averaging.STEP_SIZES["rectified" if self.kind is RADAM else "ramp"]
+        return lr * rule.factor(step + 1, values, np)  # S2
 
     @cached_property
     def c(self) -> np.ndarray:
         """The averaging weight at every step (S3 to S5), float64 of shape (steps,)."""
         if not self.kind.schedule_free:
             return np.empty(0)
-        r, power = (float(self.config.get(name, d)) for name, d in (("r", 0.0), ("weight_lr_power", 2.0)))
-        prior = _fields.whole(self.config.get("prior_steps")) or 0
+        options = weighed(self.config.values)
+        r, power, prior = options["r"], options["weight_lr_power"], _fields.whole(options["prior_steps"]) or 0
         t = np.arange(1, len(self.lr_t) + 1, dtype=np.float64)  # S1
         lr_max = np.maximum.accumulate(self.lr_t)  # S3
-        weight = _power(t + prior, r) + _power(lr_max, power)  # S4, in logarithms: c is a ratio of them
-        before = _power(np.arange(1, min(prior, _LONGEST) + 1), r) + _power(np.array([self.lr]), power)
-        largest = max(weight.max(initial=-np.inf), before.max(initial=-np.inf))
-        if largest == -np.inf:
-            return np.zeros_like(t)
-        weight, before = np.exp(weight - largest), np.exp(before - largest)
-        total = np.cumsum(weight) + before.sum()
-        return np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)  # S5
-
-
-def _power(base: np.ndarray, exponent: float) -> np.ndarray:
-    """Returns the logarithm of base^exponent, -inf for 0; 0^0 is 1."""
-    logs = np.log(base, out=np.full(len(base), -np.inf), where=base > 0)
-    return exponent * logs if exponent else np.zeros(len(base))
+        # c is a ratio of weights: in units of the last age and of the largest lr, none is too large.
+        age, lr = max(len(t) + prior, 1), max(lr_max.max(initial=0.0), self.lr) or 1.0
+        earlier = np.arange(1.0, min(prior, _LONGEST) + 1)
+        weight = averaging.step_weight((t + prior) / age, lr_max / lr, r, power, 0, np)
+        before = averaging.step_weight(earlier / age, np.float64(self.lr / lr), r, power, 0, np)
+        return averaging.averaging_weight(weight, np.cumsum(weight) + before.sum(), np)

@@ -48,17 +48,3 @@ def _after(
         left = np.clip((total - s) / max(1.0, decay), 0.0, 1.0)
         return floor + (1.0 - floor) * 0.5 * (1.0 - np.cos(math.pi * left))
     return np.ones_like(s)
-
-
-def rectification(b2: float, step: np.ndarray) -> np.ndarray:
-    """Returns RAdam's multiple of the lr at every step; 0 until the variance is usable."""
-    t = step + 1
-    rho_inf = 2.0 / (1.0 - b2) - 1.0
-    if rho_inf <= 4.0:
-        return np.zeros_like(t)
-    correction = -np.expm1(t * math.log(b2)) if b2 > 0 else np.ones_like(t)
-    rho = rho_inf - 2.0 * t * (1.0 - correction) / correction
-    usable = rho > 4.0
-    safe = np.where(usable, rho, 5.0)
-    rect = np.sqrt((safe - 4) * (safe - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * safe))
-    return np.where(usable, rect, 0.0)

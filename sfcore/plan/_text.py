@@ -6,11 +6,16 @@ import ast
 import json
 import re
 import shlex
-import tomllib
+import sys
 from pathlib import Path
 from typing import Any
 
 from sfcore.plan._model import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # A backslash before a letter is no escape but part of a Windows path, D:\lora; what is quoted stays.
 _UNQUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')|\\(?=\w)""")
@@ -90,6 +95,35 @@ def words(command: str) -> list[str]:
         line, column = command.count("\n", 0, start) + 1, start - command.rfind("\n", 0, start)
         message = f"the command line must be well quoted, got {error} at line {line}, column {column}"
         raise ConfigError(f"{message}: close the quotation", line, column) from error
+
+
+def refuse_config_file(tokens: list[str]) -> None:
+    """Raises ConfigError if the script of a command line takes its settings from a file beside it.
+
+    What stands before the script's name is its launcher's: `accelerate launch --config_file` is another file.
+    As argparse does, it takes the last of several, and abbreviations of which `--conf` is the shortest.
+    """
+    scripts = [place for place, token in enumerate(tokens) if token.endswith(".py")]
+    modules = [place + 1 for place, token in enumerate(tokens) if token in ("-m", "--module")]
+    start = (scripts or modules or [0])[0]
+    value: str | None = ""
+    for place, token in enumerate(tokens[start:], start):
+        flag, equals, attached = token.partition("=")
+        if "--output_config".startswith(flag) and len(flag) > len("--output_"):
+            return  # it writes the arguments into that file, and trains nothing
+        if "--config_file".startswith(flag) and len(flag) >= len("--conf"):
+            after = tokens[place + 1] if place + 1 < len(tokens) else "-"
+            value = attached if equals else None if after.startswith("-") else after
+    if value == "":  # not there, or empty, which sd-scripts takes for not there
+        return
+    if value is None:
+        raise ConfigError("--config_file must be followed by the path of a TOML file, got none: name it")
+    file = value if value.endswith(".toml") else f"{value}.toml"
+    raise ConfigError(
+        f"--config_file must not be part of a command line that is checked, got {value!r}: settings of that "
+        f"run stand in {file}, which is not read from here. Check that file itself, "
+        f"`plan {shlex.quote(file)}`, and add what the command line changes with --set"
+    )
 
 
 def flags(tokens: list[str]) -> dict[str, Any]:

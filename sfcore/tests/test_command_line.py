@@ -1,16 +1,22 @@
-"""python -m sfcore: exit codes, refusals, tables and JSON, and no framework where none is needed."""
+"""schedulefree, also python -m sfcore: exit codes, refusals, tables, JSON; frameworks only where needed."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import schedulefree
 import torch
 
+import sfcore
 from sfcore import __main__, exchange, store
+from sfcore.plan._text import tomllib
 from sfcore.tests import examples, runs
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -24,8 +30,6 @@ class Custom:
 
 
 def _unknown(path, kind):
-    if kind == "nothing":
-        return
     if kind == "empty folder":
         path.mkdir()
     elif kind == "other folder":
@@ -53,7 +57,6 @@ def _unknown(path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("nothing", "is missing"),
         ("empty folder", "got an empty folder: known are"),
         ("other folder", "got a folder of other files: known are"),
         ("pickle", "which is not executed"),
@@ -76,6 +79,24 @@ def test_what_is_not_known_is_refused_with_exit_code_1(tmp_path, capsys, kind, m
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert str(path) in printed.err
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["convert", "--to", "jax", "dst"]])
+def test_what_is_not_there_has_exit_code_2(tmp_path, capsys, arguments):
+    command, *more = arguments
+    assert __main__.main([command, str(tmp_path / "it"), *more]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.startswith("error: ")) == ("", True)
+    assert f"{tmp_path / 'it'} is missing" in error
+
+
+def test_a_missing_package_has_exit_code_2_and_its_pip_line(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert __main__.main(["inspect", str(checkpoint)]) == 2
+    assert "pip install rich" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert __main__.main(["completion", "bash"]) == 2
+    assert "pip install 'schedulefree-twin[completion]'" in capsys.readouterr().err
 
 
 def test_the_table_shows_what_the_json_says(checkpoint, capsys):
@@ -107,7 +128,68 @@ def test_a_wrong_command_line_has_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         __main__.main(arguments)
     assert error.value.code == 2
-    assert "usage: python -m sfcore" in capsys.readouterr().err
+    assert "usage: schedulefree" in capsys.readouterr().err
+
+
+def program(*arguments, **more):
+    command = [sys.executable, "-m", "sfcore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
+
+
+def test_the_program_says_its_version_and_what_its_exit_codes_mean():
+    assert program("--version").stdout == f"schedulefree-twin {sfcore.__version__}\n"
+    for command in ([], ["plan"], ["inspect"], ["convert"]):
+        shown = program(*command, "--help")
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert all(f"\n  {code}  " in shown.stdout for code in (0, 1, 2))
+    assert program("plan", "--set", "lr=0.01", "total_steps=10", "warmup_steps=2").returncode == 0
+    assert program("plan", "--set", "optimizer=SGD", "lr=-1").returncode == 1
+    assert program("plan", "nothing.toml").returncode == 2
+
+
+def test_the_installed_script_is_the_same_program():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"schedulefree": "sfcore.__main__:main"}
+
+
+def test_a_pager_that_ends_early_is_no_error(checkpoint):
+    command = (
+        f'"{sys.executable}" -m sfcore inspect --json "{checkpoint}" 2>&1 | true; echo ${{PIPESTATUS[0]}}'
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pl"], {"plan"}),
+        (["plan", "--str"], {"--strict"}),
+        (["plan", "--source", ""], {"own", "sd-scripts", "kohya", "hf"}),
+        (["convert", "a", "b", "--to", "j"], {"jax"}),
+        (["inspect", "pypro"], {"pyproject.toml"}),
+    ],
+)
+def test_bash_completes_commands_options_choices_and_files(tmp_path, words, expected):
+    script = tmp_path / "completion.bash"
+    script.write_text(program("completion", "bash").stdout)
+    line = " ".join(["schedulefree", *words])
+    ask = (
+        f"source {script}; COMP_WORDS=(schedulefree {' '.join(map(shlex.quote, words))}); "
+        f"COMP_CWORD={len(words)}; COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; "
+        f"_shtab_schedulefree schedulefree '{words[-1]}' '{words[-2] if words[1:] else 'schedulefree'}'; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected
+
+
+@pytest.mark.parametrize(("shell", "mark"), [("zsh", "#compdef schedulefree"), ("fish", "-c schedulefree")])
+def test_other_shells_get_a_script_of_their_own(shell, mark):
+    done = program("completion", shell)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert mark in done.stdout
+    assert all(word in done.stdout for word in ("inspect", "preview", "strict"))
 
 
 PROBE = """

@@ -12,8 +12,8 @@ import torch
 
 import sfjax
 from sfcore import __main__, exchange, names, store
-from sfcore._iterates import iterates
 from sfcore.convert import convert
+from sfcore.iterates import iterates
 from sfcore.meta import Meta
 from sfcore.tests import examples, runs
 

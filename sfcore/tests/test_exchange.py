@@ -15,8 +15,18 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
     assert examples.same(exchange.read_tensors(tmp_path / "f", record), leaves)
 
 
+def public_dtypes(*unlike):
+    """Returns leaf -> array of the dtypes that the installed package has: 0.4.5 has fewer."""
+    missing = unlike if "C64" in safetensors.numpy._TYPES else (*unlike, "complex", "fnuz")
+    return {
+        name: leaf
+        for name, leaf in examples.every_dtype().items()
+        if not any(word in name for word in missing)
+    }
+
+
 def test_the_safetensors_package_reads_what_is_written(tmp_path):
-    leaves = {name: leaf for name, leaf in examples.every_dtype().items() if "float8" not in name}
+    leaves = public_dtypes("float8")
     exchange.write_tensors(tmp_path / "f", leaves)
     read = safetensors.numpy.load_file(tmp_path / "f")
     for name, leaf in leaves.items():
@@ -25,7 +35,7 @@ def test_the_safetensors_package_reads_what_is_written(tmp_path):
 
 
 def test_what_the_safetensors_package_writes_is_read(tmp_path):
-    leaves = {name: leaf for name, leaf in examples.every_dtype().items() if "complex128" not in name}
+    leaves = public_dtypes("complex128")
     safetensors.numpy.save_file(leaves, tmp_path / "f", metadata={"format": "pt"})
     assert examples.same(exchange.read_tensors(tmp_path / "f"), leaves)
 

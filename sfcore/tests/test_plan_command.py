@@ -1,15 +1,15 @@
-"""python -m sfcore plan: exit codes, table, JSON, preview, repair."""
+"""schedulefree plan: exit codes, table, JSON, preview, repair."""
 
 import json
 import subprocess
 import sys
-import tomllib
 
 import pytest
 
 from sfcore import __main__
 from sfcore.plan import check
 from sfcore.plan._command import as_text
+from sfcore.plan._text import tomllib
 
 GOOD = {"optimizer": "sftorch.AdamWScheduleFree", "lr": 0.001, "warmup_steps": 50, "total_steps": 1000}
 
@@ -29,7 +29,7 @@ def good(tmp_path):
         (["--set", "ema=True"], 0),
         (["--set", "ema=True", "--strict"], 1),
         (["--set", "ema=True", "--strict", "--ignore", "SF505"], 0),
-        (["--set", "batchnorm=True"], 2),
+        (["--set", "batchnorm=True"], 1),
         (["--set", "batchnorm=True", "--fix"], 0),
         (["--set", "lr"], 2),
     ],
@@ -40,7 +40,7 @@ def test_exit_codes(good, capsys, more, code):
 
 
 def test_fields_alone_make_a_plan(capsys):
-    assert __main__.main(["plan", "--set", "optimizer=AdamW", "scheduler=constant", "warmup_steps=100"]) == 2
+    assert __main__.main(["plan", "--set", "optimizer=AdamW", "scheduler=constant", "warmup_steps=100"]) == 1
     assert "SF101 warmup_steps must be 0 with a scheduler that has no warm-up" in capsys.readouterr().out
 
 
@@ -51,6 +51,16 @@ def test_a_half_written_file_is_an_error_with_its_place(tmp_path, capsys):
     out, error = capsys.readouterr()
     assert out == ""
     assert "line 1, column 14" in error
+
+
+def test_a_config_file_on_a_command_line_is_refused_with_what_to_pass_instead(capsys):
+    assert __main__.main(["plan", "accelerate launch train_network.py --config_file lora"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(
+        "error: --config_file must not be part of a command line that is checked, got 'lora'"
+    )
+    assert "`plan lora.toml`" in error
 
 
 def test_the_table_shows_what_the_run_will_do(good, capsys):
@@ -135,7 +145,7 @@ def test_a_script_with_a_command_line_is_read_and_its_repair_reads_back(tmp_path
         "accelerate launch train_network.py \\\n  --optimizer_type sftorch.AdamWScheduleFree \\\n"
         "  --learning_rate 1e-3 --lr_scheduler constant --lr_warmup_steps 100 --max_train_steps 2000\n"
     )
-    assert __main__.main(["plan", str(script)]) == 2
+    assert __main__.main(["plan", str(script)]) == 1
     assert "--lr_warmup_steps" in capsys.readouterr().out
     assert __main__.main(["plan", str(script), "--fix", "--out", str(repaired)]) == 0
     assert __main__.main(["plan", str(repaired), "--strict"]) == 0

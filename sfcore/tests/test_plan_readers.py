@@ -107,6 +107,63 @@ def test_a_repaired_command_line_keeps_all_other_words():
     assert check(after, batchnorm=True, fix=True).config == after
 
 
+_RUN = "train_network.py --optimizer_type AdamWScheduleFree"
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (f"accelerate launch {_RUN} --config_file lora.toml", "lora.toml"),
+        (f"accelerate launch {_RUN} --config_file=runs/lora --max_train_steps 9", "runs/lora.toml"),
+        (f"accelerate launch --config_file box.yaml {_RUN} --config_file 'my lora'", "my lora.toml"),
+        (f"python -m accelerate.commands.launch --config_file box.yaml {_RUN} --config_f lora", "lora.toml"),
+        (f"python {_RUN} --conf lora", "lora.toml"),
+        (f"{_RUN} --config_file old.toml --config_file new.toml", "new.toml"),
+        ("--config_file lora.toml --max_train_steps 9", "lora.toml"),
+        ("accelerate launch -m my.trainer --config_file lora.toml", "lora.toml"),
+    ],
+)
+@pytest.mark.parametrize("form", [str, shlex.split])
+def test_a_command_line_whose_settings_stand_in_a_file_is_refused_by_its_name(command, file, form):
+    with pytest.raises(ConfigError, match=rf"--config_file .* stand in {file}, .*`plan '?{file}'?`"):
+        check(form(command), batchnorm=True)
+
+
+def test_config_file_in_additional_parameters_and_in_scripts_is_refused_too(tmp_path):
+    with pytest.raises(ConfigError, match=r"stand in lora\.toml"):
+        check({"LoRA_type": "Standard", "additional_parameters": "--config_file lora.toml"})
+    script = tmp_path / "train.sh"
+    script.write_text(
+        f"#!/bin/sh\naccelerate launch --config_file box.yaml \\\n {_RUN} \\\n --config_file=lora\n"
+    )
+    with pytest.raises(ConfigError, match=r"stand in lora\.toml"):
+        check(script)
+
+
+@pytest.mark.parametrize("end", ["--config_file", "--config_file --max_train_steps 9"])
+def test_config_file_without_a_file_is_refused(end):
+    with pytest.raises(
+        ConfigError, match="--config_file must be followed by the path of a TOML file, got none"
+    ):
+        check(f"{_RUN} {end}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"accelerate launch --config_file box.yaml {_RUN}",
+        f"accelerate launch --config_file=box.yaml --num_processes 2 {_RUN}",
+        f"python -m accelerate.commands.launch --config_file box.yaml {_RUN}",
+        "accelerate launch --config_file box.yaml -m my.trainer --optimizer_type AdamWScheduleFree",
+        f"{_RUN} --config_file=",  # sd-scripts reads no file then
+        f"{_RUN} --config_file lora.toml --output_config",  # it writes that file
+        f"{_RUN} --console_log_level INFO --conv_dim 4",
+    ],
+)
+def test_a_file_of_the_launcher_or_none_at_all_is_no_reason_to_refuse(command):
+    assert check(f"{command} --max_train_steps 900").total_steps == 900
+
+
 def test_settings_that_hf_hands_on_to_others_are_not_read():
     arguments = {"optim": "adamw_torch", "max_steps": 10, "deepspeed": {"optim": "x", "max_steps": 99}}
     plan = check(arguments)

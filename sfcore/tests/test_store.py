@@ -143,6 +143,6 @@ def test_clean_removes_the_older_of_two_checkpoints_of_a_step(tmp_path):
 
 def test_a_removal_that_the_system_refuses_does_not_fail_a_save(tmp_path, monkeypatch):
     _save(tmp_path, 1)
-    monkeypatch.setattr(store._folder, "remove", lambda path: False)
+    monkeypatch.setattr(store.files, "remove", lambda path: False)
     path = _save(tmp_path, 1, extra={"note": "second"})
     assert store.newest(tmp_path) == path

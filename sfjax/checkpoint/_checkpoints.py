@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import _folder as _names
-from sfcore import store
+from sfcore import files, store
 from sfcore.exchange import CheckpointError
 from sfcore.meta import as_metrics, as_step
 from sfjax._find import _pure
@@ -297,6 +296,6 @@ class Checkpoints:
             try:
                 self._writer = Writer(self.folder, *self._keep, self._scores)
             except OSError as error:
-                raise CheckpointError(f"cannot write into {self.folder}: {_names.why(error)}") from error
+                raise CheckpointError(f"cannot write into {self.folder}: {files.why(error)}") from error
             self._scores.update(_read.scores(self.folder, self.metric))
         return self._writer

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from sfcore import store
-from sfcore._translate import translate
 from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
+from sfcore.names.translate import translate
 from sfjax import _halves
 from sfjax._find import _pure
 from sfjax.checkpoint import _read, _record

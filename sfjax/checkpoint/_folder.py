@@ -15,12 +15,12 @@ import os
 import shutil
 from pathlib import Path
 
-from sfcore import _folder as _names
+from sfcore import files
 from sfcore.exchange import CheckpointError, cannot_read
 
 STATE, META, INFERENCE = "state", "meta", "inference"
 META_FILE, INFERENCE_FILE = "metadata", "inference.safetensors"
-REMOVED, REPLACED, SET_ASIDE = ".removed", ".replaced", _names.SET_ASIDE
+REMOVED, REPLACED, SET_ASIDE = ".removed", ".replaced", files.SET_ASIDE
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -69,5 +69,5 @@ def make_way(folder: Path, step: int) -> tuple[list[Path], list[Path]]:
     not take them for the newest of this run.
     """
     found = _numbered(folder)
-    replaced = [_names.move(found[step], folder / REPLACED)] if step in found else []
-    return replaced, [_names.move(path, folder / SET_ASIDE) for there, path in found.items() if there > step]
+    replaced = [files.move(found[step], folder / REPLACED)] if step in found else []
+    return replaced, [files.move(path, folder / SET_ASIDE) for there, path in found.items() if there > step]

@@ -12,13 +12,12 @@ import numpy as np
 
 from sfcore import names as _names
 from sfcore import store
-from sfcore._iterates import beta_of
-from sfcore._lean import widened
-from sfcore._translate import renamed
 from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import CheckpointError, of_role
+from sfcore.iterates import beta_of, widened
 from sfcore.meta import Meta
 from sfcore.names import NameMap
+from sfcore.names.translate import renamed
 from sfjax.checkpoint._leaves import parameters
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved

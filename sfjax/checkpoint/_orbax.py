@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import _folder as _names
+from sfcore import files
 from sfcore.exchange import OLDER, CheckpointError
 from sfjax.checkpoint import _folder
 from sfjax.checkpoint._leaves import named
@@ -82,7 +82,7 @@ class Writer:
     def __init__(self, folder: Path, keep_newest: int, keep_best: int, scores: Mapping[int, float]):
         self.folder = folder
         self._keep = (keep_newest, _KeepBest(keep_best, scores))
-        _names.make(folder)
+        files.make(folder)
         _folder.clean(folder)
         self._manager = self._open()
 
@@ -137,7 +137,7 @@ class Writer:
             raise self._failed(step, error) from error
         for path in aside:
             _log.warning("%s is newer than step %d, where this run is: it was set aside", path, step)
-        _names.sync(self.folder)
+        files.sync(self.folder)
         for name in (_folder.REPLACED, _folder.REMOVED):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
@@ -155,7 +155,7 @@ class Writer:
         cause: BaseException = error
         while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
             cause = cause.__cause__ or cause.__context__ or cause
-        why = _names.why(cause if isinstance(cause, OSError) else _of_the_system(str(error)))
+        why = files.why(cause if isinstance(cause, OSError) else _of_the_system(str(error)))
         return CheckpointError(f"cannot write the checkpoint of step {step} into {self.folder}: {why}")
 
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from sfcore import changes
-from sfcore._iterates import beta_of
 from sfcore.exchange import CheckpointError
+from sfcore.iterates import beta_of
 from sfcore.meta import Meta
 from sfjax.checkpoint import _changes, _folder, _precision
 from sfjax.checkpoint._leaves import CLOCK, ONE_VECTOR, Group, Named

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import _folder as _names
-from sfcore import exchange, store
+from sfcore import exchange, files, store
 from sfcore.meta import Meta
 from sfjax._find import schedule_free_eval_params
 from sfjax.checkpoint import _folder, _record
@@ -105,11 +104,11 @@ class Job:
         }
         y = parameters(self.host.tree["params"])
         self.meta.fingerprints = {"x": exchange.fingerprint(x), "y": exchange.fingerprint(y)}
-        _names.write_text(folder / _folder.META_FILE, self.meta.to_json())
+        files.write_text(folder / _folder.META_FILE, self.meta.to_json())
 
     def write_inference(self, folder: Path) -> None:
         """Writes the inference weights into a folder, and for Orbax's sake a word about them as JSON."""
         leaves = {name: np.asarray(leaf) for name, leaf in {**self.x, **self.buffers}.items()}
         exchange.write_tensors(folder / _folder.INFERENCE_FILE, leaves, store.about_inference(self.meta))
         about = {"weights_hold": "x", "step": self.meta.step, "file": _folder.INFERENCE_FILE}
-        _names.write_text(folder / _folder.META_FILE, json.dumps(about))
+        files.write_text(folder / _folder.META_FILE, json.dumps(about))

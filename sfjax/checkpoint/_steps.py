@@ -1,6 +1,7 @@
 """The last steps of a run, and the first after a restart, as samples of x and z.
 
-The mirror of `sftorch/_steps.py`; here they stay on the device, and nothing waits until someone asks.
+The mirror of `sftorch/checkpoint/_steps.py`; here they stay on the device, and nothing
+waits until someone asks.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def adamw() -> Any:
 def go(tx: Any, params: Any, state: Any, first: int, last: int) -> tuple[Any, Any]:
     step = jax.jit(tx.step)
     for g in runs.gradients(last)[first:]:
-        params, state = step(runs.typed(g, jnp.float32), state, params)
+        params, state = step(params, state, gradients=runs.typed(g, jnp.float32))
     return params, state
 
 
@@ -106,7 +106,7 @@ def test_a_nan_is_gone_with_the_update_that_it_spoilt() -> None:
     y, state = params, tx.init(params)
     step = jax.jit(tx.step)
     for g in (bad, params, params, params):
-        y, state = step(g, state, y)
+        y, state = step(y, state, gradients=g)
     assert int(sfjax.find_state(state).step) == 1
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((y, state.acc_grads)))
 
@@ -115,7 +115,7 @@ def test_means_of_16_bit_gradients_are_float32() -> None:
     tx, params = sfjax.accumulate(sfjax.schedule_free_sgd(1.0), 2), {"w": jnp.ones(3, jnp.bfloat16)}
     y, state = params, tx.init(params)
     for g in (1.0, 2.0**-8):
-        y, state = jax.jit(tx.step)({"w": jnp.full(3, g, jnp.bfloat16)}, state, y)
+        y, state = jax.jit(tx.step)(y, state, gradients={"w": jnp.full(3, g, jnp.bfloat16)})
     z = 1 - (1 + 2.0**-8) / 2
     np.testing.assert_array_equal(sfjax.find_state(state).z["w"], np.full(3, z, np.float32))
 
@@ -128,5 +128,15 @@ def test_every_must_be_a_number_or_a_schedule(every: Any) -> None:
 
 def test_every_may_be_a_number_of_numpy() -> None:
     tx, p = sfjax.accumulate(optax.sgd(1.0), np.int64(2)), jnp.ones(2)
-    _, state = tx.step(p, tx.init(p), p)
+    _, state = tx.step(p, tx.init(p), gradients=p)
     assert int(state.mini_step) == 1
+
+
+@pytest.mark.parametrize("positions", [2, 3])
+def test_gradients_by_position_are_refused(positions: int) -> None:
+    tx, p = sfjax.accumulate(optax.sgd(1.0), 2), jnp.ones(2)
+    arguments = (p, tx.init(p), p)[:positions]
+    match = f"gradients must be passed to step.. by name, got {positions} arguments by position"
+    for step in (tx.step, jax.jit(tx.step, donate_argnums=(0, 1))):
+        with pytest.raises(TypeError, match=match):
+            step(*arguments)

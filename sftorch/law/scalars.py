@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sfcore.averaging import AVERAGES, largest_lr, step_weight
+from sfcore import averaging
+from sfcore.averaging import AVERAGES, largest_lr, step_weight, sum_of_powers
 
 
 class Clock(NamedTuple):
@@ -22,6 +23,11 @@ class Clock(NamedTuple):
     step: int
     lr_max: float
     weight_sum: float
+
+
+def prior_weight(prior_steps: int, r: float, lr: float, weight_lr_power: float) -> float:
+    """Returns the weight_sum that `prior_steps` earlier steps at the full lr would have left."""
+    return float(averaging.prior_weight(sum_of_powers(prior_steps, r), lr, weight_lr_power))
 
 
 def next_scalars(

@@ -14,7 +14,7 @@ from sfcore import averaging, checks
 from sfcore.averaging import STEP_SIZES, effective_lr
 from sfcore.laws import Law
 from sfcore.plan import check, text
-from sftorch.law.scalars import Clock, next_scalars
+from sftorch.law.scalars import Clock, next_scalars, prior_weight
 from sftorch.state import arguments, forms
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         """Returns the books of a group that joins now, after checking its options."""
         values, names = self._values(group)
         self._raise_problems(self._problems(group, values, names))
-        counted = averaging.sum_of_powers(values["prior_steps"], values["r"])
-        prior = averaging.prior_weight(counted, values["lr"], values["weight_lr_power"])
+        prior = prior_weight(values["prior_steps"], values["r"], values["lr"], values["weight_lr_power"])
         in_train_mode = self._books(self.param_groups[0])["train_mode"] if self.param_groups else True
         return new_books() | {"train_mode": in_train_mode, "prior_weight": prior, "weight_sum": prior}
 

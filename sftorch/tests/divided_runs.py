@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import sftorch
-from sftorch._steps import steps_of
 from sftorch.checkpoint import Checkpoints
+from sftorch.checkpoint._steps import steps_of
 from sftorch.tests.fused_runs import Calls
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE
 

@@ -24,7 +24,7 @@ def test_a_state_that_is_half_restored_is_not_saved_until_it_is_whole(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sftorch._apply._put_entries", interrupted)
+        patch.setattr("sftorch.checkpoint._restore._put_entries", interrupted)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.restore(model, optimizer)
     with pytest.raises(CheckpointError, match=r"one step's state.*call restore\(\) again"):

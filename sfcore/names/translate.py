@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from sfcore import names as _names
-from sfcore._flax import torch_only
-from sfcore._iterates import beta_of
 from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import fingerprint, of_role
+from sfcore.iterates import beta_of
 from sfcore.meta import Meta
 from sfcore.names import NameMap
+from sfcore.names._flax import torch_only
 
 _PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
 _KEPT = ("base", "rng", "extra")

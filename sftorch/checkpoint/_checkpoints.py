@@ -1,4 +1,4 @@
-"""Checkpoints of a torch run: one call saves x for inference and the state for an exact resume.
+"""What `sftorch.checkpoint` offers: saves and restores in a folder.
 
 FOLDER/step_000000100/state.safetensors      y, z, moments, buffers, gradients, random states
                       inference.safetensors  x and the buffers, by the names of model.state_dict()
@@ -22,14 +22,12 @@ from sfcore.changes import of_batches, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
 from sfcore.store import Skipped
-from sftorch import _apply, _arrays, _rng, _weights_only
-from sftorch._capture import MODEL_EXTRA, capture, trained_by_others
-from sftorch._importers import import_state_dict
-from sftorch._steps import steps_of
-from sftorch._writer import Writer
+from sftorch import _rng
+from sftorch.checkpoint import _arrays, _restore, _weights
+from sftorch.checkpoint._record import MODEL_EXTRA, capture, trained_by_others
+from sftorch.checkpoint._save import Writer
+from sftorch.checkpoint._steps import steps_of
 from sftorch.state.state_dict import ScheduleFreeOptimizer
-
-__all__ = ["CheckpointError", "Checkpoints", "Restored", "Skipped", "import_state_dict"]
 
 _log = logging.getLogger("sftorch.checkpoint")
 
@@ -203,7 +201,7 @@ class Checkpoints:
         self.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):
             path = Path(resume.removeprefix("weights:"))
-            restored = Restored(path, None, _weights_only.start(path, model, optimizer, prior_steps), [], {})
+            restored = Restored(path, None, _weights.start(path, model, optimizer, prior_steps), [], {})
             steps_of(optimizer).watch(optimizer, None, fresh=("clock", "v"))
             return self._report(restored)
         found, skipped = self._find(resume)
@@ -212,7 +210,7 @@ class Checkpoints:
             return None
         path = found
         meta, arrays = store.read(path)
-        plan, changes = _apply.plan(path, meta, arrays, model, optimizer)
+        plan, changes = _restore.plan(path, meta, arrays, model, optimizer)
         changes += of_batches(meta.accumulation, accumulation, batch_size)
         if strict:
             refuse(path, changes)
@@ -220,9 +218,9 @@ class Checkpoints:
         notices = [f"{skip.path} was skipped: {skip.why}" for skip in skipped]
         notices += [str(change) for change in changes]
         if accumulation not in (None, meta.accumulation["steps"]):
-            meta, dropped = _apply.without_partial_update(plan, meta)
+            meta, dropped = _restore.without_partial_update(plan, meta)
             notices += dropped
-        _apply.commit(plan, model, optimizer)
+        _restore.commit(plan, model, optimizer)
         notices += _rng.restore(arrays) if rng else []
         changed = {change.name for change in changes}
         steps.watch(optimizer, meta.recent, changed, plan.fresh)

@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from sfcore import _flax, _layouts
-from sfcore._derive import Shapes, clashes, laid_out, renamed, unused
-from sfcore._layouts import Pair, Shape
-from sfcore._rules import NamesError, Rule
+from sfcore.names import _flax
+from sfcore.names._derive import Shapes, clashes, laid_out, renamed, unused
+from sfcore.names._flax import Pair, Shape
+from sfcore.names._map import NamesError, Rule
 
 
 def to_torch(jax: Shapes, rules: Sequence[Rule]) -> list[Pair]:
@@ -40,7 +40,7 @@ def to_torch(jax: Shapes, rules: Sequence[Rule]) -> list[Pair]:
 def _torch_shape(name: str, shape: Shape, layout: Mapping[str, tuple[int, ...]], modules: set[str]) -> Shape:
     if "axes" in layout or "split" in layout:
         split = layout.get("split", shape)
-        axes = layout.get("axes", _layouts.straight(len(split)))
+        axes = layout.get("axes", _flax.straight(len(split)))
         if len(axes) != len(split):
             raise NamesError([f"{name} {split} must have as many axes as the map's {axes}"])
         return tuple(split[axis] for axis in axes)
@@ -60,7 +60,7 @@ def _torch_shape(name: str, shape: Shape, layout: Mapping[str, tuple[int, ...]],
         raise NamesError(
             [f"{name} {shape} must be a kernel of 2 to 5 axes: give its axes and torch_shape in a map"]
         )
-    return tuple(shape[axis] for axis in _layouts.of_kernel(len(shape)))
+    return tuple(shape[axis] for axis in _flax.of_kernel(len(shape)))
 
 
 def to_jax(torch: Shapes, rules: Sequence[Rule], kinds: Mapping[str, str]) -> list[Pair]:
@@ -109,7 +109,7 @@ def _pairs_of(
     if leaf is None:
         raise NamesError([f"{name} {shape} {why}"])
     target = (*(modules[0] if modules else path)[:-1], leaf)
-    axes = _layouts.of_kernel(len(shape)) if leaf == "kernel" else _layouts.straight(len(shape))
+    axes = _flax.of_kernel(len(shape)) if leaf == "kernel" else _flax.straight(len(shape))
     ours = _unmoved(shape, axes)
     return [Pair("/".join(target), name, ours, shape, axes, ours)]
 
@@ -123,9 +123,7 @@ def _by_rule(name: str, shape: Shape, rule: Rule) -> Pair:
     theirs = shape if part[1] == 1 else (shape[0] // part[1], *shape[1:])
     leaf = _flax.jax_paths(jax)[0][-1]
     default = (
-        _layouts.of_kernel(len(theirs))
-        if leaf == "kernel" and len(theirs) > 1
-        else _layouts.straight(len(theirs))
+        _flax.of_kernel(len(theirs)) if leaf == "kernel" and len(theirs) > 1 else _flax.straight(len(theirs))
     )
     axes = layout.get("axes", default)
     split = layout.get("split") or layout.get("jax_shape")

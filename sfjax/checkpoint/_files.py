@@ -8,40 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from sfcore._sources import Source, unknown
-from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
+from sfcore.sources import Source, is_item, is_ours, unknown
+from sfjax.checkpoint import _arrays, _export
+from sfjax.checkpoint._importers import shortest
 
 _OF_OPTAX = ("z", "nu", "mu", "acc_grads", "trace", "ema")  # trees that have the parameters' names
 # The scalars of optax.contrib's state; its step_count is one ahead of the updates that it finished.
 _CONTRIB = ("b1", "weight_sum", "step_count", "max_lr")
 
 
-def is_ours(path: Path) -> bool:
-    """Tells whether a folder is one checkpoint of sfjax."""
-    return (path / "meta" / "metadata").is_file()
-
-
-def is_item(path: Path) -> bool:
-    """Tells whether a folder holds the arrays of one Orbax item."""
-    return (path / "_METADATA").is_file()
-
-
 def read(path: Path) -> Source:
     """Reads one Orbax checkpoint.
 
     Raises:
-        CheckpointError: if it is damaged or has no Schedule-Free state, or a package is missing.
+        CheckpointError: if it is damaged or has no Schedule-Free state.
     """
-    try:
-        from sfjax.checkpoint import _arrays
-        from sfjax.checkpoint import read as read_ours
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is an Orbax folder, which needs the package {error.name}: install the extra [jax]"
-        ) from error
     if is_ours(path):
-        meta, state, inference = read_ours(path)
+        meta, state, inference = _export.read(path)
         what = "checkpoint of schedulefree-twin on Orbax, names and layouts of jax"
         return Source(path, what, meta, dict(state), dict(inference), verified=True)
     items = [path] if is_item(path) else [below for below in sorted(path.iterdir()) if is_item(below)]
@@ -101,8 +85,6 @@ def _add_state(
     source: Source, place: str, arrays: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Adds the leaves of one state; returns its group."""
-    from sfjax.checkpoint._importers import shortest
-
     assert source.meta is not None
     clock = {
         "step": int(arrays[f"{place}step_count"]) - 1,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfcore._flax import jax_paths
 from sfcore.checks import hint
 from sfcore.exchange import CheckpointError, cannot_read
+from sfcore.names._flax import jax_paths
 
 _KEYS = ("torch", "axes", "split", "part", "jax_shape", "torch_shape")
 
@@ -76,7 +76,7 @@ def read(source: Path | str | Mapping[str, Any] | None) -> list[Rule]:
         source: a JSON file, its content as a mapping, or None for no entries. An entry is
             "JAX/path": "torch.path" for a module or a leaf, or for a leaf "JAX/path": {"torch": "torch.path",
             "axes": [...], "split": [...], "part": [k, n], "jax_shape": [...], "torch_shape": [...]}, all but
-            "torch" optional; see `sfcore._layouts.Pair`.
+            "torch" optional; see `sfcore.names._flax.Pair`.
 
     Raises:
         NamesError: with every entry that is malformed.

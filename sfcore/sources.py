@@ -1,24 +1,29 @@
 """What lies at a path: our checkpoints, Orbax folders, safetensors and torch files, read into one form.
 
-Frameworks are imported only by the readers of the files that need them.
+Files that need a framework are read by the package that has it, which registers its reader in its metadata:
+an entry point of the group `READERS`, called by the kind of file, that leads to `read(path) -> Source`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 
 from sfcore import _safetensors, exchange, store
-from sfcore._lean import widened
 from sfcore.exchange import ROLES, CheckpointError
+from sfcore.iterates import widened
 from sfcore.meta import Meta
 
 KNOWN = (
     "known are checkpoint folders of sftorch and sfjax, Orbax folders with a Schedule-Free state, "
     "safetensors files, and torch files with state dicts of sftorch, schedulefree, pytorch_optimizer or torch"
 )
+
+READERS = "schedulefree_twin.readers"
+_ORBAX, _TORCH = ("orbax", "an Orbax folder", "jax"), ("torch", "a torch file", "torch")
 
 
 @dataclass
@@ -73,22 +78,45 @@ def unknown(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} must be something to resume from, got {what}: {KNOWN}")
 
 
+def is_ours(path: Path) -> bool:
+    """Tells whether a folder is one Orbax checkpoint of ours."""
+    return (path / "meta" / "metadata").is_file()
+
+
+def is_item(path: Path) -> bool:
+    """Tells whether a folder holds the arrays of one Orbax item."""
+    return (path / "_METADATA").is_file()
+
+
+def _registered(kind: str, what: str, extra: str, path: Path) -> Source:
+    """Returns what the reader that is registered for a kind of file makes of it."""
+    needs = f"pip install 'schedulefree-twin[{extra}]'"
+    for reader in entry_points(group=READERS, name=kind):
+        try:
+            read = reader.load()
+        except ImportError as error:
+            raise CheckpointError(
+                f"{path} is {what}, which cannot be read here ({error}): {needs}"
+            ) from error
+        found: Source = read(path)
+        return found
+    raise CheckpointError(f"{path} is {what}, for which no reader is installed: {needs}")
+
+
 def _folder(path: Path) -> Source:
     if (path / store.META).exists():
         return _checkpoint(path)
     if steps := store.steps(path):
         return _newest(path, sorted(steps), _checkpoint(store.newest(path)))
-    from sfcore import _orbax_files
-
-    if _orbax_files.is_item(path) or _orbax_files.is_ours(path):
-        return _orbax_files.read(path)
+    if is_item(path) or is_ours(path):
+        return _registered(*_ORBAX, path)
     numbered = {
         int(below.name): below for below in path.iterdir() if below.is_dir() and below.name.isdecimal()
     }
     if numbered:  # a run of Orbax's CheckpointManager
-        return _newest(path, sorted(numbered), _orbax_files.read(numbered[max(numbered)]))
+        return _newest(path, sorted(numbered), _registered(*_ORBAX, numbered[max(numbered)]))
     if (path / "_CHECKPOINT_METADATA").exists():
-        return _orbax_files.read(path)
+        return _registered(*_ORBAX, path)
     raise unknown(path, "an empty folder" if not any(path.iterdir()) else "a folder of other files")
 
 
@@ -116,9 +144,7 @@ def _file(path: Path, start: bytes) -> Source:
     if path.suffix == ".safetensors" or (len(start) > 8 and start[8:9] == b"{"):
         return _safetensors_file(path)
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
-        from sfcore import _torch_files
-
-        return _torch_files.read(path)
+        return _registered(*_TORCH, path)
     raise unknown(path, "an empty file" if not start else f"a file that begins with {start[:8]!r}")
 
 

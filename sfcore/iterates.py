@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sfcore import hyperparameters
+from sfcore.exchange import of_role
 from sfcore.meta import Meta
 
 
@@ -88,3 +89,22 @@ def _wide(array: np.ndarray | None) -> np.ndarray | None:
 def x_of(meta: Meta, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns name -> x in the parameter's dtype, of the parameters whose x is known."""
     return {one.name: one.x.astype(one.dtype) for one in iterates(meta, state) if one.x is not None}
+
+
+def widened(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the leaves with z = y + gap in place of each gap, and that parameter's moments in float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from sfcore.iterates import widened
+        >>> found = widened({"y/w": np.float32([1.0]), "gap/w": np.float16([0.5])})
+        >>> found["z/w"], "gap/w" in found
+        (array([1.5], dtype=float32), False)
+    """
+    found = {leaf: array for leaf, array in state.items() if not leaf.startswith("gap/")}
+    for name, gap in of_role(state, "gap").items():
+        found[f"z/{name}"] = state[f"y/{name}"].astype(np.float32) + gap.astype(np.float32)
+        for moment in (f"v/{name}", f"m/{name}"):
+            if moment in found:
+                found[moment] = found[moment].astype(np.float32)
+    return found

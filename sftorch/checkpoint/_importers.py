@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,15 +11,122 @@ from torch import Tensor
 
 from sfcore.changes import comparable, of_optimizer
 from sfcore.checks import HyperparameterError
-from sftorch import _changes, _weights_only
-from sftorch._capture import CLOCK, kind_of
-from sftorch._sources import Source, recognise
+from sftorch.checkpoint import _changes, _weights
+from sftorch.checkpoint._record import CLOCK, kind_of
 from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
 from sftorch.state.groups import new_books
-from sftorch.state.state_dict import ScheduleFreeOptimizer
+from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer
+
+
+@dataclass
+class Source:
+    """What a foreign state dict says, by the names of the equations.
+
+    Attributes:
+        program: whose it is, for the notices.
+        kind: "sgd", "adamw", "radam", "wrapper", or "plain" for an optimizer that is not Schedule-Free.
+        groups: one dict a group: "params" (indices), "options" (as saved), "clock".
+        states: index -> name -> value.
+        holds: "x" or "y", what the weights saved beside it are; None if it does not say.
+    """
+
+    program: str
+    kind: str
+    groups: list[dict[str, Any]]
+    states: Mapping[Any, Mapping[str, Any]]
+    holds: str | None
+    base: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def recognise(state_dict: Mapping[str, Any]) -> Source:
+    """Returns what a state dict is.
+
+    Raises:
+        ValueError: if it is of no known program.
+    """
+    if "schedulefree_state" in state_dict:
+        return _pytorch_optimizer_wrapper(state_dict)
+    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    if not groups or states is None:
+        raise ValueError(
+            f"state_dict must be what optimizer.state_dict() returned, got the keys {sorted(state_dict)}: "
+            "pass the entry of the file that holds the optimizer"
+        )
+    first = groups[0]
+    if "y_beta" in _books(first):
+        return _ours(groups, states)
+    if "weight_sum" in first and "k" in first:
+        wrapper = "betas" not in first and "scheduled_lr" not in first
+        return _schedule_free("schedulefree", "wrapper" if wrapper else _kind(first), groups, states, "k")
+    if "weight_sum" in first and "step" in first:
+        return _schedule_free("pytorch_optimizer", _kind(first), groups, states, "step")
+    if "betas" in first and "weight_sum" not in first and any("exp_avg_sq" in s for s in states.values()):
+        plain = [{"params": g["params"], "options": g, "clock": Clock(0, 0.0, 0.0)} for g in groups]
+        return Source("torch.optim.AdamW", "plain", plain, states, "y")
+    raise ValueError(
+        "state_dict must be of schedulefree, pytorch_optimizer's ScheduleFree* or torch.optim.AdamW, got the "
+        f"options {sorted(first)}: start from the weights with Checkpoints.restore(resume='weights:PATH')"
+    )
+
+
+def _books(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    books: Mapping[str, Any] = group.get("schedule_free", group)
+    return books
+
+
+def _ours(groups: Any, states: Any) -> Source:
+    """Returns the state dict of another of our classes."""
+    kind = "wrapper" if "schedule_free" in groups[0] else _kind(groups[0])
+    merged = [group | _books(group) for group in groups]
+    clocks = [Clock(g["k"], g["lr_max"], g["weight_sum"]) for g in merged]
+    found = [
+        {"params": g["params"], "options": g, "clock": clock} for g, clock in zip(merged, clocks, strict=True)
+    ]
+    base = {index: values["base"] for index, values in states.items() if "base" in values}
+    return Source("sftorch", kind, found, states, groups[0][HOLD], base)
+
+
+def _kind(options: Mapping[str, Any]) -> str:
+    if "betas" not in options:
+        return "sgd"
+    return "radam" if "silent_sgd_phase" in options else "adamw"
+
+
+def _schedule_free(program: str, kind: str, groups: Any, states: Any, counter: str) -> Source:
+    found = [
+        # lr_max is -1 before the first step in both programs.
+        {
+            "params": g["params"],
+            "options": g,
+            "clock": Clock(g[counter], max(g["lr_max"], 0.0), g["weight_sum"]),
+        }
+        for g in groups
+    ]
+    base = {}
+    if kind == "wrapper":
+        base = {i: {k: v for k, v in values.items() if k != "z"} for i, values in states.items()}
+        states = {i: {"z": values["z"]} for i, values in states.items() if "z" in values}
+    holds = None if kind == "wrapper" else "y" if groups[0].get("train_mode") else "x"
+    return Source(program, kind, found, states, holds, base)
+
+
+def _pytorch_optimizer_wrapper(state_dict: Mapping[str, Any]) -> Source:
+    inner = state_dict["base_optimizer"]
+    indices = {
+        (g, i): index
+        for g, group in enumerate(inner["param_groups"])
+        for i, index in enumerate(group["params"])
+    }
+    states = {indices[place]: values for place, values in state_dict["schedulefree_state"].items()}
+    groups = [{"step": 0, "lr_max": 0.0, "weight_sum": 0.0} | g for g in inner["param_groups"]]
+    source = _schedule_free("pytorch_optimizer", "wrapper", groups, states, "step")
+    source.base = inner["state"]
+    source.holds = "y" if state_dict["train_mode"] else "x"
+    return source
+
 
 # Hyperparameters that other programs call as the equations do.
 _NAMES = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "silent_sgd_phase", "inner_momentum")
@@ -144,7 +251,7 @@ class _Group:
         books = self.optimizer._books(group)
         group[state_dict.HOLD] = self.source.holds
         if self.source.kind == "plain":
-            prior, notices = _weights_only.protect(self.optimizer, self.number, group)
+            prior, notices = _weights.protect(self.optimizer, self.number, group)
             books |= new_books() | {
                 "prior_weight": prior,
                 "weight_sum": prior,
@@ -182,7 +289,7 @@ class _Group:
         values, _ = self.optimizer._values(dict(group))
         t, prior = int(theirs["step"]), values["prior_steps"]
         # As many weights as prior_steps, each like the one that comes next (S4), which is t^r heavy already.
-        lr = _weights_only.full_lr(group, values)
+        lr = _weights.full_lr(group, values)
         weight_sum = prior * (t + 1 + prior) ** values["r"] * lr ** values["weight_lr_power"]
         found = {"z": z, **self._buffers(theirs, self.optimizer._buffers(self.live), p)}
         if self.optimizer._beta(self.live) == 0:

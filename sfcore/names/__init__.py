@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import _derive, _flax, _guess, _rules
-from sfcore._layouts import Pair, Shape
-from sfcore._rules import NamesError
+from sfcore.names import _derive, _flax, _guess, _map
+from sfcore.names._flax import Pair, Shape
+from sfcore.names._map import NamesError
 
 __all__ = ["NameMap", "NamesError", "Pair", "between", "to_jax", "to_torch"]
 
@@ -164,7 +164,7 @@ def between(jax: Shapes, torch: Shapes, user: UserMap = None) -> NameMap:
         >>> names.between(jax, {"0.weight": (8, 4), "2.weight": (2, 8)}).torch_name("Dense_1/kernel")
         '2.weight'
     """
-    return NameMap(_derive.between(jax, torch, _rules.read(user)))
+    return NameMap(_derive.between(jax, torch, _map.read(user)))
 
 
 def to_torch(jax: Shapes, user: UserMap = None) -> NameMap:
@@ -177,7 +177,7 @@ def to_torch(jax: Shapes, user: UserMap = None) -> NameMap:
     Raises:
         NamesError: with every leaf whose layout in torch cannot be told.
     """
-    return NameMap(_guess.to_torch(jax, _rules.read(user)))
+    return NameMap(_guess.to_torch(jax, _map.read(user)))
 
 
 def to_jax(torch: Shapes, user: UserMap = None, kinds: Mapping[str, str] | None = None) -> NameMap:
@@ -197,4 +197,4 @@ def to_jax(torch: Shapes, user: UserMap = None, kinds: Mapping[str, str] | None 
         >>> names.to_jax({"fc.weight": (3, 2), "fc.bias": (3,)}).jax_names("fc.weight")
         ['fc/kernel']
     """
-    return NameMap(_guess.to_jax(torch, _rules.read(user), kinds or {}))
+    return NameMap(_guess.to_jax(torch, _map.read(user), kinds or {}))

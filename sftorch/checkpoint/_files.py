@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sfcore._lean import widened
-from sfcore._sources import Source, unknown
 from sfcore.exchange import CheckpointError, cannot_read
+from sfcore.iterates import widened
 from sfcore.meta import Meta
+from sfcore.sources import Source, unknown
+from sftorch.checkpoint import _arrays, _importers
+from sftorch.state import forms, prints
 
 _ROLES = {"z": "z", "gap": "gap", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
 _SAME = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
@@ -61,14 +64,8 @@ def load(path: Path) -> Any:
     """Returns what a torch file holds, on the CPU; nothing in it is executed.
 
     Raises:
-        CheckpointError: if it cannot be read, is damaged, or holds other objects; without torch.
+        CheckpointError: if it cannot be read, is damaged, or holds other objects.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is a torch file, which needs the package torch: pip install torch"
-        ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -109,16 +106,13 @@ def _keys(content: Any) -> str:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    from sftorch import _arrays
-
     return _arrays.to_numpy(tensor)
 
 
 def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, np.ndarray]) -> Source:
-    from sftorch import _sources
 
     try:
-        found = _sources.recognise(_with_note(state_dict))
+        found = _importers.recognise(_with_note(state_dict))
     except ValueError as error:
         raise unknown(path, f"the state of an optimizer that is not known ({error})") from error
     indices = [index for group in found.groups for index in group["params"]]
@@ -177,7 +171,6 @@ def _names(
 
 def _are_its_own(found: Any, names: Mapping[Any, str], weights: Mapping[str, np.ndarray]) -> bool:
     """Tells whether weights are those that a state was saved with, as far as it has prints of them."""
-    from sftorch import _arrays, _prints
 
     own = f"{found.holds}_print"
     printed = {
@@ -185,7 +178,7 @@ def _are_its_own(found: Any, names: Mapping[Any, str], weights: Mapping[str, np.
         for index, name in names.items()
         if name in weights and own in found.states.get(index, {})
     }
-    taken = _prints.take(_arrays.to_tensor(weights[name]) for name in printed)
+    taken = prints.take(_arrays.to_tensor(weights[name]) for name in printed)
     return taken == list(printed.values())
 
 
@@ -243,12 +236,10 @@ def _add_parameter(
 
 def _in_full(source: Source, held: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
     """Returns the y (or x, where the weights hold that) of a 16-bit parameter with what its state adds."""
-    from sftorch import _arrays, _halves
-
     assert source.meta is not None
     holds_x = source.meta.weights_hold == "x" and "y" not in values
     rest = values.get("x_rest" if holds_x else "y_rest")
-    return held if rest is None else _to_numpy(_halves.join(_arrays.to_tensor(held), rest))
+    return held if rest is None else _to_numpy(forms.join(_arrays.to_tensor(held), rest))
 
 
 def _note(source: Source, found: Any, has_weights: bool) -> None:

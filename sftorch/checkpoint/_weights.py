@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import _torch_files, checks, exchange, store
+from sfcore import checks, exchange, store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
-from sftorch import _arrays, _scalars
-from sftorch._capture import is_extra_state, put_extra_state, unwrapped
+from sftorch.checkpoint import _arrays, _files
+from sftorch.checkpoint._record import is_extra_state, put_extra_state, unwrapped
+from sftorch.law import scalars
 from sftorch.state.groups import new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import WRAPPERS, ScheduleFreeOptimizer
@@ -41,7 +42,7 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
         return _tensors(arrays), meta.step
     if path.suffix == ".safetensors":
         return _tensors(exchange.read_tensors(path)), exchange.said_of_weights(path)[0]
-    loaded = _torch_files.load(path)
+    loaded = _files.load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -229,7 +230,7 @@ def protect(
                 f"group {index}: {name} is set to {value} for a start from weights; pass another to change it"
             )
     values, _ = optimizer._values(group)
-    return _scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"]), notices
+    return scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"]), notices
 
 
 def full_lr(group: Mapping[str, Any], values: Mapping[str, Any]) -> float:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import sfcore
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
-from sftorch import _arrays
-from sftorch._steps import steps_of
 from sftorch.adamw import AdamWDirection
+from sftorch.checkpoint import _arrays
+from sftorch.checkpoint._steps import steps_of
 from sftorch.law.parts import is_divided
 from sftorch.radam import RAdamDirection
 from sftorch.schedule_free import ScheduleFreeWrapper

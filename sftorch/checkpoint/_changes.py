@@ -8,8 +8,8 @@ from typing import Any
 
 from sfcore.changes import EFFECTS, NEXT, Change, carried_sum, comparable, of_optimizer
 from sfcore.meta import Meta
-from sftorch import _arrays
-from sftorch._capture import kind_of
+from sftorch.checkpoint import _arrays
+from sftorch.checkpoint._record import kind_of
 from sftorch.law.scalars import Clock
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 

@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sfcore import _flax, _layouts
-from sfcore._flax import Path
-from sfcore._layouts import Pair, Shape
-from sfcore._rules import NamesError, Rule
 from sfcore.checks import nearest
+from sfcore.names import _flax
+from sfcore.names._flax import Pair, Path, Shape
+from sfcore.names._map import NamesError, Rule
 
 Shapes = Mapping[str, Shape]
 
@@ -108,14 +107,14 @@ def laid_out(name: str, shape: Shape, target: str, whole: Shape, layout: Mapping
     theirs = whole if part[1] == 1 else (whole[0] // part[1], *whole[1:])
     split = layout.get("split", shape)
     if "axes" in layout or "split" in layout:
-        axes = layout.get("axes", _layouts.straight(len(split)))
+        axes = layout.get("axes", _flax.straight(len(split)))
         sizes = {math.prod(shape), math.prod(theirs), math.prod(split)}
         if len(sizes) > 1 or len(axes) != len(split):
             raise NamesError(
                 [f"{what} must fit by the map's axes {axes} of {split}: count the elements and the axes"]
             )
         return Pair(name, target, shape, theirs, axes, split, part)
-    fitting = _layouts.fitting(_flax.jax_paths(name)[0][-1], shape, theirs)
+    fitting = _flax.fitting(_flax.jax_paths(name)[0][-1], shape, theirs)
     if fitting is None:
         raise NamesError([f"{what} must have fitting shapes: it is another layer, or give the map its axes"])
     return Pair(name, target, shape, theirs, fitting, shape, part)
@@ -153,7 +152,7 @@ def _modules_of_jax(jax: Shapes) -> dict[str, dict[str, tuple[str, Shape]]]:
     for name, shape in jax.items():
         path = _flax.jax_paths(name)[0]
         if path[-1] == "kernel" and 2 <= len(shape) <= 5:
-            shape = tuple(shape[axis] for axis in _layouts.of_kernel(len(shape)))
+            shape = tuple(shape[axis] for axis in _flax.of_kernel(len(shape)))
         found["/".join(path[:-1])][_flax.torch_leaf(path[-1])] = (name, shape)
     return found
 

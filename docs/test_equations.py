@@ -1,0 +1,109 @@
+"""docs/equations.md is executed, formula by formula as it is printed, and takes the path of the reference."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.reference import Reference
+
+PAGE = (Path(__file__).parent / "equations.md").read_text()
+FORMULA = re.compile(r"\$`([^`]+)`\$")
+WORDS = {
+    r"\text{step}": "step",
+    r"_{\max}": "_max",
+    r"_\infty": "_inf",
+    r"\leftarrow": "=",
+    r"\lambda": "decay",
+    r"\,": " * ",  # a thin space multiplies
+    "^{+}": "_new",
+    "\\": "",
+}
+
+
+def run(formula, names):
+    """Runs the assignments of a formula of LaTeX."""
+    for code in formula.split(r"\quad"):
+        code = re.sub(r"\^\{(\w)\}", r"**\1", code)
+        for letter, word in WORDS.items():
+            code = code.replace(letter, word)
+        code = re.sub(r"sqrt\{([^{}]*)\}", r"sqrt(\1)", code)
+        code = re.sub(r"d?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1) / (\2))", code)
+        code = re.sub(r"sqrt\{([^{}]*)\}", r"sqrt(\1)", code)  # that of a fraction
+        exec(code.strip(), {"sqrt": np.sqrt, "min": min, "max": max}, names)
+
+
+def rows(first, following=0):
+    """Returns the first formula of the row of a table that begins so, and of some rows after it."""
+    lines = PAGE.splitlines()
+    (start,) = (i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    return [FORMULA.findall(line.split("| ", 2)[2])[0] for line in lines[start : start + 1 + following]]
+
+
+SECOND = rows("AdamW", 1)
+RATE = re.findall(r"^```math\n(.*?)\n```", PAGE, re.MULTILINE)
+DIRECTIONS = {
+    "sgd": rows("SGD"),
+    "adamw": SECOND[:1] + rows("AdamW with $`\\mu > 0`$", 1),
+    "radam": SECOND + RATE,
+}
+SHARED = {"beta": 0.9, "r": 0.5, "eps": 1e-3, "weight_decay": 0.1, "b2": 0.9}
+OPTIONS = {"lr": 0.1, "weight_lr_power": 2, "prior_steps": 0, "warmup_steps": 5, "silent_sgd_phase": True}
+LETTERS = {"beta": 0.9, "r": 0.5, "epsilon": 1e-3, "decay": 0.1, "beta_2": 0.9, "p": 2, "n": 5, "mu": 0.8}
+
+
+def follow(optimizer):
+    """Runs 12 steps of the formulas; each must be the reference's."""
+    random = np.random.default_rng(0)
+    start = random.normal(size=3)
+    momentum = {"inner_momentum": 0.8 if optimizer == "adamw" else 0.0}
+    reference = Reference(optimizer, {"p": start}, SHARED | OPTIONS | momentum)
+    names = LETTERS | dict.fromkeys("xyz", start) | {"v": 0.0, "m": 0.0, "gamma_max": 0.0, "W": np.float64(0)}
+    for step in range(12):
+        names |= {"step": step, "gamma": 0.1 - 0.005 * step, "g": random.normal(size=3)}
+        reference.update({"p": names["g"]}, names["gamma"])
+        with np.errstate(invalid="ignore"):  # before rho_t > 4; and 0 / 0 while W = 0
+            for formula in (*rows("S1"), *rows("S2"), *DIRECTIONS[optimizer]):
+                run(formula, names)
+            if optimizer == "radam" and names["rho_t"] <= 4:
+                names["gamma_t"] = 0.0
+            for formula in rows("S3", 2):
+                run(formula, names)
+        names["c"] = names["c"] if names["W"] else 0.0
+        for formula in rows("S6", 3):
+            run(formula, names)
+        both = names["y_new"]
+        run(*rows("S9*"), names)
+        np.testing.assert_allclose(names["y_new"], both, rtol=1e-12)
+        names |= {letter: names[f"{letter}_new"] for letter in "xyz"}
+        for letter, expected in zip("xyz", reference.iterates(), strict=True):
+            np.testing.assert_allclose(names[letter], expected["p"], rtol=1e-12, err_msg=f"{letter}, {step}")
+        run(*rows("x"), names)
+        np.testing.assert_allclose(names["x"], reference.x["p"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", DIRECTIONS)
+def test_the_formulas_take_the_path_of_the_reference(optimizer):
+    follow(optimizer)
+
+
+WRONG = {
+    "sgd": [("(1 - c)", "c"), (r"\beta\,x", "x"), (r"_{\max}^{p}", "_t^{p}"), ("z + ", "z - ")],
+    "adamw": [(r"(1 - \beta_2^{t})", "1"), (r"\mu^{t}", r"\mu"), (r"d + \lambda", r"d - \lambda")],
+    "radam": [("- 4)", "- 2)"), (r"2\,t", "t")],
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "right", "wrong"), [(name, *pair) for name, pairs in WRONG.items() for pair in pairs]
+)
+def test_a_wrong_formula_is_caught(optimizer, right, wrong, monkeypatch):
+    def changed(formula, names, run=run):
+        run(formula.replace(right, wrong), names)
+
+    monkeypatch.setitem(globals(), "run", changed)
+    with pytest.raises(AssertionError):
+        follow(optimizer)
