@@ -21,8 +21,9 @@ TREES: dict[str, list[Shape]] = {
     "gpt2-small": gpt(width=768, vocabulary=50_257),
     "one": [(50_936_832,)],
     "tiny": [(256,)] * 2000,
+    "small": [(16, 16)] * 10,
 }
-CPU_TREES = ("gpt", "one", "tiny")
+CPU_TREES = ("gpt", "one", "tiny", "small")
 
 
 def count(shapes: list[Shape]) -> int:

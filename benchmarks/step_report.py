@@ -19,6 +19,7 @@ TITLES = {
     "gpt-2": "148 tensors, 50.9M, 2 threads",
     "one-1": "1 tensor, 50.9M, 1 thread",
     "tiny-1": "2,000 tensors of 256, 1 thread",
+    "small-1": "10 tensors of 256, 1 thread",
     "gpt-jax": "JAX: 148 tensors, 50.9M, all cores",
 }
 TICKS = (1, 1.5, 2, 3, 5, 8, 12, 20, 40)

@@ -64,7 +64,6 @@ def test_it_builds_without_a_warning(site):
 
 def test_every_public_name_is_on_a_page_of_the_reference(site):
     there = set().union(*(ids(page) for page in (site[0] / "api").glob("*.html")))
-    there |= {"sftorch.AdamWScheduleFree.describe"} if "sftorch._describe.describe" in there else set()
     # A function in a module of its own name stands there by its whole path.
     missing = {name for name in public_names() if not {name, f"{name}.{name.rpartition('.')[2]}"} & there}
     assert len(public_names()) > 60

@@ -93,6 +93,7 @@ def _step_one(optimizer: YAtRest, plans: dict[Tensor, GroupPlan | None], index: 
     plan = optimizer._prepare_one(optimizer.param_groups[index], p, plans.get(p))
     optimizer._run([plan])
     optimizer._close([plan], is_whole=False)
-    plans[p] = plan if plan.may_be_kept else None
+    # The random words of the lean form depend on the other groups, too.
+    plans[p] = plan if plan.may_be_kept and not optimizer._is_lean(plan.group) else None
     ahead.add(p)
     p.grad = None

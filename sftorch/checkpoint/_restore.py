@@ -305,8 +305,7 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
     """Puts a plan in place; the live mode stays."""
     optimizer._is_half_restored = True
     optimizer._loaded = None
-    if isinstance(optimizer, TrainEvalOptimizer):
-        optimizer._forget_step()
+    optimizer._forget_step()
     for live, value in new.copies:
         live.copy_(value)
     for p, state in new.states.items():

@@ -68,7 +68,9 @@ def run(
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
     given = dict.fromkeys(NUMBERS, 0.0) | dict(numbers)
-    given |= {"share2": 1.0 - given.pop("b2"), "share1": 1.0 - given.pop("m1")}  # not in float32
+    for moment, decay in (("1", "m1"), ("2", "b2")):  # in doubles, as on the other paths
+        given[f"share{moment}"] = 1.0 - given.pop(decay)
+        given[f"per{moment}"] = 1.0 / (given.pop(f"correction{moment}") or 1.0)
     ys = tables["y"]
     sizes = np.array([y.numel() for y in ys], dtype=np.int64)
     addresses = np.zeros((len(_ADDRESSES), len(ys)), dtype=np.int64)

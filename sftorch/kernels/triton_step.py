@@ -32,8 +32,8 @@ def step(
     share2,
     eps,
     share1,
-    correction2,
-    correction1,
+    per2,
+    per1,
     HAS_V: tl.constexpr,
     HAS_M: tl.constexpr,
     SCALED: tl.constexpr,  # whether the direction is divided by v's root
@@ -52,22 +52,21 @@ def step(
     # Loads are 16 bytes wide only where the compiler knows of alignment and needs no mask.
     if (start + BLOCK <= size) & (tl.load(row + ALIGNED) != 0):
         _move(
-            row, at, None, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, correction2, correction1,
+            row, at, None, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1,
             HAS_V, HAS_M, SCALED, AT_Z, TO_X, HALVES, NARROW_G, True,
         )  # fmt: skip
     else:
         _move(
-            row, at, at < size, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, correction2, correction1,
+            row, at, at < size, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1,
             HAS_V, HAS_M, SCALED, AT_Z, TO_X, HALVES, NARROW_G, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _move(
-    row, at, mask, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, correction2, correction1,
+    row, at, mask, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1,
     HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
-    TO_X: tl.constexpr,
-    HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
+    TO_X: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # All loads come first: the compiler may move none of them ahead of a store.
     of_z = _entries(row, Z, at, tl.float32, WIDE)
@@ -96,12 +95,12 @@ def _move(
     if HAS_M:
         m = (m - m * share1) + g * share1
         tl.store(of_m, m, mask)
-        direction = tl.div_rn(m, correction1)
+        direction = m * per1
     if HAS_V:
         v = (v - v * share2) + g * g * share2
         tl.store(of_v, v, mask)
         if SCALED:
-            direction = tl.div_rn(direction, tl.sqrt_rn(tl.div_rn(v, correction2)) + eps)
+            direction = tl.div_rn(direction, tl.sqrt_rn(v * per2) + eps)
     direction += wd_y * y
     if AT_Z:
         direction += wd_z * z

@@ -241,12 +241,12 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def _started(self, group: dict[str, Any]) -> list[Tensor]:
         return [p for p in group["params"] if forms.has_started(self.state.get(p, {}))]
 
-    def _ready(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _ready(self, p: Tensor, group: dict[str, Any], buffers: tuple[str, ...] = ()) -> dict[str, Any]:
         """Returns the state that a parameter needs for a step: its own if it will do, else a new dict.
 
         At the first gradient x = y = z, and the clock is at 0.
         """
-        buffers, lean = self._buffers(group), self._is_lean(group)
+        lean = self._is_lean(group)
         state: dict[str, Any] = self.state.get(p, {})
         wanted = ["gap" if lean else "z", "step", *buffers]
         if all(name in state for name in wanted) and forms.has_rest(p, state, self._rest):

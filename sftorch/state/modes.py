@@ -217,14 +217,6 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                     if name in state:
                         state[name].zero_()
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        super()._load(state_dict)
-        self._forget_step()
-
-    def _forget_step(self) -> None:
-        if self._ahead is not None:
-            self._ahead.clear()
-
     def _wanted(self, group: dict[str, Any]) -> str:
         return "y" if self._books(group)["train_mode"] else "x"
 

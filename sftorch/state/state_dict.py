@@ -372,6 +372,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
     _eager = ("_settle",)
     _loaded: Loaded | None = None
     _is_half_restored = False  # by a restore that was interrupted
+    _plan: Any = None  # of the last step, if it may do for the next
     # Parameters that took the coming step in backward already; None without `step_in_backward`.
     _ahead: set[Tensor] | None = None
 
@@ -402,6 +403,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         accept(self, live_mode, holds)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        self._forget_step()
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(saved_ids, self._params(), strict=True):
@@ -426,7 +428,10 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         """Makes a group's parameters hold what the configured beta makes of x and z."""
 
     def _forget_step(self) -> None:
-        """Forgets what backward has taken of the coming step: other state has come in its place."""
+        """Forgets what was known of the coming step: other state has come in its place."""
+        self._plan = None
+        if self._ahead is not None:
+            self._ahead.clear()
 
     def _settle(self, train_mode: bool | None = None) -> None:
         """Puts into loaded weights what the mode wants; see `settle`."""

@@ -89,15 +89,15 @@ class Work:
         self.parts = backends.assign(move)
         self._buffer = np.array(self.numbers, dtype=np.float64)
         self.scalars = torch.from_numpy(self._buffer)
-        self._remember(columns)
+        self._remember(move, columns)
 
-    def _remember(self, columns: dict[str, list[Tensor]]) -> None:
+    def _remember(self, move: Move, columns: dict[str, list[Tensor]]) -> None:
         """Notes all that this was made of; for odd tensors there is no end of it, and it is not kept."""
         grads: list[Any] = [p.grad for p in self.params]
         self._held = list(chain(self.params, *columns.values()))
         every = [*self._held, *grads]
         self.may_be_kept = (
-            len(self.parts) == 1
+            self.parts[0][1] is move  # whole, and with the gradients as they came
             and PLAIN.issuperset(map(type, every))
             # Elsewhere people move state away to free memory, which a plan would hold.
             and {(t.is_cpu, t.is_contiguous(), t.is_neg()) for t in every} == {(True, True, False)}
@@ -107,7 +107,7 @@ class Work:
             self._columns = [(itemgetter(name), tensors) for name, tensors in columns.items()]
             self._places = [t.data_ptr() for t in self._held]
             self._dtypes = [t.dtype for t in self._held]
-            self._sizes = [p.numel() for p in self.params]
+            self._sizes = [t.numel() for t in self._held]
             self._of_grad = (grads[0].dtype, True, True, False)
             self._has_views = self.pairs or any(p.ndim == 0 for p in self.params)
 
@@ -120,8 +120,8 @@ class Work:
             or not all(map(is_, map(optimizer.state.get, params), states))
             or list(map(_CLOCK, states)).count(self.clock) != len(params)
             or {(g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads} != {self._of_grad}
-            or [g.numel() for g in grads] != self._sizes
-            or [p.numel() for p in params if p.is_contiguous()] != self._sizes
+            or [g.numel() for g in grads] != self._sizes[: len(params)]
+            or [t.numel() for t in self._held if t.is_contiguous()] != self._sizes
             or [t.data_ptr() for t in self._held] != self._places
             or [t.dtype for t in self._held] != self._dtypes
         ):
@@ -147,11 +147,12 @@ class Work:
         direction, own = optimizer._direction(values, after.clock.step)
         wd_y, wd_z = DECAYS[law.decay_at](values.get("weight_decay", 0.0))
         beta, change = BETAS[law.beta_rule](values["beta"], after.clock.step, values, floats)
-        k1, k2 = coefficients(after.c, beta, change, values["beta"] or 1.0)  # from 0, beta does not change
+        old_beta = beta - change
+        k1, k2 = coefficients(after.c, beta, change, old_beta or 1.0)  # what is 0 does not change
         if self.to_x:
             k1, k2 = after.c, 0.0
         elif self.is_lean:
-            k2 = values["beta"]
+            k2 = old_beta
         self.numbers = (after.lr_t, wd_y, wd_z, k1, k2, *own)
         return direction
 
@@ -187,7 +188,8 @@ class GroupPlan:
         moving = {p: states[p] for p in params if p in states}
         self.works = [Work(optimizer, self, batch, x) for batch in optimizer._batches(moving)]
         self.after = optimizer._next(group, optimizer._group_clock(group), self.values)
-        self.may_be_kept = all(work.may_be_kept for work in self.works)
+        # At beta = 0 each step sees to it that x is there.
+        self.may_be_kept = bool(self.values["beta"]) and all(work.may_be_kept for work in self.works)
 
     def _take_options(self, optimizer: DirectedOptimizer) -> None:
         self._given: tuple[Any, ...] = self._options(self.group)
@@ -284,7 +286,10 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         self, groups: list[tuple[dict[str, Any], list[Tensor]]], x: Averages | None = None
     ) -> list[GroupPlan]:
         """Returns a plan for parameters of some groups, and makes their state ready."""
-        ready = {p: self._ready(p, group) for group, params in groups for p in params if p.grad is not None}
+        ready: dict[Tensor, dict[str, Any]] = {}
+        for group, params in groups:
+            buffers = self._buffers(group)
+            ready |= {p: self._ready(p, group, buffers) for p in params if p.grad is not None}
         plan = [GroupPlan(self, group, params, ready, x) for group, params in groups]
         self.state.update(ready)
         for group, params in groups:
@@ -324,7 +329,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         if is_whole:
             self._plan = None if any(not one.may_be_kept for one in plan) else plan
             if self._ahead:
-                self._forget_step()
+                self._ahead.clear()
 
 
 class YAtRest(DirectedOptimizer, TrainEvalOptimizer):

@@ -39,8 +39,8 @@ def test_every_single_flipped_bit_changes_it(place):
 def test_equal_elements_that_change_places_change_it_across_chunks():
     value = torch.zeros(3 * CHUNK)
     value[5] = 1.0
-    prints = {prints.take([torch.roll(value, shift)])[0] for shift in (0, 1, CHUNK, 2 * CHUNK)}
-    assert len(prints) == 4
+    found = {prints.take([torch.roll(value, shift)])[0] for shift in (0, 1, CHUNK, 2 * CHUNK)}
+    assert len(found) == 4
 
 
 def test_small_differences_between_many_tensors_collide_nowhere():

@@ -193,7 +193,7 @@ def test_offsets_are_64_bits_wide(aligned):
     row = dict.fromkeys(kernel.COLUMNS, 0)
     row |= {"first": -(begin // launch.BLOCK), "size": begin + n, "aligned": aligned}
     row |= {name: t.data_ptr() - 4 * begin for name, t in (("y", y), ("z", z), ("g", g))}
-    numbers = dict.fromkeys(("wd_y", "wd_z", "share2", "eps", "share1", "correction2", "correction1"), 0.0)
+    numbers = dict.fromkeys(("wd_y", "wd_z", "share2", "eps", "share1", "per2", "per1"), 0.0)
     flags = dict.fromkeys(("HAS_V", "HAS_M", "SCALED", "AT_Z", "TO_X", "HALVES", "NARROW_G"), False)
     numbers |= {"sign": 1.0, "lr_t": 0.5, "k1": 0.5, "k2": 0.25}
     table, owners = torch.tensor([list(row.values())]), torch.zeros(1, dtype=torch.int32)
@@ -216,8 +216,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sftorch.kernels import triton_step as kernel, launch
-flags = dict.fromkeys(("HAS_M", "TO_X", "HALVES", "NARROW_G"), False)
+from sftorch.kernels import launch, triton_step as kernel
+flags = dict.fromkeys(("HAS_M", "AT_Z", "TO_X", "HALVES", "NARROW_G"), False)
 constants = flags | {"HAS_V": True, "SCALED": True, "BLOCK": launch.BLOCK}
 types = {"table": "*i64", "owners": "*i32"} | dict.fromkeys(constants, "constexpr")
 signature = {name: types.get(name, "fp32") for name in kernel.step.arg_names}
