@@ -18,7 +18,6 @@ from sftorch import _halves, _held, _reconcile
 from sftorch._core import ScheduleFreeOptimizer, new_books
 from sftorch._modes import TrainEvalOptimizer
 from sftorch._parts import is_divided
-from sftorch._steps import steps_of
 from sftorch.adamw import AdamWDirection
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._steps import steps_of
