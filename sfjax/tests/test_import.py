@@ -14,9 +14,9 @@ import sfjax
 MODULES = ("checkpoint", "linen", "nnx", "recalibrate")
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -47,25 +47,35 @@ def test_the_version_is_that_of_sfcore() -> None:
 
 JAX = "jax >= 0.6 and optax >= 0.2.5"
 EXTRA = "pip install -U 'schedulefree-twin[jax]'"
-CHECKPOINTS = "pip install 'schedulefree-twin[jax]'"
+ORBAX = ("orbax-checkpoint and ml_dtypes", "pip install 'schedulefree-twin[jax]'")
+WITHOUT = """
+import importlib, sys
+sys.modules[sys.argv[1]] = None
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(error)
+"""
 
 
 @pytest.mark.parametrize(
-    ("module", "missing", "needs", "line"),
+    ("missing", "needs"),
     [
-        ("sfjax", "jax", JAX, EXTRA),
-        ("sfjax", "optax", JAX, EXTRA),
-        ("sfjax.checkpoint", "orbax.checkpoint", "orbax-checkpoint and ml_dtypes", CHECKPOINTS),
-        *((f"sfjax.{name}", "flax", "flax", "pip install flax") for name in MODULES[1:]),
+        ("jax", {"sfjax": (JAX, EXTRA)}),
+        ("optax", {"sfjax": (JAX, EXTRA)}),
+        ("orbax.checkpoint", {"sfjax.checkpoint": ORBAX}),
+        ("flax", {f"sfjax.{name}": ("flax", "pip install flax") for name in MODULES[1:]}),
     ],
 )
 def test_a_missing_package_is_named_with_the_line_that_brings_it(
-    module: str, missing: str, needs: str, line: str
+    missing: str, needs: dict[str, tuple[str, str]]
 ) -> None:
-    said = run(f"import sys; sys.modules[{missing!r}] = None; import {module}").stderr.splitlines()[-1]
-    assert said.startswith(f"ImportError: {module} needs {needs}, got ")
-    assert missing in said
-    assert said.endswith(f": {line}")
+    said = run(WITHOUT, missing, *needs).stdout.splitlines()
+    for message, (module, (what, line)) in zip(said, needs.items(), strict=True):
+        assert message.startswith(f"{module} needs {what}, got ")
+        assert missing in message
+        assert message.endswith(f": {line}")
 
 
 @pytest.mark.parametrize(
