@@ -19,14 +19,13 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PACKAGES = ("sfcore", "sfjax", "sftorch")
-FILES = ("right.py", "wrong.py")
 # Optax ships no types; mypy says so to every user, until they write this.
 MYPY = "[mypy]\n[mypy-optax.*]\nignore_missing_imports = True\n"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Returns a user's folder: the two files, and an environment with the wheel and all that we have."""
+    """Returns a user's folder: the files, and an environment with the wheel and all that we have."""
     folder = tmp_path_factory.mktemp("user")
     source = folder / "source"  # a copy, because a build leaves its own files behind
     for package in PACKAGES:
@@ -46,8 +45,7 @@ def project(tmp_path_factory):
     run(folder, *pip, "install", *alone, "--target", str(site), str(wheel))
     # Named as folders, they bring what is installed there, and not an editable install of this repository.
     (site / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    for file in FILES:
-        shutil.copy(HERE / "typed" / file, folder)
+    shutil.copytree(HERE / "typed", folder, dirs_exist_ok=True)
     (folder / "mypy.ini").write_text(MYPY)
     where = run(folder, *in_venv(folder), "-c", "import sfcore, torch; print(sfcore.__file__)").stdout
     assert Path(where.strip()).is_relative_to(folder)
@@ -68,44 +66,65 @@ def in_venv(folder: Path) -> list[str]:
     return [str(next(folder.glob("venv/*/python")))]
 
 
-def assert_exactly_the_mistakes(found: dict[str, dict[int, str]]) -> None:
-    """Takes file -> line -> message."""
-    assert found["right.py"] == {}
-    lines = (HERE / "typed" / "wrong.py").read_text().splitlines()
-    marked = {number: line for number, line in enumerate(lines, 1) if line.endswith("  # error")}
-    assert len(marked) > 70
-    assert [line for number, line in marked.items() if number not in found["wrong.py"]] == []
-    assert {number: said for number, said in found["wrong.py"].items() if number not in marked} == {}
+Found = dict[str, dict[int, str]]  # file -> line -> message
 
 
-def test_pyright_finds_every_mistake_and_no_other(project):
-    command = (sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", *in_venv(project))
-    report = json.loads(run(project, *command, *FILES, code=1).stdout)
-    found: dict[str, dict[int, str]] = {file: {} for file in FILES}
-    for note in report["generalDiagnostics"]:
+def pyright(folder: Path, *files: str) -> Found:
+    command = (sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", *in_venv(folder))
+    found: Found = {file: {} for file in files}
+    for note in json.loads(run(folder, *command, *files, code=1).stdout)["generalDiagnostics"]:
         if note["severity"] != "information":
             found[Path(note["file"]).name][note["range"]["start"]["line"] + 1] = note["message"]
-    assert_exactly_the_mistakes(found)
+    return found
 
 
-@pytest.mark.slow
-def test_mypy_finds_every_mistake_and_no_other(project):
+def mypy(folder: Path, *files: str) -> Found:
     command = (sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--python-executable")
-    output = run(project, *command, *in_venv(project), *FILES, code=1).stdout
-    found: dict[str, dict[int, str]] = {file: {} for file in FILES}
+    output = run(folder, *command, *in_venv(folder), *files, code=1).stdout
+    found: Found = {file: {} for file in files}
     for file, line, said in re.findall(r"^(\S+?):(\d+): error: (.*)$", output, re.MULTILINE):
         found[file][int(line)] = said
-    assert_exactly_the_mistakes(found)
+    return found
+
+
+def marked(file: str) -> dict[int, str]:
+    lines = (HERE / "typed" / file).read_text().splitlines()
+    return {number: line for number, line in enumerate(lines, 1) if line.endswith("  # error")}
+
+
+def assert_exactly_the_mistakes(found: Found) -> None:
+    for file, messages in found.items():
+        wanted = marked(file)
+        assert [line for number, line in wanted.items() if number not in messages] == []
+        assert {number: said for number, said in messages.items() if number not in wanted} == {}
+
+
+def test_enough_mistakes_are_planted_and_none_in_the_right_files():
+    number = {path.name: len(marked(path.name)) for path in (HERE / "typed").glob("*.py")}
+    assert number.keys() == {"right.py", "wrong.py", "right_trainers.py", "wrong_trainers.py"}
+    assert (number["right.py"], number["right_trainers.py"]) == (0, 0)
+    assert number["wrong.py"] > 70
+    assert number["wrong_trainers.py"] > 5
+
+
+@pytest.mark.parametrize(
+    ("checker", "topic"),
+    [
+        (pyright, ""),
+        # mypy reads all of torch and JAX first, and any checker all of transformers.
+        pytest.param(pyright, "_trainers", marks=pytest.mark.slow),
+        pytest.param(mypy, "", marks=pytest.mark.slow),
+        pytest.param(mypy, "_trainers", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checker_finds_every_mistake_and_no_other(project, checker, topic):
+    assert_exactly_the_mistakes(checker(project, f"right{topic}.py", f"wrong{topic}.py"))
 
 
 def test_the_comparison_finds_what_a_checker_misses_and_what_it_invents():
-    lines = (HERE / "typed" / "wrong.py").read_text().splitlines()
-    exact = {number: "wrong" for number, line in enumerate(lines, 1) if line.endswith("  # error")}
+    exact = marked("wrong.py")
     assert_exactly_the_mistakes({"right.py": {}, "wrong.py": exact})
-    first = min(exact)
-    missed = {number: said for number, said in exact.items() if number != first}
-    invented = exact | {1: "wrong"}
-    wrong = [{"right.py": {}, "wrong.py": other} for other in (missed, invented)]
-    for found in ({"right.py": {1: "wrong"}, "wrong.py": exact}, *wrong):
+    missed = dict(list(exact.items())[1:])
+    for right, wrong in (({1: "no"}, exact), ({}, missed), ({}, exact | {1: "no"})):
         with pytest.raises(AssertionError):
-            assert_exactly_the_mistakes(found)
+            assert_exactly_the_mistakes({"right.py": right, "wrong.py": wrong})

@@ -8,8 +8,6 @@ import numpy as np
 import optax
 import torch
 from flax import linen, nnx
-from lightning.pytorch import Trainer
-from transformers import TrainingArguments
 
 import sfcore
 import sfjax
@@ -23,8 +21,6 @@ from sfjax.checkpoint import Checkpoints as JaxCheckpoints
 from sftorch.checkpoint import Checkpoints
 from sftorch.recalibrate import recalibrate
 from sftorch.trainers import unwrap
-from sftorch.trainers.hf import ScheduleFreeTrainer
-from sftorch.trainers.lightning import ScheduleFreeCallback
 
 
 def torch_loop(model: torch.nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -39,7 +35,7 @@ def torch_loop(model: torch.nn.Module, batches: list[torch.Tensor]) -> dict[str,
         optimizer.zero_grad()
         model(batch).square().mean().backward()
         optimizer.step()
-    with optimizer.evaluation():
+    with unwrap(optimizer).evaluation():
         recalibrate(model, batches)
     optimizer.eval()
     optimizer.train()
@@ -58,17 +54,6 @@ def torch_resume(model: torch.nn.Module, folder: Path) -> int:
     if restored is None or restored.meta is None:
         return 0
     return restored.meta.step
-
-
-def torch_trainers(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    arguments = TrainingArguments("out", lr_scheduler_type="constant", max_steps=20)
-    how = (sftorch.AdamWScheduleFree, {"lr": 1e-3, "warmup_steps": 4})
-    trainer = ScheduleFreeTrainer(model, arguments, optimizer_cls_and_kwargs=how)
-    trainer.train()
-    trainer.save_model("out/final")
-    Trainer(max_epochs=1, callbacks=[ScheduleFreeCallback()])
-    with unwrap(optimizer).evaluation():
-        torch.save(model.state_dict(), "x.pt")
 
 
 def jax_loop(steps: int) -> dict[str, jax.Array]:
@@ -126,7 +111,6 @@ def a_plan() -> Plan:
     plan = check({"optimizer": "AdamW"}, fix=True, ignore=["SF102"], total_steps=1000)
     plan.raise_for_errors()
     print(plan.lr[:5].mean(), [problem.code for problem in plan.errors], plan.total_steps or 0)
-    check(TrainingArguments("out"), source="hf")
     check(["train.py", "--optimizer_type", "AdamW"])
     return check(Path("config.toml"))
 

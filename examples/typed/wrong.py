@@ -21,7 +21,6 @@ from sfjax.checkpoint import Checkpoints as JaxCheckpoints
 from sftorch.checkpoint import Checkpoints
 from sftorch.recalibrate import recalibrate
 from sftorch.trainers import unwrap
-from sftorch.trainers.hf import ScheduleFreeTrainer
 
 
 def torch_arguments(model: torch.nn.Module) -> None:
@@ -55,7 +54,6 @@ def torch_use(model: torch.nn.Module, optimizer: sftorch.AdamWScheduleFree) -> N
     sftorch.step_in_backward(model)  # error
     recalibrate(optimizer, [])  # error
     unwrap(optimizer).evaluate()  # error
-    ScheduleFreeTrainer(model, optimizer_cls=sftorch.AdamWScheduleFree)  # error
 
 
 def torch_resume(model: torch.nn.Module, optimizer: sftorch.SGDScheduleFree) -> None:
