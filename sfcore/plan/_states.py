@@ -8,15 +8,16 @@ from typing import Any
 from sfcore.plan import _read
 from sfcore.plan._config import INNER
 from sfcore.plan._model import FieldState
+from sfcore.plan._read import ConfigLike, SourceName
 from sfcore.plan._run import Run
 from sfcore.plan._tables import SHAPE, WARMUP
 
 
 def field_states(
-    config: Any = None,
+    config: ConfigLike = None,
     *,
     before: Mapping[str, FieldState] | None = None,
-    source: str | None = None,
+    source: SourceName | None = None,
     **facts: Any,
 ) -> dict[str, FieldState]:
     """Returns for every field that a choice can switch off: on or off, its value, why, and what to restore.
