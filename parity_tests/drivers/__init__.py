@@ -87,8 +87,17 @@ def on_golden(driver: str, case: str, dtype: str = "float64") -> Trajectory:
 
 def first_of_their_family(driver: Driver) -> list[str]:
     """Returns the first case of every optimizer and family that a driver supports."""
+    return _first(driver, lambda case: (case.optimizer, case.family))
+
+
+def first_of_their_optimizer(driver: Driver) -> list[str]:
+    """Returns the first case of every optimizer that a driver supports."""
+    return _first(driver, lambda case: case.optimizer)
+
+
+def _first(driver: Driver, kind: Callable[[Case], Any]) -> list[str]:
     supported = [case for case in CASES.values() if driver.supports(case)]
-    return list({(case.optimizer, case.family): case.id for case in reversed(supported)}.values())
+    return list({kind(case): case.id for case in reversed(supported)}.values())
 
 
 def _torch(run: str, make: str, **options: Any) -> Start:
@@ -100,21 +109,30 @@ def _torch(run: str, make: str, **options: Any) -> Start:
     return start
 
 
-def _jax(make: str) -> Start:
+def _jax(make: str, observe: str = "our_iterates", **options: bool) -> Start:
     def start(case: Case, params: Arrays, dtype: str) -> Run:
         from parity_tests.drivers import jax_runs as runs
 
-        return runs.JaxRun(getattr(runs, make), case, params, dtype)
+        made, seen = getattr(runs, make), getattr(runs, observe)()
+        return runs.JaxRun(made, seen, case, params, dtype, **options)
 
     return start
 
 
 _PAIR = ("sgd", "adamw")
 _UPSTREAM = Driver("schedulefree 1.4.1", _torch("TorchRun", "upstream"), lacks=names.UPSTREAM_LACKS)
+_JAX_WRAPPER = Driver(
+    "sfjax wrapper",
+    _jax("wrapped", ramped=True),
+    _PAIR,
+    # The prior's full lr is what a schedule shows of it.
+    apart=("warmup_steps", "prior_steps"),
+)
 TWINS = [
     Driver("sfjax", _jax("ours")),
-    # There the ramp is part of a schedule, and the prior's full lr is what the schedule shows of it.
-    Driver("sfjax wrapper", _jax("wrapped"), _PAIR, apart=("warmup_steps", "prior_steps")),
+    Driver("sfjax traced", _jax("ours", traced=True)),
+    _JAX_WRAPPER,
+    replace(_JAX_WRAPPER, name="sfjax wrapper traced", start=_jax("wrapped", ramped=True, traced=True)),
     Driver("sftorch fused", _torch("OurRun", "ours", fused=True)),
     Driver("sftorch foreach", _torch("OurRun", "ours")),
     Driver("sftorch single", _torch("OurRun", "ours", foreach=False)),
@@ -127,7 +145,7 @@ PEERS = [
     replace(
         _UPSTREAM, name="schedulefree 1.4.1 closure", start=_torch("ClosureRun", "upstream", suffix="Closure")
     ),
-    Driver("optax.contrib 0.2.8", _jax("optax_contrib"), _PAIR, names.OPTAX_LACKS),
+    Driver("optax.contrib 0.2.8", _jax("optax_contrib", "optax_iterates"), _PAIR, names.OPTAX_LACKS),
     replace(_UPSTREAM, name="pytorch_optimizer 4.1.0", start=_torch("TorchRun", "pytorch_optimizer")),
 ]
 DRIVERS = {driver.name: driver for driver in TWINS + PEERS}
