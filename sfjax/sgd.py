@@ -6,9 +6,10 @@ from typing import Any
 
 import optax
 
-from sfcore import hyperparameters
-from sfjax import _arguments, _scalars
+from sfjax import _scalars
 from sfjax._directed import Direction, directed
+
+SGD = Direction("sgd", lambda grads, state, t, hp: (grads, state))  # S6
 
 
 def schedule_free_sgd(
@@ -58,19 +59,4 @@ def schedule_free_sgd(
         >>> params = optax.apply_updates(params, updates)
         >>> x = sfjax.schedule_free_eval_params(state, params)
     """
-    hp = _arguments.read(
-        hyperparameters.SGD,
-        lr=learning_rate,
-        beta=b1,
-        r=r,
-        weight_lr_power=weight_lr_power,
-        prior_steps=prior_steps,
-        weight_decay=0.0 if weight_decay is None else weight_decay,
-        warmup_steps=0 if warmup_steps is None else warmup_steps,
-    )
-    direction = Direction(
-        init=lambda params: optax.EmptyState(),
-        next=lambda grads, state, t: (grads, state),  # S6
-        lr_factor=lambda t: _scalars.ramp(t, hp.warmup_steps),
-    )
-    return directed(direction, hp, mask, state_dtype, precision, seed)
+    return directed(SGD, locals())

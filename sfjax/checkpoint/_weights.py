@@ -18,6 +18,7 @@ import numpy as np
 from sfcore import checks, exchange, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
+from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax import _halves
 from sfjax.checkpoint import _folder, _read, _record
@@ -220,7 +221,7 @@ def opening(
     if built > 0:
         words = "the weights count as the prior_steps that the transformation was built with"
         return clock | {"weight_sum": built}, words
-    kind = _record.KINDS.get(configured.optimizer, kinds.ScheduleFree)
+    kind = LAWS[configured.optimizer].options if configured.optimizer in LAWS else kinds.ScheduleFree
     policy = restart.weights_only_policy(chosen, kind, trained_steps=trained_steps)
     checks.check(kind, {"prior_steps": policy["prior_steps"]})
     count = int(policy["prior_steps"])

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import sftorch
 from sftorch import _directed
 from sftorch._native import call
-from sftorch._steps import steps_of
 from sftorch.checkpoint import Checkpoints
+from sftorch.checkpoint._steps import steps_of
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE
 
 WORLD = 2
