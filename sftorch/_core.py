@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfcore import checks, hyperparameters
 from sftorch import _checks, _describe, _held, _lean, _reconcile, _scalars, _state_dict
+from sftorch._compiler import uncompiled, without_compiler
 from sftorch._scalars import Clock
 
 
@@ -86,6 +87,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
     def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Returns the names of the state tensors beside z that a parameter of this group needs."""
 
+    @uncompiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, in the mode the optimizer is in; everything is checked before.
 
@@ -97,8 +99,13 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         """
         group = _checks.as_group(param_group, self.defaults, self._params())
         group |= self._opening_books(self.defaults | group)
-        super().add_param_group(group)
+        without_compiler(torch.optim.Optimizer.add_param_group)(self, group)
         self._note_lr(self.param_groups[-1])
+
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets all gradients to None, or to zeros in place, as torch's optimizers do."""
+        without_compiler(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def _note_lr(self, group: dict[str, Any]) -> None:
         """Notes what lr a new group was built with; a resume compares it, whatever the run made of lr."""
@@ -160,14 +167,16 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
             found.append(of_step | {"step": books["k"], "effective_lr": effective} | restart)
         return found
 
+    @uncompiled
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in torch's shape, with what tells apart the weights that x and y are.
 
         Each started parameter has "x_print" and "y_print", 64-bit prints of the bits of its x and y;
         each group has "shapes" and "weights_hold", "x" or "y", what the parameters hold now.
         """
-        return _state_dict.pack(self, super().state_dict())
+        return _state_dict.pack(self, without_compiler(torch.optim.Optimizer.state_dict)(self))
 
+    @uncompiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of its namesake in schedulefree 1.4.1, as a copy.
 
@@ -187,7 +196,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
         _reconcile.accept(self, live_mode, holds)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        without_compiler(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(saved_ids, self._params(), strict=True):
             saved = state_dict["state"].get(index, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sfcore import hyperparameters
-from sfcore.plan import check, text
 
 if TYPE_CHECKING:
     from sftorch._core import ScheduleFreeOptimizer
@@ -26,6 +25,8 @@ def describe(optimizer: ScheduleFreeOptimizer, **facts: Any) -> str:
         >>> optimizer.describe(total_steps=1000).splitlines()[5]
         'warm-up       50 optimizer steps, by optimizer'
     """
+    from sfcore.plan import check, text  # a third of what importing sftorch would take
+
     wrapper = optimizer.hyperparameters is hyperparameters.Wrapper
     name = "ScheduleFreeWrapper" if wrapper else f"{optimizer.hyperparameters.__name__}ScheduleFree"
     parts = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _fused, _halves, _iterates, _lean, _parts
+from sftorch._compiler import uncompiled, uncompiled_itself
 from sftorch._core import Batch, ScheduleFreeOptimizer
 from sftorch._iterates import as_real
 from sftorch._modes import TrainEvalOptimizer
@@ -162,7 +163,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
     def _books(self, group: dict[str, Any]) -> dict[str, Any]:
         return group
 
-    @torch.compiler.disable
+    @uncompiled
     def _plan(self, x: dict[Tensor, Tensor] | None = None) -> tuple[list[float], list[Batch], list[Move]]:
         """Returns the groups' lr, their batches and what to do with them; x for parameters that end as x."""
         lrs, batches, moves = [], [], []
@@ -205,13 +206,13 @@ class YAtRest(TrainEvalOptimizer, DirectedOptimizer):
 
     _may_be_lean = True
 
-    @torch.compiler.disable(recursive=False)
+    @uncompiled_itself
     def _step_groups(self) -> None:
         lrs, batches, moves = self._plan()
         run(moves)
         self._close_step(lrs, batches)
 
-    @torch.compiler.disable
+    @uncompiled
     def _close_step(self, lrs: list[float], batches: list[Batch]) -> None:
         for batch in batches:
             self._finish_batch(batch)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _checks, _flips, _held, _iterates, _parts, _reconcile
+from sftorch._compiler import uncompiled, uncompiled_itself
 from sftorch._core import Batch, ScheduleFreeOptimizer
 
 
@@ -29,10 +30,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _step_groups(self) -> None:
         """Moves every parameter that has a gradient by one step; everything has been checked."""
 
-    # torch.compile passes over this function, and over whatever else is marked so. What is left for it
-    # is the arithmetic on tensors: compiled with the numbers of a step, it would do for that step only.
     @torch.no_grad()
-    @torch.compiler.disable(recursive=False)
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step; `p.grad` is read and never written.
 
@@ -48,6 +46,12 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             RuntimeError: in eval mode, and for gradients that are not dense; nothing has moved then.
             HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
         """
+        return self._take_step(closure)
+
+    # torch.compile passes over this function, and over whatever else is marked so. What is left for it
+    # is the arithmetic on tensors: compiled with the numbers of a step, it would do for that step only.
+    @uncompiled_itself
+    def _take_step(self, closure: Callable[[], float] | None) -> float | None:
         self._require_train_mode()
         _reconcile.before_step(self)
         loss = None
@@ -200,7 +204,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         if self._ahead is not None:
             self._ahead.clear()
 
-    @torch.compiler.disable
+    @uncompiled
     def _require_train_mode(self) -> None:
         if not all(self._books(group)["train_mode"] for group in self.param_groups):
             raise RuntimeError(
@@ -208,7 +212,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 "call optimizer.train() before training and optimizer.eval() before evaluating or saving"
             )
 
-    @torch.compiler.disable
+    @uncompiled
     def _open_step(self) -> None:
         """Checks everything, and then makes the state ready for the step."""
         self._require_train_mode()  # the closure may have evaluated

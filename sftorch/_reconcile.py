@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _halves, _held, _prints
+from sftorch._compiler import uncompiled
 from sftorch._parts import part
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def accept(optimizer: ScheduleFreeOptimizer, live_mode: bool, holds: list[str]) 
 
 
 # An evaluation may settle; what it makes in inference mode, the next step could not write to.
-@torch.compiler.disable
+@uncompiled
 @torch.inference_mode(False)
 @torch.no_grad()
 def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_raise: bool = True) -> None:
@@ -215,7 +216,7 @@ def _neither(optimizer: ScheduleFreeOptimizer, strange: list[Tensor], total: int
     )
 
 
-@torch.compiler.disable
+@uncompiled
 @torch.no_grad()
 def before_step(optimizer: ScheduleFreeOptimizer) -> None:
     """Checks that the first step after a load has its gradient at y, and ends the watch.

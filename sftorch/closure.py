@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sftorch import _checks, _held, _parts, _reconcile
+from sftorch._compiler import uncompiled, uncompiled_itself
 from sftorch._core import Batch
 from sftorch._directed import DirectedOptimizer, run
 from sftorch.adamw import AdamWDirection
@@ -22,7 +23,6 @@ class XAtRest(DirectedOptimizer):
     _rest = _held.X_REST  # in a step, y's
 
     @torch.no_grad()
-    @torch.compiler.disable(recursive=False)
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
         """Takes one step; `p.grad` is read and never written.
 
@@ -42,6 +42,10 @@ class XAtRest(DirectedOptimizer):
                 f"closure must be a function, got {closure!r}: pass one that evaluates the model and calls "
                 "backward, or use the class without 'Closure' in its name"
             )
+        return self._take_step(closure)
+
+    @uncompiled_itself
+    def _take_step(self, closure: Callable[[], float]) -> float:
         _reconcile.settle(self)
         self._loaded = None
         x = self._extrapolate()
@@ -57,7 +61,7 @@ class XAtRest(DirectedOptimizer):
         self._close_step(lrs, batches)
         return loss
 
-    @torch.compiler.disable
+    @uncompiled
     def _extrapolate(self) -> dict[Tensor, Tensor]:
         """Puts y into the parameters and returns parameter -> x."""
         self._check_settings()
@@ -70,7 +74,7 @@ class XAtRest(DirectedOptimizer):
                 _held.put_(p, self.state[p], y, self._rest)
         return x
 
-    @torch.compiler.disable
+    @uncompiled
     def _open_step(self, x: dict[Tensor, Tensor]) -> None:
         self._check_settings()
         _checks.check_gradients(x)
@@ -78,7 +82,7 @@ class XAtRest(DirectedOptimizer):
         for group in self.param_groups:
             self._start(group)
 
-    @torch.compiler.disable
+    @uncompiled
     def _close_step(self, lrs: list[float], batches: list[Batch]) -> None:
         for batch in batches:
             clock = batch.clock._asdict()
@@ -88,7 +92,7 @@ class XAtRest(DirectedOptimizer):
         for group, lr in zip(self.param_groups, lrs, strict=True):
             self._finish(group, lr)
 
-    @torch.compiler.disable
+    @uncompiled
     def _restore(self, x: dict[Tensor, Tensor]) -> None:
         for p, value in x.items():
             if _held.has_started(self.state.get(p, {})):

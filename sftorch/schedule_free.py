@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfcore import hyperparameters
 from sftorch import _checks, _held, _iterates, _stand_ins
+from sftorch._compiler import uncompiled
 from sftorch._core import Batch, ScheduleFreeOptimizer
 from sftorch._modes import TrainEvalOptimizer
 
@@ -170,7 +171,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
     def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ()
 
-    @torch.compiler.disable
+    @uncompiled
     def _step_groups(self) -> None:
         moving = [p for p in self._params() if p.grad is not None]
         y = {p: p.detach().clone() for p in moving}
