@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sfcore import averaging
-
-ScalarOrSchedule = Any
+from sfjax._types import ScalarOrSchedule
 
 
 class Clock(NamedTuple):
@@ -84,8 +83,8 @@ def next_scalars(
     """Returns the clock after a step of size lr_t, and the averaging weight c of that step."""
     t = clock.step + 1  # S1
     lr_max = averaging.largest_lr(clock.lr_max, lr_t, jnp)
-    options = (as_scalar(value) for value in (r, weight_lr_power, prior_steps))
-    weight = averaging.step_weight(as_scalar(t), lr_max, *options, jnp)
+    r, weight_lr_power, prior_steps = (as_scalar(value) for value in (r, weight_lr_power, prior_steps))
+    weight = averaging.step_weight(as_scalar(t), lr_max, r, weight_lr_power, prior_steps, jnp)
     added = weight + clock.weight_sum_low
     weight_sum = clock.weight_sum + added
     grown = weight_sum - clock.weight_sum
