@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from sfcore import averaging
 from sfcore.laws import Law
-
-ScalarOrSchedule = Any
+from sfjax._types import ScalarOrSchedule
 
 
 class Clock(NamedTuple):

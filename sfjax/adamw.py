@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from sfjax import _scalars
 from sfjax._directed import Direction, as_like, directed, on_reals
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
 
 
 class MomentsState(NamedTuple):
@@ -63,20 +65,20 @@ ADAMW = Direction("adamw", adamw_direction, MomentsState)
 
 
 def schedule_free_adamw(
-    learning_rate: _scalars.ScalarOrSchedule = 0.0025,
-    warmup_steps: Any = 0,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 0.0025,
+    warmup_steps: Whole | None = 0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | None = 0.0,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
-    inner_momentum: Any = 0.0,
-    precision: Any = "exact",
-    seed: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
+    inner_momentum: Scalar = 0.0,
+    precision: Literal["exact", "lean"] = "exact",
+    seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free AdamW (arXiv 2405.15682). The parameters hold y; `schedule_free_eval_params` gives x.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from sfjax import _scalars
 from sfjax._directed import Direction, directed
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
 from sfjax.adamw import MomentsState, adamw_direction
 
 
@@ -24,19 +26,19 @@ RADAM = Direction("radam", radam_direction, MomentsState)
 
 
 def schedule_free_radam(
-    learning_rate: _scalars.ScalarOrSchedule = 0.0025,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 0.0025,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | None = 0.0,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
     silent_sgd_phase: bool = True,
-    precision: Any = "exact",
-    seed: Any = 0,
+    precision: Literal["exact", "lean"] = "exact",
+    seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free RAdam: needs no warm-up. The parameters hold y; `schedule_free_eval_params` gives x.

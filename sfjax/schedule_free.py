@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from sfcore import averaging, hyperparameters
 from sfcore.laws import LAWS, Law
 from sfjax import _arguments, _halves, _iterates, _layout, _lean, _scalars, _trees
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
 
 
 class ScheduleFreeState(NamedTuple):
@@ -186,13 +188,13 @@ def _check(updates: Any, state: Any, params: Any) -> None:
 
 def schedule_free(
     base_optimizer: optax.GradientTransformation,
-    learning_rate: _scalars.ScalarOrSchedule,
-    b1: Any = 0.9,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes any Optax optimizer Schedule-Free: delta (S6) is whatever the base does, with gradients at y.
 

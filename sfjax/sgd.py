@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import optax
+from jax.typing import DTypeLike
 
-from sfjax import _scalars
 from sfjax._directed import Direction, directed
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
 
 SGD = Direction("sgd", lambda grads, state, t, hp: (grads, state))  # S6
 
 
 def schedule_free_sgd(
-    learning_rate: _scalars.ScalarOrSchedule = 1.0,
-    warmup_steps: Any = 0,
-    b1: Any = 0.9,
-    weight_decay: Any = 0.0,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 1.0,
+    warmup_steps: Whole | None = 0,
+    b1: Scalar = 0.9,
+    weight_decay: Scalar | None = 0.0,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
-    precision: Any = "exact",
-    seed: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
+    precision: Literal["exact", "lean"] = "exact",
+    seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free SGD (arXiv 2405.15682). The parameters hold y; `schedule_free_eval_params` gives x.

@@ -21,6 +21,7 @@ from sfcore.names import NameMap
 from sfcore.names.translate import translate
 from sfjax import _halves
 from sfjax._find import _pure
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._leaves import ONE_VECTOR, beside, named, parameters, whole
 from sfjax.checkpoint._save import evaluated, recorded_roles
@@ -33,12 +34,12 @@ def export_exchange(
     opt_state: Any,
     *,
     step: int,
-    hyperparameters: Any = None,
+    hyperparameters: Configurations | None = None,
     names: NameMap | None = None,
     buffers: Any = None,
     epoch: int = 0,
     position: int = 0,
-    accumulation: Any = None,
+    accumulation: MicroBatches | None = None,
     metrics: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:

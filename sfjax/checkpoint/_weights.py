@@ -21,6 +21,7 @@ from sfcore.exchange import CheckpointError
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax import _halves
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _folder, _read, _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
@@ -35,8 +36,8 @@ def start_from_weights(
     params: Any,
     opt_state: Any,
     *,
-    hyperparameters: Any = None,
-    accumulation: Any = None,
+    hyperparameters: Configurations | None = None,
+    accumulation: MicroBatches | None = None,
     trained_steps: int | None = None,
 ) -> Restored:
     """Returns the start of a run whose weights are the average of an earlier one, and nothing else is known.
