@@ -25,8 +25,8 @@ SHOWN = {
 }
 MODULES = {
     "": ["sfcore.plan", "sfcore.preemption", "sfcore.inspection", "sfcore.convert", "sfcore.watch"],
-    "jax": ["sfjax", "sfjax.checkpoint", "sfjax.recalibrate"],
-    "flax": ["sfjax.nnx", "sfjax.linen"],
+    "jax": ["sfjax", "sfjax.checkpoint"],
+    "flax": ["sfjax.nnx", "sfjax.linen", "sfjax.recalibrate"],
     "torch": ["sftorch", "sftorch.checkpoint", "sftorch.recalibrate", "sftorch.trainers"],
 }
 DRIVERS = {"jax": "sfjax", "torch": "sftorch foreach"}
