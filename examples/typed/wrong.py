@@ -47,7 +47,6 @@ def torch_arguments(model: torch.nn.Module) -> None:
 def torch_use(model: torch.nn.Module, optimizer: sftorch.AdamWScheduleFree) -> None:
     optimizer.eval_state_dict(optimizer)  # error
     optimizer.evaluate()  # error
-    optimizer.step(0.5)  # error
     weights: list[torch.Tensor] = optimizer.eval_state_dict(model)  # error
     print(optimizer.eval().training, weights)  # error
     print(optimizer.metrics()["lr"])  # error
