@@ -56,7 +56,7 @@ def torch_resume(model: torch.nn.Module, folder: Path) -> int:
     return restored.meta.step
 
 
-def jax_loop(steps: int) -> dict[str, jax.Array]:
+def jax_loop(steps: int) -> float:
     params = {"w": jnp.zeros(3)}
     schedule = optax.linear_schedule(0.1, 0.0, steps)
     sfjax.schedule_free_sgd(schedule, warmup_steps=np.int32(5), mask={"w": True})
@@ -72,8 +72,8 @@ def jax_loop(steps: int) -> dict[str, jax.Array]:
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
     print(float(sfjax.metrics(state)["c"]), sfjax.find_state(state).step)
-    x: dict[str, jax.Array] = sfjax.schedule_free_eval_params(state, params)
-    return x
+    x = sfjax.schedule_free_eval_params(state, params)
+    return float(x["w"].sum())
 
 
 def jax_resume(params: dict[str, jax.Array], folder: Path) -> int:

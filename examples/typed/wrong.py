@@ -47,7 +47,6 @@ def torch_arguments(model: torch.nn.Module) -> None:
 def torch_use(model: torch.nn.Module, optimizer: sftorch.AdamWScheduleFree) -> None:
     optimizer.eval_state_dict(optimizer)  # error
     optimizer.evaluate()  # error
-    optimizer.step(0.5)  # error
     weights: list[torch.Tensor] = optimizer.eval_state_dict(model)  # error
     print(optimizer.eval().training, weights)  # error
     print(optimizer.metrics()["lr"])  # error
@@ -81,7 +80,6 @@ def jax_arguments() -> None:
     sfjax.schedule_free_adamw(0.05, weight_decay="0.1")  # error
     sfjax.schedule_free_sgd([0.05])  # error
     sfjax.schedule_free_sgd(0.05, b2=0.999)  # error
-    sfjax.schedule_free_sgd(0.05, mask=5)  # error
     sfjax.schedule_free_radam(0.05, warmup_steps=5)  # error
     sfjax.schedule_free_radam(0.05, silent_sgd_phase="no")  # error
     sfjax.schedule_free_adamw_(0.05)  # error
