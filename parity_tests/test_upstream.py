@@ -20,11 +20,14 @@ from parity_tests.drivers import Driver, Run, torch_runs
 from parity_tests.problems import Record
 from parity_tests.tolerances import TOLERANCES
 from parity_tests.trajectory import Trajectory
+from sfcore import laws
 
 _SMOOTH = golden.load_record("smooth")
 # Two leaves, so that a group has several; the goldens have all shapes.
 RECORD = Record(*({k: a[k] for k in ("kernel", "bias")} for a in (_SMOOTH.params, _SMOOTH.grads)))
-CLASSES = [f"{stem}ScheduleFree{form}" for stem in ("SGD", "AdamW", "RAdam") for form in ("", "Closure")]
+CLASSES = [
+    law.elsewhere["schedulefree"] + form for law in laws.directed().values() for form in ("", "Closure")
+]
 PATHS = {"foreach": {"foreach": True}, "single": {"foreach": False}, "fused": {"fused": True}}
 NOTED = (0, 1, 2, 5, 6, 7, 10, 20, 30)
 
@@ -91,7 +94,7 @@ def _driver(make: str, suffix: str, **path: bool) -> Driver:
 
         return run(made, case, params, dtype)
 
-    return Driver(make, start)
+    return Driver(make, start, LRS)
 
 
 def _parameters(module: Any, name: str) -> dict[str, inspect.Parameter]:

@@ -16,12 +16,12 @@ from parity_tests.drivers import names
 from parity_tests.problems import LONGEST
 from parity_tests.reference import Arrays, Reference
 from parity_tests.trajectory import Iterates
+from sfcore import laws
 
 Tree = Any
 Observe = Callable[[Tree, Tree], tuple[Tree, Tree, Tree]]
 Options = dict[str, Any]
 Make = Callable[[str, Options], optax.GradientTransformationExtraArgs]
-FACTORIES = {"sgd": "schedule_free_sgd", "adamw": "schedule_free_adamw", "radam": "schedule_free_radam"}
 
 
 def precision(dtype: str) -> Any:
@@ -101,8 +101,8 @@ class JaxRun:
         }
         scalars = {k: np.asarray(value, getattr(self.state, k).dtype) for k, value in clock.items()}
         base = self.state.base_optimizer_state
-        moments = {"nu": truth.v, "mu": truth.m}
-        given = {k: self._tree(a) for k, a in moments.items() if getattr(base, k, None) is not None}
+        buffers = {one.jax: truth.buffers[role] for role, one in laws.roles().items()}
+        given = {k: self._tree(a) for k, a in buffers.items() if getattr(base, k, None) is not None}
         self.params = self._tree(truth.y)
         self.state = self.state._replace(
             # At beta = 0 the parameters are z and the state holds x.
@@ -170,7 +170,7 @@ def ours(optimizer: str, options: Options) -> Any:
     """Returns sfjax's transformation."""
     import sfjax
 
-    return getattr(sfjax, FACTORIES[optimizer])(**names.for_jax(options))
+    return getattr(sfjax, laws.LAWS[optimizer].jax)(**names.for_jax(options))
 
 
 def wrapped(optimizer: str, options: Options) -> Any:
@@ -199,4 +199,4 @@ def optax_contrib(optimizer: str, options: Options) -> Any:
     """Returns optax.contrib's transformation."""
     from optax import contrib
 
-    return getattr(contrib, FACTORIES[optimizer])(**names.for_optax(options))
+    return getattr(contrib, laws.LAWS[optimizer].elsewhere["optax.contrib"])(**names.for_optax(options))
