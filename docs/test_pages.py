@@ -69,6 +69,14 @@ def test_every_path_of_the_map_exists():
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def test_every_link_into_the_repository_finds_its_file():
+    pages = [ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]  # those of README.md: examples/test_readme.py
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^):]+)\)", page.read_text())]
+    missing = [link for page, link in links if not (page.parent / (link.partition("#")[0] or page)).exists()]
+    assert len(links) > 50
+    assert missing == []
+
+
 def test_the_plan_of_the_page_finds_the_two_errors_and_repairs_them(capsys):
     code = re.search(r"^```python\n(.*?)^```", (DOCS / "plan.md").read_text(), re.MULTILINE | re.DOTALL)[1]
     names: dict = {}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import sfcore
 from sfcore.plan._text import tomllib
@@ -46,8 +49,7 @@ def test_each_package_carries_its_type_marker(package):
 
 
 def test_an_older_python_is_told_what_is_needed_in_words_that_it_can_read():
-    # The grammar of 3.4 is the oldest that ast can ask for.
-    ast.parse((ROOT / "sfcore/__init__.py").read_text(), feature_version=(3, 4))
+    ast.parse((ROOT / "sfcore/__init__.py").read_text(), feature_version=(3, 6))
     code = "import sys; sys.version_info = (3, 9, 18); sys.version = '3.9.18 (main)'; import sfcore.plan"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     needed = "ImportError: schedulefree-twin needs Python 3.10 or newer, got 3.9.18"
@@ -99,6 +101,42 @@ def test_everything_that_the_project_asks_for_is_pinned():
     assert [line for line in pins.values() if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
     wanted = {name_of(item) for items in [PROJECT["dependencies"], *EXTRAS.values()] for item in items}
     assert wanted - pins.keys() == {PROJECT["name"]}
+
+
+def test_floors_are_those_that_the_packages_ask_for_when_they_are_imported():
+    for package, extra in (("sftorch", "torch"), ("sfjax", "jax")):
+        source = (ROOT / package / "__init__.py").read_text()
+        asked = [f"{name}>={floor}" for name, floor in re.findall(r"(\w+) >= ([\d.]*\d)", source)]
+        assert asked
+        # A later bug fix in what an extra brings may raise its floor, not what an import refuses.
+        assert all(any(item.startswith(one) for item in EXTRAS[extra]) for one in asked)
+
+
+def test_the_citation_and_the_pages_of_the_project_are_those_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == sfcore.__version__
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    assert citation["license"] == PROJECT["license"]
+    for name in PROJECT["urls"].values():
+        _, blob, path = name.partition("/blob/main/")
+        assert not blob or (ROOT / path).is_file()
+
+
+def test_the_workflows_run_ci_and_publish_what_it_has_passed():
+    jobs = {
+        name: yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())["jobs"]
+        for name in ("ci", "release")
+    }
+    assert {"run": ".ci/run"} in jobs["ci"]["run"]["steps"]
+    assert jobs["release"]["publish"]["needs"] == ["ci", "build"]
+    assert jobs["release"]["publish"]["permissions"] == {"id-token": "write"}
+
+
+def test_the_page_of_versions_is_what_the_results_make():
+    results = [json.loads(line) for line in (ROOT / ".ci/matrix.jsonl").read_text().splitlines()]
+    matrix = runpy.run_path(str(ROOT / ".ci/matrix"))
+    assert (ROOT / "docs/compatibility.md").read_text() == matrix["page"](results)
+    assert [row["cell"] for row in results] == [cell["cell"] for cell in matrix["cells"]()]
 
 
 def test_the_version_comes_from_sfcore():

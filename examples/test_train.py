@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +44,17 @@ def assert_same_curves(one: list[dict], other: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """Returns what runs with short arguments, each set once."""
+
+    @functools.cache
+    def run_once(*arguments: str) -> dict:
+        return run(tmp_path_factory.mktemp("short"), *SHORT, *arguments)
+
+    return run_once
+
+
+@pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("default")
     return run(out), out
@@ -69,8 +82,8 @@ def test_result_and_picture_are_written(default_run):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", ["1", "4"])
-def test_the_twins_take_the_same_path(tmp_path, optimizer, accumulate):
-    result = run(tmp_path, *SHORT, "--optimizer", optimizer, "--accumulate", accumulate)
+def test_the_twins_take_the_same_path(short_run, optimizer, accumulate):
+    result = short_run("--optimizer", optimizer, "--accumulate", accumulate)
     assert [gap["step"] for gap in result["twin_gap"]] == [20, 40, 60]
     assert max(max(gap["x"], gap["y"]) for gap in result["twin_gap"]) <= GAP
     for framework in ("jax", "torch"):
@@ -79,10 +92,8 @@ def test_the_twins_take_the_same_path(tmp_path, optimizer, accumulate):
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_accumulation_does_not_change_the_path(tmp_path, framework):
-    whole, cut = (
-        run(tmp_path, *SHORT, "--framework", framework, "--accumulate", parts) for parts in ("1", "4")
-    )
+def test_accumulation_does_not_change_the_path(short_run, framework):
+    whole, cut = (short_run("--optimizer", "adamw", "--accumulate", parts) for parts in ("1", "4"))
     assert_same_curves(points(whole, framework), points(cut, framework))
 
 
@@ -138,6 +149,15 @@ def test_the_script_runs_from_anywhere_and_shows_its_table(tmp_path):
     assert (tmp_path / "out" / "digits" / "result.json").exists()
 
 
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory):
+    """Returns the folder of a run that killed itself at step 45 in JAX, the first."""
+    out = tmp_path_factory.mktemp("killed")
+    stopped = ("--save-every", "10", "--resume", "auto", "--kill-at", "45")
+    assert killed(out, *stopped) == -signal.SIGKILL
+    return out
+
+
 def killed(out: Path, *arguments: str) -> int:
     """Returns the exit code of a run that kills itself."""
     script = Path(__file__).parent / "train.py"
@@ -147,11 +167,12 @@ def killed(out: Path, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("how", ["auto", "latest-good"])
-def test_a_killed_run_is_started_again_and_ends_in_the_same_bits(tmp_path, capsys, how):
-    whole = run(tmp_path / "whole", *SHORT)
-    stopped = ("--save-every", "10", "--resume", how)
-    assert killed(tmp_path / "stopped", *stopped, "--kill-at", "45") == -signal.SIGKILL  # in JAX, the first
-    resumed = run(tmp_path / "stopped", *SHORT, *stopped)
+def test_a_killed_run_is_started_again_and_ends_in_the_same_bits(
+    tmp_path, capsys, short_run, killed_run, how
+):
+    whole = short_run("--optimizer", "adamw", "--accumulate", "1")
+    shutil.copytree(killed_run, tmp_path / "stopped")
+    resumed = run(tmp_path / "stopped", *SHORT, "--save-every", "10", "--resume", how)
     assert resumed["frameworks"]["jax"]["resumed_from_step"] in (30, 40)  # the save of 40 was in flight
     assert resumed["frameworks"]["torch"]["resumed_from_step"] == 0
     for framework in ("jax", "torch"):

@@ -34,7 +34,7 @@ class Case:
     Attributes:
         id, why: name and the reason it is here.
         family: the column of the conformance matrix.
-        optimizer: "sgd", "adamw" or "radam".
+        optimizer: a law.
         changed: options that differ from DEFAULTS.
         schedule: a name in SCHEDULES.
         problem: a name in problems.PROBLEMS.
@@ -69,7 +69,7 @@ def _case(optimizer: str, family: str, name: str, why: str, **given: Any) -> Cas
 
 
 def _shared(o: str) -> list[Case]:
-    """Returns the cases that make sense for every optimizer."""
+    """Returns the cases that make sense for every law."""
     lr = LRS[o]
     return [
         _case(o, "defaults", "defaults", "what a user gets who sets nothing"),
@@ -107,7 +107,7 @@ def _shared(o: str) -> list[Case]:
 
 
 def _warmup(o: str) -> list[Case]:
-    """Returns the warm-up cases of SGD and AdamW."""
+    """Returns the cases of a law that has a warm-up."""
 
     def case(name: str, why: str, **given: Any) -> Case:
         return _case(o, "warm-up", f"warmup-{name}", why, **given)
@@ -183,12 +183,13 @@ def _everything() -> list[Case]:
     ]
 
 
+def of_law(optimizer: str) -> list[Case]:
+    """Returns the cases that every law has, and those of a warm-up where it has one."""
+    return _shared(optimizer) + (_warmup(optimizer) if "warmup_steps" in DEFAULTS[optimizer] else [])
+
+
 _ALL = (
-    *_shared("sgd"),
-    *_warmup("sgd"),
-    *_shared("adamw"),
-    *_warmup("adamw"),
-    *_shared("radam"),
+    *(case for optimizer in DEFAULTS for case in of_law(optimizer)),
     *_moments(),
     *_sgd_phase(),
     *_everything(),

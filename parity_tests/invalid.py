@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from sfcore import laws
+
 
 @dataclass(frozen=True)
 class BadOption:
@@ -17,7 +19,6 @@ class BadOption:
         options: canonical options to pass, `name` among them.
         rule: what must follow "NAME must be".
         fix: what the message must advise.
-        optimizers: those that have the option.
     """
 
     id: str
@@ -25,18 +26,16 @@ class BadOption:
     options: dict[str, Any]
     rule: str
     fix: str
-    optimizers: tuple[str, ...]
+
+    @property
+    def optimizers(self) -> list[str]:
+        """The laws that have the options."""
+        return [name for name, law in laws.directed().items() if self.options.keys() <= law.defaults.keys()]
 
 
-ALL = ("sgd", "adamw", "radam")
-RAMPED = ("sgd", "adamw")
-ADAPTIVE = ("adamw", "radam")
-
-
-def _bad(
-    name: str, value: Any, rule: str, fix: str, optimizers: tuple[str, ...] = ALL, **more: Any
-) -> BadOption:
-    return BadOption(f"{name}={value!r}", name, {name: value} | more, rule, fix, optimizers)
+def bad(name: str, value: Any, rule: str, fix: str, **more: Any) -> BadOption:
+    """Returns the refusal of a value, together with those of further options."""
+    return BadOption(f"{name}={value!r}", name, {name: value} | more, rule, fix)
 
 
 _SIZE, _UNIT = "a finite number >= 0", "a number in [0, 1]"
@@ -47,34 +46,34 @@ _DECAY, _STEPS, _POSITIVE = (
 )
 
 BAD_OPTIONS = [
-    _bad("lr", -1.0, _SIZE, "negate the loss"),
-    _bad("lr", math.nan, _SIZE, "negate the loss"),
-    _bad("lr", math.inf, _SIZE, "negate the loss"),
-    _bad("lr", 0.0, "> 0 when prior_steps > 0", "ramp it with warmup_steps", prior_steps=10),
-    _bad("beta", -0.1, _UNIT, "0.9 suits most runs"),
-    _bad("beta", 1.1, _UNIT, "0.9 suits most runs"),
-    _bad("beta", math.nan, _UNIT, "0.9 suits most runs"),
-    _bad("b2", -1.0, _DECAY, "0.999 is the usual value", ADAPTIVE),
-    _bad("b2", 1.0, _DECAY, "0.999 is the usual value", ADAPTIVE),
-    _bad("b2", math.nan, _DECAY, "0.999 is the usual value", ADAPTIVE),
-    _bad("b2", 0.5, "> 0.6 when silent_sgd_phase is True", "nothing would move", ("radam",)),
-    _bad("eps", 0.0, _POSITIVE, "1e-8 is the usual value", ADAPTIVE),
-    _bad("eps", -1e-8, _POSITIVE, "1e-8 is the usual value", ADAPTIVE),
-    _bad("eps", math.nan, _POSITIVE, "1e-8 is the usual value", ADAPTIVE),
-    _bad("weight_decay", -0.1, _SIZE, "pass 0"),
-    _bad("weight_decay", math.inf, _SIZE, "pass 0"),
-    _bad("warmup_steps", -1, _STEPS, "not a fraction", RAMPED),
-    _bad("warmup_steps", 0.03, _STEPS, "round(fraction * total_optimizer_steps)", RAMPED),
-    _bad("warmup_steps", math.nan, _STEPS, "not a fraction", RAMPED),
-    _bad("r", -1.0, _SIZE, "pass 0"),
-    _bad("r", math.nan, _SIZE, "pass 0"),
-    _bad("weight_lr_power", -2.0, _SIZE, "pass 0"),
-    _bad("prior_steps", -1, _STEPS, "not a fraction"),
-    _bad("prior_steps", 2.5, _STEPS, "not a fraction"),
-    _bad("inner_momentum", 1.0, _DECAY, "0 switches it off", ("adamw",)),
-    _bad("inner_momentum", -0.5, _DECAY, "0 switches it off", ("adamw",)),
-    _bad("silent_sgd_phase", "yes", "True or False", "pass a bool", ("radam",)),
-    _bad("weight_decay", "0.1", _SIZE, "pass 0"),
-    _bad("r", True, _SIZE, "pass 0"),
+    bad("lr", -1.0, _SIZE, "negate the loss"),
+    bad("lr", math.nan, _SIZE, "negate the loss"),
+    bad("lr", math.inf, _SIZE, "negate the loss"),
+    bad("lr", 0.0, "> 0 when prior_steps > 0", "ramp it with warmup_steps", prior_steps=10),
+    bad("beta", -0.1, _UNIT, "0.9 suits most runs"),
+    bad("beta", 1.1, _UNIT, "0.9 suits most runs"),
+    bad("beta", math.nan, _UNIT, "0.9 suits most runs"),
+    bad("b2", -1.0, _DECAY, "0.999 is the usual value"),
+    bad("b2", 1.0, _DECAY, "0.999 is the usual value"),
+    bad("b2", math.nan, _DECAY, "0.999 is the usual value"),
+    bad("b2", 0.5, "> 0.6 when silent_sgd_phase is True", "nothing would move", silent_sgd_phase=True),
+    bad("eps", 0.0, _POSITIVE, "1e-8 is the usual value"),
+    bad("eps", -1e-8, _POSITIVE, "1e-8 is the usual value"),
+    bad("eps", math.nan, _POSITIVE, "1e-8 is the usual value"),
+    bad("weight_decay", -0.1, _SIZE, "pass 0"),
+    bad("weight_decay", math.inf, _SIZE, "pass 0"),
+    bad("warmup_steps", -1, _STEPS, "not a fraction"),
+    bad("warmup_steps", 0.03, _STEPS, "round(fraction * total_optimizer_steps)"),
+    bad("warmup_steps", math.nan, _STEPS, "not a fraction"),
+    bad("r", -1.0, _SIZE, "pass 0"),
+    bad("r", math.nan, _SIZE, "pass 0"),
+    bad("weight_lr_power", -2.0, _SIZE, "pass 0"),
+    bad("prior_steps", -1, _STEPS, "not a fraction"),
+    bad("prior_steps", 2.5, _STEPS, "not a fraction"),
+    bad("inner_momentum", 1.0, _DECAY, "0 switches it off"),
+    bad("inner_momentum", -0.5, _DECAY, "0 switches it off"),
+    bad("silent_sgd_phase", "yes", "True or False", "pass a bool"),
+    bad("weight_decay", "0.1", _SIZE, "pass 0"),
+    bad("r", True, _SIZE, "pass 0"),
 ]
 MISSPELT = {"weigth_decay": 0.1, "warmup": 5, "learning_rte": 0.1}

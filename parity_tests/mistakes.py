@@ -28,13 +28,13 @@ class Mistake:
     wrong: str
 
 
-_DENOMINATOR = '(np.sqrt(self.v[k] / one_minus_power(b2, t)) + self.options["eps"])'
+_DENOMINATOR = '(np.sqrt(v[k] / one_minus_power(b2, t)) + run.options["eps"])'
 _RAMP = 'min(1.0, t / o["warmup_steps"])'
 _S9 = 'o["beta"] * x + (1 - o["beta"]) * z'
 _SUM = "math.fsum(i**r * lr**power for i in range(1, options["
 
 MISTAKES = (
-    Mistake("warm-up from 0", _RAMP, 'min(1.0, self.step / o["warmup_steps"])'),
+    Mistake("warm-up from 0", _RAMP, 'min(1.0, run.step / o["warmup_steps"])'),
     Mistake("plain 1/t", "c = weight / total if total > 0 else 0.0", "c = 1 / t"),
     Mistake("lr^1 in the weight", 'self.lr_max ** o["weight_lr_power"]', "self.lr_max"),
     Mistake("decay at z", 'o["weight_decay"] * self.y[k]', 'o["weight_decay"] * self.z[k]'),
@@ -42,11 +42,11 @@ MISTAKES = (
     Mistake(
         "eps inside the root",
         _DENOMINATOR,
-        'np.sqrt(self.v[k] / one_minus_power(b2, t) + self.options["eps"])',
+        'np.sqrt(v[k] / one_minus_power(b2, t) + run.options["eps"])',
     ),
     Mistake("old z in the average", "(1 - c) * self.x[k] + c * z", "(1 - c) * self.x[k] + c * self.z[k]"),
     Mistake("beta swapped", _S9, '(1 - o["beta"]) * x + o["beta"] * z'),
-    Mistake("no bias correction", _DENOMINATOR, '(np.sqrt(self.v[k]) + self.options["eps"])'),
+    Mistake("no bias correction", _DENOMINATOR, '(np.sqrt(v[k]) + run.options["eps"])'),
     Mistake("warm-up one step short", _RAMP, 'min(1.0, (t + 1) / o["warmup_steps"])'),
     Mistake("weight of the current lr", "max(self.lr_max, lr_t)", "lr_t"),
     Mistake(
@@ -78,11 +78,11 @@ MISTAKES = (
         "float(1 - np.float32(decay) ** np.float32(t))",
     ),
     Mistake("bias correction one step late", _DENOMINATOR, _DENOMINATOR.replace("t)", "max(t - 1, 1))")),
-    Mistake("first moment without bias correction", "self.m[k] / one_minus_power(m1, t)", "self.m[k]"),
+    Mistake("first moment without bias correction", "m[k] / one_minus_power(m1, t)", "m[k]"),
     Mistake(
         "v asleep in the silent phase",
-        "self.v[k] = np.asarray(b2",
-        "self.v[k] = self.v[k] if not usable else np.asarray(b2",
+        "v[k] = np.asarray(b2",
+        "v[k] = v[k] if not usable else np.asarray(b2",
     ),
     Mistake("silent phase not silent", 'float(not o["silent_sgd_phase"])', "1.0"),
     Mistake("rectified one step late", "if rho_t <= 4:", "if rho_t <= 5:"),
@@ -104,4 +104,6 @@ def planted(mistake: Mistake) -> Driver:
 
 def reference_driver(name: str, make: type[Reference] = Reference) -> Driver:
     """Returns the reference, right or wrong, as a driver."""
-    return Driver(name, lambda case, params, dtype: make(case.optimizer, params, case.options))
+    return Driver(
+        name, lambda case, params, dtype: make(case.optimizer, params, case.options), lambda: reference.RULES
+    )

@@ -7,7 +7,9 @@ imported from the twins. `test_harness.py` breaks this file one line at a time.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,12 +31,18 @@ def rectification(b2: float, t: int) -> float:
 
 
 class Reference:
-    """One run. `params`: leaf -> initial value; `options`: every canonical name of `cases.DEFAULTS`."""
+    """One run. `params`: leaf -> initial value; `options`: every canonical name of `cases.DEFAULTS`.
+
+    Attributes:
+        x, y, z: leaf -> array.
+        buffers: role in a checkpoint -> leaf -> array, zeros before a rule writes to it.
+    """
 
     def __init__(self, optimizer: str, params: Arrays, options: dict[str, Any]):
-        self.optimizer, self.options = optimizer, options
+        self.rule, self.options = RULES[optimizer], options
         self.x, self.y, self.z = ({k: np.array(p, np.float64) for k, p in params.items()} for _ in "xyz")
-        self.m, self.v = ({k: np.zeros_like(p) for k, p in self.z.items()} for _ in "mv")
+        zeros = {k: np.zeros_like(p) for k, p in self.z.items()}
+        self.buffers: defaultdict[str, Arrays] = defaultdict(zeros.copy)
         self.step, self.lr_max, self.c = 0, 0.0, 0.0
         lr, r, power = options["lr"], options["r"], options["weight_lr_power"]
         self.weight_sum = math.fsum(i**r * lr**power for i in range(1, options["prior_steps"] + 1))
@@ -43,18 +51,14 @@ class Reference:
         """Takes one step; `lr` is the schedule's value at this step, before warm-up."""
         o = self.options
         t = self.step + 1  # S1
-        rect = rectification(o["b2"], t) if self.optimizer == "radam" else 1.0
-        usable = rect > 0
-        if self.optimizer == "radam":
-            lr_t = lr * (rect if usable else float(not o["silent_sgd_phase"]))  # S2
-        else:
-            lr_t = lr * (min(1.0, t / o["warmup_steps"]) if o["warmup_steps"] else 1.0)  # S2
+        factor, usable = self.rule.factor(self, t)
+        lr_t = lr * factor  # S2
         self.lr_max = max(self.lr_max, lr_t)  # S3
         weight = (t + o["prior_steps"]) ** o["r"] * self.lr_max ** o["weight_lr_power"]  # S4
         total = self.weight_sum + weight
         c = weight / total if total > 0 else 0.0  # S5
         for k, g in grads.items():
-            direction = self.direction(k, g, t, usable)
+            direction = self.rule.direction(self, k, g, t, usable)
             delta = -lr_t * (direction + o["weight_decay"] * self.y[k])  # S6
             z = self.z[k] + delta  # S7
             x = (1 - c) * self.x[k] + c * z  # S8
@@ -66,15 +70,50 @@ class Reference:
         """Returns x, y and z as they are now; an update replaces arrays and writes to none."""
         return self.x.copy(), self.y.copy(), self.z.copy()
 
-    def direction(self, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndarray:
-        """Returns what leaf k moves against, the gradient made the optimizer's own (S6)."""
-        if self.optimizer == "sgd":
-            return g
-        b2, m1 = self.options["b2"], self.options.get("inner_momentum", 0.0)
-        self.v[k] = np.asarray(b2 * self.v[k] + (1 - b2) * g * g)
-        if not usable:
-            return g
-        if m1 > 0:
-            self.m[k] = np.asarray(m1 * self.m[k] + (1 - m1) * g)
-            g = self.m[k] / one_minus_power(m1, t)
-        return g / (np.sqrt(self.v[k] / one_minus_power(b2, t)) + self.options["eps"])
+
+def ramp(run: Reference, t: int) -> tuple[float, bool]:
+    """Returns what multiplies the lr at time t, with warm-up, and whether the second moment is usable."""
+    o = run.options
+    return (min(1.0, t / o["warmup_steps"]) if o["warmup_steps"] else 1.0), True
+
+
+def rectified(run: Reference, t: int) -> tuple[float, bool]:
+    """The same of RAdam, which rectifies in place of a warm-up."""
+    o = run.options
+    rect = rectification(o["b2"], t)
+    usable = rect > 0
+    return (rect if usable else float(not o["silent_sgd_phase"])), usable
+
+
+def constant(run: Reference, t: int) -> tuple[float, bool]:
+    """The same of a law that has neither."""
+    return 1.0, True
+
+
+def gradient(run: Reference, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndarray:
+    """Returns what leaf k moves against (S6) in SGD: the gradient."""
+    return g
+
+
+def rms(run: Reference, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndarray:
+    """The same in AdamW and RAdam: the gradient over its root mean square, where that is usable."""
+    v, m = run.buffers["v"], run.buffers["m"]
+    b2, m1 = run.options["b2"], run.options.get("inner_momentum", 0.0)
+    v[k] = np.asarray(b2 * v[k] + (1 - b2) * g * g)
+    if not usable:
+        return g
+    if m1 > 0:
+        m[k] = np.asarray(m1 * m[k] + (1 - m1) * g)
+        g = m[k] / one_minus_power(m1, t)
+    return g / (np.sqrt(v[k] / one_minus_power(b2, t)) + run.options["eps"])
+
+
+class Rule(NamedTuple):
+    """What one law does: `direction` as `gradient`, and `factor` as `ramp`."""
+
+    direction: Callable[[Reference, str, np.ndarray, int, bool], np.ndarray]
+    factor: Callable[[Reference, int], tuple[float, bool]] = ramp
+
+
+# A law that joins adds its own.
+RULES = {"sgd": Rule(gradient), "adamw": Rule(rms), "radam": Rule(rms, rectified)}

@@ -6,6 +6,8 @@ goes on, and both continue.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,19 @@ NETWORKS = {
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
 
+@functools.cache
+def transformation():
+    """Returns the JAX side and its update, compiled once for each network and dtype."""
+    tx = sfjax.schedule_free_adamw(0.01, 20, weight_decay=0.05)
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx, update
+
+
 class Crossing:
     """A torch run, the same network's leaves in Flax, the map between them, and gradients for both."""
 
@@ -49,8 +64,7 @@ class Crossing:
             name: jnp.zeros(leaf.shape, dtype) for name, leaf in leaves.items() if name not in statistics
         }
         self.buffers = {name: jnp.zeros(leaves[name].shape, dtype) for name in statistics}
-        self.tx = sfjax.schedule_free_adamw(0.01, 20, weight_decay=0.05)
-        self.update = jax.jit(self.tx.update)
+        self.tx, self.update = transformation()
         rng = np.random.default_rng(1)
         self.grads = [
             {name: rng.standard_normal(p.shape).astype(dtype) for name, p in self.model.named_parameters()}
@@ -70,8 +84,7 @@ class Crossing:
         for grads in self.grads[first:last]:
             missing = {name: value for name, value in self.torch_weights().items() if name not in grads}
             mapped = self.map.to_jax(grads | missing)
-            updates, state = self.update({name: jnp.asarray(mapped[name]) for name in params}, state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = self.update({name: jnp.asarray(mapped[name]) for name in params}, state, params)
         return params, state
 
     def gap(self, params, start: dict[str, np.ndarray]) -> float:

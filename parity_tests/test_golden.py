@@ -11,17 +11,20 @@ import pytest
 from parity_tests import golden, make_golden
 from parity_tests.cases import CASES, DEFAULTS, FAMILIES
 from parity_tests.compare import assert_same
-from parity_tests.drivers import TWINS, first_of_their_family, on_golden
+from parity_tests.drivers import TWINS, first_of_their_family, first_of_their_optimizer, on_golden
 from parity_tests.problems import PROBLEMS, SHAPES
 from parity_tests.tolerances import TOLERANCES
+
+# Where numbers are constants each case compiles. All cases run traced, so one of a family, which has its
+# option as a constant, is enough here; and the wrapper shares what averages.
+SHORT = {"sfjax": first_of_their_family, "sfjax wrapper": first_of_their_optimizer}
 
 
 def _pairs() -> list:
     """Returns (driver, case) for all that a twin supports."""
     found = []
     for driver in TWINS:
-        # Each case compiles, and it is the same update underneath: one case of a family is enough here.
-        fast = first_of_their_family(driver) if driver.name == "sfjax wrapper" else list(CASES)
+        fast = SHORT.get(driver.name, lambda driver: list(CASES))(driver)
         for case in CASES.values():
             if driver.supports(case):
                 marks = [] if case.id in fast else [pytest.mark.slow]

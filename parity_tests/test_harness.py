@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,9 +21,8 @@ RIGHT = reference_driver("reference")
 SHORT = 10
 
 
-def failing_cases(driver: Driver, tolerance: Tolerance, steps: int = SHORT) -> list[str]:
-    """Returns the cases whose golden a driver leaves within the first steps."""
-    failing = []
+def failing_cases(driver: Driver, tolerance: Tolerance, steps: int = SHORT) -> Iterator[str]:
+    """Yields the cases whose golden a driver leaves within the first steps."""
     for case in CASES.values():
         want = golden.load(case.id)
         want = want.at(want.steps[want.steps <= steps])
@@ -30,21 +30,20 @@ def failing_cases(driver: Driver, tolerance: Tolerance, steps: int = SHORT) -> l
         try:
             assert_same(driver.name, driver.run(short, golden.load_record(case.problem)), want, tolerance)
         except AssertionError:
-            failing.append(case.id)
-    return failing
+            yield case.id
 
 
 def test_the_reference_itself_is_not_caught():
-    assert failing_cases(RIGHT, Tolerance(1e-14, 1, "float64", "the same program")) == []
+    assert list(failing_cases(RIGHT, Tolerance(1e-14, 1, "float64", "the same program"))) == []
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.id)
 def test_a_planted_mistake_is_caught_within_ten_steps(mistake: Mistake):
-    assert failing_cases(planted(mistake), EXACT)
+    assert any(failing_cases(planted(mistake), EXACT))
 
 
 def test_float32_alone_would_not_be_enough():
-    missed = {m.id for m in MISTAKES if not failing_cases(planted(m), TOLERANCES["float32", "golden"])}
+    missed = {m.id for m in MISTAKES if not any(failing_cases(planted(m), TOLERANCES["float32", "golden"]))}
     assert missed == {"sum in float32"}
 
 

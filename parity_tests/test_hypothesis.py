@@ -15,6 +15,7 @@ from parity_tests.compare import assert_same
 from parity_tests.drivers import DRIVERS
 from parity_tests.problems import PROBLEMS
 from parity_tests.tolerances import TOLERANCES
+from sfcore import laws
 
 STEPS = 12
 ALIKE = settings(derandomize=True, deadline=None, database=None)
@@ -27,22 +28,29 @@ SHARED = {
     "weight_lr_power": st.just(0.0) | st.floats(0.1, 4.0),
     "weight_decay": st.just(0.0) | st.floats(1e-4, 0.5),
 }
-RAMP = {"warmup_steps": st.integers(0, 20)}
-EPS = {"eps": st.floats(1e-10, 1.0)}
-OWN: dict[str, dict[str, Any]] = {
-    "sgd": RAMP,
-    "adamw": RAMP
-    | EPS
-    | {"b2": st.just(0.0) | st.floats(0.1, 0.999), "inner_momentum": st.just(0.0) | st.floats(0.1, 0.99)},
-    # Where rho_t passes 4 the last bit decides whether a step is taken: values that stay clear of it.
-    "radam": EPS | {"b2": st.sampled_from([0.7, 0.9, 0.95, 0.99, 0.999]), "silent_sgd_phase": st.booleans()},
+OWN: dict[str, st.SearchStrategy[Any]] = {
+    "warmup_steps": st.integers(0, 20),
+    "eps": st.floats(1e-10, 1.0),
+    "b2": st.just(0.0) | st.floats(0.1, 0.999),
+    "inner_momentum": st.just(0.0) | st.floats(0.1, 0.99),
+    "silent_sgd_phase": st.booleans(),
 }
+# Where rho_t passes 4 the last bit decides whether a step is taken: values that stay clear of it.
+RECTIFIED = {"b2": st.sampled_from([0.7, 0.9, 0.95, 0.99, 0.999])}
+OPTIMIZERS = list(laws.directed())
+
+
+def options_of(optimizer: str) -> dict[str, st.SearchStrategy[Any]]:
+    """Returns what to draw each option of a law from, but for prior_steps."""
+    law = laws.LAWS[optimizer]
+    every = SHARED | OWN | (RECTIFIED if law.step_size == "rectified" else {})
+    return {name: every[name] for name in law.defaults if name != "prior_steps"}
 
 
 @st.composite
 def cases(draw: st.DrawFn, optimizer: str) -> Case:
     """Draws a valid case."""
-    changed = draw(st.fixed_dictionaries(SHARED | OWN[optimizer]))
+    changed = draw(st.fixed_dictionaries(options_of(optimizer)))
     prior = draw(st.integers(0, 50)) if changed["lr"] > 0 else 0  # a prior of weight 0 is refused
     schedule = draw(st.sampled_from([name for name in SCHEDULES if not prior or SCHEDULES[name](0) == 1]))
     problem = draw(st.sampled_from(list(PROBLEMS)))
@@ -58,9 +66,11 @@ def check(driver: str, case: Case) -> None:
     assert_same(f"{driver} on {case}", got, want, TOLERANCES["float64", "hypothesis"])
 
 
-@pytest.mark.parametrize("optimizer", OWN)
-@pytest.mark.parametrize("driver", ["sftorch fused", "sftorch foreach", "sftorch single", "sftorch closure"])
-def test_sftorch_follows_the_reference_everywhere(driver: str, optimizer: str):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "driver", ["sfjax traced", "sftorch fused", "sftorch foreach", "sftorch single", "sftorch closure"]
+)
+def test_a_twin_follows_the_reference_everywhere(driver: str, optimizer: str):
     @settings(ALIKE, max_examples=100)
     @given(cases(optimizer))
     def follow(case: Case) -> None:
@@ -69,9 +79,9 @@ def test_sftorch_follows_the_reference_everywhere(driver: str, optimizer: str):
     follow()
 
 
-@pytest.mark.parametrize("optimizer", OWN)
-def test_sfjax_follows_the_reference_everywhere(optimizer: str):
-    @settings(ALIKE, max_examples=12)  # each compiles
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sfjax_follows_the_reference_with_numbers_that_are_constants(optimizer: str):
+    @settings(ALIKE, max_examples=4)  # each compiles
     @given(cases(optimizer))
     def follow(case: Case) -> None:
         check("sfjax", case)
@@ -80,8 +90,8 @@ def test_sfjax_follows_the_reference_everywhere(optimizer: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OWN)
-def test_sfjax_follows_the_reference_everywhere_at_length(optimizer: str):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sfjax_follows_the_reference_with_constants_at_length(optimizer: str):
     @settings(ALIKE, max_examples=100)
     @given(cases(optimizer))
     def follow(case: Case) -> None:

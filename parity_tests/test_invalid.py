@@ -19,11 +19,10 @@ import torch
 import sfjax
 import sftorch
 from parity_tests.drivers import names
-from parity_tests.drivers.jax_runs import FACTORIES
-from parity_tests.drivers.torch_runs import CLASSES
 from parity_tests.invalid import BAD_OPTIONS, MISSPELT, BadOption
-from sfcore import HyperparameterError
+from sfcore import HyperparameterError, laws
 
+DIRECTED = list(laws.directed())
 TABLE = [
     pytest.param(optimizer, bad, id=f"{optimizer}-{bad.id}")
     for bad in BAD_OPTIONS
@@ -33,11 +32,11 @@ TABLE = [
 
 def _torch(optimizer: str, options: dict[str, Any], form: str = "") -> Any:
     p = torch.nn.Parameter(torch.ones(2))
-    return getattr(sftorch, CLASSES[optimizer] + form)([p], **names.for_torch(optimizer, options))
+    return getattr(sftorch, laws.LAWS[optimizer].torch + form)([p], **names.for_torch(optimizer, options))
 
 
 def _jax(optimizer: str, options: dict[str, Any]) -> Any:
-    return getattr(sfjax, FACTORIES[optimizer])(**names.for_jax(options))
+    return getattr(sfjax, laws.LAWS[optimizer].jax)(**names.for_jax(options))
 
 
 def _assert_says(error: HyperparameterError, framework: str, optimizer: str, bad: BadOption) -> None:
@@ -91,7 +90,7 @@ def test_the_wrappers_refuse_too(bad: BadOption):
         sfjax.schedule_free(optax.sgd(0.1), 0.1, **names.for_jax({bad.name: value}))
 
 
-@pytest.mark.parametrize("optimizer", CLASSES)
+@pytest.mark.parametrize("optimizer", DIRECTED)
 def test_all_problems_are_told_at_once(optimizer: str):
     options = {"lr": -1.0, "beta": 2.0, "weight_decay": -0.1}
     for make in (_torch, _jax):
@@ -121,7 +120,9 @@ TENSOR_INPUTS = {
 
 
 @pytest.mark.parametrize("what", TENSOR_INPUTS)
-@pytest.mark.parametrize("name", [stem + form for stem in CLASSES.values() for form in ("", "Closure")])
+@pytest.mark.parametrize(
+    "name", [laws.LAWS[one].torch + form for one in DIRECTED for form in ("", "Closure")]
+)
 def test_sftorch_refuses_what_it_cannot_train(name: str, what: str):
     params, error, message = TENSOR_INPUTS[what]
     with pytest.raises(error, match=f"{message}.*, got .*: "):
@@ -150,7 +151,7 @@ TREE_INPUTS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("what", TREE_INPUTS)
-@pytest.mark.parametrize("optimizer", FACTORIES)
+@pytest.mark.parametrize("optimizer", DIRECTED)
 def test_sfjax_refuses_trees_that_do_not_fit(optimizer: str, what: str):
     tx = _jax(optimizer, {})
     params = {"a": jnp.ones(2)}
@@ -170,7 +171,7 @@ LEAVES = {
 
 
 @pytest.mark.parametrize("what", LEAVES)
-@pytest.mark.parametrize("optimizer", FACTORIES)
+@pytest.mark.parametrize("optimizer", DIRECTED)
 def test_sfjax_refuses_leaves_it_cannot_train(optimizer: str, what: str):
     leaf, kind = LEAVES[what]
     with pytest.raises(TypeError, match=rf"params must be .*, got {kind} at params\['a'\]: "):
@@ -178,7 +179,7 @@ def test_sfjax_refuses_leaves_it_cannot_train(optimizer: str, what: str):
 
 
 @pytest.mark.parametrize("form", ["", "Closure"])
-@pytest.mark.parametrize("optimizer", CLASSES)
+@pytest.mark.parametrize("optimizer", DIRECTED)
 def test_a_scheduler_that_writes_nonsense_is_refused_before_anything_moves(optimizer: str, form: str):
     made = _torch(optimizer, {}, form)
     (p,) = made.param_groups[0]["params"]
@@ -196,7 +197,7 @@ def test_a_scheduler_that_writes_nonsense_is_refused_before_anything_moves(optim
         assert (repr((p, made.state_dict()["state"])) != before) is moves
 
 
-@pytest.mark.parametrize("optimizer", CLASSES)
+@pytest.mark.parametrize("optimizer", DIRECTED)
 def test_a_step_in_eval_mode_is_refused_before_anything_moves(optimizer: str):
     made = _torch(optimizer, {})
     (p,) = made.param_groups[0]["params"]

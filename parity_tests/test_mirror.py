@@ -6,7 +6,6 @@ import inspect
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ import sfjax
 import sftorch
 from parity_tests import golden, reference
 from parity_tests.cases import CASES, DEFAULTS
-from parity_tests.drivers import DRIVERS, names
-from parity_tests.drivers.jax_runs import FACTORIES, precision
-from parity_tests.drivers.torch_runs import CLASSES
+from parity_tests.drivers import DRIVERS
+from parity_tests.drivers.jax_runs import precision
 from parity_tests.reference import Reference
-from sfcore import averaging, hyperparameters
+from sfcore import averaging, laws
 
 PACKAGES = {"sfjax": Path(sfjax.__file__).parent, "sftorch": Path(sftorch.__file__).parent}
-KINDS = {"sgd": hyperparameters.SGD, "adamw": hyperparameters.AdamW, "radam": hyperparameters.RAdam}
+KINDS = list(laws.directed())
 # What one framework's users expect and the other's have no use for.
 JAX_ONLY = {"state_dtype", "mask", "base_optimizer"}
 TORCH_ONLY = {"params", "base", "foreach", "fused", "maximize", "capturable", "differentiable"}
@@ -72,7 +70,7 @@ def test_every_other_equation_is_tagged_in_both_twins(package: str):
 
 
 def test_the_same_modules_hold_the_same_things():
-    shared = {"__init__", "schedule_free", "sgd", "adamw", "radam"}
+    shared = {"__init__", "schedule_free", *KINDS}
     assert all(shared <= {path.stem for path in folder.glob("*.py")} for folder in PACKAGES.values())
 
 
@@ -81,33 +79,34 @@ def test_every_public_optimizer_has_its_twin():
         "schedule_free_eval_params"
     }
     torch_side = {name for name in sftorch.__all__ if name[0].isupper() and not name.endswith("Closure")}
-    assert jax_side == {*FACTORIES.values(), "schedule_free"}
-    assert torch_side == {*CLASSES.values(), "ScheduleFreeWrapper"}
-    assert {f"{name}Closure" for name in CLASSES.values()} <= set(sftorch.__all__)
+    assert jax_side == {law.jax for law in laws.LAWS.values()}
+    assert torch_side == {law.torch for law in laws.LAWS.values()}
+    assert {f"{law.torch}Closure" for law in laws.directed().values()} <= set(sftorch.__all__)
 
 
-def canonical_defaults(callable_: Any, optimizer: str) -> dict[str, Any]:
+def canonical_defaults(callable_: Any) -> dict[str, Any]:
     """Returns canonical option -> default of a signature."""
     parameters = inspect.signature(callable_).parameters.items()
     found = {name: p.default for name, p in parameters if name not in JAX_ONLY | TORCH_ONLY | STORAGE}
-    back = {shown: name for name, shown in (names.JAX_NAMES | {"beta": "momentum"}).items()} | {"b1": "beta"}
-    if optimizer != "sgd" and "betas" in found:
+    if "betas" in found:
         found["beta"], found["b2"] = found.pop("betas")
+    back = {"learning_rate": "lr", "b1": "beta", "momentum": "beta"}
     return {back.get(name, name): value for name, value in found.items()}
 
 
 @pytest.mark.parametrize("optimizer", KINDS)
 def test_defaults_of_both_twins_are_sfcores_and_the_cases(optimizer: str):
-    core = {field.name: field.default for field in fields(KINDS[optimizer])}
-    assert DEFAULTS[optimizer] == core
-    assert canonical_defaults(getattr(sfjax, FACTORIES[optimizer]), optimizer) == core
+    law = laws.LAWS[optimizer]
+    assert DEFAULTS[optimizer] == law.defaults
+    assert canonical_defaults(getattr(sfjax, law.jax)) == law.defaults
     for form in ("", "Closure"):
-        assert canonical_defaults(getattr(sftorch, CLASSES[optimizer] + form), optimizer) == core
+        assert canonical_defaults(getattr(sftorch, law.torch + form)) == law.defaults
 
 
 @pytest.mark.parametrize("optimizer", KINDS)
 def test_both_twins_keep_their_state_in_the_same_forms(optimizer: str):
-    twins = (getattr(sfjax, FACTORIES[optimizer]), getattr(sftorch, CLASSES[optimizer]))
+    law = laws.LAWS[optimizer]
+    twins = (getattr(sfjax, law.jax), getattr(sftorch, law.torch))
     ours, theirs = (
         {name: inspect.signature(one).parameters[name].default for name in STORAGE} for one in twins
     )
@@ -115,8 +114,8 @@ def test_both_twins_keep_their_state_in_the_same_forms(optimizer: str):
 
 
 def test_defaults_of_the_wrappers_agree():
-    ours = canonical_defaults(sfjax.schedule_free, "sgd")
-    theirs = canonical_defaults(sftorch.ScheduleFreeWrapper, "sgd")
+    ours = canonical_defaults(sfjax.schedule_free)
+    theirs = canonical_defaults(sftorch.ScheduleFreeWrapper)
     assert ours.pop("lr") is inspect.Parameter.empty  # torch's base has it
     assert theirs.pop("weight_decay_at_y") == 0  # in JAX the base takes its decay at y already
     assert ours == theirs

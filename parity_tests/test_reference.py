@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_it_imports_numpy_and_the_standard_library_only():
     tree = ast.parse(Path(reference.__file__).read_text())
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert modules == {"__future__", "math", "typing", "numpy"}
+    assert {module.partition(".")[0] for module in modules} <= {"numpy", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

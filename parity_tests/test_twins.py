@@ -6,6 +6,7 @@ would be (1e-4 after 3000), which is why the goldens replay recorded gradients i
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -88,6 +89,9 @@ class FlaxNetwork:
             return {k: np.asarray(g) for k, g in grads.items()}
 
 
+flax_network = functools.cache(FlaxNetwork)  # compiled once a dtype
+
+
 class TorchNetwork:
     """torch's network, which keeps its kernels the other way round, and the gradients of its loss."""
 
@@ -125,7 +129,7 @@ def train(run: Run, network: FlaxNetwork | TorchNetwork, lr: float) -> Trajector
 def test_the_twins_train_the_same_network_alike(case: Case, dtype: str):
     start = initial_weights()
     lr = case.options["lr"]
-    ours = train(DRIVERS["sfjax"].start(case, start, dtype), FlaxNetwork(dtype), lr)
+    ours = train(DRIVERS["sfjax"].start(case, start, dtype), flax_network(dtype), lr)
     theirs = train(DRIVERS["sftorch foreach"].start(case, start, dtype), TorchNetwork(dtype), lr)
     assert_same(f"sfjax against sftorch on digits, {case.id}", ours, theirs, TOLERANCES[dtype, "closed loop"])
 

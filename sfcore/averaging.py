@@ -27,6 +27,8 @@ floats = SimpleNamespace(
 
 def ramp(t: Any, warmup_steps: Any, xp: Any = floats) -> Any:
     """Returns warmup(t) of S2; the last warm-up step has the full lr."""
+    if isinstance(warmup_steps, int | float) and warmup_steps <= 0:
+        return 1.0
     full = xp.where(warmup_steps > 0, warmup_steps, 1.0)
     return xp.where(t - 1 < warmup_steps, t / full, 1.0)  # S2
 
@@ -49,6 +51,8 @@ def averaging_weight(weight: Any, weight_sum: Any, xp: Any = floats) -> Any:
 
 def power(base: Any, exponent: Any, xp: Any = floats) -> Any:
     """Returns base ** exponent for base >= 0, with a finite gradient at base = 0 for every exponent."""
+    if isinstance(exponent, int | float) and exponent == 0:
+        return 1.0
     positive = base > 0
     return xp.where(positive, xp.where(positive, base, 1.0) ** exponent, xp.where(exponent == 0, 1.0, 0.0))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar, cast
 
 
 class HyperparameterError(ValueError):
@@ -32,6 +34,13 @@ class HyperparameterError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
         return type(self), (self.problems,)
+
+
+class UnknownOptionError(HyperparameterError, TypeError):
+    """A call was refused for options that nobody knows, and whatever else is wrong with it.
+
+    It is a TypeError too, as Python's own about an unexpected keyword is.
+    """
 
 
 @dataclass(frozen=True)
@@ -114,15 +123,84 @@ def check(kind: type, values: Mapping[str, Any], names: Mapping[str, str] | None
         raise HyperparameterError(found)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def with_known_options(
+    find: Callable[[Mapping[str, Any]], list[str]], words: Callable[[], Mapping[str, str]] = dict
+) -> Callable[[Call], Call]:
+    """Makes a constructor or factory name every misspelt keyword together with all else that is wrong.
+
+    Args:
+        find: argument -> value, defaults included, to the problems of those values. Only asked after a
+            misspelling: the callee checks its values itself.
+        words: what the other twin, or the equations, call an argument -> its name here.
+
+    Returns:
+        A decorator. What it decorates keeps its signature and costs nothing in a call that is well spelt.
+
+    Raises:
+        UnknownOptionError: from the decorated; names the class that the user wrote, the nearest names, and
+            every value that is out of range.
+
+    Example:
+        >>> from sfcore import checks
+        >>> @checks.with_known_options(lambda of: [f"lr is {of['lr']}"], lambda: {"learning_rate": "lr"})
+        ... def sgd(params, lr=1.0, warmup_steps=0): ...
+        >>> try:
+        ...     sgd([], warm_up=5, learning_rate=0.1)
+        ... except checks.UnknownOptionError as error:
+        ...     print(error)
+        sgd has no option 'warm_up', got 5: did you mean 'warmup_steps'?
+        sgd has no option 'learning_rate', got 0.1: it is called 'lr' here
+        lr is 1.0
+    """
+
+    def decorate(function: Call) -> Call:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            if not unknown:
+                return function(*args, **kwargs)
+            known = {name: value for name, value in kwargs.items() if name not in unknown}
+            bound = signature.bind_partial(*args, **known)
+            bound.apply_defaults()
+            first = next(iter(signature.parameters), "")
+            owner = type(args[0]).__name__ if first == "self" else function.__name__
+            names = [name for name in signature.parameters if name != "self"]
+            found = [_unknown(owner, name, kwargs[name], names, words()) for name in unknown]
+            raise UnknownOptionError([*found, *find(bound.arguments)])
+
+        return cast(Call, call)
+
+    return decorate
+
+
+def _unknown(owner: str, name: str, value: Any, known: list[str], words: Mapping[str, str]) -> str:
+    meant = words.get(name)
+    if meant in known:
+        fix = f"it is called {meant!r} here"
+    else:
+        # Nobody else's word can be meant, so a distant one is worth naming.
+        near = nearest(name, known, cutoff=0.55)
+        fix = f"did you mean {near!r}?" if near else f"it has {', '.join(known)}"
+    return f"{owner} has no option {name!r}, got {value!r}: {fix}"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
     """Returns the known name that `name` is most likely a misspelling of, or None.
+
+    Args:
+        cutoff: how much of both must agree, from 0 to 1, default 0.8.
 
     Example:
         >>> from sfcore.checks import nearest
         >>> nearest("weigth_decay", ["lr", "weight_decay"])
         'weight_decay'
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return close[0] if close else None
 
 

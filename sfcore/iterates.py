@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfcore import hyperparameters
+from sfcore import hyperparameters, laws
 from sfcore.exchange import of_role
 from sfcore.meta import Meta
 
@@ -104,7 +104,7 @@ def widened(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = {leaf: array for leaf, array in state.items() if not leaf.startswith("gap/")}
     for name, gap in of_role(state, "gap").items():
         found[f"z/{name}"] = state[f"y/{name}"].astype(np.float32) + gap.astype(np.float32)
-        for moment in (f"v/{name}", f"m/{name}"):
-            if moment in found:
-                found[moment] = found[moment].astype(np.float32)
+        for leaf in (f"{role}/{name}" for role in laws.roles()):
+            if leaf in found:
+                found[leaf] = found[leaf].astype(np.float32)
     return found

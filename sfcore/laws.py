@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
 
 from sfcore import averaging, checks, hyperparameters
 
@@ -29,6 +30,7 @@ COMMON_ROLES: Mapping[str, str] = {
 # What a torch state holds beside the buffers.
 _TORCH_STATE = {"z", "x", "y", "gap", "y_rest", "x_rest", "y_print", "x_print", "base"}
 _CLOCK = {"step", "lr_max", "weight_sum"}
+Made = TypeVar("Made")
 OR = " or "  # between names of laws of which a state alone cannot tell which it is
 
 
@@ -133,6 +135,34 @@ class Law:
             pair = (given[other] for other in self.torch_names if self._place(other)[0] == key)
             found[key] = value if half is None else tuple(pair)
         return found
+
+    def words(self, framework: str) -> dict[str, str]:
+        """Returns what the equations and the other twin call an option -> its name in "torch" or "jax".
+
+        Example:
+            >>> from sfcore.laws import LAWS
+            >>> LAWS["sgd"].words("torch")["b1"], LAWS["sgd"].words("jax")["momentum"]
+            ('momentum', 'b1')
+        """
+        found: dict[str, str] = {}
+        for name in self.defaults:
+            torch, jax = self._place(name)[0], JAX_NAMES.get(name, name)
+            found |= dict.fromkeys((name, torch, jax), torch if framework == "torch" else jax)
+        return found
+
+    def problems(self, framework: str, given: Mapping[str, Any]) -> list[str]:
+        """Returns what is wrong with a constructor's arguments, by the names of "torch" or "jax".
+
+        Example:
+            >>> from sfcore.laws import LAWS
+            >>> LAWS["adamw"].problems("torch", {"betas": (0.9, 1.0)})
+            ['betas[1] must be a number in [0, 1), got 1.0: 0.999 is the usual value, 0 switches it off']
+        """
+        if framework == "torch":
+            return checks.find_problems(self.options, self.of_torch_group(given), self.torch_names)
+        shown = {name: JAX_NAMES.get(name, name) for name in self.defaults}
+        values = {name: given[there] for name, there in shown.items() if there in given}
+        return checks.find_problems(self.options, values, JAX_NAMES)
 
     def to_jax(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns options as keyword arguments of the JAX factory."""
@@ -295,12 +325,30 @@ def law_of(name: str) -> Law:
     return LAWS[name]
 
 
+def derived(make: Callable[[], Made]) -> Callable[[], Made]:
+    """Returns a function of no arguments whose result is kept as long as the laws stay the same.
+
+    For what is asked often; nobody may change the result.
+    """
+    kept: list[tuple[tuple[int, ...], Made]] = []
+
+    @functools.wraps(make)
+    def ask() -> Made:
+        now = tuple(map(id, LAWS.values()))
+        if not kept or kept[0][0] != now:
+            kept[:] = [(now, make())]
+        return kept[0][1]
+
+    return ask
+
+
 def directed() -> dict[str, Law]:
     """Returns the laws that have a direction of their own: all but wrappers."""
     return {name: law for name, law in LAWS.items() if law.direction != "base"}
 
 
-def roles() -> dict[str, Buffer]:
+@derived
+def roles() -> Mapping[str, Buffer]:
     """Returns role -> buffer of every law; laws that share a role share its names.
 
     Example:
@@ -311,11 +359,20 @@ def roles() -> dict[str, Buffer]:
     return {one.role: one for law in LAWS.values() for one in law.buffers}
 
 
-def effects() -> dict[str, str]:
-    """Returns option -> what becomes of a run that is resumed with another value, of every law."""
-    return {
-        one.name: one.metadata["effect"] for law in reversed(LAWS.values()) for one in fields(law.options)
-    }
+@derived
+def options() -> Mapping[str, Field[Any]]:
+    """Returns option -> its field, of every law; of the first that has it.
+
+    Example:
+        >>> from sfcore.laws import options
+        >>> options()["warmup_steps"].metadata["effect"]
+        'the ramp goes on at the step it had reached'
+    """
+    found: dict[str, Field[Any]] = {}
+    for law in LAWS.values():
+        for one in fields(law.options):
+            found.setdefault(one.name, one)
+    return found
 
 
 def recognise(buffers: Iterable[str] | None, options: Iterable[str] = ()) -> str:

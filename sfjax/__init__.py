@@ -1,8 +1,27 @@
 """Schedule-Free optimizers as Optax gradient transformations, a drop-in for `optax.contrib`'s.
 
 The parameters hold y while training; `schedule_free_eval_params(opt_state, params)` is the average x,
-which is what to evaluate, save and ship.
+which is what to evaluate, save and ship. `sfjax.checkpoint`, `sfjax.linen`, `sfjax.nnx` and
+`sfjax.recalibrate` are imported when they are first used.
 """
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+from sfcore import __version__ as __version__
+
+try:
+    import jax as _jax
+    import optax as _optax
+
+    if _jax.__version_info__ < (0, 6) or not hasattr(_optax, "tree"):  # which optax has since 0.2.5
+        raise ImportError(f"jax {_jax.__version__} and optax {_optax.__version__}")
+except ImportError as error:
+    raise ImportError(
+        f"sfjax needs jax >= 0.6 and optax >= 0.2.5, got {error}: pip install -U 'schedulefree-twin[jax]'"
+    ) from error
 
 from sfjax._describe import describe
 from sfjax._find import find_state, find_states, iterates, metrics, schedule_free_eval_params
@@ -27,3 +46,20 @@ __all__ = [
     "schedule_free_radam",
     "schedule_free_sgd",
 ]
+
+_ON_DEMAND = ("checkpoint", "linen", "nnx", "recalibrate")
+
+if TYPE_CHECKING:
+    from sfjax import checkpoint as checkpoint
+    from sfjax import linen as linen
+    from sfjax import nnx as nnx
+    from sfjax import recalibrate as recalibrate
+else:  # a type checker would take it for leave to use any name
+
+    def __getattr__(name):
+        if name in _ON_DEMAND:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *_ON_DEMAND})

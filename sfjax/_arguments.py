@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfcore import checks, hyperparameters
+from sfcore.laws import JAX_NAMES, Law
 from sfjax import _scalars
 
 Kind = TypeVar("Kind", bound=hyperparameters.ScheduleFree)
-_NAMES = {"lr": "learning_rate", "beta": "b1"}
 
 
 def read(kind: type[Kind], **values: Any) -> Kind:
@@ -34,7 +34,7 @@ def read(kind: type[Kind], **values: Any) -> Kind:
     known = {name: value for name, value in clean.items() if not isinstance(value, jax.core.Tracer)}
     if callable(known.get("lr")):
         del known["lr"]
-    checks.check(kind, known, _NAMES)
+    checks.check(kind, known, JAX_NAMES)
     return kind(**clean)
 
 
@@ -60,7 +60,7 @@ def read_dtype(state_dtype: Any) -> Any:
     return jnp.dtype(state_dtype)
 
 
-def read_precision(precision: Any, seed: Any, beta: Any, state_dtype: Any) -> bool:
+def read_precision(precision: Any, seed: Any, beta: Any, state_dtype: Any, law: Law) -> bool:
     """Tells whether precision is "lean"; raises HyperparameterError with all that does not go with it."""
     found = []
     if precision not in ("exact", "lean"):
@@ -69,6 +69,11 @@ def read_precision(precision: Any, seed: Any, beta: Any, state_dtype: Any) -> bo
     is_whole = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**32
     if not (is_whole or isinstance(number, jax.core.Tracer)):
         found.append(f"seed must be a whole number >= 0 and < 2^32, got {seed!r}: 0 is usual")
+    wide = [one.jax for one in law.buffers if not one.lean]
+    if precision == "lean" and wide:
+        found.append(
+            f"precision must be 'exact' with {law.title}, got 'lean': {', '.join(wide)} has no lean form"
+        )
     if precision == "lean" and is_zero(beta):
         found.append("precision must be 'exact' at b1 = 0, got 'lean': y is z there, and has no gap to it")
     if precision == "lean" and state_dtype is not None:

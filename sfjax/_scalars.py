@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from sfcore import averaging
-
-ScalarOrSchedule = Any
+from sfcore.laws import Law
+from sfjax._types import ScalarOrSchedule
 
 
 class Clock(NamedTuple):
@@ -59,9 +59,11 @@ def full_lr(learning_rate: ScalarOrSchedule) -> jax.Array:
     return jnp.stack([lr(jnp.asarray(step, jnp.int32)) for step in steps]).max()
 
 
-def ramp(t: jax.Array, warmup_steps: Any) -> jax.Array:
-    """Returns warmup(t) of S2; the last warm-up step has the full lr."""
-    return averaging.ramp(as_scalar(t), as_scalar(warmup_steps), jnp)  # type: ignore[no-any-return]
+def step_size(law: Law, options: Any) -> Callable[[jax.Array], jax.Array]:
+    """Returns t -> what multiplies lr(step) under a law: warm-up, or RAdam's rectification (S2)."""
+    rule = averaging.STEP_SIZES[law.step_size]
+    read = {name: _decay(getattr(options, name)) for name in rule.needs}
+    return lambda t: rule.factor(as_scalar(t), read, jnp)  # type: ignore[no-any-return]
 
 
 def prior_weight(prior_steps: Any, r: Any, lr: Callable[[], jax.Array], weight_lr_power: Any) -> jax.Array:
@@ -79,13 +81,13 @@ def prior_weight(prior_steps: Any, r: Any, lr: Callable[[], jax.Array], weight_l
 
 
 def next_scalars(
-    clock: Clock, lr_t: jax.Array, r: Any, weight_lr_power: Any, prior_steps: Any
+    clock: Clock, lr_t: jax.Array, r: Any, weight_lr_power: Any, prior_steps: Any, average: str = "weights"
 ) -> tuple[Clock, jax.Array]:
     """Returns the clock after a step of size lr_t, and the averaging weight c of that step."""
     t = clock.step + 1  # S1
     lr_max = averaging.largest_lr(clock.lr_max, lr_t, jnp)
-    options = (as_scalar(value) for value in (r, weight_lr_power, prior_steps))
-    weight = averaging.step_weight(as_scalar(t), lr_max, *options, jnp)
+    r, power, prior = map(as_scalar, (r, weight_lr_power, prior_steps))
+    weight = averaging.step_weight(as_scalar(t), lr_max, r, power, prior, jnp)
     added = weight + clock.weight_sum_low
     weight_sum = clock.weight_sum + added
     grown = weight_sum - clock.weight_sum
@@ -93,7 +95,7 @@ def next_scalars(
     weight_sum_low = (clock.weight_sum - (weight_sum - grown)) + (added - grown)
     if weight_sum.dtype == jnp.float64:  # wide enough by itself, and all that the torch twin has
         weight_sum_low = jnp.zeros_like(weight_sum)
-    c = averaging.averaging_weight(weight, weight_sum, jnp)
+    c = averaging.AVERAGES[average](weight, weight_sum, jnp)
     return Clock(t, lr_max, weight_sum, weight_sum_low), c
 
 

@@ -8,16 +8,18 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sfjax import _layout
 from sfjax._iterates import wide_dtype
+from sfjax._types import Schedule, Tree
 
 
 class Step(Protocol):
     """The signature of `Accumulation.step`."""
 
-    def __call__(self, params: Any, state: Any, *, gradients: Any, **extra_args: Any) -> tuple[Any, Any]:
+    def __call__(self, params: Tree, state: Any, *, gradients: Tree, **extra_args: Any) -> tuple[Tree, Any]:
         """Returns (params, state)."""
 
 
@@ -38,7 +40,9 @@ class Accumulation(optax.GradientTransformationExtraArgs):
     step: Step
 
 
-def accumulate(optimizer: optax.GradientTransformation, every: Any) -> Accumulation:
+def accumulate(
+    optimizer: optax.GradientTransformation, every: int | np.integer[Any] | Schedule
+) -> Accumulation:
     """Updates once in `every` micro-steps, with the mean of their gradients.
 
     As optax.MultiSteps: the same means, the same state (an `optax.MultiStepsState`), so that a checkpoint of

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from sfcore import hyperparameters
-from sfjax import _arguments, _layout, _scalars
+from sfjax import _scalars
 from sfjax._directed import Direction, as_like, directed, on_reals
-from sfjax._iterates import wide_dtype
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
 
 
 class MomentsState(NamedTuple):
@@ -26,27 +26,17 @@ class MomentsState(NamedTuple):
     mu: Any
 
 
-def init_moments(params: Any, with_first: bool) -> MomentsState:
-    """Returns zero moments."""
-
-    def zeros() -> Any:
-        return jax.tree.map(lambda p: _layout.zeros_alike(p, wide_dtype(p)), params)
-
-    return MomentsState(nu=zeros(), mu=zeros() if with_first else None)
-
-
-def adamw_direction(
-    grads: Any, state: MomentsState, t: jax.Array, b2: Any, eps: Any, inner_momentum: Any
-) -> tuple[Any, MomentsState]:
+def adamw_direction(grads: Any, state: MomentsState, t: jax.Array, hp: Any) -> tuple[Any, MomentsState]:
     """Returns AdamW's direction for a tree of gradients, and the next moments."""
-    correction2, correction1 = _scalars.bias_correction(b2, t), _scalars.bias_correction(inner_momentum, t)
+    m1 = 0.0 if state.mu is None else hp.inner_momentum
+    correction2, correction1 = _scalars.bias_correction(hp.b2, t), _scalars.bias_correction(m1, t)
 
     @on_reals
     def leaf(g: jax.Array, v: jax.Array, *m: jax.Array) -> tuple[jax.Array, ...]:
-        v = _average(v, g * g, b2)
-        m = tuple(_average(one, g, inner_momentum) for one in m)
+        v = _average(v, g * g, hp.b2)
+        m = tuple(_average(one, g, m1) for one in m)
         numerator = m[0] / as_like(correction1, g) if m else g
-        return numerator / (_root(v / as_like(correction2, g)) + as_like(eps, g)), v, *m  # S6
+        return numerator / (_root(v / as_like(correction2, g)) + as_like(hp.eps, g)), v, *m  # S6
 
     moments = (state.nu,) if state.mu is None else (state.nu, state.mu)
     leaves, tree = jax.tree.flatten(grads)
@@ -71,21 +61,24 @@ def _root(v: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), v)
 
 
+ADAMW = Direction("adamw", adamw_direction, MomentsState)
+
+
 def schedule_free_adamw(
-    learning_rate: _scalars.ScalarOrSchedule = 0.0025,
-    warmup_steps: Any = 0,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 0.0025,
+    warmup_steps: Whole | None = 0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | None = 0.0,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
-    inner_momentum: Any = 0.0,
-    precision: Any = "exact",
-    seed: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
+    inner_momentum: Scalar = 0.0,
+    precision: Literal["exact", "lean"] = "exact",
+    seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free AdamW (arXiv 2405.15682). The parameters hold y; `schedule_free_eval_params` gives x.
@@ -126,24 +119,4 @@ def schedule_free_adamw(
         >>> params = optax.apply_updates(params, updates)
         >>> x = sfjax.schedule_free_eval_params(state, params)
     """
-    hp = _arguments.read(
-        hyperparameters.AdamW,
-        lr=learning_rate,
-        beta=b1,
-        r=r,
-        weight_lr_power=weight_lr_power,
-        prior_steps=prior_steps,
-        b2=b2,
-        eps=eps,
-        weight_decay=0.0 if weight_decay is None else weight_decay,
-        warmup_steps=0 if warmup_steps is None else warmup_steps,
-        inner_momentum=inner_momentum,
-    )
-    # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
-    with_first = not _arguments.is_zero(inner_momentum)
-    direction = Direction(
-        init=lambda params: init_moments(params, with_first),
-        next=lambda grads, state, t: adamw_direction(grads, state, t, hp.b2, hp.eps, hp.inner_momentum),
-        lr_factor=lambda t: _scalars.ramp(t, hp.warmup_steps),
-    )
-    return directed(direction, hp, mask, state_dtype, precision, seed)
+    return directed(ADAMW, locals())

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
-from flax.training import train_state
+
+try:
+    from flax.training import train_state
+except ImportError as error:
+    raise ImportError(f"sfjax.linen needs flax, got {error}: pip install flax") from error
 
 from sfjax import _flax
 from sfjax.checkpoint import Checkpoints, Restored

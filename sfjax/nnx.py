@@ -10,7 +10,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(f"sfjax.nnx needs flax, got {error}: pip install flax") from error
 
 from sfjax import _flax
 from sfjax._find import _pure

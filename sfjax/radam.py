@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from sfcore import hyperparameters
-from sfjax import _arguments, _scalars
+from sfjax import _scalars
 from sfjax._directed import Direction, directed
-from sfjax.adamw import MomentsState, adamw_direction, init_moments
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
+from sfjax.adamw import MomentsState, adamw_direction
 
 
-def radam_direction(
-    grads: Any, state: MomentsState, t: jax.Array, b2: Any, eps: Any
-) -> tuple[Any, MomentsState]:
+def radam_direction(grads: Any, state: MomentsState, t: jax.Array, hp: Any) -> tuple[Any, MomentsState]:
     """Returns AdamW's direction once the second moment is usable, the gradient before."""
-    adapted, state = adamw_direction(grads, state, t, b2, eps, 0.0)
-    _, usable = _scalars.rectification(b2, t)
+    adapted, state = adamw_direction(grads, state, t, hp)
+    _, usable = _scalars.rectification(hp.b2, t)
     return jax.tree.map(lambda a, g: jnp.where(usable, a, g), adapted, grads), state  # S6
 
 
+RADAM = Direction("radam", radam_direction, MomentsState)
+
+
 def schedule_free_radam(
-    learning_rate: _scalars.ScalarOrSchedule = 0.0025,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 0.0025,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | None = 0.0,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
     silent_sgd_phase: bool = True,
-    precision: Any = "exact",
-    seed: Any = 0,
+    precision: Literal["exact", "lean"] = "exact",
+    seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free RAdam: needs no warm-up. The parameters hold y; `schedule_free_eval_params` gives x.
@@ -76,26 +78,4 @@ def schedule_free_radam(
         >>> params = optax.apply_updates(params, updates)
         >>> x = sfjax.schedule_free_eval_params(state, params)
     """
-    hp = _arguments.read(
-        hyperparameters.RAdam,
-        lr=learning_rate,
-        beta=b1,
-        r=r,
-        weight_lr_power=weight_lr_power,
-        prior_steps=prior_steps,
-        b2=b2,
-        eps=eps,
-        weight_decay=0.0 if weight_decay is None else weight_decay,
-        silent_sgd_phase=silent_sgd_phase,
-    )
-
-    def lr_factor(t: jax.Array) -> jax.Array:
-        rect, usable = _scalars.rectification(hp.b2, t)
-        return jnp.where(usable, rect, 0.0 if hp.silent_sgd_phase else 1.0)
-
-    direction = Direction(
-        init=lambda params: init_moments(params, with_first=False),
-        next=lambda grads, state, t: radam_direction(grads, state, t, hp.b2, hp.eps),
-        lr_factor=lr_factor,
-    )
-    return directed(direction, hp, mask, state_dtype, precision, seed)
+    return directed(RADAM, locals())

@@ -9,7 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import core, linen, nnx
+
+try:
+    from flax import core, linen, nnx
+except ImportError as error:
+    raise ImportError(f"sfjax.recalibrate needs flax, got {error}: pip install flax") from error
 
 __all__ = ["recalibrate", "recalibrate_linen"]
 

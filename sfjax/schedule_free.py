@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
-from sfcore import hyperparameters
+from sfcore import averaging, hyperparameters
+from sfcore.laws import LAWS, Law
 from sfjax import _arguments, _halves, _iterates, _layout, _lean, _scalars, _trees
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
 
 
 class ScheduleFreeState(NamedTuple):
@@ -56,8 +59,8 @@ class Base(NamedTuple):
 
     Attributes:
         init: params -> base state.
-        delta: (grads, base state, params, lr_t, t, extra_args) -> (tree of S6's delta, base state).
-            Parameters of 16 bits come to both as their full y, in float32.
+        delta: (grads, base state, y, z, lr_t, t, extra_args) -> (tree of S6's delta, base state). Parameters
+            of 16 bits come to both as their full y, in float32; z is a function that returns its tree.
     """
 
     init: Callable[[Any], Any]
@@ -71,6 +74,7 @@ def build(
     state_dtype: Any,
     lean: bool = False,
     seed: Any = 0,
+    law: Law = LAWS["wrapper"],
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation; `lr_at` is S2 as a function of the step, `hp` is what `_arguments` read.
 
@@ -115,7 +119,10 @@ def build(
         _check(updates, state, params)
         lr_t = lr_at(state.step)
         before = _scalars.Clock(state.step, state.lr_max, state.weight_sum, state.weight_sum_low)
-        clock, c = _scalars.next_scalars(before, lr_t, hp.r, hp.weight_lr_power, hp.prior_steps)
+        clock, c = _scalars.next_scalars(
+            before, lr_t, hp.r, hp.weight_lr_power, hp.prior_steps, law.averaging
+        )
+        beta, _ = averaging.BETAS[law.beta_rule](hp.beta, clock.step, vars(hp), jnp)
         held, tree = jax.tree.flatten(params)
         rests = _halves.rests(state.y_rest, held, tree)
         if any(rest is not None and _halves.is_lean(rest) != lean for rest in rests):
@@ -125,10 +132,15 @@ def build(
             )
         y = tree.unflatten(map(_halves.whole, held, rests))
         base_state = _lean.widened(state.base_optimizer_state) if lean else state.base_optimizer_state
-        delta, base_state = base.delta(updates, base_state, y, lr_t, clock.step, extra_args)
+
+        def zs() -> Any:
+            stored = zip(held, jax.tree.leaves(state.z), rests, strict=True)
+            return tree.unflatten(_iterates.recover_z(p, z, state.b1, rest) for p, z, rest in stored)
+
+        delta, base_state = base.delta(updates, base_state, y, zs, lr_t, clock.step, extra_args)
         if lean:
             base_state = _lean.narrowed(base_state, params, seed, clock.step)
-        k = _iterates.coefficients(c, state.b1, hp.beta)
+        k = _iterates.coefficients(c, state.b1, beta)
         columns = zip(held, jax.tree.leaves(state.z), jax.tree.leaves(delta), rests, strict=True)
         moved = [
             _lean.advance(p, z, d, k, rest, _lean.Draw(seed, i, clock.step))
@@ -137,7 +149,7 @@ def build(
             for i, (p, z, d, rest) in enumerate(columns)
         ]
         return tree.unflatten([update for update, _, _ in moved]), ScheduleFreeState(
-            b1=_scalars.as_scalar(hp.beta),
+            b1=_scalars.as_scalar(beta),
             lr=lr_t,
             c=c,
             base_optimizer_state=base_state,
@@ -176,13 +188,13 @@ def _check(updates: Any, state: Any, params: Any) -> None:
 
 def schedule_free(
     base_optimizer: optax.GradientTransformation,
-    learning_rate: _scalars.ScalarOrSchedule,
-    b1: Any = 0.9,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes any Optax optimizer Schedule-Free: delta (S6) is whatever the base does, with gradients at y.
 
@@ -234,8 +246,10 @@ def schedule_free(
         )
     inner = optax.with_extra_args_support(base_optimizer)
 
-    def delta(grads: Any, state: Any, params: Any, lr_t: Any, t: Any, extra_args: Any) -> tuple[Any, Any]:
-        wide = jax.tree.map(lambda g, y: g.astype(_iterates.wide_dtype(y)), grads, params)
-        return inner.update(wide, state, params, **extra_args)
+    def delta(
+        grads: Any, state: Any, ys: Any, zs: Any, lr_t: Any, t: Any, extra_args: Any
+    ) -> tuple[Any, Any]:
+        wide = jax.tree.map(lambda g, y: g.astype(_iterates.wide_dtype(y)), grads, ys)
+        return inner.update(wide, state, ys, **extra_args)
 
     return build(Base(inner.init, delta), hp, _scalars.lr_schedule(hp.lr), state_dtype)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import optax
+from jax.typing import DTypeLike
 
-from sfcore import hyperparameters
-from sfjax import _arguments, _scalars
 from sfjax._directed import Direction, directed
+from sfjax._types import Scalar, ScalarOrSchedule, Whole
+
+SGD = Direction("sgd", lambda grads, state, t, hp: (grads, state))  # S6
 
 
 def schedule_free_sgd(
-    learning_rate: _scalars.ScalarOrSchedule = 1.0,
-    warmup_steps: Any = 0,
-    b1: Any = 0.9,
-    weight_decay: Any = 0.0,
-    weight_lr_power: Any = 2.0,
-    state_dtype: Any = None,
+    learning_rate: ScalarOrSchedule = 1.0,
+    warmup_steps: Whole | None = 0,
+    b1: Scalar = 0.9,
+    weight_decay: Scalar | None = 0.0,
+    weight_lr_power: Scalar = 2.0,
+    state_dtype: DTypeLike | None = None,
     *,
-    r: Any = 0.0,
-    prior_steps: Any = 0,
-    precision: Any = "exact",
-    seed: Any = 0,
+    r: Scalar = 0.0,
+    prior_steps: Whole = 0,
+    precision: Literal["exact", "lean"] = "exact",
+    seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free SGD (arXiv 2405.15682). The parameters hold y; `schedule_free_eval_params` gives x.
@@ -58,19 +60,4 @@ def schedule_free_sgd(
         >>> params = optax.apply_updates(params, updates)
         >>> x = sfjax.schedule_free_eval_params(state, params)
     """
-    hp = _arguments.read(
-        hyperparameters.SGD,
-        lr=learning_rate,
-        beta=b1,
-        r=r,
-        weight_lr_power=weight_lr_power,
-        prior_steps=prior_steps,
-        weight_decay=0.0 if weight_decay is None else weight_decay,
-        warmup_steps=0 if warmup_steps is None else warmup_steps,
-    )
-    direction = Direction(
-        init=lambda params: optax.EmptyState(),
-        next=lambda grads, state, t: (grads, state),  # S6
-        lr_factor=lambda t: _scalars.ramp(t, hp.warmup_steps),
-    )
-    return directed(direction, hp, mask, state_dtype, precision, seed)
+    return directed(SGD, locals())

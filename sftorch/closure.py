@@ -12,6 +12,8 @@ from sftorch.adamw import AdamWDirection
 from sftorch.radam import RAdamDirection
 from sftorch.sgd import SGDDirection
 from sftorch.state import forms
+from sftorch.state.compiler import uncompiled, uncompiled_itself
+from sftorch.state.state_dict import settle
 from sftorch.step.plan import DirectedOptimizer, given
 
 
@@ -19,8 +21,6 @@ class XAtRest(DirectedOptimizer):
     """Abstract: `step(closure)` for parameters that hold x, so that nothing needs to be switched."""
 
     _rest = forms.X_REST  # in a step, y's
-    _passed = ("step",)
-    _eager = ("_extrapolate", "_restore")
 
     def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
         """Takes one step; `p.grad` is read and never written.
@@ -42,22 +42,27 @@ class XAtRest(DirectedOptimizer):
                 "backward, or use the class without 'Closure' in its name"
             )
         with torch.no_grad():
-            x = self._extrapolate()
-            try:
-                with torch.enable_grad():
-                    loss = closure()
-                plan = self._prepare(x)
-            except BaseException:
-                self._restore(x)
-                raise
-            self._restore({p: value for p, value in x.items() if p.grad is None})
-            self._run(plan)
-            self._close(plan)
+            return self._take_step(closure)
+
+    @uncompiled_itself
+    def _take_step(self, closure: Callable[[], float]) -> float:
+        x = self._extrapolate()
+        try:
+            with torch.enable_grad():
+                loss = closure()
+            plan = self._prepare(x)
+        except BaseException:
+            self._restore(x)
+            raise
+        self._restore({p: value for p, value in x.items() if p.grad is None})
+        self._run(plan)
+        self._close(plan)
         return loss
 
+    @uncompiled
     def _extrapolate(self) -> dict[Tensor, Tensor]:
         """Puts y into the parameters and returns parameter -> x."""
-        self._settle()
+        settle(self)
         self._loaded = None
         self._check_settings()
         x = {}
@@ -69,6 +74,7 @@ class XAtRest(DirectedOptimizer):
                 forms.put_(p, self.state[p], y, self._rest)
         return x
 
+    @uncompiled
     def _restore(self, x: dict[Tensor, Tensor]) -> None:
         for p, value in x.items():
             if forms.has_started(self.state.get(p, {})):

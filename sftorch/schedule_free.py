@@ -16,6 +16,7 @@ from sfcore.laws import LAWS
 from sftorch.law import iterates
 from sftorch.law.parts import note_written
 from sftorch.state import arguments, forms
+from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, Next
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
@@ -54,7 +55,6 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
     """
 
     law = LAWS["wrapper"]
-    _eager = ("_prepare", "_close")
 
     # Keyword-only: schedulefree orders these arguments differently, and a swap would go unnoticed.
     def __init__(
@@ -166,6 +166,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         drawer: dict[str, Any] = group[_DRAWER]
         return drawer
 
+    @uncompiled
     def _prepare(self) -> dict[Tensor, dict[str, Any]]:
         """Returns the state of the parameters that are to move."""
         self._begin()
@@ -183,6 +184,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
     def _run(plan: dict[Tensor, dict[str, Any]]) -> None:
         pass  # the base's arithmetic is not to be compiled either
 
+    @uncompiled
     def _close(self, plan: dict[Tensor, dict[str, Any]]) -> None:
         y = {p: p.detach().clone() for p in plan}
         z = {p: plan[p]["z"].clone() for p in _narrow(plan)}

@@ -16,6 +16,7 @@ from parity_tests.drivers import names
 from parity_tests.problems import Record
 from parity_tests.reference import Arrays, Reference
 from parity_tests.trajectory import Iterates, Trajectory, stack
+from sfcore import laws
 
 
 class Run(Protocol):
@@ -45,14 +46,14 @@ class Driver:
     Attributes:
         name: as in the conformance matrix.
         start: (case, initial values, "float64" or "float32") -> a run.
-        optimizers: those it has.
+        optimizers: the laws that it runs, or a function that says which these are now.
         lacks: canonical options it does not have.
         apart: options that it has, but not together.
     """
 
     name: str
     start: Start
-    optimizers: tuple[str, ...] = ("sgd", "adamw", "radam")
+    optimizers: Iterable[str] | Callable[[], Iterable[str]]
     lacks: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
 
@@ -60,9 +61,12 @@ class Driver:
         """Tells whether a case can be put to this implementation at all."""
         has = case.options.get
         together = bool(self.apart) and all(has(name) for name in self.apart)
-        return (
-            case.optimizer in self.optimizers and not together and not any(has(name) for name in self.lacks)
-        )
+        runs = case.optimizer in self.runs()
+        return runs and not together and not any(has(name) for name in self.lacks)
+
+    def runs(self) -> list[str]:
+        """Returns the laws that it runs."""
+        return list(self.optimizers() if callable(self.optimizers) else self.optimizers)
 
     def run(
         self, case: Case, recorded: Record, dtype: str = "float64", noted: Iterable[int] | None = None
@@ -87,8 +91,17 @@ def on_golden(driver: str, case: str, dtype: str = "float64") -> Trajectory:
 
 def first_of_their_family(driver: Driver) -> list[str]:
     """Returns the first case of every optimizer and family that a driver supports."""
+    return _first(driver, lambda case: (case.optimizer, case.family))
+
+
+def first_of_their_optimizer(driver: Driver) -> list[str]:
+    """Returns the first case of every optimizer that a driver supports."""
+    return _first(driver, lambda case: case.optimizer)
+
+
+def _first(driver: Driver, kind: Callable[[Case], Any]) -> list[str]:
     supported = [case for case in CASES.values() if driver.supports(case)]
-    return list({(case.optimizer, case.family): case.id for case in reversed(supported)}.values())
+    return list({kind(case): case.id for case in reversed(supported)}.values())
 
 
 def _torch(run: str, make: str, **options: Any) -> Start:
@@ -100,26 +113,45 @@ def _torch(run: str, make: str, **options: Any) -> Start:
     return start
 
 
-def _jax(make: str) -> Start:
+def _jax(make: str, observe: str = "our_iterates", **options: bool) -> Start:
     def start(case: Case, params: Arrays, dtype: str) -> Run:
         from parity_tests.drivers import jax_runs as runs
 
-        return runs.JaxRun(getattr(runs, make), case, params, dtype)
+        made, seen = getattr(runs, make), getattr(runs, observe)()
+        return runs.JaxRun(made, seen, case, params, dtype, **options)
 
     return start
 
 
-_PAIR = ("sgd", "adamw")
-_UPSTREAM = Driver("schedulefree 1.4.1", _torch("TorchRun", "upstream"), lacks=names.UPSTREAM_LACKS)
+def _known_to(program: str) -> Callable[[], list[str]]:
+    return lambda: [name for name, law in laws.directed().items() if program in law.elsewhere]
+
+
+_PAIR = ("sgd", "adamw")  # what the wrappers' drivers can make of other programs' parts
+_KERNELS = ("sgd", "adamw", "radam")  # fused=True raises for a law whose direction is in no kernel
+_UPSTREAM = Driver(
+    "schedulefree 1.4.1",
+    _torch("TorchRun", "upstream"),
+    _known_to("schedulefree"),
+    lacks=names.UPSTREAM_LACKS,
+)
+_JAX_WRAPPER = Driver(
+    "sfjax wrapper",
+    _jax("wrapped", ramped=True),
+    _PAIR,
+    # The prior's full lr is what a schedule shows of it.
+    apart=("warmup_steps", "prior_steps"),
+)
 TWINS = [
-    Driver("sfjax", _jax("ours")),
-    # There the ramp is part of a schedule, and the prior's full lr is what the schedule shows of it.
-    Driver("sfjax wrapper", _jax("wrapped"), _PAIR, apart=("warmup_steps", "prior_steps")),
-    Driver("sftorch fused", _torch("OurRun", "ours", fused=True)),
-    Driver("sftorch foreach", _torch("OurRun", "ours")),
-    Driver("sftorch single", _torch("OurRun", "ours", foreach=False)),
-    Driver("sftorch closure", _torch("OurClosureRun", "ours", suffix="Closure")),
-    Driver("sftorch fused closure", _torch("OurClosureRun", "ours", suffix="Closure", fused=True)),
+    Driver("sfjax", _jax("ours"), laws.directed),
+    Driver("sfjax traced", _jax("ours", traced=True), laws.directed),
+    _JAX_WRAPPER,
+    replace(_JAX_WRAPPER, name="sfjax wrapper traced", start=_jax("wrapped", ramped=True, traced=True)),
+    Driver("sftorch fused", _torch("OurRun", "ours", fused=True), _KERNELS),
+    Driver("sftorch foreach", _torch("OurRun", "ours"), laws.directed),
+    Driver("sftorch single", _torch("OurRun", "ours", foreach=False), laws.directed),
+    Driver("sftorch closure", _torch("OurClosureRun", "ours", suffix="Closure"), laws.directed),
+    Driver("sftorch fused closure", _torch("OurClosureRun", "ours", suffix="Closure", fused=True), _KERNELS),
     Driver("sftorch wrapper", _torch("WrapperRun", "wrapped"), _PAIR),
 ]
 PEERS = [
@@ -127,7 +159,17 @@ PEERS = [
     replace(
         _UPSTREAM, name="schedulefree 1.4.1 closure", start=_torch("ClosureRun", "upstream", suffix="Closure")
     ),
-    Driver("optax.contrib 0.2.8", _jax("optax_contrib"), _PAIR, names.OPTAX_LACKS),
-    replace(_UPSTREAM, name="pytorch_optimizer 4.1.0", start=_torch("TorchRun", "pytorch_optimizer")),
+    Driver(
+        "optax.contrib 0.2.8",
+        _jax("optax_contrib", "optax_iterates"),
+        _known_to("optax.contrib"),
+        names.OPTAX_LACKS,
+    ),
+    replace(
+        _UPSTREAM,
+        name="pytorch_optimizer 4.1.0",
+        start=_torch("TorchRun", "pytorch_optimizer"),
+        optimizers=_known_to("pytorch_optimizer"),
+    ),
 ]
 DRIVERS = {driver.name: driver for driver in TWINS + PEERS}

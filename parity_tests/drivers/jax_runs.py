@@ -13,13 +13,15 @@ import optax
 
 from parity_tests.cases import Case
 from parity_tests.drivers import names
+from parity_tests.problems import LONGEST
 from parity_tests.reference import Arrays, Reference
 from parity_tests.trajectory import Iterates
+from sfcore import laws
 
 Tree = Any
 Observe = Callable[[Tree, Tree], tuple[Tree, Tree, Tree]]
-Make = Callable[[Case], tuple[optax.GradientTransformationExtraArgs, Observe]]
-FACTORIES = {"sgd": "schedule_free_sgd", "adamw": "schedule_free_adamw", "radam": "schedule_free_radam"}
+Options = dict[str, Any]
+Make = Callable[[str, Options], optax.GradientTransformationExtraArgs]
 
 
 def precision(dtype: str) -> Any:
@@ -39,19 +41,40 @@ class JaxRun:
         state: the optimizer state.
     """
 
-    def __init__(self, make: Make, case: Case, params: Arrays, dtype: str):
-        self.dtype = dtype
+    def __init__(
+        self,
+        make: Make,
+        observe: Observe,
+        case: Case,
+        params: Arrays,
+        dtype: str,
+        ramped: bool = False,
+        traced: bool = False,
+    ):
+        """Starts a run.
+
+        Args:
+            make: (optimizer, canonical options, its lr a number or a schedule) -> transformation.
+            observe: (state, params) -> x, y, z.
+            case, params, dtype: as in `Driver.start`.
+            ramped: the ramp of S2 is part of the schedule.
+            traced: numbers are arguments of the compiled update, as under optax.inject_hyperparams, and cases
+                that differ in nothing else share it. Otherwise they are constants, and each case compiles.
+        """
+        self.dtype, self.observe = dtype, observe
         with precision(dtype):
-            tx, self.observe = make(case)
-
-            @jax.jit
-            def update(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
-                updates, state = tx.update(grads, state, params)
-                return optax.apply_updates(params, updates), state
-
-            self._update = update
+            options = case.options | {"lr": learning_rate(case, ramped)}
             self.params = self._tree(params)
-            self.state: Any = tx.init(self.params)
+            if traced:
+                fixed = tuple((k, v) for k, v in options.items() if _decides(k, v))
+                numbers = {k: v for k, v in options.items() if not _decides(k, v)}
+                init, update = _traced(make, case.optimizer, fixed)
+                self.state: Any = init(numbers, self.params)
+                self._update = functools.partial(update, numbers)
+            else:
+                tx = _made(make, case.optimizer, options)
+                self.state = tx.init(self.params)
+                self._update = jax.jit(functools.partial(_step, tx))
 
     def _tree(self, arrays: Arrays) -> Tree:
         return {k: np.asarray(a, self.dtype) for k, a in arrays.items()}
@@ -78,8 +101,8 @@ class JaxRun:
         }
         scalars = {k: np.asarray(value, getattr(self.state, k).dtype) for k, value in clock.items()}
         base = self.state.base_optimizer_state
-        moments = {"nu": truth.v, "mu": truth.m}
-        given = {k: self._tree(a) for k, a in moments.items() if getattr(base, k, None) is not None}
+        buffers = {one.jax: truth.buffers[role] for role, one in laws.roles().items()}
+        given = {k: self._tree(a) for k, a in buffers.items() if getattr(base, k, None) is not None}
         self.params = self._tree(truth.y)
         self.state = self.state._replace(
             # At beta = 0 the parameters are z and the state holds x.
@@ -89,14 +112,50 @@ class JaxRun:
         )
 
 
-def learning_rate(case: Case, ramp_steps: int = 0) -> Any:
-    """Returns a number, or a schedule for a case that has one or a ramp that belongs in it."""
+def learning_rate(case: Case, ramped: bool = False) -> float | np.ndarray:
+    """Returns a number, or a table of the lr at each step for a case that has a schedule or a ramp in it.
+
+    Every table has the same length, so that all may share a program; it ends as the run does.
+    """
+    ramp_steps = case.options["warmup_steps"] if ramped else 0
     if case.schedule == "constant" and not ramp_steps:
-        return case.options["lr"]
+        return float(case.options["lr"])
     table = np.asarray(case.lrs)
     if ramp_steps:
         table = table * np.minimum(1, np.arange(1, case.steps + 1) / ramp_steps)
-    return lambda step: jnp.asarray(table)[step]
+    return np.pad(table, (0, max(0, LONGEST - len(table))), mode="edge")
+
+
+def _made(make: Make, optimizer: str, options: Options) -> optax.GradientTransformationExtraArgs:
+    table = options["lr"]
+    schedule = (lambda step: jnp.asarray(table)[step]) if np.ndim(table) else table
+    return make(optimizer, options | {"lr": schedule})
+
+
+def _decides(name: str, value: Any) -> bool:
+    """Tells whether an option decides what is computed and kept, and so cannot be traced."""
+    return isinstance(value, bool) or (name == "inner_momentum" and value == 0)
+
+
+def _step(tx: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@functools.cache
+def _traced(make: Make, optimizer: str, fixed: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+    """Returns init(numbers, params) and update(numbers, params, state, grads), each compiled once a shape."""
+
+    def made(numbers: Options) -> Any:
+        return _made(make, optimizer, dict(fixed) | numbers)
+
+    def init(numbers: Options, params: Tree) -> Tree:
+        return made(numbers).init(params)
+
+    def update(numbers: Options, *of: Tree) -> tuple[Tree, Tree]:
+        return _step(made(numbers), *of)
+
+    return jax.jit(init), jax.jit(update)
 
 
 @functools.cache
@@ -107,27 +166,25 @@ def our_iterates() -> Observe:
     return jax.jit(lambda state, params: sfjax.iterates(state, params))
 
 
-def ours(case: Case) -> Any:
-    """Returns sfjax's transformation for a case."""
+def ours(optimizer: str, options: Options) -> Any:
+    """Returns sfjax's transformation."""
     import sfjax
 
-    arguments = names.for_jax(case.options) | {"learning_rate": learning_rate(case)}
-    return getattr(sfjax, FACTORIES[case.optimizer])(**arguments), our_iterates()
+    return getattr(sfjax, laws.LAWS[optimizer].jax)(**names.for_jax(options))
 
 
-def wrapped(case: Case) -> Any:
+def wrapped(optimizer: str, options: Options) -> Any:
     """Returns the same transformation, made of optax's own parts and sfjax.schedule_free."""
     import sfjax
 
-    o = case.options
-    lr = learning_rate(case, o["warmup_steps"])
+    o = options
     direction = optax.identity()
-    if case.optimizer == "adamw":
+    if optimizer == "adamw":
         direction = optax.scale_by_adam(o["inner_momentum"], o["b2"], o["eps"])
     decay = optax.add_decayed_weights(o["weight_decay"])
-    base = optax.chain(direction, decay, optax.scale_by_learning_rate(lr))
+    base = optax.chain(direction, decay, optax.scale_by_learning_rate(o["lr"]))
     averaging = {k: o[k] for k in ("r", "weight_lr_power", "prior_steps")}
-    return sfjax.schedule_free(base, lr, b1=o["beta"], **averaging), our_iterates()
+    return sfjax.schedule_free(base, o["lr"], b1=o["beta"], **averaging)
 
 
 @functools.cache
@@ -138,9 +195,8 @@ def optax_iterates() -> Observe:
     return jax.jit(lambda state, params: (contrib.schedule_free_eval_params(state, params), params, state.z))
 
 
-def optax_contrib(case: Case) -> Any:
-    """Returns optax.contrib's transformation for a case."""
+def optax_contrib(optimizer: str, options: Options) -> Any:
+    """Returns optax.contrib's transformation."""
     from optax import contrib
 
-    arguments = names.for_optax(case.options) | {"learning_rate": learning_rate(case)}
-    return getattr(contrib, FACTORIES[case.optimizer])(**arguments), optax_iterates()
+    return getattr(contrib, laws.LAWS[optimizer].elsewhere["optax.contrib"])(**names.for_optax(options))

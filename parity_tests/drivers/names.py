@@ -1,33 +1,26 @@
-"""Canonical option names, as in S1 to S9, and what each implementation calls them. The only translation."""
+"""Canonical option names, as in S1 to S9, and what each implementation calls them, by their rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# canonical name -> the name in an error message; others keep their name.
-JAX_NAMES = {"lr": "learning_rate", "beta": "b1"}
-_BETAS = {"beta": "betas[0]", "b2": "betas[1]"}
-TORCH_NAMES = {"sgd": {"beta": "momentum"}, "adamw": _BETAS, "radam": _BETAS}
+from sfcore import laws
 
 
 def shown(framework: str, optimizer: str, name: str) -> str:
     """Returns what a user of "jax" or "torch" knows an option as."""
-    return (JAX_NAMES if framework == "jax" else TORCH_NAMES[optimizer]).get(name, name)
+    known = laws.JAX_NAMES if framework == "jax" else laws.LAWS[optimizer].torch_names
+    return known.get(name, name)
 
 
 def for_jax(options: dict[str, Any]) -> dict[str, Any]:
     """Returns canonical options as keyword arguments of sfjax."""
-    return {JAX_NAMES.get(name, name): value for name, value in options.items()}
+    return {laws.JAX_NAMES.get(name, name): value for name, value in options.items()}
 
 
 def for_torch(optimizer: str, options: dict[str, Any]) -> dict[str, Any]:
     """Returns canonical options as keyword arguments of sftorch, schedulefree and pytorch_optimizer."""
-    given = dict(options)
-    if optimizer == "sgd":
-        return given | ({"momentum": given.pop("beta")} if "beta" in given else {})
-    if "beta" in given or "b2" in given:
-        given["betas"] = (given.pop("beta", 0.9), given.pop("b2", 0.999))
-    return given
+    return laws.LAWS[optimizer].to_torch(options)
 
 
 def for_optax(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from parity_tests.cases import Case
 from parity_tests.drivers import names
 from parity_tests.reference import Arrays, Reference
 from parity_tests.trajectory import Iterates
+from sfcore import laws
 
-CLASSES = {"sgd": "SGDScheduleFree", "adamw": "AdamWScheduleFree", "radam": "RAdamScheduleFree"}
 Make = Callable[[Case, list[Tensor]], Any]
 
 
@@ -72,7 +72,8 @@ class OurRun(TorchRun):
     def put(self, truth: Reference) -> None:
         """Overwrites weights and state with the reference's; state exists once a step has been taken."""
         clock = {"step": truth.step, "lr_max": truth.lr_max, "weight_sum": truth.weight_sum}
-        buffers = {"z": truth.z, "x": truth.x, "exp_avg_sq": truth.v, "exp_avg": truth.m}
+        buffers = {one.torch: truth.buffers[role] for role, one in laws.roles().items()}
+        buffers |= {"z": truth.z, "x": truth.x}
         for k, p in self.params.items():
             p.data = self.tensor(truth.y[k])
             state = self.optimizer.state[p]
@@ -136,7 +137,7 @@ def ours(
     """Returns sftorch's optimizer for a case."""
     import sftorch
 
-    make = getattr(sftorch, CLASSES[case.optimizer] + suffix)
+    make = getattr(sftorch, laws.LAWS[case.optimizer].torch + suffix)
     return make(params, foreach=foreach, fused=fused, **names.for_torch(case.optimizer, case.options))
 
 
@@ -159,7 +160,7 @@ def upstream(case: Case, params: list[Tensor], suffix: str = "", foreach: bool =
     """Returns the schedulefree package's optimizer for a case."""
     import schedulefree
 
-    make = getattr(schedulefree, CLASSES[case.optimizer] + suffix)
+    make = getattr(schedulefree, laws.LAWS[case.optimizer].elsewhere["schedulefree"] + suffix)
     optimizer = make(params, foreach=foreach, **names.for_upstream(case.optimizer, case.options))
     if not suffix:
         optimizer.train()
@@ -170,6 +171,5 @@ def pytorch_optimizer(case: Case, params: list[Tensor]) -> Any:
     """Returns the pytorch_optimizer package's optimizer for a case."""
     import pytorch_optimizer
 
-    classes = {"sgd": "ScheduleFreeSGD", "adamw": "ScheduleFreeAdamW", "radam": "ScheduleFreeRAdam"}
-    make = getattr(pytorch_optimizer, classes[case.optimizer])
+    make = getattr(pytorch_optimizer, laws.LAWS[case.optimizer].elsewhere["pytorch_optimizer"])
     return make(params, **names.for_upstream(case.optimizer, case.options))

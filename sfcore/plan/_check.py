@@ -10,16 +10,17 @@ import numpy as np
 from sfcore.plan import _check_schedule, _check_values, _check_warmup, _check_wiring, _read, _write
 from sfcore.plan._config import Config
 from sfcore.plan._model import Change, Plan, Problem
+from sfcore.plan._read import ConfigLike, SourceName
 from sfcore.plan._run import Run
 
 _ROUNDS = 8  # a repair may lay bare the next problem; none of the rules' chains is longer than 4
 
 
 def check(
-    config: Any = None,
+    config: ConfigLike = None,
     *,
     fix: bool = False,
-    source: str | None = None,
+    source: SourceName | None = None,
     ignore: Iterable[str] = (),
     **facts: Any,
 ) -> Plan:
@@ -62,7 +63,7 @@ def check(
     return _plan(found, problems, changes)
 
 
-def _key(config: Config) -> str | None:
+def _key(config: Config) -> SourceName | None:
     """Returns the name of a source that `read` takes; None for a command line, which tells itself."""
     return next((key for key, source in _read.SOURCES.items() if source is config.source), None)
 

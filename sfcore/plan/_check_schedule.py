@@ -9,7 +9,7 @@ from sfcore.checks import nearest
 from sfcore.plan._model import Problem
 from sfcore.plan._rules import problem
 from sfcore.plan._run import Run
-from sfcore.plan._tables import ADAFACTOR, DATA_DRIVEN, SCHEDULERS, SHAPE, WARMUP
+from sfcore.plan._tables import DATA_DRIVEN, SCHEDULERS, SHAPE, WARMUP, is_adafactor
 
 # What a form fills in for every scheduler: no statement.
 _UNSAID = {"scheduler_cycles": (0, 1), "scheduler_power": (0, 1), "scheduler_min_lr_ratio": (0,)}
@@ -27,7 +27,7 @@ def find(run: Run) -> Iterator[Problem]:
     yield from decaying(run)
     yield from missing(run)
     yield from without_effect(run)
-    if run.scheduler_name == "adafactor" and run.kind is not ADAFACTOR:
+    if run.scheduler_name == "adafactor" and not is_adafactor(run.optimizer):
         fix = f"choose {run.config.name('scheduler')} = constant, or the optimizer Adafactor"
         yield problem(run, "SF107", "scheduler", "adafactor", fix, {"scheduler": "constant"})
 
@@ -88,7 +88,7 @@ def unknown(run: Run) -> Iterator[Problem]:
         return
     near = nearest(name, SCHEDULERS)
     fix = f"did you mean {near}?" if near else f"choose one of {', '.join(SCHEDULERS)}"
-    yield problem(run, "SF106", "scheduler", name, fix, {"scheduler": near or "constant"})
+    yield problem(run, "SF106", "scheduler", name, fix, {"scheduler": near} if near else None)
 
 
 def needless_warmup(run: Run) -> Iterator[Problem]:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from sfcore import checks
+from sfcore import checks, laws
 from sfcore.plan import _fields
 from sfcore.plan._fields import whole
 from sfcore.plan._model import Problem
 from sfcore.plan._rules import problem
 from sfcore.plan._run import Run
-from sfcore.plan._tables import ADAMW, RADAM, SGD, is_ours, misspelt
+from sfcore.plan._tables import is_ours, misspelt
 
 _OURS = ("prior_steps", "inner_momentum")
 _FAR = 10.0
@@ -45,15 +45,15 @@ def name(run: Run) -> Iterator[Problem]:
         fix = (
             "build it yourself and pass optimizers=(optimizer, None) to Trainer, or take one of its own names"
         )
-        family = run.kind.rules.__name__.lower() if run.kind.rules and run.kind in (SGD, ADAMW, RADAM) else ""
-        changes = {"optimizer": f"schedule_free_{family}"} if family else None
+        there = run.kind.law.elsewhere.get("transformers") if run.kind.law else None
+        changes = {"optimizer": there} if there else None
         yield problem(run, "SF003", "optimizer", run.optimizer, fix, changes)
 
 
 def full_name(run: Run) -> str:
-    """Returns this project's torch class of the same family."""
-    name = run.kind.rules.__name__ if run.kind.rules else ""
-    return "sftorch.ScheduleFreeWrapper" if name == "Wrapper" else f"sftorch.{name}ScheduleFree"
+    """Returns this project's torch class of the same family; of an unknown one, the usual."""
+    law = run.kind.law or laws.LAWS["adamw"]
+    return f"sftorch.{law.torch}"
 
 
 def package_fix(run: Run) -> tuple[str, dict[str, Any]]:
@@ -73,7 +73,9 @@ def arguments(run: Run) -> Iterator[Problem]:
     shared = run.config.source.shares_warmup
     for field, value in run.config.values.items():
         of_trainer = shared and run.config.places[field].item == "" and field in run.config.source.fields
-        if field in run.kind.forbids and field != "warmup_steps" and not of_trainer and value:
+        # RAdam's warm-up is SF206.
+        others = field in run.kind.forbids and not (field == "warmup_steps" and run.kind.rectified)
+        if others and not of_trainer and value:
             yield problem(run, "SF306", field, value, f"{run.kind.name} has none: remove it", {field: None})
         elif field in _OURS and value and run.kind.uses:
             fix, changes = package_fix(run)
@@ -119,16 +121,15 @@ def _out_of_range(run: Run, name: str, rule: str, fix: str, default: Any) -> Pro
 
 def rate(run: Run) -> Iterator[Problem]:
     """SF302 and SF303: a step size of another optimizer, or of none."""
-    if run.kind.lr_range is None or run.lr == 0:
+    law = run.kind.law
+    if law is None or law.lr_range is None or run.lr == 0:
         return
-    low, high = run.kind.lr_range
-    text = f"{low:g} to {high:g} is useful ({run.kind.lr_source})"
-    if run.kind is SGD and run.lr < low / 5:
-        yield problem(run, "SF303", "lr", run.lr, f"start from 1; {text}", {"lr": 1.0})
+    (low, high), usual = law.lr_range, law.defaults["lr"]
+    text = f"{low:g} to {high:g} is useful ({law.lr_source})"
+    if law.direction == "gradient" and run.lr < low / 5:
+        yield problem(run, "SF303", "lr", run.lr, f"start from {usual:g}; {text}", {"lr": usual})
     elif not low / _FAR <= run.lr <= high * _FAR:
-        default = fields(run.kind.rules)[0].default if run.kind.rules else None
-        fix = f"{text}; start from {default:g}"
-        yield problem(run, "SF302", "lr", run.lr, fix, {"lr": default})
+        yield problem(run, "SF302", "lr", run.lr, f"{text}; start from {usual:g}", {"lr": usual})
 
 
 def beta(run: Run) -> Iterator[Problem]:

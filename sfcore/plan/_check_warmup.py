@@ -11,7 +11,6 @@ from sfcore.plan._check_schedule import given_warmups, no_warmup
 from sfcore.plan._model import Problem
 from sfcore.plan._rules import problem
 from sfcore.plan._run import Run
-from sfcore.plan._tables import RADAM
 
 _SHARE = 0.05  # of the run; README of facebookresearch/schedule_free, and the paper's experiments
 
@@ -120,7 +119,7 @@ def run_in_micro_batches(run: Run) -> Iterator[Problem]:
 
 def on_radam(run: Run) -> Iterator[Problem]:
     """SF206: a warm-up on RAdam, given to it or by a scheduler."""
-    if run.kind is not RADAM:
+    if not run.kind.rectified:
         return
     values = run.config.values
     places: dict[Any, str] = {}

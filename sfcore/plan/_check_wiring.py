@@ -8,7 +8,6 @@ from sfcore.plan._check_values import full_name, package_fix
 from sfcore.plan._model import Problem
 from sfcore.plan._rules import problem
 from sfcore.plan._run import Run
-from sfcore.plan._tables import WRAPPER
 from sfcore.restart import weights_only_policy
 
 
@@ -103,7 +102,7 @@ def unrecognised(run: Run) -> Iterator[Problem]:
     """SF507: a Schedule-Free optimizer that sd-scripts takes for another."""
     if run.config.source.dummy_scheduler and not run.ignored:
         fix = f"choose {run.config.name('optimizer')} = {full_name(run)}"
-        known = bool(run.kind.uses) and run.kind is not WRAPPER
+        known = run.kind.law is not None and run.kind.law.direction != "base"
         changes = {"optimizer": full_name(run)} if known else None
         yield problem(
             run, "SF507", "optimizer", run.optimizer, fix if known else "take a class of such a name", changes

@@ -20,6 +20,7 @@ class Source:
         fields: neutral field -> the trainer's own name.
         defaults: neutral field -> what the trainer does where nothing is said.
         neighbours: fields that are none of ours but look like one.
+        nested: neutral field -> the field and the key inside of it.
         prefix: what stands before a name on its command line.
         inner: the field that holds arguments of the optimizer; "" where they stand beside the rest.
         dummy_scheduler: with a Schedule-Free optimizer it ignores the scheduler and its warm-up.
@@ -32,6 +33,7 @@ class Source:
     fields: Mapping[str, str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     neighbours: frozenset[str] = frozenset()
+    nested: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     inner: str = ""
     dummy_scheduler: bool = False
@@ -107,29 +109,16 @@ class Config:
             return neutral
         if neutral in self.places:
             return self.shown(self.places[neutral])
+        if neutral in self.source.nested:
+            return self.source.nested[neutral]
         if neutral in self.source.fields:
             return f"{self.source.prefix}{self.source.fields[neutral]}"
-        inner = neutral in INNER and self.source.inner
+        inner = neutral in _fields.inner() and self.source.inner
         return f"{self.source.prefix}{self.source.inner} {neutral}" if inner else neutral
 
     def get(self, neutral: str, default: Any = None) -> Any:
         """Returns a value: as given, or the trainer's default, or `default`."""
         return self.values.get(neutral, self.source.defaults.get(neutral, default))
-
-
-# Arguments of an optimizer, wherever its trainer keeps them.
-INNER = (
-    "beta",
-    "b2",
-    "eps",
-    "weight_decay",
-    "r",
-    "weight_lr_power",
-    "prior_steps",
-    "warmup_steps",
-    "inner_momentum",
-    "silent_sgd_phase",
-)
 
 
 def _unreadable(name: str, value: Any, rule: str) -> Problem:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from sfcore import checks, laws
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -15,19 +20,37 @@ class Field:
     doc: str
 
 
-FIELDS: dict[str, Field] = {
-    "optimizer": Field("text", "name of the optimizer, with its module or without"),
-    "lr": Field("number", "step size"),
-    "beta": Field("number", "interpolation; betas[0], momentum or b1"),
-    "b2": Field("number", "decay of the second moment; betas[1]"),
-    "eps": Field("number", "added to the denominator"),
-    "weight_decay": Field("number", "decoupled weight decay"),
-    "r": Field("number", "the average weighs step t by t^r"),
-    "weight_lr_power": Field("number", "the average weighs a step by the largest lr so far to this power"),
-    "prior_steps": Field("number", "the first weights count as the average of this many earlier steps"),
-    "warmup_steps": Field("number", "the optimizer's own warm-up, in optimizer steps"),
-    "inner_momentum": Field("number", "decay of a first moment in AdamW's numerator"),
-    "silent_sgd_phase": Field("flag", "RAdam: nothing moves until the variance is usable"),
+class Live(Mapping[str, Value]):
+    """A mapping that follows the laws, of which some may join later."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Value]]):
+        self._made = laws.derived(make)
+
+    def __getitem__(self, name: str) -> Value:
+        return self._made()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made())
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+
+def _options() -> dict[str, Field]:
+    """Returns the options of all laws."""
+    return {
+        name: Field("flag" if one.metadata["rule"] is checks.FLAG else "number", one.metadata["doc"])
+        for name, one in laws.options().items()
+    }
+
+
+@laws.derived
+def inner() -> tuple[str, ...]:
+    """Returns the arguments of an optimizer that its trainer keeps apart: all but lr."""
+    return tuple(name for name in laws.options() if name != "lr")
+
+
+_OF_RUN: dict[str, Field] = {
     "scheduler": Field("text", "name of the learning-rate schedule"),
     "scheduler_class": Field("text", "a scheduler class by its import path, in place of a name"),
     "scheduler_args": Field("list", "arguments of the scheduler beyond those below"),
@@ -39,6 +62,9 @@ FIELDS: dict[str, Field] = {
     "scheduler_min_lr_ratio": Field("number", "smallest lr over the largest"),
     "scheduler_timescale": Field("number", "time scale of inverse_sqrt"),
     "scheduler_decay_steps": Field("number", "steps of the decay, or a fraction of the run"),
+    "scheduler_warmup_lr_ratio": Field(
+        "number", "lr of the first warm-up step over the largest, of cosine_warmup_with_min_lr"
+    ),
     "total_steps": Field("number", "optimizer steps of the run"),
     "epochs": Field("number", "passes through the data"),
     "samples": Field("number", "samples of one epoch"),
@@ -59,6 +85,13 @@ FIELDS: dict[str, Field] = {
     "eval_steps": Field("number", "HF: steps between evaluations"),
     "adapter": Field("flag", "an adapter puts x into the weights whenever they are saved"),
 }
+FIELDS: Mapping[str, Field] = Live(
+    lambda: {
+        "optimizer": Field("text", "name of the optimizer, with its module or without"),
+        **_options(),
+        **_OF_RUN,
+    }
+)
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": False}
 EXPECTED = {"number": "a number", "text": "text", "flag": "true or false", "list": "a list"}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sfcore.plan._fields import FIELDS
 from sfcore.plan._rules import RULES
 from sfcore.plan._sources import ALIASES, HF, KOHYA, SD_SCRIPTS
-from sfcore.plan._tables import OPTIMIZERS, SCHEDULERS
+from sfcore.plan._tables import SCHEDULERS, optimizers
 
 _HEAD = """# Rules of the plan checker
 
@@ -56,10 +56,10 @@ def _schedulers() -> str:
 
 def _optimizers() -> str:
     rows = []
-    for kind in OPTIMIZERS:
+    for kind in optimizers():
         schedule = "a constant one, or none" if kind.schedule_free else "any"
-        low, high = kind.lr_range or (0, 0)
-        lr = f"{low:g} to {high:g}: {kind.lr_source}" if high else "·"
+        low, high = (kind.law and kind.law.lr_range) or (0, 0)
+        lr = f"{low:g} to {high:g}: {kind.law.lr_source}" if kind.law and high else "·"
         rows.append([kind.name, schedule, _words(kind.uses), _words(kind.forbids), lr])
     return _table(["optimizer", "scheduler", "uses", "forbids", "useful lr"], rows)
 
@@ -68,9 +68,8 @@ def _fields() -> str:
     other = {name: [alias for alias, of in ALIASES.items() if of == name] for name in FIELDS}
     rows = []
     for name, field in FIELDS.items():
-        theirs = [
-            f"`{source.fields[name]}`" if name in source.fields else "·" for source in (SD_SCRIPTS, KOHYA, HF)
-        ]
+        named = [{**source.fields, **source.nested} for source in (SD_SCRIPTS, KOHYA, HF)]
+        theirs = [f"`{names[name]}`" if name in names else "·" for names in named]
         aliases = "".join(f", `{alias}`" for alias in other[name])
         rows.append([f"`{name}`{aliases}", *theirs, field.doc])
     return _table(["field", "sd-scripts", "Kohya_SS", "HF", "meaning"], rows)

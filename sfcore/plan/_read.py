@@ -5,21 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from sfcore.plan import _fields, _sources, _text
 from sfcore.plan._config import Config, Source
 from sfcore.plan._model import ConfigError
 from sfcore.plan._readers import READERS
 
-SOURCES = {
+SourceName = Literal["own", "sd-scripts", "kohya", "hf"]
+
+
+class HasToDict(Protocol):
+    """An object of fields, such as transformers' TrainingArguments."""
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Returns name -> value."""
+
+
+ConfigLike = Mapping[str, Any] | str | Path | list[str] | tuple[str, ...] | HasToDict | None
+
+SOURCES: dict[SourceName, Source] = {
     "own": _sources.OWN,
     "sd-scripts": _sources.SD_SCRIPTS,
     "kohya": _sources.KOHYA,
     "hf": _sources.HF,
 }
 SCRIPTS = (".sh", ".txt")
-_MARKS = {
+_MARKS: dict[SourceName, tuple[str, ...]] = {
     "kohya": ("lr_warmup", "LoRA_type"),
     "hf": ("optim", "per_device_train_batch_size", "num_train_epochs", "adam_beta1", "lr_scheduler_kwargs"),
     "sd-scripts": (
@@ -34,7 +46,7 @@ _MARKS = {
 }
 
 
-def read(config: Any, source: str | None, facts: Mapping[str, Any]) -> Config:
+def read(config: ConfigLike, source: SourceName | None, facts: Mapping[str, Any]) -> Config:
     """Returns the neutral configuration of whatever a user hands over.
 
     Args:
@@ -108,7 +120,7 @@ def flat(raw: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _source(source: str | None, raw: Mapping[str, Any]) -> Source:
+def _source(source: SourceName | None, raw: Mapping[str, Any]) -> Source:
     if source is not None:
         if source not in SOURCES:
             raise ConfigError(f"source must be one of {', '.join(SOURCES)}, got {source!r}: choose one")

@@ -7,8 +7,8 @@ from typing import Any
 
 from sfcore.checks import nearest
 from sfcore.plan import _fields, _sources, _text
-from sfcore.plan._config import INNER, Config
-from sfcore.plan._tables import ADAFACTOR, optimizer_kind
+from sfcore.plan._config import Config
+from sfcore.plan._tables import is_adafactor, optimizer_kind
 
 
 def read_own(config: Config) -> None:
@@ -79,18 +79,16 @@ def _read_loras(config: Config) -> None:
 def _read_inner(config: Config) -> None:
     """Takes the arguments of the optimizer that stand in one field, parsed as the trainer does."""
     key = config.source.inner
-    name = str(config.get("optimizer"))
+    name, inner, aliases = str(config.get("optimizer")), _fields.inner(), _sources.options()
     found = {item: _text.literal(text) for item, text in _text.arguments(config.raw.get(key)).items()}
     for item, value in found.items():
         if item == "betas":
             _put_betas(config, value, key, item)
-        elif item == "momentum":
-            config.put("beta", value, key, item)
-        elif item in INNER:
-            config.put(item, value, key, item)
-    if optimizer_kind(name) is ADAFACTOR and (found.get("relative_step", True) or found.get("warmup_init")):
+        elif aliases.get(item, item) in inner:
+            config.put(aliases.get(item, item), value, key, item)
+    if is_adafactor(name) and (found.get("relative_step", True) or found.get("warmup_init")):
         config.put("scheduler", "adafactor", config.source.fields["scheduler"])  # sd-scripts sees to it
-    known = (*INNER, "betas", "momentum", "foreach", "maximize", "capturable", "differentiable", "fused")
+    known = (*inner, *aliases, "betas", "foreach", "maximize", "capturable", "differentiable", "fused")
     if optimizer_kind(name).uses and name.split(".")[0] != "pytorch_optimizer":
         config.note_unknown(found, known, inside=key)
 
@@ -145,17 +143,9 @@ def read_hf(config: Config) -> None:
 
 
 def _read_schedule_arguments(config: Config, found: Any) -> None:
-    names = {
-        "num_cycles": "scheduler_cycles",
-        "power": "scheduler_power",
-        "timescale": "scheduler_timescale",
-        "min_lr_rate": "scheduler_min_lr_ratio",
-        "num_decay_steps": "scheduler_decay_steps",
-        "min_lr_ratio": "scheduler_min_lr_ratio",
-    }
     for item, value in (found if isinstance(found, Mapping) else {}).items():
-        if item in names:
-            config.put(names[item], value, "lr_scheduler_kwargs", item)
+        if item in _sources.HF_SCHEDULE:
+            config.put(_sources.HF_SCHEDULE[item], value, "lr_scheduler_kwargs", item)
         elif item == "min_lr" and isinstance(value, int | float) and config.get("lr"):
             config.put("scheduler_min_lr_ratio", value / config.get("lr"), "lr_scheduler_kwargs", item)
 

@@ -71,12 +71,15 @@ def preview(plan: Plan, path: Path) -> None:
     """Draws lr and c over the run into a PNG; matplotlib is imported only here.
 
     Raises:
-        ValueError: if the steps of the run are unknown, or without the package matplotlib.
+        ValueError: if the steps of the run are unknown, or the scheduler's course; without matplotlib.
     """
     if not len(plan.lr):
-        raise ValueError(
-            "lr at every step must be known for a preview, got a run of unknown length: say total_steps"
-        )
+        found, fix = f"the scheduler {plan.scheduler!r}, whose course is not known", "leave the preview out"
+        if plan.total_steps is None:
+            found, fix = "a run of unknown length", "say total_steps"
+        elif plan.errors:
+            found, fix = f"{len(plan.errors)} error(s), of {plan.errors[0].field} first", "mend them first"
+        raise ValueError(f"lr at every step must be known for a preview, got {found}: {fix}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

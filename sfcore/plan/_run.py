@@ -12,7 +12,7 @@ from sfcore import averaging
 from sfcore.hyperparameters import weighed
 from sfcore.plan import _fields, _schedules
 from sfcore.plan._config import Config
-from sfcore.plan._tables import RADAM, SCHEDULERS, OptimizerKind, SchedulerKind, optimizer_kind
+from sfcore.plan._tables import SCHEDULERS, OptimizerKind, SchedulerKind, optimizer_kind
 
 _UNKNOWN_LENGTH = 1000
 _LONGEST = 10**7
@@ -140,7 +140,7 @@ class Run:
     def lr_t(self) -> np.ndarray:
         """The step size at every step (S2), float64 of shape (steps,)."""
         acts = self.has_schedule and not self.ignored
-        known = not acts or self.scheduler is not None
+        known = not acts or self.scheduler_name in _schedules.COURSES
         needs_total = acts and (
             self.scheduler is None
             or "total_steps" in self.scheduler.needs
@@ -153,10 +153,10 @@ class Run:
         lr = np.full(steps, self.lr)
         if acts:
             lr *= _schedules.factors(self, step)
-        values = {"b2": 0.999, "silent_sgd_phase": True} | self.config.values
-        values["warmup_steps"] = self.own_warmup
-        rule = averaging.STEP_SIZES["rectified" if self.kind is RADAM else "ramp"]
-        return lr * rule.factor(step + 1, values, np)  # S2
+        if self.kind.law is None:
+            return lr
+        options = self.kind.law.defaults | self.config.values | {"warmup_steps": self.own_warmup}
+        return lr * averaging.STEP_SIZES[self.kind.law.step_size].factor(step + 1, options, np)  # S2
 
     @cached_property
     def c(self) -> np.ndarray:
@@ -169,7 +169,7 @@ class Run:
         lr_max = np.maximum.accumulate(self.lr_t)  # S3
         # c is a ratio of weights: in units of the last age and of the largest lr, none is too large.
         age, lr = max(len(t) + prior, 1), max(lr_max.max(initial=0.0), self.lr) or 1.0
-        earlier = np.arange(1.0, min(prior, _LONGEST) + 1)
-        weight = averaging.step_weight((t + prior) / age, lr_max / lr, r, power, 0, np)
-        before = averaging.step_weight(earlier / age, np.float64(self.lr / lr), r, power, 0, np)
-        return averaging.averaging_weight(weight, np.cumsum(weight) + before.sum(), np)
+        earlier = averaging.power(np.arange(1.0, min(prior, _LONGEST) + 1) / age, r, np).sum() if r else prior
+        before = averaging.prior_weight(earlier, np.float64(self.lr / lr), power, np)
+        weight = averaging.step_weight((t + prior) / age, lr_max / lr, r, power, 0, np) + np.zeros_like(t)
+        return averaging.averaging_weight(weight, np.cumsum(weight) + before, np)  # S4, S5

@@ -13,8 +13,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from sfcore import laws
 from sfcore.plan import _fields
 from sfcore.plan._config import Source
 
@@ -93,6 +95,16 @@ lr_scheduler_kwargs optim_args eval_delay gradient_checkpointing eval_accumulati
 optim_target_modules per_gpu_train_batch_size train_batch_size eval_batch_size max_grad_norm
 batch_eval_metrics
 """
+# Keys of lr_scheduler_kwargs; min_lr is one in the units of the lr.
+HF_SCHEDULE = {
+    "num_cycles": "scheduler_cycles",
+    "power": "scheduler_power",
+    "timescale": "scheduler_timescale",
+    "min_lr_rate": "scheduler_min_lr_ratio",
+    "num_decay_steps": "scheduler_decay_steps",
+    "min_lr_ratio": "scheduler_min_lr_ratio",
+    "warmup_lr_rate": "scheduler_warmup_lr_ratio",
+}
 HF = Source(
     "HF TrainingArguments",
     {
@@ -129,20 +141,18 @@ HF = Source(
         "eval_strategy": "no",
     },
     frozenset(_OTHER_HF_FIELDS.split()),
+    nested={name: f"lr_scheduler_kwargs {item}" for item, name in reversed(HF_SCHEDULE.items())},
     inner="optim_args",
     shares_warmup=True,
 )
 OWN = Source(
     "plan",
-    {name: name for name in _fields.FIELDS},
+    _fields.Live(lambda: {name: name for name in _fields.FIELDS}),
     {"optimizer": "AdamWScheduleFree", "accumulation": 1, "devices": 1},
     bare_is_ours=True,
 )
 # Other words for our own fields: those of torch, JAX and the trainers.
-ALIASES = {
-    "learning_rate": "lr",
-    "b1": "beta",
-    "momentum": "beta",
+_ALIASES = {
     "lr_scheduler": "scheduler",
     "max_steps": "total_steps",
     "num_epochs": "epochs",
@@ -152,3 +162,13 @@ ALIASES = {
     "dtype": "param_dtype",
     "warmup_ratio": "scheduler_warmup_fraction",
 }
+
+
+@laws.derived
+def options() -> dict[str, str]:
+    """Returns what JAX and torch call an option -> its own name; betas, which hold two, are no such word."""
+    rows = [laws.JAX_NAMES, *(law.torch_names for law in laws.LAWS.values())]
+    return {shown: name for row in rows for name, shown in row.items() if "[" not in shown}
+
+
+ALIASES: Mapping[str, str] = _fields.Live(lambda: options() | _ALIASES)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sfcore.plan import _read
-from sfcore.plan._config import INNER
+from sfcore.plan import _fields, _read
 from sfcore.plan._model import FieldState
+from sfcore.plan._read import ConfigLike, SourceName
 from sfcore.plan._run import Run
 from sfcore.plan._tables import SHAPE, WARMUP
 
 
 def field_states(
-    config: Any = None,
+    config: ConfigLike = None,
     *,
     before: Mapping[str, FieldState] | None = None,
-    source: str | None = None,
+    source: SourceName | None = None,
     **facts: Any,
 ) -> dict[str, FieldState]:
     """Returns for every field that a choice can switch off: on or off, its value, why, and what to restore.
@@ -57,7 +57,7 @@ def field_states(
 
 def _switchable(run: Run) -> Iterator[str]:
     source = run.config.source
-    inner = INNER if source.inner or source.bare_is_ours else ()
+    inner = _fields.inner() if source.inner or source.bare_is_ours else ()
     for field in ("scheduler", "scheduler_class", "scheduler_args", *WARMUP, *SHAPE, *inner):
         if field in source.fields or field in run.config.places or field in inner:
             yield field
@@ -71,7 +71,7 @@ def _reason(run: Run, field: str) -> str:
     """Returns why a field is without effect; "" where it has one."""
     if field == "warmup_steps" and field not in run.kind.uses:
         return f"{run.kind.name} has no warm-up of its own"
-    if field in INNER:
+    if field in _fields.inner():
         return f"{run.kind.name} has no {field}" if field in run.kind.forbids else ""
     if run.ignored:
         return f"{run.config.source.title} ignores it with {run.optimizer}, which needs no schedule"

@@ -1,6 +1,7 @@
 """Which fields every scheduler and every optimizer needs, uses and forbids: data.
 
-The rules, the states of a form's fields and docs/rules.md are all made from these tables.
+The rules, the states of a form's fields and docs/rules.md are all made from these tables. Schedule-Free
+optimizers are the rows of `sfcore.laws`, asked at every call.
 
 Sources: `get_scheduler_fix` in sd-scripts' library/train_util.py (github.com/kohya-ss/sd-scripts),
 transformers 5.23 `optimization.py` and `trainer_optimizer.py`, diffusers' piecewise_constant.
@@ -8,10 +9,12 @@ transformers 5.23 `optimization.py` and `trainer_optimizer.py`, diffusers' piece
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfcore import hyperparameters
+from sfcore import hyperparameters, laws
 from sfcore.checks import nearest
+from sfcore.laws import Law
 
 WARMUP = ("scheduler_warmup_steps", "scheduler_warmup_fraction", "scheduler_warmup_percent")
 SHAPE = (
@@ -20,6 +23,7 @@ SHAPE = (
     "scheduler_min_lr_ratio",
     "scheduler_timescale",
     "scheduler_decay_steps",
+    "scheduler_warmup_lr_ratio",
 )
 
 
@@ -56,6 +60,10 @@ SCHEDULERS: dict[str, SchedulerKind] = {
     "cosine_with_min_lr": SchedulerKind(
         ("total_steps", "scheduler_min_lr_ratio"), ("warmup", "scheduler_cycles")
     ),
+    "cosine_warmup_with_min_lr": SchedulerKind(
+        ("total_steps", "scheduler_min_lr_ratio"),
+        ("warmup", "scheduler_cycles", "scheduler_warmup_lr_ratio"),
+    ),
     "warmup_stable_decay": SchedulerKind(
         ("total_steps", "scheduler_decay_steps"), ("warmup", "scheduler_cycles", "scheduler_min_lr_ratio")
     ),
@@ -63,10 +71,10 @@ SCHEDULERS: dict[str, SchedulerKind] = {
     "adafactor": SchedulerKind(forbids=("warmup",)),
 }
 # Known by name, but what they do depends on the losses of the run.
-DATA_DRIVEN = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
+DATA_DRIVEN = ("reduce_lr_on_plateau", "greedy")
 
-_SF = ("lr", "beta", "weight_decay", "r", "weight_lr_power", "prior_steps")
-_ADAPTIVE = ("b2", "eps")
+# Options that optimizers with a schedule have too.
+_COMMON = ("lr", "beta", "b2", "eps", "weight_decay", "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -77,59 +85,59 @@ class OptimizerKind:
         name: for people.
         rules: its hyperparameters, which is also what makes it Schedule-Free; None for others.
         uses, forbids: arguments that it has and that it refuses.
-        lr_range: useful step sizes; None where none is known.
-        lr_source: where the range comes from.
+        law: its row; None where there is none.
     """
 
     name: str
     rules: type[hyperparameters.ScheduleFree] | None = None
     uses: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
-    lr_range: tuple[float, float] | None = None
-    lr_source: str = ""
+    law: Law | None = None
 
     @property
     def schedule_free(self) -> bool:
         """Whether it averages in place of a schedule."""
         return self.rules is not None
 
+    @property
+    def rectified(self) -> bool:
+        """Whether its lr is rectified in place of a warm-up."""
+        return self.law is not None and self.law.step_size == "rectified"
 
-_README = "README of facebookresearch/schedule_free"
-_ADAMW_LR = f"1 to 10 times the 1e-6 to 1e-3 of scheduled runs; {_README}"
-SGD = OptimizerKind(
-    "Schedule-Free SGD",
-    hyperparameters.SGD,
-    (*_SF, "warmup_steps"),
-    (*_ADAPTIVE, "inner_momentum", "silent_sgd_phase"),
-    (0.1, 50.0),
-    f"10 to 50 times the 0.01 to 1 of scheduled runs; {_README}",
-)
-ADAMW = OptimizerKind(
-    "Schedule-Free AdamW",
-    hyperparameters.AdamW,
-    (*_SF, *_ADAPTIVE, "warmup_steps", "inner_momentum"),
-    ("silent_sgd_phase",),
-    (1e-6, 1e-2),
-    _ADAMW_LR,
-)
-RADAM = OptimizerKind(
-    "Schedule-Free RAdam",
-    hyperparameters.RAdam,
-    (*_SF, *_ADAPTIVE, "silent_sgd_phase"),
-    ("warmup_steps", "inner_momentum"),
-    (1e-6, 1e-2),
-    _ADAMW_LR,
-)
-WRAPPER = OptimizerKind(
-    "Schedule-Free wrapper", hyperparameters.Wrapper, _SF, (*_ADAPTIVE, "warmup_steps", "silent_sgd_phase")
-)
+
+def _of_law(law: Law) -> OptimizerKind:
+    has = tuple(law.defaults)
+    lacks = tuple(name for name in laws.options() if name not in has)
+    return OptimizerKind(f"Schedule-Free {law.title}", law.options, has, lacks, law)
+
+
 # Such as ProdigyPlusScheduleFree: what it takes and which lr suits it is not known here.
 OTHER = OptimizerKind("another Schedule-Free optimizer", hyperparameters.ScheduleFree)
-_NOT_SF = ("r", "weight_lr_power", "prior_steps", "inner_momentum", "silent_sgd_phase")
-SCHEDULED = OptimizerKind("optimizer with a schedule (AdamW, Lion, SGD, ...)", forbids=_NOT_SF)
-ADAFACTOR = OptimizerKind("Adafactor", forbids=_NOT_SF)
-SELF_TUNING = OptimizerKind("optimizer that finds its own lr (Prodigy, DAdaptation)", forbids=_NOT_SF)
-OPTIMIZERS = (SGD, ADAMW, RADAM, WRAPPER, OTHER, SCHEDULED, ADAFACTOR, SELF_TUNING)
+_SCHEDULED = "optimizer with a schedule (AdamW, Lion, SGD, ...)"
+_ADAFACTOR = "Adafactor"
+_SELF_TUNING = "optimizer that finds its own lr (Prodigy, DAdaptation)"
+
+
+@laws.derived
+def _scheduled() -> Mapping[str, OptimizerKind]:
+    forbids = tuple(name for name in laws.options() if name not in _COMMON)
+    return {name: OptimizerKind(name, forbids=forbids) for name in (_SCHEDULED, _ADAFACTOR, _SELF_TUNING)}
+
+
+@laws.derived
+def _by_name() -> Mapping[str, OptimizerKind]:
+    """Returns the laws by all that they are called, here and in other programs, without modules."""
+    found: dict[str, OptimizerKind] = {}
+    for law in laws.LAWS.values():
+        kind = _of_law(law)
+        found |= {_last(name): kind for name in (law.torch, law.jax, *law.elsewhere.values())}
+    return found
+
+
+def optimizers() -> list[OptimizerKind]:
+    """Returns every family."""
+    return [*map(_of_law, laws.LAWS.values()), OTHER, *_scheduled().values()]
+
 
 # Names without a module, as trainers know them, small letters, without "_".
 _NAMES = """
@@ -139,11 +147,8 @@ lion lion8bit lion32bit pagedlion8bit pagedlion32bit sgd sgdnesterov sgdnesterov
 rmsprop rmspropbnb rmspropbnb8bit rmspropbnb32bit ademamix ademamix8bit pagedademamix32bit
 pagedademamix8bit galoreadamw galoreadafactor lomo adalomo grokadamw apolloadamw stableadamw
 adafactor prodigy dadaptation dadaptadagrad dadaptadam dadaptadan dadaptadanip dadaptadampreprint
-dadaptlion dadaptsgd schedulefreeadamw schedulefreesgd schedulefreeradam adamwschedulefree
-sgdschedulefree radamschedulefree schedulefreewrapper muon adan came radam nadam
+dadaptlion dadaptsgd muon adan came radam nadam
 """
-ORDINARY = tuple(_NAMES.split())
-_SCHEDULE_FREE = {"adamw": ADAMW, "sgd": SGD, "radam": RADAM, "wrapper": WRAPPER, "": WRAPPER}
 
 
 def _last(name: str) -> str:
@@ -161,16 +166,24 @@ def optimizer_kind(name: str) -> OptimizerKind:
         'Schedule-Free RAdam'
     """
     last = _last(name)
+    if last in _by_name():
+        return _by_name()[last]
     if "schedulefree" in last:
-        return _SCHEDULE_FREE.get(last.replace("schedulefree", ""), OTHER)
-    if "adafactor" in last:
-        return ADAFACTOR
-    return SELF_TUNING if last.startswith(("prodigy", "dadapt")) else SCHEDULED
+        return OTHER
+    if is_adafactor(name):
+        return _scheduled()[_ADAFACTOR]
+    return _scheduled()[_SELF_TUNING if last.startswith(("prodigy", "dadapt")) else _SCHEDULED]
+
+
+def is_adafactor(name: str) -> bool:
+    """Returns whether an optimizer is Adafactor, which has a scheduler of its own."""
+    return "adafactor" in _last(name)
 
 
 def misspelt(name: str) -> str | None:
     """Returns the optimizer that a name without a module almost is; None for a known or a foreign one."""
-    return None if "." in name or _last(name) in ORDINARY else nearest(_last(name), ORDINARY)
+    known = [*_NAMES.split(), *_by_name()]
+    return None if "." in name or _last(name) in known else nearest(_last(name), known)
 
 
 def is_ours(name: str, bare_is_ours: bool) -> bool:

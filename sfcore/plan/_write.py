@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from sfcore.plan import _text
-from sfcore.plan._config import INNER, Config, Place
-from sfcore.plan._tables import SGD, optimizer_kind
+from sfcore.plan import _fields, _text
+from sfcore.plan._config import Config, Place
+from sfcore.plan._tables import optimizer_kind
 
 
 def written(config: Config, changes: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -40,7 +40,7 @@ def written(config: Config, changes: Mapping[str, Any]) -> tuple[Any, dict[str, 
 
 def _is_fact(config: Config, name: str) -> bool:
     """Returns whether a field is none that its trainer has."""
-    inner = name in INNER and config.source.inner
+    inner = name in _fields.inner() and config.source.inner
     return name not in config.places and name not in config.source.fields and not inner
 
 
@@ -48,9 +48,8 @@ def _new_place(config: Config, name: str, changes: Mapping[str, Any]) -> Place:
     if name in config.source.fields:
         return Place(config.source.fields[name])
     kind = optimizer_kind(str(changes.get("optimizer") or config.get("optimizer")))
-    if name in ("beta", "b2"):
-        return Place(config.source.inner, "momentum" if kind is SGD else "betas")
-    return Place(config.source.inner, name)
+    shown = kind.law.torch_names.get(name, name) if kind.law else name
+    return Place(config.source.inner, shown.partition("[")[0])
 
 
 def _as_list(config: Config, name: str, value: Any) -> tuple[Any, Any]:

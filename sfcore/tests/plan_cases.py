@@ -34,6 +34,7 @@ BAD: dict[str, list[Any]] = {
     "SF104": [
         {"optimizer": "AdamW", "scheduler": "cosine"},
         {"optimizer": "AdamW", "scheduler": "cosine_with_min_lr", "total_steps": 1000},
+        {"optimizer": "AdamW", "scheduler": "cosine_warmup_with_min_lr", "total_steps": 1000},
         {"optimizer": "AdamW", "scheduler": "warmup_stable_decay", "total_steps": 1000},
         f"{_SD} --lr_scheduler piecewise_constant",
     ],
@@ -87,6 +88,8 @@ BAD: dict[str, list[Any]] = {
         _SF | {"optimizer": "SGDScheduleFree", "lr": 1.0, "b2": 0.99},
         _SF | {"optimizer": "schedulefree.AdamWScheduleFree", "prior_steps": 800},
         f"{_SD} --optimizer_type AdamWScheduleFree --optimizer_args prior_steps=800",
+        {"optimizer": "sftorch.ScheduleFreeWrapper", "warmup_steps": 50},
+        {"optimizer": "sftorch.ScheduleFreeWrapper", "inner_momentum": 0.5},
     ],
     "SF401": [
         _SF | {"weights": "lora.safetensors", "accumulation": 16},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 from dataclasses import dataclass, fields, replace
 
 import optax
@@ -16,6 +17,8 @@ import sfjax
 import sftorch
 from sfcore import averaging, checks, hyperparameters, laws
 from sfcore.laws import LAWS, Buffer, Law
+from sfcore.plan import check, field_states
+from sfcore.plan._markdown import page
 
 DIRECTED = list(laws.directed())
 PROGRAMS = {
@@ -75,7 +78,7 @@ def test_every_option_says_its_rule_its_meaning_and_what_a_resume_does(name: str
     for option in fields(LAWS[name].options):
         assert option.metadata["rule"].holds(option.default)
         assert option.metadata["doc"]
-        assert option.metadata["effect"] == laws.effects()[option.name]
+        assert option.metadata["effect"] == laws.options()[option.name].metadata["effect"]
 
 
 def test_the_order_of_options_is_that_of_the_first_release():
@@ -100,6 +103,85 @@ def test_torch_keeps_the_buffers_of_a_row(name: str, momentum: float):
     assert values == law.defaults | given
     held = {key for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
     assert held == {"z", *(one.torch for one in law.kept(values))}
+
+
+def wired(framework: str):  # type: ignore[no-untyped-def]
+    """Returns a constructor and a factory, wired as the twins' are."""
+    law = LAWS["adamw"]
+    known = checks.with_known_options(
+        lambda given: law.problems(framework, given), lambda: law.words(framework)
+    )
+    if framework == "jax":
+
+        @known
+        def schedule_free_adamw(learning_rate=0.0025, warmup_steps=0, b1=0.9, *, r=0.0):  # type: ignore[no-untyped-def]
+            return learning_rate, warmup_steps, b1, r
+
+        return schedule_free_adamw
+
+    class Base:
+        @known
+        def __init__(self, params, lr=0.0025, betas=(0.9, 0.999), warmup_steps=0, *, r=0.0):  # type: ignore[no-untyped-def]
+            self.given = params, lr, betas, warmup_steps, r
+
+    class AdamWScheduleFree(Base):
+        pass
+
+    return AdamWScheduleFree
+
+
+@pytest.mark.parametrize(
+    ("framework", "args", "kwargs", "lines"),
+    [
+        (
+            "torch",
+            ([],),
+            {"lr": -1, "warm_up": 5},
+            ["AdamWScheduleFree has no option 'warm_up', got 5: did you mean 'warmup_steps'?", "lr must be"],
+        ),
+        (
+            "torch",
+            ([], 0.1, (2.0, 0.5)),
+            {"weigth": 0.1, "b1": 0.5, "learning_rate": 0.5},
+            [
+                "has no option 'weigth', got 0.1: it has params, lr, betas, warmup_steps, r",
+                "has no option 'b1', got 0.5: it is called 'betas' here",
+                "has no option 'learning_rate', got 0.5: it is called 'lr' here",
+                "betas[0] must be a number in [0, 1], got 2.0",
+            ],
+        ),
+        (
+            "jax",
+            (-1.0,),
+            {"lr": 0.1, "warmup": 5},
+            [
+                "schedule_free_adamw has no option 'lr', got 0.1: it is called 'learning_rate' here",
+                "has no option 'warmup', got 5: did you mean 'warmup_steps'?",
+                "learning_rate must be a finite number >= 0, got -1.0",
+            ],
+        ),
+    ],
+)
+def test_a_misspelt_keyword_is_named_with_all_else_that_is_wrong(framework, args, kwargs, lines):
+    with pytest.raises(checks.UnknownOptionError) as caught:
+        wired(framework)(*args, **kwargs)
+    assert len(caught.value.problems) == len(lines)
+    assert all(line in problem for line, problem in zip(lines, caught.value.problems, strict=True))
+    assert isinstance(caught.value, TypeError)
+    assert isinstance(caught.value, ValueError)
+    assert repr(pickle.loads(pickle.dumps(caught.value))) == repr(caught.value)
+
+
+def test_what_is_well_spelt_is_called_as_it_is():
+    assert wired("torch")([1], r=2.0).given == ([1], 0.0025, (0.9, 0.999), 0, 2.0)
+    assert wired("jax")(0.5, r=1.0) == (0.5, 0, 0.9, 1.0)
+    assert list(inspect.signature(wired("torch")).parameters) == [
+        "params",
+        "lr",
+        "betas",
+        "warmup_steps",
+        "r",
+    ]
 
 
 def test_options_go_to_torch_and_back():
@@ -149,7 +231,7 @@ def test_a_registered_law_is_seen_and_goes_again():
         assert laws.law_of("toy") is TOY
         assert laws.recognise(["s"]) == laws.recognise(None, ["momentum", "power"]) == "toy"
         assert list(laws.roles()) == ["v", "m", "s", "e"]
-        assert laws.effects()["power"] == hyperparameters.NEXT
+        assert laws.options()["power"].metadata["effect"] == hyperparameters.NEXT
         assert [one.role for one in TOY.kept({"power": 0.0})] == ["s"]
     assert "toy" not in LAWS
     assert list(laws.roles()) == ["v", "m"]
@@ -199,3 +281,27 @@ def test_every_rule_that_a_row_may_name_is_there():
         assert law.averaging in averaging.AVERAGES
         assert law.decay_at in averaging.DECAYS
         assert law.beta_rule in averaging.BETAS
+
+
+def test_a_registered_law_has_a_plan_with_its_own_options():
+    with laws.register(TOY):
+        plan = check(optimizer="sftorch.ToyScheduleFree", lr=0.1, power=-1.0, momentum=0.95, total_steps=10)
+        assert [(p.code, p.field, p.rule) for p in plan.problems] == [
+            ("SF301", "power", "a finite number >= 0")
+        ]
+        (others,) = check(optimizer="sftorch.SGDScheduleFree", power=1.0, warmup_steps=9).problems
+        assert (others.code, others.field, others.fix) == (
+            "SF306",
+            "power",
+            "Schedule-Free SGD has none: remove it",
+        )
+        states = field_states(optimizer="schedule_free_toy", warmup_steps=5)
+        assert states["power"].enabled
+        assert states["b2"].reason == "Schedule-Free Toy has no b2"
+        assert states["warmup_steps"].reason == "Schedule-Free Toy has no warm-up of its own"
+        assert len(check(optimizer="ToyScheduleFree", lr=0.1, total_steps=10).c) == 10
+        assert "| Schedule-Free Toy |" in page()
+        assert [p.code for p in check(optimizer="ToyShceduleFree").problems] == ["SF003"]
+    assert [
+        p.code for p in check(optimizer="sftorch.SGDScheduleFree", warmup_steps=9, power=1.0).problems
+    ] == ["SF001"]

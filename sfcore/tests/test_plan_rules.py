@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 CASES = [(code, case) for code, cases in BAD.items() for case in cases]
 # What only the user can know: a number for a word, a file's field, how a trainer is to be built.
 NOT_REPAIRED = ("SF001", "SF002")
+GUESSED = ("SF106", BAD["SF106"][1])  # a scheduler that is like no other
 
 
 def codes(plan):
@@ -35,13 +36,22 @@ def test_no_rule_fires_on_a_good_configuration(config):
     plan.raise_for_errors()
 
 
-@pytest.mark.parametrize(("code", "config"), [case for case in CASES if case[0] not in NOT_REPAIRED])
+@pytest.mark.parametrize(
+    ("code", "config"), [one for one in CASES if one[0] not in NOT_REPAIRED and one != GUESSED]
+)
 def test_a_repair_leaves_nothing_wrong_and_lists_itself(code, config):
     repaired = check(config, fix=True)
     assert repaired.problems == (), text(repaired)
     assert repaired.changes
     again = check(repaired.config, **repaired.facts)
     assert again.problems == (), text(again)
+
+
+def test_an_unknown_scheduler_is_not_replaced_by_a_guess():
+    repaired = check(GUESSED[1], fix=True)
+    assert codes(repaired) == ["SF106"]
+    assert repaired.changes == ()
+    assert "choose one of constant" in repaired.problems[0].fix
 
 
 @pytest.mark.parametrize(("code", "config"), CASES)

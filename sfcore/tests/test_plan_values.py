@@ -1,13 +1,17 @@
 """The effective values of a plan: steps, warm-up, and lr and c at every step."""
 
+import importlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sfcore.plan import check, text
-from sfcore.plan._report import as_dict
-from sfcore.plan._tables import SCHEDULERS
+from sfcore.plan._report import as_dict, preview
+from sfcore.plan._schedules import COURSES
+from sfcore.plan._tables import DATA_DRIVEN, SCHEDULERS
 
 
 def scheduled(name, **more):
@@ -58,8 +62,64 @@ def test_every_scheduler_ramps_from_0_and_reaches_the_full_lr(name):
     lr = scheduled(name, **({} if name == "constant" else {"scheduler_warmup_steps": 10}), **needed)
     assert lr.shape == (100,)
     assert lr.max() == 2.0
-    assert lr[0] == (2.0 if name == "constant" else 0.0)
+    first = {"constant": 2.0, "cosine_warmup_with_min_lr": 0.2}
+    assert lr[0] == first.get(name, 0.0)
     assert (lr[-1] < 2.0) == SCHEDULERS[name].decays
+
+
+_KWARGS: dict[str, list[dict[str, float]]] = {
+    "cosine_with_restarts": [{}, {"num_cycles": 3}],
+    "polynomial": [{"lr_end": 0.0}, {"power": 2.0, "lr_end": 0.0}],
+    "inverse_sqrt": [{}, {"timescale": 25}],
+    "cosine_with_min_lr": [{"min_lr_rate": 0.1}, {"min_lr": 0.5, "num_cycles": 1.5}],
+    "cosine_warmup_with_min_lr": [
+        {"min_lr": 0.5},
+        {"min_lr_rate": 0.1, "num_cycles": 1.5, "warmup_lr_rate": 0.25},
+    ],
+    "warmup_stable_decay": [{"num_decay_steps": 20}, {"num_decay_steps": 30, "num_cycles": 1.5}],
+}
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 10])
+@pytest.mark.parametrize(
+    ("name", "given"), [(name, given) for name in COURSES for given in _KWARGS.get(name, [{}])]
+)
+def test_every_course_is_what_transformers_computes(name, given, warmup_steps):
+    warmup_steps = 0 if name == "constant" else warmup_steps
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=2.0)
+    theirs = importlib.import_module("transformers.optimization").get_scheduler(
+        name, optimizer, warmup_steps, 100, dict(given)
+    )
+    expected = []
+    for _ in range(100):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    config = {"optim": "adamw_torch", "learning_rate": 2.0, "max_steps": 100, "warmup_steps": warmup_steps}
+    plan = check(config | {"lr_scheduler_type": name, "lr_scheduler_kwargs": given}, adapter=True)
+    assert not plan.problems, text(plan)
+    assert plan.lr == pytest.approx(np.array(expected), rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ["rex", "piecewise_constant", "adafactor", *DATA_DRIVEN])
+@pytest.mark.parametrize("fix", [False, True])
+def test_a_scheduler_whose_course_is_not_known_is_not_drawn_as_another(name, fix):
+    given = {"scheduler_args": ["1:10"]} if name == "piecewise_constant" else {}
+    plan = check(optimizer="Adafactor", scheduler=name, total_steps=100, fix=fix, **given)
+    assert plan.scheduler == name
+    assert len(plan.lr) == 0
+    with pytest.raises(
+        ValueError, match=r"errors?\(s\)" if name == "rex" else f"the scheduler '{name}', whose"
+    ):
+        preview(plan, Path("never.png"))
+
+
+def test_the_least_lr_of_a_warmed_up_cosine_is_asked_for():
+    config = {"optim": "adamw_torch", "max_steps": 100, "lr_scheduler_type": "cosine_warmup_with_min_lr"}
+    (found,) = check(config, adapter=True).problems
+    assert (found.code, found.field) == ("SF104", "lr_scheduler_kwargs min_lr_rate")
+    for given in ({"min_lr": 1e-6}, {"min_lr_rate": 0.1}):
+        assert check(config | {"lr_scheduler_kwargs": given}, adapter=True).problems == ()
 
 
 def test_schedulers_are_where_transformers_has_them():

@@ -4,6 +4,15 @@
 the state of other optimizers; `export_exchange` and `import_exchange` speak with the torch twin.
 """
 
+try:
+    import ml_dtypes  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"sfjax.checkpoint needs orbax-checkpoint and ml_dtypes, got {error}: "
+        "pip install 'schedulefree-twin[jax]'"
+    ) from error
+
 from sfcore.changes import Change
 from sfcore.exchange import CheckpointError
 from sfjax.checkpoint._checkpoints import Checkpoints

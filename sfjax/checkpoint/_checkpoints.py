@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from sfcore import files, store
 from sfcore.exchange import CheckpointError
 from sfcore.meta import as_metrics, as_step
 from sfjax._find import _pure
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._background import Background, finish
 from sfjax.checkpoint._import import import_exchange
@@ -90,12 +92,12 @@ class Checkpoints:
         params: Any,
         opt_state: Any,
         *,
-        hyperparameters: Any = None,
+        hyperparameters: Configurations | None = None,
         extra_state: Any = None,
         buffers: Any = None,
         epoch: int = 0,
         position: int = 0,
-        accumulation: Any = None,
+        accumulation: MicroBatches | None = None,
         batch_size: int | None = None,
         metrics: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
@@ -167,8 +169,8 @@ class Checkpoints:
         opt_state: Any,
         *,
         extra_state: Any = None,
-        hyperparameters: Any = None,
-        accumulation: Any = None,
+        hyperparameters: Configurations | None = None,
+        accumulation: MicroBatches | None = None,
         batch_size: int | None = None,
         resume: str | int | Path = "auto",
         strict: bool = False,
@@ -197,7 +199,7 @@ class Checkpoints:
             CheckpointError: naming file and leaf if it is damaged, or every leaf that does not fit.
         """
         self.wait()
-        configured = {"hyperparameters": hyperparameters, "accumulation": accumulation}
+        configured: dict[str, Any] = {"hyperparameters": hyperparameters, "accumulation": accumulation}
         if isinstance(resume, str) and resume.startswith("weights:"):
             start = start_from_weights(resume.removeprefix("weights:"), params, opt_state, **configured)
             return self._watched(start, None)
@@ -218,7 +220,7 @@ class Checkpoints:
             restored = restore_into(_read.read(path), params, opt_state, extra_state, **configured)
         return self._watched(restored, restored.meta.recent)
 
-    def observe(self, params: Any, opt_state: Any, loss: Any = None) -> None:
+    def observe(self, params: Any, opt_state: Any, loss: ArrayLike | None = None) -> None:
         """Notes what an update left: for the record of the next save, and for the watch after a restart.
 
         The first `sfcore.watch.WATCHED_STEPS` updates after `restore` are compared with the last ones before

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import store
+from sfcore import laws, store
 from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.meta import Meta, as_metrics, as_step
@@ -21,6 +21,7 @@ from sfcore.names import NameMap
 from sfcore.names.translate import translate
 from sfjax import _halves
 from sfjax._find import _pure
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._leaves import ONE_VECTOR, beside, named, parameters, whole
 from sfjax.checkpoint._save import evaluated, recorded_roles
@@ -33,12 +34,12 @@ def export_exchange(
     opt_state: Any,
     *,
     step: int,
-    hyperparameters: Any = None,
+    hyperparameters: Configurations | None = None,
     names: NameMap | None = None,
     buffers: Any = None,
     epoch: int = 0,
     position: int = 0,
-    accumulation: Any = None,
+    accumulation: MicroBatches | None = None,
     metrics: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -104,16 +105,16 @@ def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
 def _portable(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the leaves as any optimizer has them: y in full, z for every parameter, no lean form."""
     y = in_full(by_role)
-    found = {}
+    found, buffers = {}, laws.roles()
     for role, array in by_role.items():
         kind, _, parameter = role.partition("/")
         if kind == "y":
             found[role] = y[parameter]
         elif kind == "gap":
             found[f"z/{parameter}"] = y[parameter] + array.astype(np.float32)
-        elif kind in ("v", "m") and f"gap/{parameter}" in by_role:
+        elif kind in buffers and f"gap/{parameter}" in by_role:
             found[role] = array.astype(np.float32)
-        elif kind in ("x", "z", "v", "m", "base"):
+        elif kind in ("x", "z", "base") or kind in buffers:
             found[role] = array
         if kind == "x":  # the parameters are z; the twin keeps z in a buffer of its own
             found[f"z/{parameter}"] = y[parameter].astype(array.dtype)

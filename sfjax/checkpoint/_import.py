@@ -18,6 +18,7 @@ from sfcore.iterates import beta_of, widened
 from sfcore.meta import Meta
 from sfcore.names import NameMap
 from sfcore.names.translate import renamed
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint._leaves import parameters
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
@@ -34,8 +35,8 @@ def import_exchange(
     *,
     names: NameMap | _names.UserMap = None,
     buffers: Any = None,
-    hyperparameters: Any = None,
-    accumulation: Any = None,
+    hyperparameters: Configurations | None = None,
+    accumulation: MicroBatches | None = None,
     batch_size: int | None = None,
     strict: bool = False,
 ) -> Restored:

@@ -12,6 +12,7 @@ from sfcore.changes import UNKNOWN_ADAM
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax._find import _pure
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
@@ -30,8 +31,8 @@ def import_optax(
     params: Any,
     opt_state: Any,
     *,
-    hyperparameters: Any = None,
-    accumulation: Any = None,
+    hyperparameters: Configurations | None = None,
+    accumulation: MicroBatches | None = None,
 ) -> Restored:
     """Returns the start of an sfjax run that goes on from an Optax one.
 

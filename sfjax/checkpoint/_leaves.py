@@ -3,7 +3,8 @@
 A name is the leaf's path in {"params", "opt_state", "extra_state"}, such as "opt_state/1/z/Dense_0/kernel".
 A role says what the leaf means wherever it sits, such as "z/Dense_0/kernel":
 
-    y/NAME, stored/NAME, v/NAME, m/NAME, grad/NAME   of the parameter NAME; `stored` is z, or x at b1 = 0
+    y/NAME, stored/NAME, grad/NAME                   of the parameter NAME; `stored` is z, or x at b1 = 0
+    v/NAME, m/NAME and others                        a buffer of its law, see `sfcore.laws`
     rest/NAME                                        what y is more than a parameter of 16 bits holds
     gap/NAME                                         z - y, in the lean form
     clock/GROUP/FIELD                                a scalar of the GROUP-th Schedule-Free state
@@ -19,10 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfjax import _halves
+from sfjax._directed import STATES
 from sfjax._find import _pure
-from sfjax.adamw import MomentsState
 from sfjax.schedule_free import ScheduleFreeState
 
 CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
@@ -120,9 +122,9 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
         per_parameter(f"{group.name}/z", group.state.z, "stored", lean)
         per_parameter(f"{group.name}/y_rest", group.state.y_rest, "rest")
         base, prefix = group.state.base_optimizer_state, f"{group.name}/base_optimizer_state"
-        if isinstance(base, MomentsState):
-            per_parameter(f"{prefix}/nu", base.nu, "v")
-            per_parameter(f"{prefix}/mu", base.mu, "m")
+        if type(base) in STATES:
+            for field, role in held(base).items():
+                per_parameter(f"{prefix}/{field}", getattr(base, field), role)
         else:
             found += [(place, f"base/{index}/{name}") for name, place, _ in _placed(prefix, base)]
     for path, steps in _nodes(opt_state, optax.MultiStepsState):
@@ -133,6 +135,23 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
     for name, role in found:
         first.setdefault(role, name)
     return {name: role for role, name in first.items()}
+
+
+def held(base: Any) -> dict[str, str]:
+    """Returns field -> role of the buffers that the state of a direction of ours holds.
+
+    Raises:
+        CheckpointError: for one that no law names: it would be lost.
+    """
+    known = {one.jax: role for role, one in laws.roles().items()}
+    fields = [field for field in STATES[type(base)] if getattr(base, field) is not None]
+    lost = [field for field in fields if field not in known]
+    if lost:
+        raise CheckpointError(
+            f"state must hold the buffers of a law, got {', '.join(lost)} in {type(base).__name__}: register "
+            "the law that keeps them"
+        )
+    return {field: known[field] for field in fields}
 
 
 def injected(opt_state: Any) -> set[str]:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from sfcore import laws
 from sfcore.changes import EFFECTS
 from sfjax import _halves, _lean
 from sfjax.checkpoint._leaves import Named
 from sfjax.checkpoint._read import Saved
-
-_MOMENTS = ("v", "m")
 
 
 def in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[Saved, list[str]]:
@@ -22,14 +21,14 @@ def in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[S
         saved: the checkpoint.
         target, roles: what it is restored into, and its `_leaves.roles`.
     """
-    narrow = np.dtype(_lean.NARROW)
+    narrow, buffers = np.dtype(_lean.NARROW), laws.roles()
     arrays, found = dict(saved.arrays), dict(saved.roles)
     by_role = {role: name for name, role in saved.roles.items()}
     changed = False
     for leaf_name, leaf in zip(target.names, target.leaves, strict=True):
         kind, _, parameter = roles.get(leaf_name, "").partition("/")
         source = by_role.get(f"{kind}/{parameter}")
-        if kind in _MOMENTS and source and {arrays[source].dtype, leaf.dtype} == {narrow, np.dtype("f4")}:
+        if kind in buffers and source and {arrays[source].dtype, leaf.dtype} == {narrow, np.dtype("f4")}:
             arrays[source], changed = arrays[source].astype(leaf.dtype), True
         elif kind == "rest" and source and arrays[source].dtype != leaf.dtype:
             p, rest = saved.arrays[by_role[f"y/{parameter}"]], saved.arrays[source]

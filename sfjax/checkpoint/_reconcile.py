@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import changes
+from sfcore import changes, laws
 from sfcore.exchange import CheckpointError
 from sfcore.iterates import beta_of
 from sfcore.meta import Meta
@@ -19,18 +19,7 @@ from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured, clock_from
 from sfjax.checkpoint._storable import OBJECTS, array_like, is_object, is_weak, stored_form
 
-_ANEW = {
-    "v": "the second moment v starts anew",
-    "m": "the first moment m starts anew",
-    "grad": "the accumulation starts anew",
-    "accumulation": "the accumulation starts anew",
-}
-_DROPPED = {
-    "v": "the second moment v is not used and is dropped",
-    "m": "the first moment m is not used and is dropped",
-    "grad": "micro-batches that were accumulated are dropped",
-    "accumulation": "micro-batches that were accumulated are dropped",
-}
+_ACCUMULATION = ("grad", "accumulation")
 _INTS = {"int64", "uint64"}
 _SHARED = ("step", "lr_max", "weight_sum")
 
@@ -44,7 +33,7 @@ class Fit:
         weak: for each leaf whether it has a weak type, as a Python number has.
         differences: sentences about what is not as it was saved.
         problems: sentences about what makes a resume impossible.
-        fresh: moments that start anew: "v", "m".
+        fresh: buffers that start anew, by role: "v", "m".
     """
 
     values: list[Any] = field(default_factory=list)
@@ -159,8 +148,11 @@ def _clocks(
         scalars = {field: saved.arrays[name] for field, name in exact.items() if name is not None}
         clock = dict(saved.meta.groups[source]["clock"])
         clock["beta"] = beta_of(saved.meta.groups[source])
-        new_v = clock["step"] > 0 and any(
-            f"v/{name}" in wanted and f"v/{name}" not in by_role for name in group.parameters
+        always = {b.role for law in laws.candidates(one.optimizer) for b in law.buffers if not b.when}
+        anew = clock["step"] > 0 and any(
+            f"{role}/{name}" in wanted and f"{role}/{name}" not in by_role
+            for role in always
+            for name in group.parameters
         )
         old = saved.meta.groups[source]
         same_units = changes.comparable(_changes.kind_of(saved.meta, old), one.optimizer)
@@ -170,9 +162,9 @@ def _clocks(
             result.problems.append(str(error))
             carried = clock
         new_units, clock = carried != clock, carried
-        if new_v:  # its bias correction must start at t = 1
+        if anew:  # their bias correction must start at t = 1
             clock["step"] = 0
-        if new_units or new_v or len(scalars) < len(CLOCK):
+        if new_units or anew or len(scalars) < len(CLOCK):
             scalars = clock_from(clock, group.state.weight_sum.dtype)
         for name, array in scalars.items():
             form = stored_form(getattr(group.state, name))
@@ -200,11 +192,13 @@ def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Sa
     kind = (role or "").partition("/")[0]
     if kind == "rest":  # earlier versions had none: y was what the parameters held
         return np.zeros(leaf.shape, leaf.dtype)
-    if kind in _ANEW:
-        if kind in ("v", "m"):
+    buffer = laws.roles().get(kind)
+    if buffer or kind in _ACCUMULATION:
+        if buffer:
             result.fresh.add(kind)
-        if kind in ("v", "m") or saved.meta.accumulation["position"]:
-            result.differs(_ANEW[kind])
+            result.differs(f"the {buffer.doc} {kind} starts anew")
+        elif saved.meta.accumulation["position"]:
+            result.differs("the accumulation starts anew")
         return np.zeros(leaf.shape, leaf.dtype)
     if (
         isinstance(leaf, jax.ShapeDtypeStruct)
@@ -230,6 +224,7 @@ def _unlike(name: str, form: tuple[str, tuple[int, ...]], array: np.ndarray) -> 
 
 def _leftovers(saved: Saved, used: set[str], result: Fit) -> None:
     """Says what of the checkpoint is not used; parameters without a place are a problem."""
+    buffers = laws.roles()
     split = {name: saved.roles.get(name, "").partition("/")[::2] for name in saved.arrays}
     # Where beta is 0 there may be both z and x, and the parameters are z.
     placed = {parameter for name, (kind, parameter) in split.items() if kind in ("z", "x") and name in used}
@@ -238,8 +233,10 @@ def _leftovers(saved: Saved, used: set[str], result: Fit) -> None:
             continue
         if kind in ("y", "z", "x", "gap"):
             result.problems.append(f"the checkpoint's {name} must have a place in the program, got none")
-        elif kind in _DROPPED:
-            if kind in ("v", "m") or saved.meta.accumulation["position"]:
-                result.differs(_DROPPED[kind])
+        elif kind in buffers:
+            result.differs(f"the {buffers[kind].doc} {kind} is not used and is dropped")
+        elif kind in _ACCUMULATION:
+            if saved.meta.accumulation["position"]:
+                result.differs("micro-batches that were accumulated are dropped")
         elif not name.startswith("extra_state"):
             result.differs(f"the checkpoint's {name} is not used")

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from sfcore import hyperparameters as kinds
-from sfcore.changes import UNKNOWN_ADAM
+from sfcore import laws
 from sfcore.checks import HyperparameterError, hint
 from sfcore.exchange import describe
+from sfcore.laws import LAWS
 from sfcore.meta import Meta, as_accumulation
-from sfjax.adamw import MomentsState
-from sfjax.checkpoint._leaves import CLOCK, Group, groups, parameters
+from sfjax._directed import STATES
+from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, parameters
 
-KINDS: dict[str, type] = {
-    "sgd": kinds.SGD,
-    "adamw": kinds.AdamW,
-    "radam": kinds.RAdam,
-    "wrapper": kinds.Wrapper,
-}
 _PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -41,13 +35,13 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
     if hyperparameters is None:
         return None, {}
     if is_dataclass(hyperparameters):
-        optimizer = next((name for name, kind in KINDS.items() if type(hyperparameters) is kind), None)
+        optimizer = next((law.name for law in LAWS.values() if type(hyperparameters) is law.options), None)
         return optimizer, {name: _plain(value) for name, value in asdict(hyperparameters).items()}  # type: ignore[arg-type]
     values = dict(hyperparameters)
     optimizer = values.pop("optimizer", None)
-    known = {field.name for kind in KINDS.values() for field in fields(kind)}
+    known = {name for law in LAWS.values() for name in law.defaults}
     wrong = [f"{name!r}{hint(name, known)}" for name in values if name not in known]
-    if optimizer not in (None, *KINDS):
+    if optimizer not in (None, *LAWS):
         wrong.append(f"optimizer {optimizer!r}")
     if wrong:
         raise HyperparameterError(
@@ -66,7 +60,7 @@ class Configured(NamedTuple):
     """What is known of the configuration of one Schedule-Free state.
 
     Attributes:
-        optimizer: "sgd", "adamw", "radam", "wrapper", or "adamw or radam" where nobody said which.
+        optimizer: the name of its law, or "adamw or radam" where nobody said which.
         values: canonical hyperparameters, as far as they were given.
     """
 
@@ -103,9 +97,8 @@ def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
 
 def _told_by(state: Any) -> str:
     """Returns what the state alone tells of the optimizer; AdamW and RAdam look the same."""
-    if isinstance(state.base_optimizer_state, MomentsState):
-        return UNKNOWN_ADAM
-    return "sgd" if isinstance(state.base_optimizer_state, optax.EmptyState) else "wrapper"
+    base = state.base_optimizer_state
+    return laws.recognise(held(base).values()) if type(base) in STATES else "wrapper"
 
 
 def clock_of(state: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sfcore.changes import DROPPED, Change, at_last_update, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfcore.store import Skipped
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _changes, _record
 from sfjax.checkpoint._leaves import groups, injected, named, roles, whole
 from sfjax.checkpoint._place import place
@@ -65,8 +66,8 @@ def restore_into(
     params: Any,
     opt_state: Any,
     extra_state: Any = None,
-    hyperparameters: Any = None,
-    accumulation: Any = None,
+    hyperparameters: Configurations | None = None,
+    accumulation: MicroBatches | None = None,
     batch_size: int | None = None,
     *,
     strict: bool = False,

@@ -18,8 +18,10 @@ import numpy as np
 from sfcore import checks, exchange, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
+from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax import _halves
+from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _folder, _read, _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
@@ -34,8 +36,8 @@ def start_from_weights(
     params: Any,
     opt_state: Any,
     *,
-    hyperparameters: Any = None,
-    accumulation: Any = None,
+    hyperparameters: Configurations | None = None,
+    accumulation: MicroBatches | None = None,
     trained_steps: int | None = None,
 ) -> Restored:
     """Returns the start of a run whose weights are the average of an earlier one, and nothing else is known.
@@ -220,7 +222,7 @@ def opening(
     if built > 0:
         words = "the weights count as the prior_steps that the transformation was built with"
         return clock | {"weight_sum": built}, words
-    kind = _record.KINDS.get(configured.optimizer, kinds.ScheduleFree)
+    kind = LAWS[configured.optimizer].options if configured.optimizer in LAWS else kinds.ScheduleFree
     policy = restart.weights_only_policy(chosen, kind, trained_steps=trained_steps)
     checks.check(kind, {"prior_steps": policy["prior_steps"]})
     count = int(policy["prior_steps"])

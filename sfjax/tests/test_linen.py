@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 import sfjax.linen
 from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.recalibrate import recalibrate_linen
-from sfjax.tests.flax_runs import batch, host, transformation
+from sfjax.tests.flax_runs import batch, drawn, host, transformation
 from sfjax.tests.runs import assert_close, assert_same
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.MultiSteps cannot do without
@@ -32,10 +32,12 @@ class Network(linen.Module):
     @linen.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         options = {"dtype": self.dtype, "param_dtype": self.dtype}
-        images = linen.Conv(8, (3, 3), 2, **options)(images)
+        images = linen.Conv(8, (3, 3), 2, kernel_init=drawn, **options)(images)
         images = linen.relu(linen.BatchNorm(use_running_average=not train, **options)(images))
         images = images.reshape(len(images), -1)
-        return linen.Dense(10, **options)(linen.Dropout(0.2, deterministic=not train)(images))
+        return linen.Dense(10, kernel_init=drawn, **options)(
+            linen.Dropout(0.2, deterministic=not train)(images)
+        )
 
 
 class State(sfjax.linen.TrainState):
@@ -48,7 +50,7 @@ def fresh(dtype: Any = jnp.float32, tx: Any = None, seed: int = 0) -> State:
     model = Network(dtype)
     variables = model.init(jax.random.key(seed), batch(0, dtype)[0], train=False)
     return State.create(
-        apply_fn=apply_of(dtype), tx=tx or transformation(), key=jax.random.key(seed), **variables
+        apply_fn=apply_of(dtype), tx=tx or transformation("MultiSteps"), key=jax.random.key(seed), **variables
     )
 
 

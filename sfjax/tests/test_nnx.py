@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import sfjax.nnx
 from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.recalibrate import recalibrate
-from sfjax.tests.flax_runs import batch, host, transformation
+from sfjax.tests.flax_runs import batch, drawn, host, transformation
 from sfjax.tests.runs import assert_close, assert_same
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax.MultiSteps cannot do without
@@ -27,9 +27,10 @@ class Network(nnx.Module):
 
     def __init__(self, dtype: Any, seed: int) -> None:
         options = {"dtype": dtype, "param_dtype": dtype, "rngs": nnx.Rngs(seed)}
-        self.layers = nnx.List([nnx.Conv(1, 8, (3, 3), strides=2, **options), nnx.BatchNorm(8, **options)])
+        conv = nnx.Conv(1, 8, (3, 3), strides=2, kernel_init=drawn, **options)
+        self.layers = nnx.List([conv, nnx.BatchNorm(8, **options)])
         self.dropout = nnx.Dropout(0.2, rngs=nnx.Rngs(dropout=seed))
-        self.out = nnx.Linear(128, 10, **options)
+        self.out = nnx.Linear(128, 10, kernel_init=drawn, **options)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         for layer in self.layers:
@@ -39,7 +40,7 @@ class Network(nnx.Module):
 
 def fresh(dtype: Any = jnp.float32, tx: Any = None, seed: int = 0) -> tuple[Network, nnx.Optimizer]:
     model = Network(dtype, seed)
-    return model, nnx.Optimizer(model, tx or transformation(), wrt=nnx.Param)
+    return model, nnx.Optimizer(model, tx or transformation("MultiSteps"), wrt=nnx.Param)
 
 
 def _step(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> None:

@@ -12,14 +12,19 @@ from sklearn.datasets import load_digits
 
 import sfjax
 from sfjax.recalibrate import recalibrate, recalibrate_linen
+from sfjax.tests.flax_runs import drawn
 
 
 class Linen(linen.Module):
     @linen.compact
     def __call__(self, x, train):
-        x = linen.relu(linen.BatchNorm(use_running_average=not train)(linen.Conv(8, (3, 3))(x)))
-        x = linen.relu(linen.BatchNorm(use_running_average=not train)(linen.Conv(16, (3, 3), 2)(x)))
-        return linen.Dense(10)(x.reshape(len(x), -1))
+        x = linen.relu(
+            linen.BatchNorm(use_running_average=not train)(linen.Conv(8, (3, 3), kernel_init=drawn)(x))
+        )
+        x = linen.relu(
+            linen.BatchNorm(use_running_average=not train)(linen.Conv(16, (3, 3), 2, kernel_init=drawn)(x))
+        )
+        return linen.Dense(10, kernel_init=drawn)(x.reshape(len(x), -1))
 
 
 class Nnx(nnx.Module):
@@ -67,7 +72,7 @@ def trained():
         params, stats, state = step(params, stats, state, images[chosen], labels[chosen])
     x = sfjax.schedule_free_eval_params(state, params)
     training = [images[train[i * 64 : (i + 1) * 64]] for i in range(20)]
-    at_test = functools.partial(loss, x=images[test], y=labels[test])
+    at_test = functools.partial(jax.jit(loss, static_argnames="train"), x=images[test], y=labels[test])
     return model, {"params": x, "batch_stats": stats}, training, at_test
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +12,9 @@ from torch import Tensor
 from sfcore import averaging, checks
 from sfcore.averaging import STEP_SIZES, effective_lr
 from sfcore.laws import Law
-from sfcore.plan import check, text
 from sftorch.law.scalars import Clock, next_scalars, prior_weight
 from sftorch.state import arguments, forms
-
-if TYPE_CHECKING:
-    from typing import Self
+from sftorch.state.compiler import uncompiled, without_compiler
 
 
 class Batch(NamedTuple):
@@ -57,17 +53,6 @@ def new_books() -> dict[str, Any]:
     }
 
 
-@cache
-def _leave_to_python(kind: type) -> None:
-    """Marks the methods of a class that torch.compile is not to compile.
-
-    Where an optimizer is built, because that imports torch._dynamo in any case; `import sftorch` must not.
-    """
-    names = dict.fromkeys(kind.__dict__.get("_eager", ()), True)
-    for name, recursive in (names | dict.fromkeys(kind.__dict__.get("_passed", ()), False)).items():
-        setattr(kind, name, torch.compiler.disable(getattr(kind, name), recursive=recursive))
-
-
 class GroupedOptimizer(torch.optim.Optimizer, ABC):
     """Abstract base: groups and their checks, clocks, metrics. No state dict, no step.
 
@@ -79,17 +64,10 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     """
 
     law: ClassVar[Law]
-    _eager: ClassVar[tuple[str, ...]] = ()  # methods that torch.compile runs as they are, with all they call
-    _passed: ClassVar[tuple[str, ...]] = ()  # and those of which it compiles what they call only
     _rest: ClassVar[str] = forms.Y_REST  # of what the parameters hold between steps
     _may_be_lean: ClassVar[bool] = False
     _built_lrs: tuple[float, ...] = ()
     _watch: Any = None
-
-    def __new__(cls, *arguments: Any, **options: Any) -> Self:
-        for kind in cls.__mro__:
-            _leave_to_python(kind)
-        return super().__new__(cls)
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
         super().__init__(arguments.as_groups(params), defaults | new_books())
@@ -111,6 +89,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         """Returns the names of the state tensors beside z that a parameter of this group needs."""
         return tuple(one.torch for one in self.law.kept(self.law.of_torch_group(group)))
 
+    @uncompiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, in the mode the optimizer is in; everything is checked before.
 
@@ -122,8 +101,13 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         """
         group = arguments.as_group(param_group, self.defaults, self._params())
         group |= self._opening_books(self.defaults | group)
-        super().add_param_group(group)
+        without_compiler(torch.optim.Optimizer.add_param_group)(self, group)
         self._note_lr(self.param_groups[-1])
+
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets all gradients to None, or to zeros in place, as torch's optimizers do."""
+        without_compiler(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def _note_lr(self, group: dict[str, Any]) -> None:
         """Notes what lr a new group was built with; a resume compares it, whatever the run made of lr."""
@@ -203,6 +187,8 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             >>> optimizer.describe(total_steps=1000).splitlines()[5]
             'warm-up       50 optimizer steps, by optimizer'
         """
+        from sfcore.plan import check, text  # a third of what importing sftorch would take
+
         parts = []
         for number, group in enumerate(self.param_groups):
             values, _ = self._values(group)

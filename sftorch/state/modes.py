@@ -16,7 +16,8 @@ from sftorch.kernels.call import Kind
 from sftorch.law import iterates
 from sftorch.law.parts import part
 from sftorch.state import arguments, forms
-from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step
+from sftorch.state.compiler import uncompiled, uncompiled_itself
+from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
 
 
 class TrainEvalOptimizer(ScheduleFreeOptimizer):
@@ -25,11 +26,6 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     In eval mode a parameter's y lies in `state[p]["y"]`, so that `train()` puts back the same bits.
     At beta = 0, where y is z, x cannot be had from y and lies in `state[p]["x"]`.
     """
-
-    # torch.compile passes over step, and over all that it calls but the arithmetic on tensors: compiled with
-    # the numbers of a step, a program would do for that step only.
-    _passed = ("step",)
-    _eager = ("_open",)
 
     @abstractmethod
     def _prepare(self) -> Any:
@@ -59,21 +55,24 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 nothing has moved then.
             HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
         """
-        loss = None
         with torch.no_grad():
-            if closure is not None:
-                self._open()
-                with torch.enable_grad():
-                    loss = closure()
-            plan = self._prepare()
-            self._run(plan)
-            self._close(plan)
+            return self._take_step(closure)
+
+    # torch.compile passes over this function, and over whatever else is marked so. What is left for it
+    # is the arithmetic on tensors: compiled with the numbers of a step, it would do for that step only.
+    @uncompiled_itself
+    def _take_step(self, closure: Callable[[], float] | None) -> float | None:
+        loss = None
+        if closure is not None:
+            self._begin()
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._prepare()
+        self._run(plan)
+        self._close(plan)
         return loss
 
-    def _open(self) -> None:
-        """Begins a step with a closure; without one, `_prepare` does."""
-        self._begin()
-
+    @uncompiled
     def _begin(self) -> None:
         """Raises unless gradients are, or will be, taken at y."""
         for group in self.param_groups:
@@ -92,7 +91,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         Raises:
             RuntimeError: if weights and state were loaded that do not belong together.
         """
-        self._settle(train_mode=False)
+        settle(self, train_mode=False)
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
                 for p in _put_aside(self, group):
@@ -109,7 +108,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             RuntimeError: if the weights were written to in eval mode, or weights and state were loaded
                 that do not belong together; nothing has changed then.
         """
-        self._settle(train_mode=True)
+        settle(self, train_mode=True)
         resting = [group for group in self.param_groups if not self._books(group)["train_mode"]]
         self._require_untouched(resting)
         for group in resting:
@@ -151,7 +150,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             >>> sftorch.SGDScheduleFree([p]).eval_params()[p]
             tensor([1., 1.])
         """
-        self._settle()
+        settle(self)
         found: dict[Tensor, Tensor | None] = dict.fromkeys(self._params())
         for group in self.param_groups:
             if self._books(group)["train_mode"]:

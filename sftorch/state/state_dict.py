@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sftorch.law.parts import is_divided, part
 from sftorch.state import forms, prints
+from sftorch.state.compiler import uncompiled, without_compiler
 from sftorch.state.groups import GroupedOptimizer
 
 PRINTS = ("x_print", "y_print")
@@ -92,6 +93,7 @@ def accept(optimizer: ScheduleFreeOptimizer, live_mode: bool, holds: list[str]) 
 
 
 # An evaluation may settle; what it makes in inference mode, the next step could not write to.
+@uncompiled
 @torch.inference_mode(False)
 @torch.no_grad()
 def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_raise: bool = True) -> None:
@@ -212,6 +214,7 @@ def _neither(optimizer: ScheduleFreeOptimizer, strange: list[Tensor], total: int
     )
 
 
+@uncompiled
 @torch.no_grad()
 def before_step(optimizer: ScheduleFreeOptimizer) -> None:
     """Checks that the first step after a load has its gradient at y, and ends the watch.
@@ -369,21 +372,22 @@ def _unwrapped(name: str) -> str:
 class ScheduleFreeOptimizer(GroupedOptimizer):
     """Abstract: groups whose state is saved and loaded, beside weights that are saved in either mode."""
 
-    _eager = ("_settle",)
     _loaded: Loaded | None = None
     _is_half_restored = False  # by a restore that was interrupted
     _plan: Any = None  # of the last step, if it may do for the next
     # Parameters that took the coming step in backward already; None without `step_in_backward`.
     _ahead: set[Tensor] | None = None
 
+    @uncompiled
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in torch's shape, with what tells apart the weights that x and y are.
 
         Each started parameter has "x_print" and "y_print", 64-bit prints of the bits of its x and y;
         each group has "shapes" and "weights_hold", "x" or "y", what the parameters hold now.
         """
-        return pack(self, super().state_dict())
+        return pack(self, without_compiler(torch.optim.Optimizer.state_dict)(self))
 
+    @uncompiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of its namesake in schedulefree 1.4.1, as a copy.
 
@@ -404,7 +408,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._forget_step()
-        super().load_state_dict(state_dict)
+        without_compiler(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(saved_ids, self._params(), strict=True):
             saved = state_dict["state"].get(index, {})
@@ -432,10 +436,6 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         self._plan = None
         if self._ahead is not None:
             self._ahead.clear()
-
-    def _settle(self, train_mode: bool | None = None) -> None:
-        """Puts into loaded weights what the mode wants; see `settle`."""
-        settle(self, train_mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_loaded": self._loaded}

@@ -24,6 +24,7 @@ from sftorch.law.move import Direction, Move
 from sftorch.law.parts import PLAIN, gradients, note_written, parts
 from sftorch.law.scalars import Clock
 from sftorch.state import arguments
+from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
@@ -215,7 +216,7 @@ class GroupPlan:
         Raises:
             HyperparameterError: if options have changed, and some are wrong now.
         """
-        if group is not self.group or len(params) != len(self._params):
+        if group is not self.group or not group["train_mode"] or len(params) != len(self._params):
             return False
         given = self._options(group)
         if not self._given or not all(map(is_, given, self._given)):
@@ -246,7 +247,6 @@ class GroupPlan:
 class DirectedOptimizer(ScheduleFreeOptimizer):
     """Abstract: optimizers that have a direction of their own; their groups hold options and books."""
 
-    _eager = ("_prepare", "_close")
     _plan: list[GroupPlan] | None = None  # of the last step, if it may do for the next
 
     @abstractmethod
@@ -264,20 +264,21 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
     def _books(self, group: dict[str, Any]) -> dict[str, Any]:
         return group
 
+    @uncompiled
     def _prepare(self, x: Averages | None = None) -> list[GroupPlan]:
         """Returns the plan of the coming step; where it cannot be taken, raises before anything changes.
 
         Args:
             x: parameter -> x, if the parameters are to end as x.
         """
-        self._begin()
         groups, plan = self.param_groups, self._plan or []
-        stands = len(plan) == len(groups)
+        stands = self._loaded is None and len(plan) == len(groups)
         for of_group, group in zip(plan, groups, strict=False):
             stands = stands and of_group.stands(self, group, group["params"], x)
         if stands:
             return plan
         self._plan = None
+        self._begin()
         self._check_settings()
         arguments.check_gradients(self._params())
         return self._new_plan([(group, group["params"]) for group in groups], x)
@@ -308,6 +309,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
                     else:
                         backend.run(move, work.numbers)
 
+    @uncompiled
     def _close(self, plan: list[GroupPlan], is_whole: bool = True) -> None:
         """Writes the books, and lets go of the gradients.
 
@@ -336,8 +338,8 @@ class YAtRest(DirectedOptimizer, TrainEvalOptimizer):
     """Abstract: the usual form, parameters hold y between steps."""
 
     _may_be_lean = True
-    _eager = ("_prepare_one",)
 
+    @uncompiled
     def _prepare_one(self, group: dict[str, Any], p: Tensor, last: GroupPlan | None) -> GroupPlan:
         """Returns the plan of the coming step of one parameter; `last` is that of its last one."""
         if not self._ahead:

@@ -1,4 +1,4 @@
-"""Who runs a step: the first backend of the list that takes it. A direction needs no kernel, a rule no branch."""
+"""Who runs a step: the first backend that takes it. A direction needs no kernel, and a rule no branch."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_rebase_goes_on_from_the_new_weights_as_x_y_and_z(write, evaluating):
     assert same_bits(params, new)
     run = truth("adamw", params, b2=0.99)  # x = y = z, but with the clock and the second moments so far
     state = [optimizer.state[p] for p in params]
-    run.v = {str(i): s["exp_avg_sq"].numpy().copy() for i, s in enumerate(state)}
+    run.buffers["v"] = {str(i): s["exp_avg_sq"].numpy().copy() for i, s in enumerate(state)}
     run.step, run.lr_max, run.weight_sum = 6, STEP_SIZE, state[0]["weight_sum"]
     feed(optimizer, params, grads)
     feed_truth(run, grads)

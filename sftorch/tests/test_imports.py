@@ -111,3 +111,48 @@ def test_checkpoints_need_ml_dtypes_for_what_numpy_lacks_and_say_so_before_they_
     assert kind == "CheckpointError"
     assert said.startswith("bfloat16 tensors need ml_dtypes, got ")
     assert said.endswith("pip install 'schedulefree-twin[torch]'")
+
+
+LIFE = """
+import json, sys, torch, sftorch
+seen = ['torch._dynamo' not in sys.modules]
+model = torch.nn.Linear(2, 1)
+optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.01)
+def train():
+    optimizer.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+train()
+optimizer.eval()
+optimizer.train()
+optimizer.load_state_dict(optimizer.state_dict())
+optimizer.eval_state_dict(model)
+seen.append('torch._dynamo' not in sys.modules)
+"""
+
+
+def test_the_compiler_is_not_imported_before_somebody_compiles():
+    assert ran(LIFE + "print(json.dumps(seen))") == [True, True]
+
+
+def test_a_step_that_is_compiled_later_is_passed_over_as_one_that_was_before():
+    later = """
+step = torch.compile(optimizer.step, backend="eager")
+from sftorch import closure
+from sftorch.state import compiler, groups, modes, state_dict
+from sftorch.step import plan
+marked = [state_dict.settle, state_dict.before_step, modes.TrainEvalOptimizer._take_step]
+marked += [plan.DirectedOptimizer._prepare, closure.XAtRest._restore, groups.GroupedOptimizer.zero_grad]
+seen += [all(function._torchdynamo_disable for function in marked), compiler._noted == []]
+import torch._dynamo.utils
+for lr in (0.01, 0.02, 0.03):
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    step()
+seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+print(json.dumps(seen))
+"""
+    # torch says of its own profiler, once a process, that it is left out of the graph.
+    quiet = "import warnings; warnings.filterwarnings('ignore', '.*record function.*')\n"
+    assert ran(quiet + LIFE + later) == [True, True, True, True, 1]
