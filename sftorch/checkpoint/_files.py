@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from sfcore.exchange import CheckpointError, cannot_read
 from sfcore.iterates import widened
 from sfcore.meta import Meta
 from sfcore.sources import Source, unknown
 from sftorch import _halves, _prints
-from sftorch.checkpoint import _arrays, _importers
+from sftorch.checkpoint import _arrays, _importers, _weights
 
 _ROLES = {"z": "z", "gap": "gap", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
 _SAME = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
@@ -29,7 +26,7 @@ def read(path: Path) -> Source:
     Raises:
         CheckpointError: if it is damaged, holds other objects, or no state dict of a known kind.
     """
-    content = load(path)
+    content = _weights.load(path)
     optimizers = _find(content, lambda value: "param_groups" in value or "schedulefree_state" in value)
     models = _find(content, _is_weights)
     if len(optimizers) > 1 or len(models) > 1:
@@ -58,23 +55,6 @@ def read(path: Path) -> Source:
         raise unknown(
             path, f"an optimizer's state with other entries than its program has ({error!r})"
         ) from error
-
-
-def load(path: Path) -> Any:
-    """Returns what a torch file holds, on the CPU; nothing in it is executed.
-
-    Raises:
-        CheckpointError: if it cannot be read, is damaged, or holds other objects.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(cannot_read(path, error)) from error
-    except pickle.UnpicklingError as error:
-        raise unknown(path, "a pickle with objects that are no state dicts, which is not executed") from error
-    except Exception as error:  # of a changed byte torch makes whatever its readers stumble over
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged: torch cannot read it ({why})") from error
 
 
 def _find(content: Any, test: Any) -> dict[str, Any]:
