@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sfcore import checks, hyperparameters
 from sftorch import _checks, _describe, _held, _lean, _reconcile, _scalars, _state_dict
@@ -64,7 +65,7 @@ class ScheduleFreeOptimizer(torch.optim.Optimizer, ABC):
     _watch: Any = None
     describe = _describe.describe
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]):
         super().__init__(_checks.as_groups(params), defaults | new_books())
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from sftorch._core import Batch, ScheduleFreeOptimizer
 from sftorch._iterates import as_real
 from sftorch._modes import TrainEvalOptimizer
 from sftorch._native.call import Kind
+
+Precision = Literal["exact", "lean"]
 
 
 class Direction(NamedTuple):

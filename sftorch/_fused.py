@@ -89,7 +89,9 @@ def shared(move: Move, required: bool) -> Move:
     tables, count = _tables(move), len(move.ys)
     if not (move.rests and move.xs) and _all_fit(tables):
         return move._replace(shares=Shares({move.grads[0].dtype: list(range(count))}, []))
-    grads, taken, left = list(move.grads), {}, {}
+    grads = list(move.grads)
+    taken: dict[torch.dtype, list[int]] = {}
+    left: dict[int, str] = {}
     for i in range(count):
         row = {name: tensors[i] for name, tensors in tables.items()}
         if why := _why_left(row):

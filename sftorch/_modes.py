@@ -6,7 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from sftorch import _checks, _flips, _held, _iterates, _parts, _reconcile
 from sftorch._compiler import uncompiled, uncompiled_itself
 from sftorch._core import Batch, ScheduleFreeOptimizer
+
+Loss = TypeVar("Loss")  # what a closure returns: a number, or a tensor of one
 
 
 class TrainEvalOptimizer(ScheduleFreeOptimizer):
@@ -30,8 +32,14 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _step_groups(self) -> None:
         """Moves every parameter that has a gradient by one step; everything has been checked."""
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one step; `p.grad` is read and never written.
 
         Under torch.compile the arithmetic is compiled, once; the bookkeeping runs as it is.
@@ -51,7 +59,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     # torch.compile passes over this function, and over whatever else is marked so. What is left for it
     # is the arithmetic on tensors: compiled with the numbers of a step, it would do for that step only.
     @uncompiled_itself
-    def _take_step(self, closure: Callable[[], float] | None) -> float | None:
+    def _take_step(self, closure: Callable[[], Loss] | None) -> Loss | None:
         self._require_train_mode()
         _reconcile.before_step(self)
         loss = None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sftorch import _checks, _held, _parts, _reconcile
 from sftorch._compiler import uncompiled, uncompiled_itself
 from sftorch._core import Batch
 from sftorch._directed import DirectedOptimizer, run
+from sftorch._modes import Loss
 from sftorch.adamw import AdamWDirection
 from sftorch.radam import RAdamDirection
 from sftorch.sgd import SGDDirection
@@ -23,7 +24,7 @@ class XAtRest(DirectedOptimizer):
     _rest = _held.X_REST  # in a step, y's
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+    def step(self, closure: Callable[[], Loss]) -> Loss:  # type: ignore[override]
         """Takes one step; `p.grad` is read and never written.
 
         Args:
@@ -45,7 +46,7 @@ class XAtRest(DirectedOptimizer):
         return self._take_step(closure)
 
     @uncompiled_itself
-    def _take_step(self, closure: Callable[[], float]) -> float:
+    def _take_step(self, closure: Callable[[], Loss]) -> Loss:
         _reconcile.settle(self)
         self._loaded = None
         x = self._extrapolate()
@@ -119,7 +120,7 @@ class SGDScheduleFreeClosure(SGDDirection, XAtRest):
     # Here, and only here, schedulefree has weight_decay before momentum.
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         weight_decay: float = 0,
         momentum: float = 0.9,

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sfcore import hyperparameters
 from sftorch import _checks
-from sftorch._directed import DirectedOptimizer, Direction, YAtRest
+from sftorch._directed import DirectedOptimizer, Direction, Precision, YAtRest
 from sftorch._iterates import Scalar
 from sftorch._native.call import Kind
 from sftorch._scalars import bias_correction, rectification
@@ -40,7 +41,7 @@ class RAdamDirection(DirectedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 0.0025,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -53,7 +54,7 @@ class RAdamDirection(DirectedOptimizer):
         prior_steps: int = 0,
         maximize: bool = False,
         fused: bool | None = None,
-        precision: str = "exact",
+        precision: Precision = "exact",
         seed: int = 0,
         capturable: bool = False,
         differentiable: bool = False,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sfcore import hyperparameters
 from sftorch import _checks
-from sftorch._directed import DirectedOptimizer, Direction, YAtRest
+from sftorch._directed import DirectedOptimizer, Direction, Precision, YAtRest
 from sftorch._native.call import Kind
 
 
@@ -27,7 +28,7 @@ class SGDDirection(DirectedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 0,
@@ -39,7 +40,7 @@ class SGDDirection(DirectedOptimizer):
         prior_steps: int = 0,
         maximize: bool = False,
         fused: bool | None = None,
-        precision: str = "exact",
+        precision: Precision = "exact",
         seed: int = 0,
         capturable: bool = False,
         differentiable: bool = False,
