@@ -7,31 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sfcore import averaging
+from sfcore import averaging, laws
 from sfcore.exchange import CheckpointError
-from sfcore.hyperparameters import weighed
+from sfcore.hyperparameters import NEXT, weighed
+from sfcore.laws import Buffer
 from sfcore.meta import Meta
 
-NEXT = "the configured value holds from the next step"
-_WEIGHS = "later steps are weighed anew; the sum so far is put in the new units, so that c goes on as it was"
-EFFECTS = {
-    "lr": f"{NEXT}; a larger lr also weighs its steps more in the average",
-    "weight_decay": NEXT,
-    "beta": "y moves in the next step so that x stays",
-    "b2": f"{NEXT}; v keeps its value",
-    "eps": NEXT,
-    "warmup_steps": "the ramp goes on at the step it had reached",
-    "r": _WEIGHS,
-    "weight_lr_power": _WEIGHS,
-    "prior_steps": "the average so far is kept; with r > 0 later steps count as that much older",
-    "inner_momentum": "the first moment starts from zero, or is dropped at 0",
-    "silent_sgd_phase": "it matters in the first steps only",
+# Options that the equations do not know.
+_EFFECTS = {
     "maximize": "the direction of every later step is turned around",
     "precision": "z and the moments are converted, for 'lean' to the nearest in bfloat16",
     "seed": "later steps are rounded with other random bits",
 }
-UNKNOWN_ADAM = "adamw or radam"  # where a state is all there is to tell by
-ADAM = ("adamw", "radam", UNKNOWN_ADAM)
 LEFT_BEHIND = "left behind, because the frameworks scale them differently"
 DROPPED = "dropped, because accumulation changed"
 
@@ -72,11 +59,24 @@ def refuse(path: object, differences: Iterable[object]) -> None:
         )
 
 
+def effect_of(name: str) -> str:
+    """Returns what becomes of a run that is resumed with another value of an option.
+
+    Example:
+        >>> from sfcore.changes import effect_of
+        >>> effect_of("beta")
+        'y moves in the next step so that x stays'
+    """
+    known = laws.options()
+    return _EFFECTS.get(name) or (known[name].metadata["effect"] if name in known else NEXT)
+
+
 def of_optimizer(group: int | None, saved: str, configured: str) -> Change:
     """Returns the row for another optimizer than the one that saved."""
     kept, anew = ["x, y, z", "the average"], list[str]()
-    if configured in ADAM:
-        (kept if saved in ADAM else anew).append("the second moment v")
+    had = _always_kept(saved)
+    for role, buffer in _always_kept(configured).items():
+        (kept if role in had else anew).append(f"the {buffer.doc} {role}")
     if configured == "wrapper":
         anew.append("the base's state")
     effect = f"carried over: {', '.join(kept)}"
@@ -85,6 +85,14 @@ def of_optimizer(group: int | None, saved: str, configured: str) -> Change:
     if not comparable(saved, configured):
         effect += "; the sum of weights is put in units of the configured lr, so that the average goes on"
     return Change("optimizer", group, saved, configured, effect)
+
+
+def _always_kept(name: str) -> dict[str, Buffer]:
+    """Returns role -> buffer that every law of a recorded name keeps whatever its options are."""
+    each = [{one.role: one for one in law.buffers if not one.when} for law in laws.candidates(name)]
+    return (
+        {role: buffer for role, buffer in each[0].items() if all(role in one for one in each)} if each else {}
+    )
 
 
 def of_batches(saved: Mapping[str, int], steps: int | None, batch_size: int | None) -> list[Change]:
@@ -132,15 +140,21 @@ def at_last_update(meta: Meta, what: str) -> tuple[Meta, list[str]]:
 
 
 def same(saved: str, configured: str) -> bool:
-    """Tells whether two names may mean one optimizer."""
-    return saved == configured or (
-        saved in ADAM and configured in ADAM and UNKNOWN_ADAM in (saved, configured)
-    )
+    """Tells whether two names may mean one optimizer.
+
+    Example:
+        >>> from sfcore.changes import same
+        >>> same("adamw or radam", "radam"), same("adamw", "radam")
+        (True, False)
+    """
+    return bool({*saved.split(laws.OR)} & {*configured.split(laws.OR)})
 
 
 def comparable(saved: str, configured: str) -> bool:
-    """Tells whether the two optimizers' learning rates mean the same."""
-    return saved == configured or (saved in ADAM and configured in ADAM)
+    """Tells whether the two optimizers' learning rates mean the same: those of one direction do."""
+    directions = {law.direction for name in (saved, configured) for law in laws.candidates(name)}
+    known = laws.candidates(saved) and laws.candidates(configured)
+    return same(saved, configured) or bool(known and len(directions) == 1)
 
 
 def carried_sum(

@@ -1,6 +1,6 @@
 """The framework-free checkpoint: named NumPy arrays in safetensors, checked leaf by leaf.
 
-Arrays are named "ROLE/PARAMETER"; the roles are in `ROLES`. bfloat16 arrays have the dtype of
+Arrays are named "ROLE/PARAMETER"; the roles are in `roles()`. bfloat16 arrays have the dtype of
 ml_dtypes, which both twins' extras install.
 """
 
@@ -14,28 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import _safetensors
+from sfcore import _safetensors, laws
 from sfcore.checks import nearest
-
-ROLES = {
-    "y": "gradient point, what the parameters hold while training; of a 16-bit parameter in float32",
-    "x": "average, what is evaluated and shipped; in the state only where it cannot be recomputed",
-    "z": "base iterate",
-    "gap": "z - y in bfloat16, where z is kept so (sftorch's lean form); v and m are in bfloat16 there too",
-    "v": "second moment",
-    "m": "first moment (inner momentum)",
-    "base": "state of a wrapped optimizer, as base/PARAMETER/KEY",
-    "grad": "gradient accumulated so far, in the middle of an accumulation",
-    "buffer": "model state without gradient, such as BatchNorm statistics",
-    "rng": "random number generator states",
-    "extra": "arrays of the user's own",
-}
 
 OLDER = "restore an older checkpoint, resume='latest-good' finds one"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used; the message names file, leaf, finding and way out."""
+
+
+@laws.derived
+def roles() -> Mapping[str, str]:
+    """Returns role -> what it is: those of every checkpoint, and the buffers of all laws.
+
+    Example:
+        >>> from sfcore.exchange import roles
+        >>> roles()["z"], roles()["v"]
+        ('base iterate', 'second moment')
+    """
+    return {**laws.COMMON_ROLES, **{role: one.doc for role, one in laws.roles().items()}}
 
 
 def split(leaf: str) -> tuple[str, str]:
@@ -50,8 +48,8 @@ def split(leaf: str) -> tuple[str, str]:
         ('y', 'layers/0/kernel')
     """
     role, slash, parameter = leaf.partition("/")
-    if not slash or role not in ROLES:
-        raise CheckpointError(f"leaf {leaf!r} must be named ROLE/NAME with ROLE one of {', '.join(ROLES)}")
+    if not slash or role not in roles():
+        raise CheckpointError(f"leaf {leaf!r} must be named ROLE/NAME with ROLE one of {', '.join(roles())}")
     return role, parameter
 
 

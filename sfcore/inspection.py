@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import averaging, restart, sources
+from sfcore import averaging, laws, restart, sources
 from sfcore.exchange import split
 from sfcore.hyperparameters import weighed
 from sfcore.iterates import beta_of, iterates
@@ -95,7 +95,7 @@ def averaging_weights(group: Mapping[str, Any]) -> tuple[float | None, float | N
 
 
 def norms(meta: Meta, state: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """Returns the norms of x, y, z, z - x, v and m over all parameters; None for what is not there."""
+    """Returns the norms of x, y, z, z - x and buffers over all parameters; None for what is not there."""
     sums: dict[str, list[float] | None] = {"x": [], "y": [], "z": [], "z - x": []}
     for one in iterates(meta, state):
         gap = None if one.x is None or one.z is None else one.z - one.x
@@ -106,7 +106,7 @@ def norms(meta: Meta, state: Mapping[str, np.ndarray]) -> dict[str, float | None
             elif known is not None:
                 known.append(_squares(array))
     found = {name: None if values is None else _norm(values) for name, values in sums.items()}
-    for role in ("v", "m"):
+    for role in laws.roles():
         held = [array for leaf, array in state.items() if leaf.startswith(f"{role}/")]
         if held:
             found[role] = _norm(_squares(array) for array in held)

@@ -415,6 +415,18 @@ def _keeps(law: Law, held: set[str]) -> bool:
     return always <= held <= {one.role for one in law.buffers}
 
 
+def unnamed(state: Iterable[str]) -> list[str]:
+    """Returns the names of a parameter's torch state that no row names, so that nobody would save them.
+
+    Example:
+        >>> from sfcore.laws import unnamed
+        >>> unnamed(["z", "exp_avg_sq", "step", "sum"])
+        ['sum']
+    """
+    named = {one.torch for one in roles().values()}
+    return [name for name in state if name not in named | _TORCH_STATE | _CLOCK]
+
+
 def candidates(name: str) -> list[Law]:
     """Returns the laws that a recorded name may mean, both of "adamw or radam"; none of an unknown one."""
     return [LAWS[one] for one in name.split(OR) if one in LAWS]

@@ -14,7 +14,6 @@ import optax
 from jax.typing import DTypeLike
 
 from sfjax import _iterates, _scalars
-from sfjax._types import Tree
 from sfjax.schedule_free import ScheduleFreeState
 
 
@@ -60,7 +59,8 @@ def find_state(opt_state: Any) -> ScheduleFreeState:
     return found[0]
 
 
-def schedule_free_eval_params(state: Any, params: Tree, dtype: DTypeLike | None = None) -> Tree:
+# What optax.apply_updates returns is to pyright any tree or number: an x of that type could not be indexed.
+def schedule_free_eval_params(state: Any, params: Any, dtype: DTypeLike | None = None) -> Any:
     """Returns x, the parameters to evaluate, save and ship; `params`, which hold y, are not changed.
 
     It takes y for granted: x of x is something else, except at b1 = 0, at b1 = 1 and before the first update.
@@ -94,7 +94,7 @@ def schedule_free_eval_params(state: Any, params: Tree, dtype: DTypeLike | None 
     return _overlay(_require(state), params, recover)
 
 
-def iterates(state: Any, params: Tree) -> tuple[Tree, Tree, Tree]:
+def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
     """Returns (x, y, z), trees like params: x and y in params' dtypes, z in its own.
 
     Args:

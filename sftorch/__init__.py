@@ -15,7 +15,9 @@ from sfcore import __version__ as __version__
 try:
     from torch import __version__ as _torch_version
 
-    if _torch_version < "2.6":  # torch compares versions, not letters
+    # The first whose optimizers take named parameters; what we call of torch is there since 2.5. A vendor's
+    # build of it calls itself 2.6.0a0. torch compares versions, not letters.
+    if _torch_version < "2.6.0a0":
         raise ImportError(f"torch {_torch_version}")
 except ImportError as error:
     raise ImportError(

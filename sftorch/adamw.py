@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sfcore.averaging import bias_correction
 from sfcore.laws import LAWS
 from sftorch.law.iterates import Scalar
 from sftorch.law.move import Direction
-from sftorch.step.plan import DirectedOptimizer, YAtRest, given
+from sftorch.step.plan import DirectedOptimizer, Precision, YAtRest, given
 
 
 def average_single_(old: Tensor, new: Tensor, share: Scalar) -> None:
@@ -78,7 +79,7 @@ class AdamWDirection(DirectedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 0.0025,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -92,7 +93,7 @@ class AdamWDirection(DirectedOptimizer):
         prior_steps: int = 0,
         maximize: bool = False,
         fused: bool | None = None,
-        precision: str = "exact",
+        precision: Precision = "exact",
         seed: int = 0,
         capturable: bool = False,
         differentiable: bool = False,

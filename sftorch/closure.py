@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sftorch.adamw import AdamWDirection
 from sftorch.radam import RAdamDirection
 from sftorch.sgd import SGDDirection
 from sftorch.state import forms
 from sftorch.state.compiler import uncompiled, uncompiled_itself
+from sftorch.state.modes import Loss
 from sftorch.state.state_dict import settle
 from sftorch.step.plan import DirectedOptimizer, given
 
@@ -22,7 +23,7 @@ class XAtRest(DirectedOptimizer):
 
     _rest = forms.X_REST  # in a step, y's
 
-    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+    def step(self, closure: Callable[[], Loss]) -> Loss:  # type: ignore[override]
         """Takes one step; `p.grad` is read and never written.
 
         Args:
@@ -45,7 +46,7 @@ class XAtRest(DirectedOptimizer):
             return self._take_step(closure)
 
     @uncompiled_itself
-    def _take_step(self, closure: Callable[[], float]) -> float:
+    def _take_step(self, closure: Callable[[], Loss]) -> Loss:
         x = self._extrapolate()
         try:
             with torch.enable_grad():
@@ -101,7 +102,7 @@ class SGDScheduleFreeClosure(SGDDirection, XAtRest):
     # Here, and only here, schedulefree has weight_decay before momentum.
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         weight_decay: float = 0,
         momentum: float = 0.9,

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sfcore.averaging import bias_correction, rectification
 from sfcore.laws import LAWS
 from sftorch.adamw import ADAMW, average_single_
 from sftorch.law.iterates import Scalar
 from sftorch.law.move import Direction
-from sftorch.step.plan import DirectedOptimizer, YAtRest, given
+from sftorch.step.plan import DirectedOptimizer, Precision, YAtRest, given
 
 
 def young_single(grad: Tensor, buffers: dict[str, Tensor], b2: Scalar) -> Tensor:
@@ -40,7 +41,7 @@ class RAdamDirection(DirectedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 0.0025,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -53,7 +54,7 @@ class RAdamDirection(DirectedOptimizer):
         prior_steps: int = 0,
         maximize: bool = False,
         fused: bool | None = None,
-        precision: str = "exact",
+        precision: Precision = "exact",
         seed: int = 0,
         capturable: bool = False,
         differentiable: bool = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from sftorch import _rng
 
 __all__ = ["recalibrate"]
 
+Batch = TypeVar("Batch")
+
 
 @torch.no_grad()
 def recalibrate(
-    model: nn.Module, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module, batches: Iterable[Batch], call: Callable[[nn.Module, Batch], object] | None = None
 ) -> int:
     """Averages running mean and variance over batches, at the weights that the model holds now.
 

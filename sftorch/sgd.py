@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sfcore.laws import LAWS
 from sftorch.law.move import Direction
-from sftorch.step.plan import DirectedOptimizer, YAtRest, given
+from sftorch.step.plan import DirectedOptimizer, Precision, YAtRest, given
 
 
 def sgd(grad: Any, buffers: Any) -> Any:
@@ -27,7 +28,7 @@ class SGDDirection(DirectedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 0,
@@ -39,7 +40,7 @@ class SGDDirection(DirectedOptimizer):
         prior_steps: int = 0,
         maximize: bool = False,
         fused: bool | None = None,
-        precision: str = "exact",
+        precision: Precision = "exact",
         seed: int = 0,
         capturable: bool = False,
         differentiable: bool = False,

@@ -43,6 +43,23 @@ def torch_loop(model: torch.nn.Module, batches: list[torch.Tensor]) -> dict[str,
     return optimizer.eval_state_dict(model)
 
 
+def torch_closures(model: torch.nn.Module) -> float:
+    optimizer = sftorch.SGDScheduleFreeClosure(model.parameters(), weight_decay=0.1)
+    other = sftorch.SGDScheduleFree(list(model.named_parameters()))
+
+    def loss() -> torch.Tensor:
+        value: torch.Tensor = model(torch.ones(1)).square().sum()
+        value.backward()
+        return value
+
+    print(other.step(loss).item(), other.step(lambda: 0.5) + 1)
+    sftorch.recalibrate.recalibrate(
+        model, [{"size": 5}], lambda model, batch: model(torch.ones(batch["size"]))
+    )
+    sftorch.checkpoint.Checkpoints("run").observe(optimizer, optimizer.step(loss))
+    return optimizer.step(lambda: 0.5)
+
+
 def torch_resume(model: torch.nn.Module, folder: Path) -> int:
     optimizer = sftorch.AdamWScheduleFree(model.parameters())
     with Checkpoints(folder, keep_newest=3) as checkpoints:

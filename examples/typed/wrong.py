@@ -42,16 +42,22 @@ def torch_arguments(model: torch.nn.Module) -> None:
     sftorch.RAdamScheduleFree(params, silent_sgd_phase="no")  # error
     sftorch.ScheduleFreeWrapper(params)  # error
     sftorch.AdamWScheduleFre(params)  # error
+    sftorch.checkpiont  # error
+    sftorch.trainers.keras  # error
 
 
 def torch_use(model: torch.nn.Module, optimizer: sftorch.AdamWScheduleFree) -> None:
     optimizer.eval_state_dict(optimizer)  # error
     optimizer.evaluate()  # error
+    optimizer.step(0.5)  # error
+    print(optimizer.step() + 1)  # error
+    print(optimizer.step(lambda: torch.ones(1)).recall())  # error
     weights: list[torch.Tensor] = optimizer.eval_state_dict(model)  # error
     print(optimizer.eval().training, weights)  # error
     print(optimizer.metrics()["lr"])  # error
     sftorch.step_in_backward(model)  # error
     recalibrate(optimizer, [])  # error
+    recalibrate(model, [5], lambda model, batch: model(batch.images))  # error
     unwrap(optimizer).evaluate()  # error
 
 
@@ -61,6 +67,7 @@ def torch_resume(model: torch.nn.Module, optimizer: sftorch.SGDScheduleFree) -> 
     Checkpoints("run", keep_last=2)  # error
     checkpoints = Checkpoints("run")
     checkpoints.save(optimizer, model)  # error
+    checkpoints.observe(optimizer, "0.5")  # error
     checkpoints.save(model, torch.optim.SGD(model.parameters()))  # error
     checkpoints.save(model, optimizer, metrics={"loss": "small"})  # error
     checkpoints.restore(model, optimizer, strict="yes")  # error

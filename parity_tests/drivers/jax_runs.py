@@ -70,7 +70,7 @@ class JaxRun:
                 numbers = {k: v for k, v in options.items() if not _decides(k, v)}
                 init, update = _traced(make, case.optimizer, fixed)
                 self.state: Any = init(numbers, self.params)
-                self._update = functools.partial(update, numbers)
+                self._update: Any = functools.partial(update, numbers)
             else:
                 tx = _made(make, case.optimizer, options)
                 self.state = tx.init(self.params)

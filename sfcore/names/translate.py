@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sfcore import laws
 from sfcore import names as _names
 from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import fingerprint, of_role
@@ -20,7 +21,6 @@ from sfcore.meta import Meta
 from sfcore.names import NameMap
 from sfcore.names._flax import torch_only
 
-_PER_PARAMETER = ("y", "x", "z", "v", "m", "buffer")
 _KEPT = ("base", "rng", "extra")
 _CARRIED = "extra/torch/"
 
@@ -68,7 +68,7 @@ def renamed(
 ) -> dict[str, np.ndarray]:
     """Returns the leaves of every parameter under other names and in other layouts; others are left out."""
     found: dict[str, np.ndarray] = {}
-    for role in _PER_PARAMETER:
+    for role in ("y", "x", "z", *laws.roles(), "buffer"):
         found |= {f"{role}/{name}": array for name, array in rename(of_role(state, role)).items()}
     return found
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from sfcore import changes, exchange, hyperparameters, laws
 from sfcore.changes import DROPPED, Change, at_last_update, carried_sum, of_batches, of_optimizer, refuse
 from sfcore.exchange import CheckpointError
+from sfcore.laws import Buffer, Law
 from sfcore.meta import Meta, as_accumulation
 
 
@@ -79,3 +81,33 @@ def test_the_place_in_the_data_is_never_before_its_beginning():
 def test_an_accumulation_that_is_no_pair_is_refused_with_its_rule(given):
     with pytest.raises(CheckpointError, match=r"accumulation must be \(steps, position\) with .* got"):
         as_accumulation(given, None)
+
+
+def test_names_of_laws_compare_by_their_rows():
+    assert changes.same("adamw or radam", "radam")
+    assert not changes.same("adamw", "radam")
+    assert changes.comparable("adamw", "radam")
+    assert not changes.comparable("sgd", "adamw")
+    assert not changes.comparable("wrapper", "sgd")
+    assert changes.comparable("plain", "plain")
+    assert not changes.comparable("plain", "adamw")
+    assert "carried over: x, y, z, the average, the second moment v" in str(
+        of_optimizer(None, "radam", "adamw")
+    )
+    assert "starts anew: the second moment v" in str(of_optimizer(None, "sgd", "adamw or radam"))
+
+
+def test_a_law_that_joins_is_compared_by_its_direction_and_its_buffers():
+    buffer = Buffer("s", "sum", "sum", "sum of squares")
+    toy = Law("toy", "Toy", hyperparameters.Wrapper, "Toy", "toy", {}, (buffer,), "rms", "base")
+    with laws.register(toy):
+        assert changes.comparable("toy", "adamw")
+        assert "starts anew: the sum of squares s" in str(of_optimizer(None, "adamw", "toy"))
+        assert exchange.split("s/w") == ("s", "w")
+    with pytest.raises(exchange.CheckpointError, match="must be named ROLE/NAME"):
+        exchange.split("s/w")
+
+
+def test_every_option_has_an_effect():
+    assert changes.effect_of("seed") == "later steps are rounded with other random bits"
+    assert changes.effect_of("eps") == changes.effect_of("lr of a base") == hyperparameters.NEXT

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sfcore.changes import EFFECTS, NEXT, Change, carried_sum, of_batches, of_optimizer, same
+from sfcore.changes import Change, carried_sum, effect_of, of_batches, of_optimizer, same
 from sfcore.exchange import CheckpointError
+from sfcore.laws import JAX_NAMES
 from sfcore.meta import Meta
 from sfjax.checkpoint._record import Configured
 
@@ -14,7 +15,6 @@ _INJECTED = (
     "optax.inject_hyperparams keeps the saved value in its state, and goes on with it; write the configured "
     "one into opt_state.hyperparams"
 )
-_OPTAX = {"lr": "learning_rate", "beta": "b1"}
 
 
 def compare(
@@ -48,7 +48,7 @@ def compare(
 
 
 def _effect(name: str, injected: Collection[str]) -> str:
-    return _INJECTED if _OPTAX.get(name, name) in injected else EFFECTS.get(name, NEXT)
+    return _INJECTED if JAX_NAMES.get(name, name) in injected else effect_of(name)
 
 
 def _equal(saved: Any, configured: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sfcore import laws
+from sfcore.exchange import of_role
 from sfcore.meta import Meta
 from sfcore.sources import Source, is_item, is_ours, unknown
 from sfjax.checkpoint import _arrays, _export
@@ -40,11 +42,12 @@ def _foreign(path: Path, arrays: Mapping[str, np.ndarray]) -> Source:
     places = list(_contrib_states(arrays))
     if not places:
         raise unknown(path, f"an Orbax folder of {len(arrays)} arrays without a Schedule-Free state in it")
-    meta = Meta(framework="jax", optimizer="adamw or sgd", step=0, weights_hold="y")
+    meta = Meta(framework="jax", optimizer="", step=0, weights_hold="y")
     source = Source(path, "state of optax.contrib.schedule_free on Orbax", meta)
     params = _parameters(arrays, [name for place in places for name in _below(arrays, f"{place}z/")])
     for place in places:
         meta.groups.append(_add_state(source, place, arrays, params))
+    meta.optimizer = laws.recognise(["v"] if of_role(source.state, "v") else [])
     meta.step = max(group["clock"]["step"] for group in meta.groups)
     source.notes.append("optax.contrib decodes y with the b1 it was built with, which its state may not hold")
     if not params:

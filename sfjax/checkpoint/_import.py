@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sfcore import laws, store
 from sfcore import names as _names
-from sfcore import store
 from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.exchange import CheckpointError, of_role
 from sfcore.iterates import beta_of, widened
@@ -24,8 +24,6 @@ from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._storable import is_weak, stored_form
-
-_STATE = ("y", "rest", "x", "z", "v", "m", "base")
 
 
 def import_exchange(
@@ -75,7 +73,8 @@ def import_exchange(
     meta, left = at_last_update(meta, LEFT_BEHIND)
     arrays = _as_training(meta, arrays, set(parameters(params)))
     arrays |= _halves(meta, arrays, parameters(params))
-    state = {leaf: array for leaf, array in arrays.items() if leaf.partition("/")[0] in _STATE}
+    held = {"y", "rest", "x", "z", *laws.roles(), "base"}
+    state = {leaf: array for leaf, array in arrays.items() if leaf.partition("/")[0] in held}
     saved = Saved(folder, meta, state, {leaf: leaf for leaf in state})
     restored = restore_into(
         saved,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sfcore.changes import UNKNOWN_ADAM
+from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax._find import _pure
@@ -119,7 +119,7 @@ def _from_contrib(
         base = node["base_optimizer_state"]
         second = (_find(base, _ADAM) or _find(base, _RMS))[:1]
         arrays |= {f"v/{name}": _wide(leaf) for one in second for name, leaf in _arrays(one["nu"]).items()}
-        kind, about = UNKNOWN_ADAM if second else "sgd", {"beta": float(beta)}
+        kind, about = laws.recognise(["v"] if second else []), {"beta": float(beta)}
         recorded.append({"optimizer": kind, "hyperparameters": about, "clock": clock, "parameters": list(z)})
     step = max(group["clock"]["step"] for group in recorded)
     return _saved("optax.contrib", step, recorded, arrays, notices)
@@ -144,7 +144,7 @@ def _from_adam(
     for group, (one, choice) in zip(own, given, strict=True):
         clock, sentence = opening(group.state, one, choice, step)
         notices.append(sentence)
-        about = {"optimizer": UNKNOWN_ADAM, "hyperparameters": {}, "clock": clock | {"step": step}}
+        about = {"optimizer": laws.recognise(["v"]), "hyperparameters": {}, "clock": clock | {"step": step}}
         recorded.append(about | {"parameters": group.parameters})
     return _saved("Adam", step, recorded, arrays, notices)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfcore import laws
-from sfcore.changes import EFFECTS
+from sfcore.changes import effect_of
 from sfjax import _halves, _lean
 from sfjax.checkpoint._leaves import Named
 from sfjax.checkpoint._read import Saved
@@ -43,7 +43,7 @@ def in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[S
         arrays[name] = (buffer - y if kind == "gap" else y + buffer).astype(leaf.dtype)
         found[name] = f"{'gap' if kind == 'gap' else 'z'}/{parameter}"
         changed = True
-    notices = [f"precision: {EFFECTS['precision']}"] if changed else []
+    notices = [f"precision: {effect_of('precision')}"] if changed else []
     return saved._replace(arrays=arrays, roles=found), notices
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import checks, exchange, restart, store
+from sfcore import averaging, checks, exchange, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
+from sfcore.hyperparameters import weighed
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax import _halves
@@ -237,4 +238,5 @@ def opening(
     words = f"the weights count as the average of {count} earlier steps (prior_steps)"
     if policy.get("warmup_steps") and "warmup_steps" not in chosen:
         words += f"; build the transformation with warmup_steps={policy['warmup_steps']} as well"
-    return clock | {"weight_sum": count * float(lr) ** values.get("weight_lr_power", 2.0)}, words
+    power = weighed(values)["weight_lr_power"]
+    return clock | {"weight_sum": averaging.prior_weight(count, float(lr), power)}, words

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from sfcore.changes import EFFECTS, NEXT, Change, carried_sum, comparable, of_optimizer
+from sfcore.changes import Change, carried_sum, comparable, effect_of, of_optimizer
+from sfcore.hyperparameters import NEXT
 from sfcore.meta import Meta
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._record import kind_of
@@ -77,12 +78,10 @@ def of_group(
     del values["lr"]
     if scheduled_beta(optimizer, group, saved):
         del values["beta"]
-    rows = [
-        Change(k, index, old[k], v, EFFECTS.get(k, NEXT)) for k, v in values.items() if old.get(k, v) != v
-    ]
+    rows = [Change(k, index, old[k], v, effect_of(k)) for k, v in values.items() if old.get(k, v) != v]
     before, now, scheduled = lrs(optimizer, group, saved)
     if before != now and comparable(saved_kind, kind_of(optimizer)):
-        effect = f"{EFFECTS['lr']}; {_SCHEDULED}" if scheduled else EFFECTS["lr"]
+        effect = f"{effect_of('lr')}; {_SCHEDULED}" if scheduled else effect_of("lr")
         rows.insert(0, Change("lr", index, before, now, effect))
     return rows
 

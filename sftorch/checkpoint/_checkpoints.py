@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from sfcore import store
 from sfcore.changes import of_batches, refuse
@@ -226,7 +226,7 @@ class Checkpoints:
         steps.watch(optimizer, meta.recent, changed, plan.fresh)
         return self._report(Restored(path, meta, notices, skipped, _arrays.decode(extra, arrays)))
 
-    def observe(self, optimizer: ScheduleFreeOptimizer, loss: Any) -> None:
+    def observe(self, optimizer: ScheduleFreeOptimizer, loss: float | Tensor) -> None:
         """Notes the loss of a micro-batch, for the watch over the first steps after a restart.
 
         The steps themselves are seen without it, from the first `save` or `restore` on.

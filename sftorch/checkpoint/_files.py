@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from sfcore.exchange import CheckpointError, cannot_read
+from sfcore import laws
 from sfcore.iterates import widened
 from sfcore.meta import Meta
 from sfcore.sources import Source, unknown
-from sftorch.checkpoint import _arrays, _importers
+from sftorch.checkpoint import _arrays, _importers, _weights
 from sftorch.state import forms, prints
 
-_ROLES = {"z": "z", "gap": "gap", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
-_SAME = ("lr", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "inner_momentum", "prior_steps")
 _LIGHTNING = "optimizer_states"  # a list
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -29,7 +25,7 @@ def read(path: Path) -> Source:
     Raises:
         CheckpointError: if it is damaged, holds other objects, or no state dict of a known kind.
     """
-    content = load(path)
+    content = _weights.load(path)
     optimizers = _find(content, lambda value: "param_groups" in value or "schedulefree_state" in value)
     models = _find(content, _is_weights)
     if len(optimizers) > 1 or len(models) > 1:
@@ -58,23 +54,6 @@ def read(path: Path) -> Source:
         raise unknown(
             path, f"an optimizer's state with other entries than its program has ({error!r})"
         ) from error
-
-
-def load(path: Path) -> Any:
-    """Returns what a torch file holds, on the CPU; nothing in it is executed.
-
-    Raises:
-        CheckpointError: if it cannot be read, is damaged, or holds other objects.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(cannot_read(path, error)) from error
-    except pickle.UnpicklingError as error:
-        raise unknown(path, "a pickle with objects that are no state dicts, which is not executed") from error
-    except Exception as error:  # of a changed byte torch makes whatever its readers stumble over
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged: torch cannot read it ({why})") from error
 
 
 def _find(content: Any, test: Any) -> dict[str, Any]:
@@ -123,7 +102,7 @@ def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, 
         framework="torch",
         optimizer=found.kind,
         step=max((int(group["clock"].step) for group in found.groups), default=0),
-        groups=[_group(group, names, _says_beta(found)) for group in found.groups],
+        groups=[_group(found, group, names) for group in found.groups],
         weights_hold=found.holds or "y",
     )
     source = Source(
@@ -187,15 +166,12 @@ def _says_beta(found: Any) -> bool:
     return found.kind != "wrapper" or found.program == "sftorch"
 
 
-def _group(group: Mapping[str, Any], names: Mapping[Any, str], says_beta: bool) -> dict[str, Any]:
+def _group(found: Any, group: Mapping[str, Any], names: Mapping[Any, str]) -> dict[str, Any]:
     options = group["options"]
-    values = {name: options[name] for name in _SAME if name in options}
-    if "betas" in options and says_beta:
-        values |= {"beta": options["betas"][0], "b2": options["betas"][1]}
-    elif "momentum" in options and says_beta:
-        values["beta"] = options["momentum"]
-    if "silent_sgd_phase" in options:
-        values["silent_sgd_phase"] = options["silent_sgd_phase"]
+    law = laws.LAWS["adamw" if found.kind == "plain" else found.kind]
+    values = law.of_torch_group(options)
+    if not _says_beta(found):
+        values.pop("beta", None)
     clock = {
         name: float(value) if name != "step" else int(value)
         for name, value in group["clock"]._asdict().items()
@@ -217,7 +193,8 @@ def _add_parameter(
     source: Source, name: str, values: Mapping[str, Any], clock: Any, weights: Mapping[str, np.ndarray]
 ) -> None:
     """Adds a parameter's leaves, and its entry in the record."""
-    state = {f"{role}/{name}": _to_numpy(values[key]) for key, role in _ROLES.items() if key in values}
+    kept = {"z": "z", "gap": "gap", "x": "x"} | {one.torch: role for role, one in laws.roles().items()}
+    state = {f"{role}/{name}": _to_numpy(values[key]) for key, role in kept.items() if key in values}
     held = weights.get(name) if source.named else None
     own = None
     if "z" in values or "gap" in values:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfcore import averaging, laws
 from sfcore.changes import comparable, of_optimizer
 from sfcore.checks import HyperparameterError
+from sfcore.hyperparameters import weighed
 from sftorch.checkpoint import _changes, _weights
 from sftorch.checkpoint._record import CLOCK, kind_of
 from sftorch.law.parts import part
@@ -27,7 +29,7 @@ class Source:
 
     Attributes:
         program: whose it is, for the notices.
-        kind: "sgd", "adamw", "radam", "wrapper", or "plain" for an optimizer that is not Schedule-Free.
+        kind: the name of a law, or "plain" for an optimizer that is not Schedule-Free.
         groups: one dict a group: "params" (indices), "options" (as saved), "clock".
         states: index -> name -> value.
         holds: "x" or "y", what the weights saved beside it are; None if it does not say.
@@ -60,9 +62,11 @@ def recognise(state_dict: Mapping[str, Any]) -> Source:
         return _ours(groups, states)
     if "weight_sum" in first and "k" in first:
         wrapper = "betas" not in first and "scheduled_lr" not in first
-        return _schedule_free("schedulefree", "wrapper" if wrapper else _kind(first), groups, states, "k")
+        return _schedule_free(
+            "schedulefree", "wrapper" if wrapper else _kind(first, states), groups, states, "k"
+        )
     if "weight_sum" in first and "step" in first:
-        return _schedule_free("pytorch_optimizer", _kind(first), groups, states, "step")
+        return _schedule_free("pytorch_optimizer", _kind(first, states), groups, states, "step")
     if "betas" in first and "weight_sum" not in first and any("exp_avg_sq" in s for s in states.values()):
         plain = [{"params": g["params"], "options": g, "clock": Clock(0, 0.0, 0.0)} for g in groups]
         return Source("torch.optim.AdamW", "plain", plain, states, "y")
@@ -79,7 +83,7 @@ def _books(group: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _ours(groups: Any, states: Any) -> Source:
     """Returns the state dict of another of our classes."""
-    kind = "wrapper" if "schedule_free" in groups[0] else _kind(groups[0])
+    kind = "wrapper" if "schedule_free" in groups[0] else _kind(groups[0], states)
     merged = [group | _books(group) for group in groups]
     clocks = [Clock(g["k"], g["lr_max"], g["weight_sum"]) for g in merged]
     found = [
@@ -89,10 +93,22 @@ def _ours(groups: Any, states: Any) -> Source:
     return Source("sftorch", kind, found, states, groups[0][HOLD], base)
 
 
-def _kind(options: Mapping[str, Any]) -> str:
-    if "betas" not in options:
-        return "sgd"
-    return "radam" if "silent_sgd_phase" in options else "adamw"
+def _kind(options: Mapping[str, Any], states: Mapping[Any, Mapping[str, Any]]) -> str:
+    """Returns the law that keeps such buffers and has such options.
+
+    Raises:
+        ValueError: for a tensor that no law keeps: that of a law which is not registered here.
+    """
+    started = [values for values in states.values() if forms.has_started(values)]
+    tensors = {name for values in started for name, value in values.items() if isinstance(value, Tensor)}
+    strange = laws.unnamed(sorted(tensors - _THEIRS))
+    if strange:
+        raise ValueError(
+            f"state_dict must be of a known law ({', '.join(laws.directed())}), got the state "
+            f"{', '.join(strange)}, which none of them keeps: register its law with sfcore.laws.register"
+        )
+    held = [role for role, one in laws.roles().items() if one.torch in tensors]
+    return laws.recognise(held if started else None, options)
 
 
 def _schedule_free(program: str, kind: str, groups: Any, states: Any, counter: str) -> Source:
@@ -128,8 +144,8 @@ def _pytorch_optimizer_wrapper(state_dict: Mapping[str, Any]) -> Source:
     return source
 
 
-# Hyperparameters that other programs call as the equations do.
-_NAMES = ("eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "silent_sgd_phase", "inner_momentum")
+# What pytorch_optimizer keeps with ams_bound, and is dropped with a notice.
+_THEIRS = {"max_exp_avg_sq"}
 _IGNORED = {
     "ams_bound": "the running maximum of the second moment is dropped",
     "amsgrad": "the running maximum of the second moment is dropped",
@@ -234,7 +250,9 @@ class _Group:
 
     def _hyperparameters(self) -> dict[str, Any]:
         options = self.saved["options"]
-        found = {name: options[name] for name in _NAMES if name in options and self.source.kind != "wrapper"}
+        # Called as in the equations, which the halves of betas are not.
+        same = [name for name in laws.options() if name not in ("lr", "prior_steps")]
+        found = {name: options[name] for name in same if name in options and self.source.kind != "wrapper"}
         return found | {"lr": float(options["lr"]), "beta": self._saved_beta()}
 
     def _saved_beta(self) -> float:
@@ -290,7 +308,7 @@ class _Group:
         t, prior = int(theirs["step"]), values["prior_steps"]
         # As many weights as prior_steps, each like the one that comes next (S4), which is t^r heavy already.
         lr = _weights.full_lr(group, values)
-        weight_sum = prior * (t + 1 + prior) ** values["r"] * lr ** values["weight_lr_power"]
+        weight_sum = prior * averaging.step_weight(t + 1, lr, **weighed(values))
         found = {"z": z, **self._buffers(theirs, self.optimizer._buffers(self.live), p)}
         if self.optimizer._beta(self.live) == 0:
             found["x"] = z.clone()

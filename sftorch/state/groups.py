@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sfcore import averaging, checks
 from sfcore.averaging import STEP_SIZES, effective_lr
@@ -69,7 +70,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     _built_lrs: tuple[float, ...] = ()
     _watch: Any = None
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]):
         super().__init__(arguments.as_groups(params), defaults | new_books())
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

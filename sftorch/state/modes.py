@@ -6,7 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from sftorch.law.parts import part
 from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled, uncompiled_itself
 from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
+
+Loss = TypeVar("Loss")  # what a closure returns: a number, or a tensor of one
 
 
 class TrainEvalOptimizer(ScheduleFreeOptimizer):
@@ -39,7 +41,13 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _close(self, plan: Any) -> None:
         """Writes the books of the step."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one step; `p.grad` is read and never written.
 
         Under torch.compile the arithmetic is compiled, once; the bookkeeping runs as it is.
@@ -61,7 +69,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     # torch.compile passes over this function, and over whatever else is marked so. What is left for it
     # is the arithmetic on tensors: compiled with the numbers of a step, it would do for that step only.
     @uncompiled_itself
-    def _take_step(self, closure: Callable[[], float] | None) -> float | None:
+    def _take_step(self, closure: Callable[[], Loss] | None) -> Loss | None:
         loss = None
         if closure is not None:
             self._begin()

@@ -83,7 +83,9 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     tables, count = _tables(move), len(move.ys)
     if fit.all_fit(tables):
         return [(kernel, move)]
-    grads, taken, left = list(move.grads), {}, {}
+    grads = list(move.grads)
+    taken: dict[torch.dtype, list[int]] = {}
+    left: dict[int, str] = {}
     for i in range(count):
         row = {name: tensors[i] for name, tensors in tables.items()}
         if why := fit.why_left(row):

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 from sftorch.step import backends, lean
 
+Precision = Literal["exact", "lean"]
 Averages = Mapping[Tensor, Tensor]  # x, where parameters are to end as x
 _CLOCK = itemgetter("step", "lr_max", "weight_sum")
 _NO_OPTIONS = {*new_books(), "params"}

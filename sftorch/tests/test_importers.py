@@ -234,3 +234,14 @@ def test_state_of_another_model_does_not_touch_a_wrappers_books():
 
 def test_the_frozen_files_are_small():
     assert max(path.stat().st_size for path in FROZEN.rglob("*") if path.is_file()) < 50_000
+
+
+def test_a_state_that_no_row_names_is_refused_by_name():
+    optimizer = make("sgd", parameters([torch.ones(2)]))
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["sum"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"known law \(sgd, adamw, radam\), got the state sum, which none"):
+        import_state_dict(make("adamw", parameters([torch.ones(2)])), state)

@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import sfcore
 import sftorch
+
+ROOT = Path(__file__).parents[2]
 
 LINE = r"pip install 'schedulefree-twin\[{}\]'"
 MISSING = "import sys\nfor name in {!r}: sys.modules[name] = None\n"
@@ -84,11 +87,21 @@ def test_a_missing_package_is_told_with_the_line_that_brings_it(missing, code, n
     assert re.fullmatch(rf"{needs}, got .*{missing}.*: {LINE.format(extra)}", said)
 
 
-def test_a_torch_that_is_too_old_is_told_so():
-    code = "import torch\ntorch.__version__ = type(torch.__version__)('2.1.2+cpu')\nimport sftorch"
-    kind, said = raised(code)
-    assert (kind, said.partition(" >= ")[0]) == ("ImportError", "sftorch needs torch")
-    assert ", got torch 2.1.2+cpu: pip install" in said
+PRETENDED = "import torch\ntorch.__version__ = type(torch.__version__)({!r})\nimport sftorch\n"
+
+
+def test_a_torch_that_is_too_old_is_told_so_and_the_oldest_is_the_one_that_is_asked_for():
+    kind, said = raised(PRETENDED.format("2.5.1+cpu"))
+    assert kind == "ImportError"
+    oldest, got = re.fullmatch(
+        r"sftorch needs torch >= ([\d.]+), got torch (.*): pip install '.*\[torch\]'", said
+    ).groups()
+    assert got == "2.5.1+cpu"
+    assert f'torch = ["torch>={oldest}", ' in (ROOT / "pyproject.toml").read_text()
+    vendors = "2.6.0a0+df5bbc09d1.nv24.12"
+    assert (
+        ran(PRETENDED.format(vendors) + "import json; print(json.dumps(str(torch.__version__)))") == vendors
+    )
 
 
 SAVE = """

@@ -230,8 +230,8 @@ def spread_gradient(optimizer, params):
 
 
 def negative_gradient(optimizer, params):
-    params[0].grad = torch.complex(torch.ones(4, 4), params[0].grad).conj().imag
-    assert params[0].grad.is_neg()
+    params[0].grad = torch._neg_view(params[0].grad)
+    assert params[0].grad.is_contiguous()
 
 
 def marked_gradient(optimizer, params):
@@ -431,6 +431,19 @@ def test_parameters_of_another_dtype_make_it_anew(path, dtype):
     assert not kept[AT]
     back = assert_is_that_of_new_plans(as_dtype(torch.float32), dtype=dtype, **PATHS[path])
     assert not back[AT]
+
+
+def bfloat16_in_the_same_place(optimizer, params):
+    for p in params:
+        grad, p.grad = p.grad, None
+        wanted, place = p.data.to(torch.bfloat16), p.data.view(torch.bfloat16)
+        p.data = place.copy_(wanted)
+        p.grad = grad.to(torch.bfloat16)
+
+
+def test_parameters_of_another_dtype_in_the_same_place_make_it_anew():
+    kept = assert_is_that_of_new_plans(bfloat16_in_the_same_place, dtype=torch.float16)
+    assert not kept[AT]
 
 
 @pytest.mark.parametrize("kind", CLOSURES)

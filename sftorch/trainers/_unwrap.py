@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sftorch.state.modes import TrainEvalOptimizer
 
 
-def unwrap(optimizer: Any) -> TrainEvalOptimizer:
+def unwrap(optimizer: object) -> TrainEvalOptimizer:
     """Returns the sftorch optimizer inside a trainer's wrapper, with all of its methods.
 
     Args:

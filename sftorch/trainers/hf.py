@@ -9,7 +9,7 @@ called before a save.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -57,21 +57,23 @@ class ScheduleFreeMixin:
         TypeError: when training begins with an optimizer that is not one of sftorch's.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        _check(self)
-        self.add_callback(_XAtEpochEnd())  # type: ignore[attr-defined]
+    if not TYPE_CHECKING:  # where the Trainer's own signatures hold
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, and refuses what is not of sftorch."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        unwrap(optimizer)
-        return optimizer
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            _check(self)
+            self.add_callback(_XAtEpochEnd())
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, at x."""
-        with self._at_x():
-            super().save_model(*args, **kwargs)  # type: ignore[misc]
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            """As the Trainer's, and refuses what is not of sftorch."""
+            optimizer = super().create_optimizer(*args, **kwargs)
+            unwrap(optimizer)
+            return optimizer
+
+        def save_model(self, *args: Any, **kwargs: Any) -> None:
+            """As the Trainer's, at x."""
+            with self._at_x():
+                super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # The optimizer's state too is saved in eval mode: only then does it have y, to the bit.
