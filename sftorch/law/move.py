@@ -67,5 +67,5 @@ class Move(NamedTuple):
         buffers = {name: some(tensors) for name, tensors in self.buffers.items()}
         ys, rests, xs, zs, grads = map(some, (self.ys, self.rests, self.xs, self.zs, self.grads))
         keys = None if self.keys is None else self.keys[indices]
-        changed = {"ys": ys, "rests": rests, "xs": xs, "zs": zs, "grads": grads, "buffers": buffers}
-        return self._replace(**changed, keys=keys, kept={})
+        part = self._replace(ys=ys, rests=rests, xs=xs, zs=zs, grads=grads, buffers=buffers)
+        return part._replace(keys=keys, kept={})

@@ -45,4 +45,4 @@ def next_scalars(
     lr_max = largest_lr(clock.lr_max, lr_t)
     weight = step_weight(t, lr_max, r, weight_lr_power, prior_steps)
     weight_sum = clock.weight_sum + weight
-    return Clock(t, lr_max, weight_sum), float(AVERAGES[rule](weight, weight_sum))
+    return Clock(t, lr_max, weight_sum), float(AVERAGES[rule](weight, weight_sum, averaging.floats))

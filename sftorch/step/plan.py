@@ -103,7 +103,6 @@ class Work:
             and PLAIN.issuperset(map(type, every))
             # Elsewhere people move state away to free memory, which a plan would hold.
             and {(t.is_cpu, t.is_contiguous(), t.is_neg()) for t in every} == {(True, True, False)}
-            and len({g.dtype for g in grads}) == 1
         )
         if self.may_be_kept:
             self._columns = [(itemgetter(name), tensors) for name, tensors in columns.items()]

@@ -221,6 +221,11 @@ def all_in_bfloat16(optimizer, params):
         p.grad.data = p.grad.bfloat16()
 
 
+def all_in_float16(optimizer, params):
+    for p in params:
+        p.grad.data = p.grad.half()
+
+
 def transposed_gradient(optimizer, params):
     params[0].grad = params[0].grad.t().contiguous().t()
 
@@ -244,6 +249,7 @@ def marked_gradient(optimizer, params):
 GRADIENTS = [
     half_gradient,
     all_in_bfloat16,
+    all_in_float16,
     transposed_gradient,
     spread_gradient,
     negative_gradient,
@@ -337,6 +343,10 @@ def another_group_clock(optimizer, params):
     group_of(optimizer).update(k=100, lr_max=3.0)
 
 
+def another_beta_that_built_y(optimizer, params):
+    group_of(optimizer)["y_beta"] = 0.5  # as a restore in place may say
+
+
 def another_order(optimizer, params):
     group_of(optimizer)["params"].reverse()
 
@@ -408,6 +418,7 @@ def pickled(optimizer, params):
 KEPT = [written_z, flips, rebased, another_group_clock]
 ANEW = [moved_parameter, transposed_parameter, permuted_state, new_z, z_elsewhere, wide_moments, lost_moment]
 ANEW += [copied_state, fresh_start_of_one, fresh_start, another_clock, another_sum, another_order]
+ANEW += [another_beta_that_built_y]
 ANEW += [
     another_parameter,
     another_parameter_with_the_state_of_the_old_one,
@@ -469,6 +480,30 @@ def test_groups_and_dtypes_apart_keep_theirs():
         ends.append(end)
         assert kept == [not anew and number > 0 for number in range(STEPS)]
     assert_same_runs(*ends)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tensors_of_odd_layouts_have_a_new_one_in_each_step(path):
+    ends = []
+    for anew in (False, True):
+        params = [
+            torch.nn.Parameter(torch.arange(24.0).view(4, 6)[:, ::2]),
+            *some_params(torch.float32, [(3,)]),
+        ]
+        optimizer = sftorch.AdamWScheduleFree(params, lr=STEP_SIZE, **PATHS[path])
+        end, kept = run(optimizer, params, nothing, anew)
+        ends.append(end)
+        assert not any(kept)
+    assert_same_runs(*ends)
+
+
+def test_elsewhere_than_on_the_cpu_nothing_is_held_between_steps():
+    p = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = sftorch.AdamWScheduleFree([p])
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert optimizer._plan is None
 
 
 def test_no_gradient_is_kept_alive_by_it():
