@@ -8,6 +8,7 @@ be safe.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +98,8 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
         first, why = next(iter(left.items()))
         where = f"in {len(left)} of {count} parameters, the first of shape {tuple(move.ys[first].shape)}"
         raise _no_kernel(f"{why}, {where}")
+    if not left and len(taken) == 1 and all(map(is_, grads, move.grads)):
+        return [(kernel, move)]
     found = [(kernel, move._replace(grads=grads).rows(rows)) for rows in taken.values()]
     return [*found, (SINGLE, move.rows(list(left)))] if left else found
 

@@ -103,14 +103,15 @@ class Work:
             self.parts[0][1] is move  # whole, and with the gradients as they came
             and PLAIN.issuperset(map(type, every))
             # Elsewhere people move state away to free memory, which a plan would hold.
-            and {(t.is_cpu, t.is_contiguous(), t.is_neg()) for t in every} == {(True, True, False)}
+            and {(t.is_cpu, t.is_neg()) for t in every} == {(True, False)}
         )
         if self.may_be_kept:
             self._columns = [(itemgetter(name), tensors) for name, tensors in columns.items()]
             self._places = [t.data_ptr() for t in self._held]
             self._dtypes = [t.dtype for t in self._held]
             self._sizes = [t.numel() for t in self._held]
-            self._of_grad = (grads[0].dtype, True, True, False)
+            self._strides = [t.stride() for t in every]
+            self._of_grad = (grads[0].dtype, True, False)
             self._has_views = self.pairs or any(p.ndim == 0 for p in self.params)
 
     def stands(self, optimizer: DirectedOptimizer, plan: GroupPlan, x: Averages | None) -> bool:
@@ -121,9 +122,10 @@ class Work:
             not PLAIN.issuperset(map(type, grads))
             or not all(map(is_, map(optimizer.state.get, params), states))
             or list(map(_CLOCK, states)).count(self.clock) != len(params)
-            or {(g.dtype, g.is_cpu, g.is_contiguous(), g.is_neg()) for g in grads} != {self._of_grad}
+            or {(g.dtype, g.is_cpu, g.is_neg()) for g in grads} != {self._of_grad}
             or [g.numel() for g in grads] != self._sizes[: len(params)]
-            or [t.numel() for t in self._held if t.is_contiguous()] != self._sizes
+            or [t.numel() for t in self._held] != self._sizes
+            or [t.stride() for t in chain(self._held, grads)] != self._strides
             or [t.data_ptr() for t in self._held] != self._places
             or [t.dtype for t in self._held] != self._dtypes
         ):
