@@ -4,6 +4,7 @@
 the state of other optimizers; `export_exchange` and `import_exchange` speak with the torch twin.
 """
 
+# Before anything is compiled, not in the first save: it adds to what JAX compiles every function by.
 try:
     import ml_dtypes  # noqa: F401
     import orbax.checkpoint  # noqa: F401
