@@ -16,11 +16,11 @@ try:
     import jax as _jax
     import optax as _optax
 
-    if _jax.__version_info__ < (0, 6) or not hasattr(_optax, "tree"):  # which optax has since 0.2.5
+    if _jax.__version_info__ < (0, 6, 1) or not hasattr(_optax, "tree"):  # which optax has since 0.2.5
         raise ImportError(f"jax {_jax.__version__} and optax {_optax.__version__}")
 except ImportError as error:
     raise ImportError(
-        f"sfjax needs jax >= 0.6 and optax >= 0.2.5, got {error}: pip install -U 'schedulefree-twin[jax]'"
+        f"sfjax needs jax >= 0.6.1 and optax >= 0.2.5, got {error}: pip install -U 'schedulefree-twin[jax]'"
     ) from error
 
 from sfjax._describe import describe

@@ -9,12 +9,11 @@ try:
     import ml_dtypes  # noqa: F401
     import orbax.checkpoint
 
-    # Without it Orbax reads every checkpoint when it opens a folder, and a damaged one stops the run.
-    if not hasattr(orbax.checkpoint.CheckpointManagerOptions, "lightweight_initialize"):
+    if tuple(map(int, orbax.checkpoint.__version__.split(".")[:3])) < (0, 11, 36):
         raise ImportError(f"orbax-checkpoint {orbax.checkpoint.__version__}")
 except ImportError as error:
     raise ImportError(
-        f"sfjax.checkpoint needs orbax-checkpoint >= 0.11.31 and ml_dtypes, got {error}: "
+        f"sfjax.checkpoint needs orbax-checkpoint >= 0.11.36 and ml_dtypes, got {error}: "
         "pip install -U 'schedulefree-twin[jax]'"
     ) from error
 

@@ -117,7 +117,9 @@ def test_what_is_shipped_is_x_bit_for_bit_with_the_statistics_of_x(dtype, tmp_pa
     x, stats = state.eval_params, variables["batch_stats"]
     assert_same(shipped, dict(sorted((host(x) | host(stats)).items())))
     y = host(state.params) | host(state.batch_stats)
-    assert [name for name in shipped if np.array_equal(shipped[name], y[name])] == []
+    same = {name for name in shipped if np.array_equal(shipped[name], y[name])}
+    # A few numbers near 1, whose x and y bfloat16 cannot always tell apart.
+    assert same <= ({"BatchNorm_0/scale"} if dtype == jnp.bfloat16 else set())
     weights = {name: leaf for name, leaf in shipped.items() if name in host(x)}
     assert_same(unflatten_dict(weights, sep="/"), jax.tree.map(np.asarray, x))
 
