@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ def test_importing_sfjax_imports_no_other_framework() -> None:
 
 
 def test_modules_are_attributes_after_the_plain_import() -> None:
-    used = "sfjax.checkpoint.Checkpoints, sfjax.nnx.save, sfjax.linen.save, sfjax.recalibrate.recalibrate"
+    used = "sfjax.checkpoint.Checkpoints, sfjax.linen.save, sfjax.recalibrate.recalibrate"
+    used += "" if version("flax").startswith("0.10.") else ", sfjax.nnx.save"
     done = run(f"import sfjax; print({set(MODULES)} <= set(dir(sfjax))); {used}")
     assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
 
