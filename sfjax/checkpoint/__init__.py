@@ -4,12 +4,14 @@
 the state of other optimizers; `export_exchange` and `import_exchange` speak with the torch twin.
 """
 
+import re
+
 # Before anything is compiled, not in the first save: it adds to what JAX compiles every function by.
 try:
     import ml_dtypes  # noqa: F401
     import orbax.checkpoint
 
-    if tuple(map(int, orbax.checkpoint.__version__.split(".")[:3])) < (0, 11, 36):
+    if tuple(map(int, re.findall(r"\d+", orbax.checkpoint.__version__)[:3])) < (0, 11, 36):
         raise ImportError(f"orbax-checkpoint {orbax.checkpoint.__version__}")
 except ImportError as error:
     raise ImportError(
