@@ -71,6 +71,21 @@ def effect_of(name: str) -> str:
     return _EFFECTS.get(name) or (known[name].metadata["effect"] if name in known else NEXT)
 
 
+def check_laws(path: object, meta: Meta) -> None:
+    """Raises unless the rows know every law of a record: another's state would be taken for something else.
+
+    Raises:
+        CheckpointError: with the names that no row has.
+    """
+    names = {str(group.get("optimizer", meta.optimizer)) for group in meta.groups}
+    strange = sorted(name for name in names if not laws.candidates(name))
+    if strange:
+        raise CheckpointError(
+            f"{path} must be of a known law ({', '.join(laws.LAWS)}), got {', '.join(strange)}: register its "
+            f"row with sfcore.laws.register, or start from its weights with resume='weights:{path}'"
+        )
+
+
 def of_optimizer(group: int | None, saved: str, configured: str) -> Change:
     """Returns the row for another optimizer than the one that saved."""
     kept, anew = ["x, y, z", "the average"], list[str]()

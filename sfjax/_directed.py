@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sfcore import averaging, laws
+from sfcore import averaging, checks, laws
 from sfcore.laws import JAX_NAMES, Law
 from sfjax import _arguments, _layout, _scalars, _trees
 from sfjax._arguments import is_zero
@@ -18,6 +18,7 @@ from sfjax.schedule_free import Base, build
 
 # State that holds the buffers of a direction -> its fields: what a checkpoint knows it by.
 STATES: dict[type, tuple[str, ...]] = {optax.EmptyState: ()}
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 _NONE_IS_0 = ("weight_decay", "warmup_steps")
 
 
@@ -33,6 +34,20 @@ class Direction(NamedTuple):
     law: str
     next: Callable[[Any, Any, jax.Array, Any], tuple[Any, Any]]
     state: type = optax.EmptyState
+
+
+def known_options(law: str) -> Callable[[Factory], Factory]:
+    """Makes the factory of a row name a misspelt keyword together with all else that is wrong."""
+
+    def find(given: Mapping[str, Any]) -> list[str]:
+        numbers = {
+            name: value
+            for name, value in given.items()
+            if not isinstance(value, jax.core.Tracer) and not callable(value) and value is not None
+        }
+        return laws.law_of(law).problems("jax", numbers)
+
+    return checks.with_known_options(find, lambda: laws.law_of(law).words("jax"))
 
 
 def directed(direction: Direction, arguments: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:

@@ -155,7 +155,8 @@ def _pure(tree: Any) -> Any:
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree
-    as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # its name before flax 0.12
+    # It was called pure before flax 0.12, and was not there before 0.10.7, which sfjax.nnx does not serve.
+    as_pure = getattr(nnx, "as_pure", None) or getattr(nnx, "pure", lambda tree: tree)
     return as_pure(tree)
 
 

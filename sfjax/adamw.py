@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from sfjax import _scalars
-from sfjax._directed import Direction, as_like, directed, on_reals
+from sfjax._directed import Direction, as_like, directed, known_options, on_reals
 from sfjax._types import Scalar, ScalarOrSchedule, Whole
 
 
@@ -64,6 +64,7 @@ def _root(v: jax.Array) -> jax.Array:
 ADAMW = Direction("adamw", adamw_direction, MomentsState)
 
 
+@known_options("adamw")
 def schedule_free_adamw(
     learning_rate: ScalarOrSchedule = 0.0025,
     warmup_steps: Whole | None = 0,

@@ -12,9 +12,15 @@ import jax
 import jax.numpy as jnp
 
 try:
+    from flax import __version__ as _flax_version
     from flax import nnx
+
+    if tuple(map(int, _flax_version.split(".")[:2])) < (0, 11):  # its optimizer kept the model
+        raise ImportError(f"flax {_flax_version}")
 except ImportError as error:
-    raise ImportError(f"sfjax.nnx needs flax, got {error}: pip install flax") from error
+    raise ImportError(
+        f"sfjax.nnx needs flax >= 0.11 (Python 3.11), got {error}: pip install -U flax"
+    ) from error
 
 from sfjax import _flax
 from sfjax._find import _pure

@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from sfjax import _scalars
-from sfjax._directed import Direction, directed
+from sfjax._directed import Direction, directed, known_options
 from sfjax._types import Scalar, ScalarOrSchedule, Whole
 from sfjax.adamw import MomentsState, adamw_direction
 
@@ -25,6 +25,7 @@ def radam_direction(grads: Any, state: MomentsState, t: jax.Array, hp: Any) -> t
 RADAM = Direction("radam", radam_direction, MomentsState)
 
 
+@known_options("radam")
 def schedule_free_radam(
     learning_rate: ScalarOrSchedule = 0.0025,
     b1: Scalar = 0.9,

@@ -48,7 +48,7 @@ def recalibrate(
         >>> model.mean[...].tolist()
         [2.0, 2.0, 2.0]
     """
-    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)]
+    layers = [module for module in _modules(model) if isinstance(module, nnx.BatchNorm)]
     if not layers:
         return 0
     before = [(layer.mean[...], layer.var[...]) for layer in layers]
@@ -79,6 +79,11 @@ def _average(sums: Any, new: Any, used: int) -> Any:
     return jax.tree.map(lambda mean, value: mean + (value - mean) / used, sums, new)
 
 
+def _modules(model: nnx.Module) -> list[nnx.Module]:
+    nodes = getattr(nnx, "iter_modules", None) or nnx.iter_graph  # the former since flax 0.12.1
+    return [node for _, node in nodes(model) if isinstance(node, nnx.Module)]
+
+
 def _set(layers: list[nnx.BatchNorm], statistics: Iterable[tuple[jax.Array, jax.Array]]) -> None:
     for layer, (mean, var) in zip(layers, statistics, strict=True):
         layer.mean[...], layer.var[...] = mean, var
@@ -88,8 +93,7 @@ def _set(layers: list[nnx.BatchNorm], statistics: Iterable[tuple[jax.Array, jax.
 def _as_in_evaluation(model: nnx.Module, layers: list[nnx.BatchNorm]) -> Iterator[None]:
     """Holds all but BatchNorm in eval mode, with momentum 0, so that it stores a batch's own statistics."""
     names = ("deterministic", "use_running_average")
-    modules = [module for _, module in nnx.iter_modules(model)]
-    flags = [(m, name, getattr(m, name)) for m in modules for name in names if hasattr(m, name)]
+    flags = [(m, name, getattr(m, name)) for m in _modules(model) for name in names if hasattr(m, name)]
     momenta = [layer.momentum for layer in layers]
     try:
         model.eval()

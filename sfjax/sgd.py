@@ -7,12 +7,13 @@ from typing import Any, Literal
 import optax
 from jax.typing import DTypeLike
 
-from sfjax._directed import Direction, directed
+from sfjax._directed import Direction, directed, known_options
 from sfjax._types import Scalar, ScalarOrSchedule, Whole
 
 SGD = Direction("sgd", lambda grads, state, t, hp: (grads, state))  # S6
 
 
+@known_options("sgd")
 def schedule_free_sgd(
     learning_rate: ScalarOrSchedule = 1.0,
     warmup_steps: Whole | None = 0,

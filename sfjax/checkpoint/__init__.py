@@ -4,13 +4,18 @@
 the state of other optimizers; `export_exchange` and `import_exchange` speak with the torch twin.
 """
 
+# Before anything is compiled, not in the first save: it adds to what JAX compiles every function by.
 try:
     import ml_dtypes  # noqa: F401
-    import orbax.checkpoint  # noqa: F401
+    import orbax.checkpoint
+
+    # Without it Orbax reads every checkpoint when it opens a folder, and a damaged one stops the run.
+    if not hasattr(orbax.checkpoint.CheckpointManagerOptions, "lightweight_initialize"):
+        raise ImportError(f"orbax-checkpoint {orbax.checkpoint.__version__}")
 except ImportError as error:
     raise ImportError(
-        f"sfjax.checkpoint needs orbax-checkpoint and ml_dtypes, got {error}: "
-        "pip install 'schedulefree-twin[jax]'"
+        f"sfjax.checkpoint needs orbax-checkpoint >= 0.11.31 and ml_dtypes, got {error}: "
+        "pip install -U 'schedulefree-twin[jax]'"
     ) from error
 
 from sfcore.changes import Change

@@ -17,18 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from sfcore import files
 from sfcore.exchange import OLDER, CheckpointError
 from sfjax.checkpoint import _folder
 from sfjax.checkpoint._leaves import named
-
-try:
-    import orbax.checkpoint as ocp
-except ImportError as error:
-    raise CheckpointError(
-        f"sfjax.checkpoint.Checkpoints needs the package {error.name}: pip install orbax-checkpoint"
-    ) from error
 
 _log = logging.getLogger("sfjax.checkpoint")
 Write = Callable[[Path], None]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore.changes import DROPPED, Change, at_last_update, refuse
+from sfcore.changes import DROPPED, Change, at_last_update, check_laws, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfcore.store import Skipped
@@ -88,6 +88,7 @@ def restore_into(
     Raises:
         CheckpointError: with everything that does not fit, or with every difference if strict.
     """
+    check_laws(saved.path, saved.meta)
     target = named(whole(params, opt_state, extra_state))
     own = groups(params, opt_state)
     configured = [

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from safetensors.numpy import load_file
 
 import sfjax
+from sfjax._find import _pure
 from sfjax.checkpoint import CheckpointError, Checkpoints, export_exchange
 from sfjax.checkpoint._save import Job
 from sfjax.tests.checkpoint_runs import KINDS, LR, begin, files, go, saved, transformation
@@ -209,7 +211,7 @@ def test_every_wrapper_of_optax_resumes(tmp_path: Path) -> None:
 
 
 def test_the_state_of_flax_nnx_resumes(tmp_path: Path) -> None:
-    from flax import nnx
+    nnx = pytest.importorskip("sfjax.nnx", exc_type=ImportError).nnx  # older flax, as it says itself
 
     def fresh() -> tuple[Any, Any]:
         model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
@@ -231,7 +233,7 @@ def test_the_state_of_flax_nnx_resumes(tmp_path: Path) -> None:
     other_optimizer.opt_state = restored.opt_state
     train(model, optimizer, 2)
     train(other, other_optimizer, 2)
-    assert_same(nnx.as_pure(nnx.state(other)), nnx.as_pure(nnx.state(model)))
+    assert_same(_pure(nnx.state(other)), _pure(nnx.state(model)))
 
 
 def test_a_checkpoint_of_the_framework_free_store_can_be_asked_for(tmp_path: Path) -> None:
@@ -256,6 +258,8 @@ def test_another_thread_can_save_while_this_one_does(tmp_path: Path) -> None:
 
 def test_orbax_v1_reads_the_layout(tmp_path: Path) -> None:
     v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    if tuple(map(int, orbax.checkpoint.__version__.split(".")[:3])) < (0, 11, 39):
+        pytest.skip("Orbax v1 wanted a file of metadata in every item")
     with saved(tmp_path) as (_, params, opt_state):
         pass
     whole = {"params": params, "opt_state": opt_state}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sfcore import store
-from sfcore.changes import of_batches, refuse
+from sfcore.changes import check_laws, of_batches, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
 from sfcore.store import Skipped
@@ -210,6 +210,7 @@ class Checkpoints:
             return None
         path = found
         meta, arrays = store.read(path)
+        check_laws(path, meta)
         plan, changes = _restore.plan(path, meta, arrays, model, optimizer)
         changes += of_batches(meta.accumulation, accumulation, batch_size)
         if strict:

@@ -12,28 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import sfcore
+from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
-from sftorch.adamw import AdamWDirection
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._steps import steps_of
 from sftorch.law.parts import is_divided
-from sftorch.radam import RAdamDirection
 from sftorch.schedule_free import ScheduleFreeWrapper
-from sftorch.sgd import SGDDirection
 from sftorch.state import forms, state_dict
 from sftorch.state.groups import new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 
-KINDS = {
-    SGDDirection: "sgd",
-    AdamWDirection: "adamw",
-    RAdamDirection: "radam",
-    ScheduleFreeWrapper: "wrapper",
-}
-# State of a parameter: torch's name -> role; y is put aside in eval mode only.
-ROLES = {"z": "z", "gap": "gap", "exp_avg_sq": "v", "exp_avg": "m", "x": "x"}
 # The rest of a 16-bit y, or of x where the parameters hold that: joined on the way to the file.
 REST = "rest"
 CLOCK = ("step", "lr_max", "weight_sum")
@@ -90,8 +80,13 @@ class Capture(NamedTuple):
 
 
 def kind_of(optimizer: ScheduleFreeOptimizer) -> str:
-    """Returns "sgd", "adamw", "radam" or "wrapper"."""
-    return next(name for kind, name in KINDS.items() if isinstance(optimizer, kind))
+    """Returns the name of an optimizer's law."""
+    return optimizer.law.name
+
+
+def roles() -> dict[str, str]:
+    """Returns torch's name -> role of what is saved of a parameter's state; y is there in eval mode only."""
+    return {"z": "z", "gap": "gap", "x": "x"} | {one.torch: role for role, one in laws.roles().items()}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -205,7 +200,7 @@ def _parameters(
     optimizer: ScheduleFreeOptimizer, names: Mapping[Tensor, str], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, dict[str, Any]], list[Average]]:
     """Adds y, z, v, m, x and base leaves; returns the record of each parameter and the way to its x."""
-    parameters, averages = {}, []
+    parameters, averages, kept = {}, [], roles()
     base = optimizer.base.state if isinstance(optimizer, ScheduleFreeWrapper) else {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -214,7 +209,12 @@ def _parameters(
             about: dict[str, Any] = {"shape": list(p.shape), "dtype": _arrays.name_of(p.dtype), "clock": None}
             if forms.has_started(state):
                 about["clock"] = {key: state[key] for key in CLOCK}
-                tensors |= {f"{role}/{name}": state[key] for key, role in ROLES.items() if key in state}
+                tensors |= {f"{role}/{name}": state[key] for key, role in kept.items() if key in state}
+                if strange := laws.unnamed(state):
+                    raise CheckpointError(
+                        f"state of {name!r} must be of a law, got {', '.join(strange)}, which no row "
+                        "names and nobody would restore: add a Buffer to the row"
+                    )
                 if optimizer._rest in state:
                     tensors[f"{REST}/{name}"] = state[optimizer._rest]
             if base.get(p):

@@ -20,11 +20,11 @@ from sftorch.checkpoint import _arrays, _changes
 from sftorch.checkpoint._record import (
     CLOCK,
     MODEL_EXTRA,
-    ROLES,
     is_extra_state,
     kind_of,
     parameter_names,
     put_extra_state,
+    roles,
     unwrapped,
 )
 from sftorch.law.scalars import Clock
@@ -71,8 +71,9 @@ class Saved:
         """Returns what starts anew although the parameter had started: "v", "m"."""
         if self.meta.parameters[self.name]["clock"] is None:
             return set()
-        roles = {ROLES[key] for key in self.optimizer._buffers(self.group)}
-        return {role for role in roles if f"{role}/{self.name}" not in self.arrays}
+        kept = roles()
+        needed = {kept[key] for key in self.optimizer._buffers(self.group)}
+        return {role for role in needed if f"{role}/{self.name}" not in self.arrays}
 
     def gradient(self) -> Tensor | None:
         """Returns the gradient accumulated so far, None if there was none."""
@@ -97,16 +98,16 @@ class Saved:
     def _started(self, clock: Mapping[str, Any], held: Tensor) -> tuple[dict[str, Any], Tensor]:
         state = {
             key: placed(self.arrays[f"{role}/{self.name}"], self.p)
-            for key, role in ROLES.items()
+            for key, role in roles().items()
             if f"{role}/{self.name}" in self.arrays
         }
         held = self._converted(state, held)
         needed = self.optimizer._buffers(self.group)
-        new_v = "v" in self.fresh()
+        anew = bool(self.fresh() & {one.role for one in self.optimizer.law.buffers if not one.when})
         same = comparable(self.meta.optimizer, kind_of(self.optimizer))
         values = _changes.values_of(self.optimizer, self.group, self.saved)
         before = Clock(*(clock[key] for key in CLOCK))
-        after = _changes.carry(before, self.saved["hyperparameters"], values, same, new_v)
+        after = _changes.carry(before, self.saved["hyperparameters"], values, same, anew)
         value, rest = (held, None) if held.dtype == self.p.dtype else forms.split(held, self.p.dtype)
         rests = {} if rest is None else {self.optimizer._rest: rest}
         kept = "gap" if "gap" in state else "z"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfcore import checks
 from sfcore.averaging import BETAS, DECAYS, coefficients, floats
 from sftorch.law.iterates import as_real
 from sftorch.law.move import Direction, Move
@@ -229,6 +230,14 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
     """Abstract: optimizers that have a direction of their own; their groups hold options and books."""
 
     _plan: list[GroupPlan] | None = None  # of the last step, if it may do for the next
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            known = checks.with_known_options(
+                lambda given: cls.law.problems("torch", given), lambda: cls.law.words("torch")
+            )
+            cls.__init__ = known(cls.__init__)  # type: ignore[method-assign]
 
     @abstractmethod
     def _direction(self, values: Mapping[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
