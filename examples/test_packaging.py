@@ -136,7 +136,7 @@ def test_the_page_of_versions_is_what_the_results_make():
     results = [json.loads(line) for line in (ROOT / ".ci/matrix.jsonl").read_text().splitlines()]
     matrix = runpy.run_path(str(ROOT / ".ci/matrix"))
     assert (ROOT / "docs/compatibility.md").read_text() == matrix["page"](results)
-    assert [row["cell"] for row in results] == [cell["cell"] for cell in matrix["cells"]()]
+    assert {row["cell"] for row in results} <= {cell["cell"] for cell in matrix["cells"]()}
 
 
 def test_the_version_comes_from_sfcore():

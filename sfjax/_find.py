@@ -156,7 +156,7 @@ def _pure(tree: Any) -> Any:
     if nnx is None:
         return tree
     # It was called pure before flax 0.12, and was not there before 0.10.7, which sfjax.nnx does not serve.
-    as_pure = getattr(nnx, "as_pure", None) or getattr(nnx, "pure", lambda tree: tree)
+    as_pure: Any = getattr(nnx, "as_pure", None) or getattr(nnx, "pure", lambda tree: tree)
     return as_pure(tree)
 
 
