@@ -25,16 +25,9 @@ def average_single_(old: Tensor, new: Tensor, share: Scalar) -> None:
     old.sub_(old * share).add_(new * share)
 
 
-def adamw_single(
-    grad: Tensor,
-    buffers: dict[str, Tensor],
-    b2: Scalar,
-    eps: Scalar,
-    m1: Scalar,
-    correction2: Scalar,
-    correction1: Scalar,
-) -> Tensor:
+def adamw_single(grad: Tensor, buffers: dict[str, Tensor], *numbers: Scalar) -> Tensor:
     """Returns AdamW's direction; the moments are updated in place, the first one if there is one."""
+    b2, eps, m1, correction2, correction1 = numbers
     v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
     average_single_(v, grad * grad, 1.0 - b2)
     denominator = (v * (1.0 / correction2)).sqrt_().add_(eps)  # one division less an element
@@ -44,16 +37,9 @@ def adamw_single(
     return m * (1.0 / correction1) / denominator  # S6
 
 
-def adamw_foreach(
-    grads: list[Tensor],
-    buffers: dict[str, list[Tensor]],
-    b2: float,
-    eps: float,
-    m1: float,
-    correction2: float,
-    correction1: float,
-) -> list[Tensor]:
+def adamw_foreach(grads: list[Tensor], buffers: dict[str, list[Tensor]], *numbers: float) -> list[Tensor]:
     """The same for lists."""
+    b2, eps, m1, correction2, correction1 = numbers
     v, m = buffers["exp_avg_sq"], buffers.get("exp_avg")
     torch._foreach_add_(v, v, alpha=-(1.0 - b2))
     torch._foreach_addcmul_(v, grads, grads, value=1.0 - b2)

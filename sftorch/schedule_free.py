@@ -15,14 +15,17 @@ from sfcore.averaging import coefficients
 from sfcore.laws import LAWS
 from sftorch.law import iterates
 from sftorch.law.parts import note_written
+from sftorch.law.scalars import Clock, Next, next_step
 from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled
-from sftorch.state.groups import Batch, Next
+from sftorch.state.groups import Batch
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
+from sftorch.step.plan import given
 
 _BASE = "base"
 _DRAWER = "schedule_free"
+Tensors = Mapping[Tensor, Tensor]
 
 
 class ScheduleFreeWrapper(TrainEvalOptimizer):
@@ -67,15 +70,9 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         weight_lr_power: float = 2.0,
         prior_steps: int = 0,
     ):
+        self.options = given(locals())
+        self.base = self.options.pop("base")
         _check_base(base)
-        self.base = base
-        self.options = {
-            "momentum": momentum,
-            "weight_decay_at_y": weight_decay_at_y,
-            "r": r,
-            "weight_lr_power": weight_lr_power,
-            "prior_steps": prior_steps,
-        }
         self.param_groups = []
         drawers = [self._new_drawer(group) for group in base.param_groups]
         for group, drawer in zip(base.param_groups, drawers, strict=True):
@@ -199,20 +196,15 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             raise
         for group in self.param_groups:
             values, _ = self._values(group)  # after the base's step, in which Prodigy sets d
-            moved = {p: plan[p] for p in group["params"] if p in plan}
-            for batch in self._batches(moved):
+            for batch in self._batches({p: plan[p] for p in group["params"] if p in plan}):
                 self._fold(batch, self._next(group, batch.clock, values), values, y, z)
             self._finish(group, self._next(group, self._group_clock(group), values))
         self._show_base_state()
 
-    def _fold(
-        self,
-        batch: Batch,
-        after: Next,
-        values: dict[str, Any],
-        y: dict[Tensor, Tensor],
-        moved: dict[Tensor, Tensor],
-    ) -> None:
+    def _next(self, group: dict[str, Any], clock: Clock, values: dict[str, Any]) -> Next:
+        return next_step(self.law, clock, self._books(group)["k"], values)
+
+    def _fold(self, batch: Batch, after: Next, values: dict[str, Any], y: Tensors, moved: Tensors) -> None:
         """Takes S6-S9 with what the base did: to stand-ins of 16-bit parameters, else to the parameters."""
         k1, k2 = coefficients(after.c, values["beta"])
         for p, state in zip(batch.params, batch.states, strict=True):

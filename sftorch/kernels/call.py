@@ -16,7 +16,7 @@ from sftorch.kernels import build
 
 TABLES = ("y", "rest", "z", "v", "m", "x", "g")
 NUMBERS = ("sign", "lr_t", "wd_y", "wd_z", "k1", "k2", "b2", "eps", "m1", "correction2", "correction1")
-_ZEROS = (0.0,) * len(NUMBERS)
+ZEROS = (0.0,) * len(NUMBERS)
 _PACKED = struct.Struct(f"{len(NUMBERS)}d")
 
 
@@ -91,22 +91,9 @@ class Job(ctypes.Structure):
             sizes = self.columns["sizes"] = array("q", [y.numel() for y in tables["y"]])
             self.count, self.sizes = len(sizes), sizes.buffer_info()[0]
             self.is_double = bool(tables["z"]) and tables["z"][0].dtype == torch.float64
-        _PACKED.pack_into(self, Job.sign.offset, *numbers, *_ZEROS[len(numbers) :])
+        _PACKED.pack_into(self, Job.sign.offset, *numbers, *ZEROS[len(numbers) :])
         threads = torch.get_num_threads() if threads is None else threads
         return bool(library.sf_run(ctypes.byref(self), threads))
-
-
-def run(
-    kind: Kind,
-    tables: Mapping[str, Sequence[Tensor]],
-    numbers: Mapping[str, float],
-    y_type: Element = Element.AS_Z,
-    g_type: Element = Element.AS_Z,
-    threads: int | None = None,
-) -> bool:
-    """Runs a job once; arguments as for `Job` and its `run`, numbers by name, 0 those it lacks."""
-    given = [numbers.get(name, 0.0) for name in NUMBERS]
-    return Job(kind, y_type, g_type).run(tables, given, threads)
 
 
 def floor(tables: Mapping[str, Sequence[Tensor]], threads: int | None = None) -> None:
@@ -116,6 +103,6 @@ def floor(tables: Mapping[str, Sequence[Tensor]], threads: int | None = None) ->
 
     Args:
         tables: lists "y", "z", "g", for AdamW and RAdam "v" too, all contiguous and of one dtype.
-        threads: as in `run`.
+        threads: as for a `Job`.
     """
-    run(Kind.FLOOR_ADAMW if "v" in tables else Kind.FLOOR_SGD, tables, {}, threads=threads)
+    Job(Kind.FLOOR_ADAMW if "v" in tables else Kind.FLOOR_SGD).run(tables, (), threads)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftorch.kernels.call import NUMBERS, Element, Kind
+from sftorch.kernels.call import NUMBERS, ZEROS, Element, Kind
 
 # Four elements a thread: loads of 16 bytes in float32. AdamW then takes 48 registers; with eight elements it
 # takes 98, which leaves room for a quarter of the threads (compiled for sm_90 by Triton 3.7).
@@ -43,7 +43,7 @@ def find() -> ModuleType | str:
 def run(
     kind: Kind,
     tables: Mapping[str, Sequence[Tensor]],
-    numbers: Mapping[str, float],
+    numbers: Sequence[float],
     y_type: Element = Element.AS_Z,
     g_type: Element = Element.AS_Z,
 ) -> None:
@@ -51,8 +51,8 @@ def run(
 
     Args:
         kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
-        tables: as for the native `call.run`, with z, v and m in float32; checked no more than there.
-        numbers: those of `call.NUMBERS`, as Python floats; 0 those it lacks.
+        tables: as for a `call.Job`, with z, v and m in float32; checked no more than there.
+        numbers: those of `call.NUMBERS`, as for a `call.Job`.
         y_type: AS_Z or BFLOAT16_REST.
         g_type: AS_Z or BFLOAT16.
 
@@ -67,7 +67,7 @@ def run(
     kernel = find()
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
-    given = dict.fromkeys(NUMBERS, 0.0) | dict(numbers)
+    given = dict(zip(NUMBERS, (*numbers, *ZEROS), strict=False))
     for moment, decay in (("1", "m1"), ("2", "b2")):  # in doubles, as on the other paths
         given[f"share{moment}"] = 1.0 - given.pop(decay)
         given[f"per{moment}"] = 1.0 / (given.pop(f"correction{moment}") or 1.0)

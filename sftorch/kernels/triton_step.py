@@ -23,26 +23,16 @@ QUIET_NAN = tl.constexpr(0x7FC00000)
 def step(
     table,  # (tensors, WIDTH) int64
     owners,  # (programs,) int32: each program's row
-    sign,  # Python floats from here on: they come as float32, and Triton never compiles for their values
-    lr_t,
-    wd_y,
-    wd_z,
-    k1,
-    k2,
-    share2,
-    eps,
-    share1,
-    per2,
-    per1,
-    HAS_V: tl.constexpr,
-    HAS_M: tl.constexpr,
+    # Python floats: they come as float32, and Triton never compiles for their values.
+    sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr,
     SCALED: tl.constexpr,  # whether the direction is divided by v's root
     AT_Z: tl.constexpr,  # whether wd_z is not 0
     TO_X: tl.constexpr,  # whether y is to end as x
     HALVES: tl.constexpr,  # whether y is bfloat16, its rest int16
     NARROW_G: tl.constexpr,  # whether gradients are bfloat16
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Steps the elements of one program; the numbers are those of sftorch/kernels/call.py."""
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * WIDTH

@@ -1,15 +1,18 @@
 """S6-S9* on tensors: elementwise, no state. The mirror of `sfjax/_iterates.py`.
 
-The `_single_` form is the specification; `_foreach_` does the same to lists. Numbers are those of `Move`:
-Python floats, or 0-d tensors under torch.compile. z is never narrower than y.
+The `_single_` form is the specification; `_foreach_` does the same to lists. Numbers are the first
+five of `Move`: Python floats, or 0-d tensors under torch.compile. z is never narrower than y.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 Scalar = float | Tensor
+Tensors = list[Tensor]
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -48,39 +51,21 @@ def fold_single_(y: Tensor, z: Tensor, delta: Tensor, k1: Scalar, k2: Scalar) ->
     z.add_(delta)  # S7
 
 
-def advance_single_(
-    y: Tensor,
-    z: Tensor,
-    direction: Tensor,
-    lr_t: Scalar,
-    wd_y: Scalar,
-    wd_z: Scalar,
-    k1: Scalar,
-    k2: Scalar,
-) -> None:
+def advance_single_(y: Tensor, z: Tensor, direction: Tensor, numbers: Sequence[Scalar]) -> None:
     """Takes one step of y and z along -direction, in place."""
+    lr_t, wd_y, wd_z, k1, k2 = numbers
     fold_single_(y, z, delta_single(y.to(z.dtype), z, direction, lr_t, wd_y, wd_z), k1, k2)
 
 
-def average_single_(
-    y: Tensor,
-    x: Tensor,
-    z: Tensor,
-    direction: Tensor,
-    lr_t: Scalar,
-    wd_y: Scalar,
-    wd_z: Scalar,
-    c: Scalar,
-) -> None:
+def average_single_(y: Tensor, x: Tensor, z: Tensor, direction: Tensor, numbers: Sequence[Scalar]) -> None:
     """Takes one step of z along -direction and averages it into x, which replaces y, in place."""
+    lr_t, wd_y, wd_z, c, _ = numbers
     z.add_(delta_single(y.to(z.dtype), z, direction, lr_t, wd_y, wd_z))  # S7
     x = x.to(z.dtype)
     y.copy_(x + c * (z - x))  # S8
 
 
-def _pulled(
-    directions: list[Tensor], ys: list[Tensor], zs: list[Tensor], wd_y: float, wd_z: float
-) -> list[Tensor]:
+def _pulled(directions: Tensors, ys: Tensors, zs: Tensors, wd_y: float, wd_z: float) -> Tensors:
     """Returns the directions with the decays, S6 but for -lr_t."""
     for weight, points in ((wd_y, ys), (wd_z, zs)):
         if weight:
@@ -88,17 +73,9 @@ def _pulled(
     return directions
 
 
-def advance_foreach_(
-    ys: list[Tensor],
-    zs: list[Tensor],
-    directions: list[Tensor],
-    lr_t: float,
-    wd_y: float,
-    wd_z: float,
-    k1: float,
-    k2: float,
-) -> None:
+def advance_foreach_(ys: Tensors, zs: Tensors, directions: Tensors, numbers: Sequence[float]) -> None:
     """Takes one step of every y and z along its -direction, in place; y and z share a dtype."""
+    lr_t, wd_y, wd_z, k1, k2 = numbers
     if wd_y or wd_z:
         directions = _pulled(directions, ys, zs, wd_y, wd_z)
     torch._foreach_lerp_(ys, zs, k1)
@@ -107,16 +84,10 @@ def advance_foreach_(
 
 
 def average_foreach_(
-    ys: list[Tensor],
-    xs: list[Tensor],
-    zs: list[Tensor],
-    directions: list[Tensor],
-    lr_t: float,
-    wd_y: float,
-    wd_z: float,
-    c: float,
+    ys: Tensors, xs: Tensors, zs: Tensors, directions: Tensors, numbers: Sequence[float]
 ) -> None:
     """The same for lists that share a dtype; xs are used up."""
+    lr_t, wd_y, wd_z, c, _ = numbers
     if wd_y or wd_z:
         directions = _pulled(directions, ys, zs, wd_y, wd_z)
     torch._foreach_add_(zs, directions, alpha=-lr_t)  # S7

@@ -5,10 +5,12 @@ The equations are those of `sfcore.averaging`. Nothing here touches a tensor.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from sfcore import averaging
-from sfcore.averaging import AVERAGES, largest_lr, step_weight, sum_of_powers
+from sfcore.averaging import AVERAGES, STEP_SIZES, floats, largest_lr, step_weight, sum_of_powers
+from sfcore.laws import Law
 
 
 class Clock(NamedTuple):
@@ -25,24 +27,32 @@ class Clock(NamedTuple):
     weight_sum: float
 
 
+class Next(NamedTuple):
+    """The scalars of a step: the clock after it, its averaging weight, its step size with all factors."""
+
+    clock: Clock
+    c: float
+    lr_t: float
+
+
 def prior_weight(prior_steps: int, r: float, lr: float, weight_lr_power: float) -> float:
     """Returns the weight_sum that `prior_steps` earlier steps at the full lr would have left."""
     return float(averaging.prior_weight(sum_of_powers(prior_steps, r), lr, weight_lr_power))
 
 
-def next_scalars(
-    clock: Clock, lr_t: float, r: float, weight_lr_power: float, prior_steps: int, rule: str = "weights"
-) -> tuple[Clock, float]:
-    """Returns the clock after a step of size lr_t, and the averaging weight c of that step.
+def next_step(law: Law, clock: Clock, group_step: int, values: Mapping[str, Any]) -> Next:
+    """Returns the scalars of the next step of a clock: a parameter's, or the group's own.
 
     Args:
+        law: whose rules they follow.
         clock: before the step.
-        lr_t: with warm-up and rectification.
-        r, weight_lr_power, prior_steps: as configured.
-        rule: which average, a name in `sfcore.averaging.AVERAGES`.
+        group_step: finished steps of the group, whose warm-up it is.
+        values: its options by canonical name, lr as it is now.
     """
-    t = clock.step + 1  # S1
+    rule, t = STEP_SIZES[law.step_size], clock.step + 1  # S1
+    lr_t = float(values["lr"] * rule.factor(group_step + 1 if rule.of_group else t, values, floats))
     lr_max = largest_lr(clock.lr_max, lr_t)
-    weight = step_weight(t, lr_max, r, weight_lr_power, prior_steps)
+    weight = step_weight(t, lr_max, values["r"], values["weight_lr_power"], values["prior_steps"])
     weight_sum = clock.weight_sum + weight
-    return Clock(t, lr_max, weight_sum), float(AVERAGES[rule](weight, weight_sum, averaging.floats))
+    c = float(AVERAGES[law.averaging](weight, weight_sum, floats))
+    return Next(Clock(t, lr_max, weight_sum), c, lr_t)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sfcore import averaging, checks
-from sfcore.averaging import STEP_SIZES, effective_lr
+from sfcore import checks
+from sfcore.averaging import effective_lr
 from sfcore.laws import Law
-from sftorch.law.scalars import Clock, next_scalars, prior_weight
+from sftorch.law.scalars import Clock, Next, prior_weight
 from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled, without_compiler
 
@@ -30,14 +30,6 @@ class Batch(NamedTuple):
     params: list[Tensor]
     states: list[dict[str, Any]]
     clock: Clock
-
-
-class Next(NamedTuple):
-    """The scalars of a step: the clock after it, its averaging weight, its step size with all factors."""
-
-    clock: Clock
-    c: float
-    lr_t: float
 
 
 def new_books() -> dict[str, Any]:
@@ -122,7 +114,8 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def _opening_books(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the books of a group that joins now, after checking its options."""
         values, names = self._values(group)
-        self._raise_problems(self._problems(group, values, names))
+        if found := self._problems(group, values, names):
+            raise checks.HyperparameterError(found)
         prior = prior_weight(values["prior_steps"], values["r"], values["lr"], values["weight_lr_power"])
         in_train_mode = self._books(self.param_groups[0])["train_mode"] if self.param_groups else True
         return new_books() | {"train_mode": in_train_mode, "prior_weight": prior, "weight_sum": prior}
@@ -135,10 +128,6 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         may_be_lean = self._may_be_lean and all(one.lean for one in self.law.buffers)
         return found + forms.find_lean_problems(books, values.get("beta"), may_be_lean)
 
-    def _raise_problems(self, found: list[str]) -> None:
-        if found:
-            raise checks.HyperparameterError(found)
-
     def _check_settings(self) -> None:
         """Raises if a scheduler or a user has since put nonsense into a group."""
         found = []
@@ -146,7 +135,8 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             values, names = self._values(group)
             # Prior steps were weighed at the start; a scheduler may set lr to 0 now.
             found += self._problems(group, values | {"prior_steps": 0}, names)
-        self._raise_problems(found)
+        if found:
+            raise checks.HyperparameterError(found)
 
     def metrics(self) -> list[dict[str, float]]:
         """Returns what the last step of each group used, for logging.
@@ -259,14 +249,6 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def _group_clock(self, group: dict[str, Any]) -> Clock:
         books = self._books(group)
         return Clock(books["k"], books["lr_max"], books["weight_sum"])
-
-    def _next(self, group: dict[str, Any], clock: Clock, values: dict[str, Any]) -> Next:
-        """Returns the scalars of the next step of a clock: a parameter's, or the group's own."""
-        rule = STEP_SIZES[self.law.step_size]
-        t = self._books(group)["k"] if rule.of_group else clock.step
-        lr_t = float(values["lr"] * rule.factor(t + 1, values, averaging.floats))  # S2
-        average = (values["r"], values["weight_lr_power"], values["prior_steps"], self.law.averaging)
-        return Next(*next_scalars(clock, lr_t, *average), lr_t)
 
     def _batches(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Batch]:
         """Returns parameters and their states by clock, device and dtype."""

@@ -102,7 +102,11 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         settle(self, train_mode=False)
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                for p in _put_aside(self, group):
+                ys, left, _ = _flip(Kind.PUT_ASIDE, self, group)
+                torch.autograd.graph.increment_version(list(ys))
+                for p, y in ys.items():
+                    self.state[p]["y"] = y
+                for p in left:
                     x = self._x(p, group)
                     self.state[p]["y"] = p.detach().clone(memory_format=torch.preserve_format)
                     p.copy_(x)
@@ -162,8 +166,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         found: dict[Tensor, Tensor | None] = dict.fromkeys(self._params())
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                fast, slow = _recover(self, group)
-                found |= fast | {p: self._x(p, group).to(p.dtype, copy=True) for p in slow}
+                xs, left, _ = _flip(Kind.RECOVER, self, group)
+                found |= xs | {p: self._x(p, group).to(p.dtype, copy=True) for p in left}
         return {p: p.detach().clone() if x is None else x for p, x in found.items()}
 
     def eval_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -255,7 +259,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
         changed = []
         for group in groups:
-            untouched = _untouched(self, group)
+            held, _, differ = _flip(Kind.HOLDS, self, group)
+            untouched = {} if differ else held
             for index, p in enumerate(group["params"]):
                 aside = p not in untouched and "y" in self.state.get(p, {})
                 if aside and not self._holds_x(p, group):
@@ -282,71 +287,41 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         return bool((near | (p == x.to(p.dtype)) | (p.isnan() & x.isnan())).all())
 
 
-# x from y and z in one pass over memory, by the native kernel.
-
-
-def _by_speed(
-    optimizer: TrainEvalOptimizer, group: dict[str, Any], *names: str
-) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
-    """Sorts the started parameters of a group into those that the kernel can flip, and the others.
+def _flip(
+    kind: Kind, optimizer: TrainEvalOptimizer, group: dict[str, Any]
+) -> tuple[dict[Tensor, Tensor], list[Tensor], bool]:
+    """Goes from y and z to x in one pass over memory, by the native kernel, where it can.
 
     Args:
+        kind: RECOVER and PUT_ASIDE make new tensors; HOLDS compares with the y that was put aside.
         optimizer: whose state they have.
         group: of its own.
-        names: of the state tensors that are needed.
 
     Returns:
-        The first, a list of their state tensors for each name, and the others.
+        Parameter -> its new tensor (or the y put aside), the started parameters that are left, and whether
+        HOLDS found a difference.
     """
-    started, states = optimizer._started(group), optimizer.state
+    started, states, beta = optimizer._started(group), optimizer.state, optimizer._y_beta(group)
     wanted = group.get("fused") is not False and group.get("foreach") is not False
-    if not wanted or not optimizer._y_beta(group) or isinstance(build.find(), str):
-        return [], [[] for _ in names], started
-    fast: list[Tensor] = []
+    if not wanted or not beta or isinstance(build.find(), str):
+        return {}, started, False
+    fast: dict[Tensor, Tensor] = {}
     slow: list[Tensor] = []
     for p in started:
-        tensors = [states[p][name] for name in names if name in states[p]]
-        fits = p.is_cpu and len(tensors) == len(names) and fit.alike(*map(_real, (p, *tensors)))
-        (fast if fits else slow).append(p)
-    return fast, [[states[p][name] for p in fast] for name in names], slow
-
-
-def _recover(
-    optimizer: TrainEvalOptimizer, group: dict[str, Any]
-) -> tuple[dict[Tensor, Tensor], list[Tensor]]:
-    """Returns parameter -> x, new tensors, for parameters that hold y, and the parameters that are left."""
-    fast, (zs,), slow = _by_speed(optimizer, group, "z")
-    xs = [torch.empty_like(p, requires_grad=False) for p in fast]
-    _flip(Kind.RECOVER, fast, zs, xs, optimizer._y_beta(group))
-    return dict(zip(fast, xs, strict=True)), slow
-
-
-def _put_aside(optimizer: TrainEvalOptimizer, group: dict[str, Any]) -> list[Tensor]:
-    """Puts x into parameters that hold y, and y into their state; returns the parameters that are left."""
-    fast, (zs,), slow = _by_speed(optimizer, group, "z")
-    ys = [torch.empty_like(p, requires_grad=False) for p in fast]
-    _flip(Kind.PUT_ASIDE, fast, zs, ys, optimizer._y_beta(group))
-    torch.autograd.graph.increment_version(fast)
-    for p, y in zip(fast, ys, strict=True):
-        optimizer.state[p]["y"] = y
-    return slow
-
-
-def _untouched(optimizer: TrainEvalOptimizer, group: dict[str, Any]) -> set[Tensor]:
-    """Returns parameters that surely hold what `put_aside` put into them; others may do so too."""
-    fast, (zs, ys), _ = _by_speed(optimizer, group, "z", "y")
-    changed = _flip(Kind.HOLDS, fast, zs, ys, optimizer._y_beta(group))
-    return set() if changed else set(fast)
-
-
-def _flip(kind: Kind, params: list[Tensor], zs: list[Tensor], xs: list[Tensor], beta: float) -> bool:
-    found = False
-    for dtype in {z.dtype for z in zs}:
-        rows = [row for row in zip(params, zs, xs, strict=True) if row[1].dtype == dtype]
+        others = [states[p][name] for name in ("z", "y") if name in states[p]]
+        there = len(others) == 2 if kind is Kind.HOLDS else "z" in states[p]
+        if p.is_cpu and there and fit.alike(*map(_real, (p, *others))):
+            fast[p] = others[-1] if kind is Kind.HOLDS else torch.empty_like(p, requires_grad=False)
+        else:
+            slow.append(p)
+    differ = False
+    for dtype in {p.dtype for p in fast}:
+        rows = [(p, states[p]["z"], x) for p, x in fast.items() if p.dtype == dtype]
         columns = ([_real(t) for t in column] for column in zip(*rows, strict=True))
         # The same doubles as in iterates.recover_x, rounded to the tensors' dtype by both.
-        found |= call.run(kind, dict(zip("yzx", columns, strict=True)), {"k1": 1.0 / beta - 1.0})
-    return found
+        numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], 1.0 / beta - 1.0)
+        differ |= call.Job(kind).run(dict(zip("yzx", columns, strict=True)), numbers)
+    return fast, slow, differ
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sftorch.kernels import build, call, fit, launch
-from sftorch.kernels.call import NUMBERS, Element, Kind
+from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates
 from sftorch.law.move import Move
 from sftorch.state import forms
@@ -64,12 +64,10 @@ def assign(move: Move) -> list[tuple[Backend, Move]]:
     if backend.is_kernel:
         return _shared(move, backend)
     if move.fused:
-        device = move.ys[0].device.type
-        raise _no_kernel(whys.get(device) or f"parameters must be on {_DEVICES}, got {move.ys[0].device}")
+        device = move.ys[0].device
+        nowhere = f"parameters must be on the CPU or a CUDA device, got {device}"
+        raise _no_kernel(whys.get(device.type, nowhere))
     return [(backend, move)]
-
-
-_DEVICES = "the CPU or a CUDA device"
 
 
 def _no_kernel(why: str) -> RuntimeError:
@@ -110,42 +108,34 @@ def _tables(move: Move) -> fit.Tables:
     return {name: tensors for name, tensors in tables.items() if tensors}
 
 
-def _why_no_kernel(
-    move: Move, device: str, dtypes: Sequence[torch.dtype], find: Callable[[], object], needs_asking: bool
-) -> str | None:
-    """Returns why the kernel of a device does not take a move; the caller names its dtypes and finds it."""
-    if move.fused is False or (move.fused is None and (move.foreach is False or needs_asking)):
-        return f"fused must be True, got {move.fused}"
-    y = move.ys[0]
-    if y.device.type != device:
-        return f"parameters must be on a {device} device, got {y.device}"
-    if move.keys is not None:
-        return "precision must be 'exact', got 'lean': the kernel has no random rounding"
-    if y.dtype not in dtypes:
-        names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
-        return f"parameters on {y.device} must be of one of {names}, got {y.dtype}"
-    if not move.direction.kernel:
-        return f"the direction must have a kernel, got {move.direction.single.__name__}, which has none"
-    kernel = find()
-    return kernel if isinstance(kernel, str) else None
+def _kernel(
+    name: str,
+    device: str,
+    dtypes: Sequence[torch.dtype],
+    find: Callable[[], object],
+    run: Callable[[Move, Numbers], None],
+) -> Backend:
+    """Returns the kernel of a device as a backend; `find` returns it, or why there is none."""
 
+    def takes(move: Move) -> str | None:
+        if move.fused is False or (move.fused is None and (device != "cpu" or move.foreach is False)):
+            return f"fused must be True, got {move.fused}"
+        y = move.ys[0]
+        if y.device.type != device:
+            return f"parameters must be on a {device} device, got {y.device}"
+        if move.keys is not None:
+            return "precision must be 'exact', got 'lean': the kernel has no random rounding"
+        if y.dtype not in dtypes:
+            names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
+            return f"parameters on {y.device} must be of one of {names}, got {y.dtype}"
+        if not move.direction.kernel:
+            return f"the direction must have a kernel, got {move.direction.single.__name__}, which has none"
+        kernel = find()
+        if isinstance(kernel, str) and move.fused is None:
+            build.give_notice(kernel)
+        return kernel if isinstance(kernel, str) else None
 
-# Complex tensors come as their reals, and are told of.
-_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
-
-
-def _takes_native(move: Move) -> str | None:
-    why = _why_no_kernel(move, "cpu", _CPU_DTYPES, lambda: None, False)
-    if why is None and isinstance(kernel := build.find(), str):
-        why = kernel
-        if move.fused is None:
-            build.give_notice(why)
-    return why
-
-
-def _takes_triton(move: Move) -> str | None:
-    return _why_no_kernel(move, "cuda", _CUDA_DTYPES, lambda: launch.find(), True)
+    return Backend(name, takes, run, device, is_kernel=True)
 
 
 def _kind(move: Move) -> Kind:
@@ -171,8 +161,8 @@ def _run_native(move: Move, numbers: Numbers) -> None:
 
 
 def _run_triton(move: Move, numbers: Numbers) -> None:
-    given = (-1.0 if move.maximize else 1.0, *numbers)
-    launch.run(_kind(move), _tables(move), dict(zip(NUMBERS, given, strict=False)), *_types(move))
+    signed = (-1.0 if move.maximize else 1.0, *numbers)
+    launch.run(_kind(move), _tables(move), signed, *_types(move))
     torch.autograd.graph.increment_version(move.ys)
 
 
@@ -190,28 +180,26 @@ def _takes_foreach(move: Move) -> str | None:
 
 def _run_foreach(move: Move, numbers: Numbers) -> None:
     wide = _joined(move) if move.rests else move
-    lr_t, wd_y, wd_z, k1, k2, *own = numbers
     grads = list(torch._foreach_neg(wide.grads)) if wide.maximize else wide.grads
-    directions = wide.direction.foreach(grads, wide.buffers, *own)
+    directions = wide.direction.foreach(grads, wide.buffers, *numbers[5:])
     if wide.xs:
-        iterates.average_foreach_(wide.ys, wide.xs, wide.zs, directions, lr_t, wd_y, wd_z, k1)
+        iterates.average_foreach_(wide.ys, wide.xs, wide.zs, directions, numbers[:5])
     else:
-        iterates.advance_foreach_(wide.ys, wide.zs, directions, lr_t, wd_y, wd_z, k1, k2)
+        iterates.advance_foreach_(wide.ys, wide.zs, directions, numbers[:5])
     if move.rests:
         _put_back(move, wide.ys)
 
 
 def _run_single(move: Move, numbers: Numbers) -> None:
     wide = _joined(move) if move.rests else move
-    lr_t, wd_y, wd_z, k1, k2, *own = numbers
     for i, (y, z, grad) in enumerate(zip(wide.ys, wide.zs, wide.grads, strict=True)):
         buffers = {name: tensors[i] for name, tensors in wide.buffers.items()}
         grad = grad.to(z.dtype)
-        direction = wide.direction.single(-grad if wide.maximize else grad, buffers, *own)
+        direction = wide.direction.single(-grad if wide.maximize else grad, buffers, *numbers[5:])
         if wide.xs:
-            iterates.average_single_(y, wide.xs[i], z, direction, lr_t, wd_y, wd_z, k1)
+            iterates.average_single_(y, wide.xs[i], z, direction, numbers[:5])
         else:
-            iterates.advance_single_(y, z, direction, lr_t, wd_y, wd_z, k1, k2)
+            iterates.advance_single_(y, z, direction, numbers[:5])
     if move.rests:
         _put_back(move, wide.ys)
 
@@ -229,8 +217,11 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
         forms.put_halves_(y, rest, value)
 
 
-NATIVE = Backend("native", _takes_native, _run_native, device="cpu", is_kernel=True)
-TRITON = Backend("triton", _takes_triton, _run_triton, device="cuda", is_kernel=True)
+# Complex tensors come as their reals, and are told of.
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+NATIVE = _kernel("native", "cpu", _CPU_DTYPES, lambda: build.find(), _run_native)
+TRITON = _kernel("triton", "cuda", _CUDA_DTYPES, lambda: launch.find(), _run_triton)
 LEAN = Backend("lean", _takes_lean, lean.run)
 FOREACH = Backend("foreach", _takes_foreach, _run_foreach)
 SINGLE = Backend("single", lambda move: None, _run_single)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from sfcore.averaging import BETAS, DECAYS, coefficients, floats
 from sftorch.law.iterates import as_real
 from sftorch.law.move import Direction, Move
 from sftorch.law.parts import PLAIN, gradients, note_written, parts
-from sftorch.law.scalars import Clock
+from sftorch.law.scalars import Clock, next_step
 from sftorch.state import arguments
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
@@ -32,6 +31,9 @@ from sftorch.state.state_dict import ScheduleFreeOptimizer
 from sftorch.step import backends, lean
 
 Precision = Literal["exact", "lean"]
+Group = dict[str, Any]
+Tensors = list[Tensor]
+States = dict[Tensor, dict[str, Any]]
 Averages = Mapping[Tensor, Tensor]  # x, where parameters are to end as x
 _CLOCK = itemgetter("step", "lr_max", "weight_sum")
 _NO_OPTIONS = {*new_books(), "params"}
@@ -49,6 +51,18 @@ def viewed(tensors: Iterable[Tensor], are_complex: bool) -> list[Tensor]:
     """
     found = [tensor if tensor.ndim else tensor.view(1) for tensor in parts(tensors)]
     return [as_real(tensor) for tensor in found] if are_complex else found
+
+
+def _facts(held: list[Tensor], grads: list[Any]) -> tuple[list[Any], ...]:
+    """Returns what tensors are, but for the values in them, and where those lie that stay."""
+    every = [*held, *grads]
+    return (
+        [t.dtype for t in every],
+        [t.numel() for t in every],
+        [t.stride() for t in every],
+        [t.data_ptr() for t in held],
+        [g.is_cpu and not g.is_neg() for g in grads],
+    )
 
 
 class Work:
@@ -92,27 +106,14 @@ class Work:
         self.parts = backends.assign(move)
         self._buffer = np.array(self.numbers, dtype=np.float64)
         self.scalars = torch.from_numpy(self._buffer)
-        self._remember(move, columns)
-
-    def _remember(self, move: Move, columns: dict[str, list[Tensor]]) -> None:
-        """Notes all that this was made of; for odd tensors there is no end of it, and it is not kept."""
-        grads: list[Any] = [p.grad for p in self.params]
-        self._held = list(chain(self.params, *columns.values()))
-        every = [*self._held, *grads]
-        self.may_be_kept = (
-            self.parts[0][1] is move  # whole, and with the gradients as they came
-            and PLAIN.issuperset(map(type, every))
-            # Elsewhere people move state away to free memory, which a plan would hold.
-            and {(t.is_cpu, t.is_neg()) for t in every} == {(True, False)}
-        )
-        if self.may_be_kept:
-            self._columns = [(itemgetter(name), tensors) for name, tensors in columns.items()]
-            self._places = [t.data_ptr() for t in self._held]
-            self._dtypes = [t.dtype for t in self._held]
-            self._sizes = [t.numel() for t in self._held]
-            self._strides = [t.stride() for t in every]
-            self._of_grad = (grads[0].dtype, True, False)
-            self._has_views = self.pairs or any(p.ndim == 0 for p in self.params)
+        # What all of this was made of. A part that is not the move itself has copies of gradients.
+        self._names, grads = names, [p.grad for p in self.params]
+        self._held = [*self.params, *(state[name] for name in names for state in self.states)]
+        self.may_be_kept = self.parts[0][1] is move and PLAIN.issuperset(map(type, [*self._held, *grads]))
+        # Elsewhere people move state away to free memory, which a plan would hold.
+        self.may_be_kept = self.may_be_kept and all(t.is_cpu for t in self._held)
+        self._has_views = self.pairs or any(p.ndim == 0 for p in self.params)
+        self._facts = _facts(self._held, grads) if self.may_be_kept else ()
 
     def stands(self, optimizer: DirectedOptimizer, plan: GroupPlan, x: Averages | None) -> bool:
         """Tells whether this does for the coming step, and takes its gradients, its x and its numbers."""
@@ -121,18 +122,11 @@ class Work:
         if (
             not PLAIN.issuperset(map(type, grads))
             or not all(map(is_, map(optimizer.state.get, params), states))
+            or not all(map(is_, self._held, [*params, *(s[name] for name in self._names for s in states)]))
             or list(map(_CLOCK, states)).count(self.clock) != len(params)
-            or {(g.dtype, g.is_cpu, g.is_neg()) for g in grads} != {self._of_grad}
-            or [g.numel() for g in grads] != self._sizes[: len(params)]
-            or [t.numel() for t in self._held] != self._sizes
-            or [t.stride() for t in chain(self._held, grads)] != self._strides
-            or [t.data_ptr() for t in self._held] != self._places
-            or [t.dtype for t in self._held] != self._dtypes
+            or _facts(self._held, grads) != self._facts
         ):
             return False
-        for read, tensors in self._columns:
-            if not all(map(is_, map(read, states), tensors)):
-                return False
         ((backend, move),) = self.parts
         move.grads[:] = viewed(grads, self.pairs) if self._has_views else grads
         if x is not None:
@@ -147,7 +141,7 @@ class Work:
     def _number(self, optimizer: DirectedOptimizer, plan: GroupPlan) -> Direction:
         """Takes the numbers of the coming step; returns its direction."""
         law, values = optimizer.law, plan.values
-        self.after = after = optimizer._next(plan.group, self.clock, values)
+        self.after = after = next_step(law, self.clock, plan.group["k"], values)
         direction, own = optimizer._direction(values, after.clock.step)
         wd_y, wd_z = DECAYS[law.decay_at](values.get("weight_decay", 0.0))
         beta, change = BETAS[law.beta_rule](values["beta"], after.clock.step, values, floats)
@@ -177,43 +171,28 @@ class GroupPlan:
     """
 
     def __init__(
-        self,
-        optimizer: DirectedOptimizer,
-        group: dict[str, Any],
-        params: list[Tensor],
-        states: Mapping[Tensor, dict[str, Any]],
-        x: Averages | None,
+        self, optimizer: DirectedOptimizer, group: Group, params: Tensors, states: States, x: Averages | None
     ):
         self.group, self._params = group, list(params)
         self._options = itemgetter(*(name for name in optimizer.defaults if name not in _NO_OPTIONS))
-        self._take_options(optimizer)
+        self._given, self.values, self._chosen = self._read_options(optimizer)
         self.buffers = optimizer._buffers(group)
         self._idle = [p for p in params if p not in states]
         moving = {p: states[p] for p in params if p in states}
         self.works = [Work(optimizer, self, batch, x) for batch in optimizer._batches(moving)]
-        self.after = optimizer._next(group, optimizer._group_clock(group), self.values)
+        self.after = next_step(optimizer.law, optimizer._group_clock(group), group["k"], self.values)
         # At beta = 0 each step sees to it that x is there.
         self.may_be_kept = bool(self.values["beta"]) and all(work.may_be_kept for work in self.works)
 
-    def _take_options(self, optimizer: DirectedOptimizer) -> None:
-        self._given: tuple[Any, ...] = self._options(self.group)
-        self.values, _ = optimizer._values(self.group)
-        if any(isinstance(value, Tensor | list) for value in self._given):
-            self._given = ()  # these may be written to, and would still be the same objects
-        self._chosen = self._choice(optimizer)
+    def _read_options(self, optimizer: DirectedOptimizer) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Returns the options as given, by canonical name, and those that decide more than numbers."""
+        given, (values, _) = self._options(self.group), optimizer._values(self.group)
+        if any(isinstance(value, Tensor | list) for value in given):
+            given = ()  # these may be written to, and would still be the same objects
+        chosen = [self.group[name] for name in ("foreach", "fused", "maximize", "precision", "seed")]
+        return given, values, (*chosen, values["beta"], optimizer._buffers(self.group))
 
-    def _choice(self, optimizer: DirectedOptimizer) -> tuple[Any, ...]:
-        """Returns what options decide but numbers."""
-        named = [self.group[name] for name in ("foreach", "fused", "maximize", "precision", "seed")]
-        return (*named, self.values["beta"], optimizer._buffers(self.group))
-
-    def stands(
-        self,
-        optimizer: DirectedOptimizer,
-        group: dict[str, Any],
-        params: list[Tensor],
-        x: Averages | None,
-    ) -> bool:
+    def stands(self, optimizer: DirectedOptimizer, group: Group, params: Tensors, x: Averages | None) -> bool:
         """Tells whether this does for the coming step, and takes all that is new in it.
 
         Raises:
@@ -225,7 +204,7 @@ class GroupPlan:
         if not self._given or not all(map(is_, given, self._given)):
             optimizer._check_settings()
             chosen = self._chosen
-            self._take_options(optimizer)
+            self._given, self.values, self._chosen = self._read_options(optimizer)
             if chosen != self._chosen:
                 return False
         if group["y_beta"] not in (None, self.values["beta"]) or not all(map(is_, params, self._params)):
@@ -243,7 +222,7 @@ class GroupPlan:
         if self.works and self.works[0].clock == clock:
             self.after = self.works[0].after
         else:
-            self.after = optimizer._next(group, Clock(*clock), self.values)
+            self.after = next_step(optimizer.law, Clock(*clock), group["k"], self.values)
         return True
 
 
@@ -294,11 +273,9 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         arguments.check_gradients(self._params())
         return self._new_plan([(group, group["params"]) for group in groups], x)
 
-    def _new_plan(
-        self, groups: list[tuple[dict[str, Any], list[Tensor]]], x: Averages | None = None
-    ) -> list[GroupPlan]:
+    def _new_plan(self, groups: list[tuple[Group, Tensors]], x: Averages | None = None) -> list[GroupPlan]:
         """Returns a plan for parameters of some groups, and makes their state ready."""
-        ready: dict[Tensor, dict[str, Any]] = {}
+        ready: States = {}
         for group, params in groups:
             buffers = self._buffers(group)
             ready |= {p: self._ready(p, group, buffers) for p in params if p.grad is not None}

@@ -25,6 +25,9 @@ NUMBERS = {"sign": 1.0, "lr_t": 0.05, "wd_y": 0.1, "k1": 0.25, "k2": 0.3}
 MOMENTS = {"b2": 0.9, "eps": 1e-8, "m1": 0.8, "correction2": 0.3, "correction1": 0.4}
 
 
+IN_ORDER = [(NUMBERS | MOMENTS).get(name, 0.0) for name in call.NUMBERS]
+
+
 class Cursor(ctypes.Structure):
     _fields_ = (("tensor", ctypes.c_int64), ("start", ctypes.c_int64))
 
@@ -92,7 +95,7 @@ def as_bfloat16(bits):
 
 def run_sgd(y, z, g, y_type, g_type, rest=None):
     tables = {"y": [y], "z": [z], "g": [g]} | ({} if rest is None else {"rest": [rest]})
-    call.run(Kind.SGD, tables, NUMBERS, y_type, g_type)
+    call.Job(Kind.SGD, y_type, g_type).run(tables, IN_ORDER)
 
 
 @np.errstate(all="ignore")
@@ -205,7 +208,7 @@ def test_the_number_of_threads_changes_no_bit(kind, flush):
             for tensors in tables.values():
                 tensors[0][::3] *= 1e-38  # denormal, or soon so
             tables["v"] = [v.abs() for v in tables["v"]] if "v" in tables else []
-            call.run(kind, {n: t for n, t in tables.items() if t}, NUMBERS | MOMENTS, threads=threads)
+            call.Job(kind).run({n: t for n, t in tables.items() if t}, IN_ORDER, threads)
             runs.append([tensor for tensors in tables.values() for tensor in tensors])
     finally:
         torch.set_flush_denormal(False)
