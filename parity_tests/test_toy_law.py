@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +24,13 @@ from sfcore import inspection, laws, plan
 from sfcore.checks import HyperparameterError
 from sfcore.exchange import CheckpointError
 from sfcore.names import between
+from sfjax._directed import directed
 from sfjax.checkpoint import Checkpoints as JaxCheckpoints
 from sfjax.checkpoint import export_exchange, import_exchange
+from sfjax.sgd import SGD
 from sftorch.checkpoint import Checkpoints, import_state_dict
+from sftorch.sgd import SGDDirection
+from sftorch.step.plan import YAtRest
 
 # No kernel knows it, so that those that ask for one do not run it.
 TWINS = ["sfjax", "sftorch foreach", "sftorch single", "sftorch closure"]
@@ -56,6 +63,18 @@ def steps(model: torch.nn.Module, optimizer: AdagradScheduleFree, first: int, la
         for name, p in model.named_parameters():
             p.grad = torch.from_numpy(grads[name])
         optimizer.step()
+
+
+def saved(folder: Path, last: int) -> tuple[torch.nn.Module, AdagradScheduleFree, Path]:
+    """Returns a run that has been saved, and where."""
+    model = network()
+    optimizer = optimizer_of(model)
+    steps(model, optimizer, 0, last)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(model, optimizer)
+        path = checkpoints.wait()
+    assert path is not None
+    return model, optimizer, path
 
 
 def jax_steps(tx, params, state, first: int, last: int):
@@ -98,11 +117,7 @@ def test_where_no_kernel_knows_it_the_next_backend_runs_and_fused_true_says_why(
 
 
 def test_a_checkpoint_and_a_state_dict_resume_it_in_the_same_bits(tmp_path):
-    model = network()
-    optimizer = optimizer_of(model)
-    steps(model, optimizer, 0, 5)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(model, optimizer)
+    model, optimizer, _ = saved(tmp_path, 5)
     kept, weights = optimizer.state_dict(), model.state_dict()
     weights = {name: value.clone() for name, value in weights.items()}
     for way in ("checkpoint", "state dict"):
@@ -140,11 +155,7 @@ def test_jax_resumes_it_in_the_same_bits(tmp_path):
 
 def test_it_crosses_to_jax_and_back(tmp_path):
     with jax.enable_x64(True):
-        model = network()
-        optimizer = optimizer_of(model)
-        steps(model, optimizer, 0, 5)
-        with Checkpoints(tmp_path / "torch") as checkpoints:
-            checkpoints.save(model, optimizer)
+        model, optimizer, _ = saved(tmp_path / "torch", 5)
         tx = schedule_free_adagrad(LR, **OPTIONS)
         params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
         same = between(SHAPES, SHAPES)
@@ -166,17 +177,13 @@ def test_it_crosses_to_jax_and_back(tmp_path):
 
 
 def test_programs_that_speak_of_optimizers_know_it(tmp_path):
-    model = network()
-    optimizer = optimizer_of(model)
-    steps(model, optimizer, 0, 2)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(model, optimizer)
-        path = checkpoints.wait()
+    _, optimizer, path = saved(tmp_path, 2)
     assert inspection.inspect(path)["optimizer"] == "adagrad"
     told = plan.check({"optimizer": "sftorch.AdagradScheduleFree", "lr": 0.05, "inner_momentum": 0.9})
     assert any(problem.code == "SF306" for problem in told.problems)  # of an option that it has not
     assert "Adagrad" in optimizer.describe()
-    assert "0.05" in sfjax.describe(schedule_free_adagrad, 0.05, total_steps=100)
+    told = sfjax.describe(schedule_free_adagrad, 0.05, warmup_steps=5, total_steps=100)
+    assert "5 optimizer steps, by optimizer" in told  # nobody has one in an unknown law
 
 
 def test_it_has_no_lean_form_and_says_so_in_both_twins():
@@ -187,26 +194,49 @@ def test_it_has_no_lean_form_and_says_so_in_both_twins():
         AdagradScheduleFree([p], precision="lean")
 
 
-def test_state_that_no_row_names_is_never_saved_or_taken_for_another_laws(tmp_path):
-    model = network()
-    optimizer = optimizer_of(model)
-    steps(model, optimizer, 0, 2)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(model, optimizer)
-        path = checkpoints.wait()
+def test_state_that_no_row_names_is_never_saved_or_taken_for_another_laws(tmp_path, monkeypatch):
+    model, optimizer, path = saved(tmp_path, 2)
     tx = schedule_free_adagrad(LR, eps=1e-6)
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
     state = tx.init(params)
-    laws.unregister("adagrad")
-    try:
-        with Checkpoints(tmp_path / "other") as checkpoints, pytest.raises(CheckpointError, match="got sum"):
-            checkpoints.save(model, optimizer)
-        strange = pytest.raises(CheckpointError, match=r"must be of a known law .*, got adagrad")
-        with Checkpoints(path.parent) as checkpoints, strange:
-            checkpoints.restore(model, sftorch.AdamWScheduleFree(model.parameters()))
-        with pytest.raises(ValueError, match="got the state sum"):
-            import_state_dict(sftorch.AdamWScheduleFree(model.parameters()), optimizer.state_dict())
-        with JaxCheckpoints(tmp_path / "jax") as theirs, pytest.raises(CheckpointError, match="got total"):
-            theirs.save(1, params, state)
-    finally:
-        laws.LAWS["adagrad"] = toy_law.ROW
+    monkeypatch.delitem(laws.LAWS, "adagrad")
+    with Checkpoints(tmp_path / "other") as checkpoints, pytest.raises(CheckpointError, match="got sum"):
+        checkpoints.save(model, optimizer)
+    strange = pytest.raises(CheckpointError, match=r"must be of a known law .*, got adagrad")
+    with Checkpoints(path.parent) as checkpoints, strange:
+        checkpoints.restore(model, sftorch.AdamWScheduleFree(model.parameters()))
+    with pytest.raises(ValueError, match="got the state sum"):
+        import_state_dict(sftorch.AdamWScheduleFree(model.parameters()), optimizer.state_dict())
+    with JaxCheckpoints(tmp_path / "jax") as theirs, pytest.raises(CheckpointError, match="got total"):
+        theirs.save(1, params, state)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_a_row_that_decays_at_z_needs_no_other_code(beta):
+    row = replace(laws.LAWS["sgd"], name="sgd-z", torch="SGDZ", jax="sgd_z", decay_at="z", elsewhere={})
+    decay, start = 0.3, 2.0
+    x = y = z = np.full(3, start)
+    moved = []
+    for step, grads in enumerate(gradients(12)):
+        z = z - LR * (grads["bias"] + decay * z)  # S6 S7
+        c = 1.0 / (step + 1)
+        x = (1 - c) * x + c * z  # S8
+        y = beta * x + (1 - beta) * z  # S9
+        moved.append(y)
+    with laws.register(row), jax.enable_x64(True):
+        kind = type("SGDZ", (SGDDirection, YAtRest), {"law": row})
+        ends = {}
+        for name, options in {"fused": {}, "foreach": {"fused": False}, "single": {"foreach": False}}.items():
+            p = torch.nn.Parameter(torch.full((3,), start, dtype=torch.float64))
+            optimizer = kind([p], LR, beta, decay, **options)
+            for grads in gradients(12):
+                p.grad = torch.from_numpy(grads["bias"])
+                optimizer.step()
+            ends[name] = p.detach().numpy()
+        arguments = {"learning_rate": LR, "b1": beta, "weight_decay": decay, "warmup_steps": 0, "r": 0.0}
+        arguments |= {"weight_lr_power": 2.0, "prior_steps": 0, "mask": None, "state_dtype": None}
+        tx = directed(SGD._replace(law="sgd-z"), arguments | {"precision": "exact", "seed": 0})
+        params = {"bias": jnp.full(3, start)}
+        ends["sfjax"] = np.asarray(jax_steps(tx, params, tx.init(params), 0, 12)[0]["bias"])
+    for name, end in ends.items():
+        np.testing.assert_allclose(end, moved[-1], rtol=1e-12, err_msg=name)

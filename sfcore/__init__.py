@@ -9,18 +9,13 @@ import sys
 if sys.version_info < (3, 10):  # noqa: UP036
     raise ImportError("schedulefree-twin needs Python 3.10 or newer, got " + sys.version.split()[0])
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from sfcore.checks import HyperparameterError
+from sfcore.lazy import on_demand as _on_demand
 
 __all__ = ["HyperparameterError", "__version__"]
 __version__ = "0.1.0"
-
-_ON_DEMAND = (
-    *("changes", "convert", "exchange", "hyperparameters", "inspection", "meta"),
-    *("names", "plan", "preemption", "restart", "watch"),
-)
 
 if TYPE_CHECKING:
     from sfcore import changes as changes
@@ -35,11 +30,10 @@ if TYPE_CHECKING:
     from sfcore import restart as restart
     from sfcore import watch as watch
 else:  # a type checker would take it for leave to use any name
-
-    def __getattr__(name):
-        if name in _ON_DEMAND:
-            return _import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__():
-        return sorted({*globals(), *_ON_DEMAND})
+    __getattr__, __dir__ = _on_demand(
+        globals(),
+        (
+            *("changes", "convert", "exchange", "hyperparameters", "inspection", "meta"),
+            *("names", "plan", "preemption", "restart", "watch"),
+        ),
+    )

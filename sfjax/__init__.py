@@ -7,10 +7,10 @@ which is what to evaluate, save and ship. `sfjax.checkpoint`, `sfjax.linen`, `sf
 
 from __future__ import annotations
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from sfcore import __version__ as __version__
+from sfcore.lazy import on_demand as _on_demand
 
 try:
     import jax as _jax
@@ -47,19 +47,10 @@ __all__ = [
     "schedule_free_sgd",
 ]
 
-_ON_DEMAND = ("checkpoint", "linen", "nnx", "recalibrate")
-
 if TYPE_CHECKING:
     from sfjax import checkpoint as checkpoint
     from sfjax import linen as linen
     from sfjax import nnx as nnx
     from sfjax import recalibrate as recalibrate
 else:  # a type checker would take it for leave to use any name
-
-    def __getattr__(name):
-        if name in _ON_DEMAND:
-            return _import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__():
-        return sorted({*globals(), *_ON_DEMAND})
+    __getattr__, __dir__ = _on_demand(globals(), ("checkpoint", "linen", "nnx", "recalibrate"))

@@ -16,8 +16,8 @@ from sfjax._arguments import is_zero
 from sfjax._iterates import wide_dtype
 from sfjax.schedule_free import Base, build
 
-# State that holds the buffers of a direction -> its fields: what a checkpoint knows it by.
-STATES: dict[type, tuple[str, ...]] = {optax.EmptyState: ()}
+# Types of state that hold the buffers of a direction, by which a checkpoint knows one.
+STATES: set[type] = {optax.EmptyState}
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 _NONE_IS_0 = ("weight_decay", "warmup_steps")
 
@@ -61,6 +61,7 @@ def directed(direction: Direction, arguments: Mapping[str, Any]) -> optax.Gradie
     Raises:
         HyperparameterError: with every value that is out of range.
     """
+    STATES.add(direction.state)
     law = laws.law_of(direction.law)
     given = {name: arguments[JAX_NAMES.get(name, name)] for name in law.defaults}
     given |= {name: 0 for name in _NONE_IS_0 if name in given and given[name] is None}
@@ -98,10 +99,9 @@ def directed(direction: Direction, arguments: Mapping[str, Any]) -> optax.Gradie
 
 def _buffers(direction: Direction, law: Law, given: Mapping[str, Any]) -> list[bool]:
     """Returns which buffers of a direction's state are kept."""
-    STATES.setdefault(direction.state, direction.state._fields)  # type: ignore[attr-defined]
     # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
     kept = {one.jax for one in law.buffers if not (one.when and is_zero(given[one.when]))}
-    fields = STATES[direction.state]
+    fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
     if not kept <= set(fields):
         raise TypeError(
             f"{direction.state.__name__} must have the buffers of the law {law.name!r}, got the fields "

@@ -7,10 +7,10 @@ to evaluate, save and ship; `optimizer.train()` puts y back, bit for bit. `sftor
 
 from __future__ import annotations
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from sfcore import __version__ as __version__
+from sfcore.lazy import on_demand as _on_demand
 
 try:
     from torch import __version__ as _torch_version
@@ -42,18 +42,9 @@ __all__ = [
     "step_in_backward",
 ]
 
-_ON_DEMAND = ("checkpoint", "recalibrate", "trainers")
-
 if TYPE_CHECKING:
     from sftorch import checkpoint as checkpoint
     from sftorch import recalibrate as recalibrate
     from sftorch import trainers as trainers
 else:  # a type checker would take it for leave to use any name
-
-    def __getattr__(name):
-        if name in _ON_DEMAND:
-            return _import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__():
-        return sorted({*globals(), *_ON_DEMAND})
+    __getattr__, __dir__ = _on_demand(globals(), ("checkpoint", "recalibrate", "trainers"))

@@ -144,7 +144,7 @@ def held(base: Any) -> dict[str, str]:
         CheckpointError: for one that no law names: it would be lost.
     """
     known = {one.jax: role for role, one in laws.roles().items()}
-    fields = [field for field in STATES[type(base)] if getattr(base, field) is not None]
+    fields = [field for field in base._fields if getattr(base, field) is not None]
     lost = [field for field in fields if field not in known]
     if lost:
         raise CheckpointError(

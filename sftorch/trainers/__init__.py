@@ -6,24 +6,15 @@ Each framework is imported by its own module only, when that is first used. acce
 
 from __future__ import annotations
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
+from sfcore.lazy import on_demand as _on_demand
 from sftorch.trainers._unwrap import unwrap
 
 __all__ = ["unwrap"]
-
-_ON_DEMAND = ("hf", "lightning")
 
 if TYPE_CHECKING:
     from sftorch.trainers import hf as hf
     from sftorch.trainers import lightning as lightning
 else:  # a type checker would take it for leave to use any name
-
-    def __getattr__(name):
-        if name in _ON_DEMAND:
-            return _import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__():
-        return sorted({*globals(), *_ON_DEMAND})
+    __getattr__, __dir__ = _on_demand(globals(), ("hf", "lightning"))
