@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,17 @@ import pytest
 
 # Their subject is the native kernel; the names of the others say "fused".
 _NATIVE = ("test_native.py", "test_fused.py")
-_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+
+# What JAX compiles is kept for other tests, their processes, the other worker and the next session: for a
+# week, or until --cache-clear. Set here, because JAX reads it when a package's conftest.py imports it.
+_COMPILED = Path(__file__).parent / ".pytest_cache" / "d" / "jax-compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+for _file in _COMPILED.glob("*"):
+    if _file.stat().st_mtime < time.time() - 7 * 24 * 3600:
+        _file.unlink(missing_ok=True)
+# The tensors are tiny, and threads that wait for each other cost four times the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -30,21 +39,9 @@ def pytest_ignore_collect(collection_path: Path, config: Any) -> bool | None:
 
 
 def pytest_configure(config: Any) -> None:
-    """Lets tests that compile the same program, here or in a process of their own, share what was compiled.
-
-    For this session, unless the user names a folder; one for each worker, because JAX does not lock it.
-    """
     gone = [pattern for pattern in config.getini("long") if not any(config.rootpath.glob(pattern))]
     if gone:
         raise pytest.UsageError(f"long in pyproject.toml must name files that there are, got {gone}")
-    if _COMPILED not in os.environ:
-        os.environ[_COMPILED] = folder = tempfile.mkdtemp(prefix="jax-compiled-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ[_COMPILED] = str(Path(os.environ[_COMPILED], os.environ["PYTEST_XDIST_WORKER"]))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # The tensors are tiny, and threads that wait for each other cost four times the time.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_runtest_setup(item: Any) -> None:

@@ -42,6 +42,7 @@ def test_a_signal_during_a_long_c_call_saves_and_ends_the_process_under_it(tmp_p
 
 COMPILING = """
 import jax, jax.numpy as jnp
+jax.config.update("jax_enable_compilation_cache", False)
 def slow(x):
     for _ in range(4000):
         x = jnp.sin(x) * x
