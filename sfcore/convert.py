@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -140,15 +138,7 @@ def _write_inference(source: Source, path: Path) -> Path:
     about = (
         {"format": "pt", "weights_hold": "x"} if source.meta is None else store.about_inference(source.meta)
     )
-    partial = files.aside(path.parent)
-    try:
-        files.make(path.parent)
+    with files.cannot(f"write {path}"), files.partial(path.parent) as partial:
         exchange.write_tensors(partial, x, about)
-        os.rename(partial, path)
-        files.sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {files.why(error)}") from error
-    finally:
-        with suppress(OSError):  # gone, or its folder never came to be
-            partial.unlink()
+        files.rename(partial, path)
     return path

@@ -68,11 +68,8 @@ def of_role(tensors: Mapping[str, np.ndarray], role: str) -> dict[str, np.ndarra
 
 def describe(array: np.ndarray) -> dict[str, Any]:
     """Returns what is recorded of a leaf: dtype, shape and CRC-32 of its bytes."""
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": _crc(array)}
-
-
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(_safetensors.as_bytes(array))
+    crc32 = zlib.crc32(_safetensors.as_bytes(array))
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": crc32}
 
 
 def write_tensors(
@@ -147,7 +144,10 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     missing = set(record) - set(stored)
     if unknown or missing:
         raise CheckpointError(f"{path} is damaged: {_difference(missing, unknown)}; {OLDER}")
-    return {leaf: _checked(path, leaf, stored[leaf], described) for leaf, described in record.items()}
+    found = {leaf: _from_stored(stored[leaf], described["dtype"]) for leaf, described in record.items()}
+    for leaf, array in found.items():
+        check_leaf(path, leaf, array, record[leaf])
+    return found
 
 
 def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
@@ -174,15 +174,20 @@ def _difference(missing: set[str], unknown: set[str]) -> str:
     return f"it must hold the leaf {leaf!r}, got none of that name" + (f" but {near!r}" if near else "")
 
 
-def _checked(path: Path, leaf: str, stored: np.ndarray, described: Mapping[str, Any]) -> np.ndarray:
-    array = _from_stored(stored, described["dtype"])
-    for what, found in (("dtype", array.dtype.name), ("shape", list(array.shape)), ("crc32", _crc(array))):
+def check_leaf(
+    path: Path,
+    leaf: str,
+    array: np.ndarray,
+    described: Mapping[str, Any],
+    changed: str = "the file was changed after it was written",
+) -> None:
+    """Raises `CheckpointError` unless an array is as its record describes it."""
+    for what, found in describe(array).items():
         if found != described[what]:
             raise CheckpointError(
                 f"{path} is damaged: leaf {leaf!r} must have {what} {described[what]}, got {found}: "
-                f"the file was changed after it was written; {OLDER}"
+                f"{changed}; {OLDER}"
             )
-    return array
 
 
 def _as_stored(leaf: str, array: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from sfcore import laws
 from sfcore.exchange import of_role
 from sfcore.meta import Meta
 from sfcore.sources import Source, is_item, is_ours, unknown
-from sfjax.checkpoint import _arrays, _export
+from sfjax.checkpoint import _exchange, _orbax
 from sfjax.checkpoint._importers import shortest
 
 _OF_OPTAX = ("z", "nu", "mu", "acc_grads", "trace", "ema")  # trees that have the parameters' names
@@ -27,14 +27,14 @@ def read(path: Path) -> Source:
         CheckpointError: if it is damaged or has no Schedule-Free state.
     """
     if is_ours(path):
-        meta, state, inference = _export.read(path)
+        meta, state, inference = _exchange.read(path)
         what = "checkpoint of schedulefree-twin on Orbax, names and layouts of jax"
         return Source(path, what, meta, dict(state), dict(inference), verified=True)
     items = [path] if is_item(path) else [below for below in sorted(path.iterdir()) if is_item(below)]
     arrays: dict[str, np.ndarray] = {}
     for item in items:
         below = {"": "", "default": ""}.get(item.name if item != path else "", f"{item.name}/")
-        arrays |= {below + name: array for name, array in _arrays.read(item).items()}
+        arrays |= {below + name: array for name, array in _orbax.read_arrays(item).items()}
     return _foreign(path, arrays)
 
 

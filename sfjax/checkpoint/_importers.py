@@ -15,7 +15,7 @@ from sfjax._find import _pure
 from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _record
 from sfjax.checkpoint._leaves import groups, parameters
-from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._weights import explicit, opening
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,50 @@ import numpy as np
 from sfcore import exchange, files, store
 from sfcore.meta import Meta
 from sfjax._find import schedule_free_eval_params
-from sfjax.checkpoint import _folder, _record
+from sfjax.checkpoint import _orbax, _record
+from sfjax.checkpoint._arrays import array_like, is_key, is_object, is_weak, object_state
 from sfjax.checkpoint._leaves import Named, groups, parameters, roles
-from sfjax.checkpoint._storable import Snapshot, array_like, is_key, is_object, is_weak, object_state
 
 
 @jax.jit
 def evaluated(opt_state: Any, params: Any) -> Any:
     """Returns x, computed on the device while the host copies."""
     return schedule_free_eval_params(opt_state, params)
+
+
+class Snapshot:
+    """Host copies of device arrays, in memory that is used again from save to save.
+
+    Fresh memory costs more than the copy: 165 ms against 24 ms for 200 MB, measured on two CPU cores,
+    because its pages are made on first touch. So the host keeps one copy of the state.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[np.ndarray] = []
+
+    def take(self, leaves: Sequence[Any]) -> list[np.ndarray]:
+        """Returns copies of arrays; the caller has finished with those taken before.
+
+        Arrays of an accelerator arrive in memory of their own. Those of a CPU are views of memory that the
+        next step may be allowed to overwrite, so they are copied.
+        """
+        for leaf in leaves:
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
+        buffers = self._buffers + [np.empty(0)] * (len(leaves) - len(self._buffers))
+        taken = [self._copy(leaf, buffer) for leaf, buffer in zip(leaves, buffers, strict=False)]
+        self._buffers = taken
+        return taken
+
+    @staticmethod
+    def _copy(leaf: Any, buffer: np.ndarray) -> np.ndarray:
+        host = np.asarray(leaf)
+        if isinstance(leaf, jax.Array) and not any(device.platform == "cpu" for device in leaf.devices()):
+            return host
+        if buffer.shape != host.shape or buffer.dtype != host.dtype or not buffer.flags.writeable:
+            return np.array(host)
+        np.copyto(buffer, host)
+        return buffer
 
 
 @dataclass
@@ -94,21 +129,25 @@ class Job:
     x: Mapping[str, Any]
     buffers: Mapping[str, Any]
 
+    def write(self, folder: Path) -> Path:
+        """Writes the checkpoint into the folder of its run; returns its path."""
+        return _orbax.write(folder, self.meta.step, self.host.stored, self.write_meta, self.write_inference)
+
     def write_meta(self, folder: Path) -> None:
         """Writes the record into a folder."""
         x = {name: np.asarray(leaf) for name, leaf in self.x.items()}
         buffers = {name: np.asarray(leaf) for name, leaf in self.buffers.items()}
         self.meta.tensors = {
-            _folder.STATE: _record.of_arrays(self.host.arrays, self.host.about),
-            _folder.INFERENCE_FILE: _record.of_arrays(x | buffers, {}),
+            _orbax.STATE: _record.of_arrays(self.host.arrays, self.host.about),
+            _orbax.INFERENCE_FILE: _record.of_arrays(x | buffers, {}),
         }
         y = parameters(self.host.tree["params"])
         self.meta.fingerprints = {"x": exchange.fingerprint(x), "y": exchange.fingerprint(y)}
-        files.write_text(folder / _folder.META_FILE, self.meta.to_json())
+        files.write_text(folder / _orbax.META_FILE, self.meta.to_json())
 
     def write_inference(self, folder: Path) -> None:
         """Writes the inference weights into a folder, and for Orbax's sake a word about them as JSON."""
         leaves = {name: np.asarray(leaf) for name, leaf in {**self.x, **self.buffers}.items()}
-        exchange.write_tensors(folder / _folder.INFERENCE_FILE, leaves, store.about_inference(self.meta))
-        about = {"weights_hold": "x", "step": self.meta.step, "file": _folder.INFERENCE_FILE}
-        files.write_text(folder / _folder.META_FILE, json.dumps(about))
+        exchange.write_tensors(folder / _orbax.INFERENCE_FILE, leaves, store.about_inference(self.meta))
+        about = {"weights_hold": "x", "step": self.meta.step, "file": _orbax.INFERENCE_FILE}
+        files.write_text(folder / _orbax.META_FILE, json.dumps(about))

@@ -23,9 +23,9 @@ from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax import _halves
 from sfjax._types import Configurations, MicroBatches
-from sfjax.checkpoint import _folder, _read, _record
+from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._leaves import groups, parameters
-from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
 
@@ -116,12 +116,11 @@ def read_weights(path: Path) -> tuple[dict[str, np.ndarray], int | None]:
     """
     if not path.is_dir():
         return exchange.read_tensors(path), exchange.said_of_weights(path)[0]
-    if _read.is_ours(path) or _folder.steps(path):
-        one = path if _read.is_ours(path) else _read.newest(path) or path
-        meta = _read.read_meta(one)
-        return _read.read_inference(one, meta), meta.step
-    one = path if (path / store.META).exists() else store.newest(path)
-    meta, weights = store.read(one, store.INFERENCE)
+    one = store.one_of(path, _orbax.LAYOUT, store.PLAIN)
+    if _orbax.is_ours(one):
+        meta = _orbax.read_meta(one)
+        return _orbax.read_inference(one, meta), meta.step
+    meta, weights = store.read(one if (one / store.META).exists() else store.newest(one), store.INFERENCE)
     return weights, meta.step
 
 
