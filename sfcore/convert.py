@@ -9,7 +9,7 @@ import numpy as np
 from sfcore import exchange, files, sources, store
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.iterates import says_beta, x_of
-from sfcore.meta import Meta
+from sfcore.meta import Meta, precision_of
 from sfcore.names import UserMap, translate
 from sfcore.sources import Source
 
@@ -109,8 +109,7 @@ def _whole(source: Source) -> Meta:
 
 def _complete(source: Source, meta: Meta) -> None:
     """Fills in the record of a state that came without one."""
-    dtypes = {about["dtype"] for about in meta.parameters.values()}
-    meta.precision = dtypes.pop() if len(dtypes) == 1 else "mixed"
+    meta.precision = precision_of(meta.parameters)
     meta.fingerprints = {"x": fingerprint(x_of(meta, source.state))}
     if meta.weights_hold == "y":
         meta.fingerprints["y"] = fingerprint(of_role(source.state, "y"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,8 @@ def said_of_weights(path: Path) -> tuple[int | None, list[str]]:
     """
     if path.suffix != ".safetensors":
         return None, []
-    try:
+    with reading(path):
         header = _safetensors.read_metadata(path)
-    except OSError as error:
-        raise CheckpointError(cannot_read(path, error)) from error
-    except _safetensors.Damaged as error:
-        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
     step = header.get("step", "")
     notices = []
     if header.get("weights_hold") == "y":
@@ -130,14 +127,8 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
         CheckpointError: naming the first leaf that is missing or unknown, or has another dtype, shape or
             content.
     """
-    try:
+    with reading(path):
         stored = _safetensors.read(path)
-    except _safetensors.Damaged as error:
-        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
-    except ImportError as error:
-        raise CheckpointError(f"{path} needs the package {error.name}: pip install {error.name}") from error
-    except OSError as error:
-        raise CheckpointError(cannot_read(path, error)) from error
     if record is None:
         return stored
     unknown = set(stored) - set(record)
@@ -155,6 +146,19 @@ def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
     found = _safetensors.read_metadata(path)
     if found not in ({}, expected):
         raise CheckpointError(f"{path} is damaged: its header must say {expected}, got {found}; {OLDER}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever keeps a file or folder from being read into a `CheckpointError` with the way out."""
+    try:
+        yield
+    except _safetensors.Damaged as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs the package {error.name}: pip install {error.name}") from error
+    except OSError as error:
+        raise CheckpointError(cannot_read(path, error)) from error
 
 
 def cannot_read(path: Path, error: OSError) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sfcore.exchange import CheckpointError, cannot_read
+from sfcore.exchange import CheckpointError, reading
 
 PARTIAL = ".partial-"
 SET_ASIDE = "set-aside"
@@ -141,11 +141,14 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     Raises:
         CheckpointError: if it is no folder or cannot be read.
     """
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CheckpointError(cannot_read(folder, error)) from error
-    found = sorted((int(m[1]), int(m[2] or 0), name) for name in names if (m := _STEP.match(name)))
+    found = sorted((int(m[1]), int(m[2] or 0), name) for name in names(folder) if (m := _STEP.match(name)))
     return [(step, folder / name) for step, _, name in found]
+
+
+def names(folder: Path) -> list[str]:
+    """Returns the names in a folder, none if it is not there; raises as `checkpoints`."""
+    with reading(folder):
+        try:
+            return os.listdir(folder)
+        except FileNotFoundError:
+            return []

@@ -82,15 +82,13 @@ def read_meta(path: Path) -> Meta:
 
 def read_record(file: Path, missing: Callable[[], str]) -> Meta:
     """Reads the record in a file of any layout; `missing` says what is there in its place."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(missing()) from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is damaged: it must be JSON ({error}); {OLDER}") from error
-    except OSError as error:
-        raise CheckpointError(exchange.cannot_read(file, error)) from error
-    return Meta.from_json(text, file)
+    with exchange.reading(file):
+        try:
+            return Meta.from_json(file.read_text(encoding="utf-8"), file)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(missing()) from error
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is damaged: it must be JSON ({error}); {OLDER}") from error
 
 
 def _found(path: Path) -> str:
@@ -213,6 +211,26 @@ def newest(folder: Path, layout: Layout = PLAIN) -> Path:
             f"{folder} must hold a checkpoint (step_...), got none: check the path, or start anew"
         )
     return found[max(found)]
+
+
+def at(path: Path) -> Path:
+    """Returns a checkpoint itself, or the newest of a folder of them; raises as `newest`."""
+    return path if (path / META).exists() else newest(path)
+
+
+def weights(path: Path) -> tuple[dict[str, np.ndarray], int | None, list[str]]:
+    """Returns weights alone: name -> array, the optimizer steps they were trained for if known, and notices.
+
+    Args:
+        path: a checkpoint or a folder of them, or a safetensors file of anyone's.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    if path.is_dir():
+        meta, arrays = read(at(path), INFERENCE)
+        return arrays, meta.step, []
+    return exchange.read_tensors(path), *exchange.said_of_weights(path)
 
 
 def one_of(path: Path, *layouts: Layout) -> Path:

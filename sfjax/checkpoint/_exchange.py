@@ -28,7 +28,7 @@ from sfjax._find import _pure
 from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._arrays import array_like, is_weak, place, stored_form
-from sfjax.checkpoint._leaves import ONE_VECTOR, beside, named, parameters, whole
+from sfjax.checkpoint._leaves import ONE_VECTOR, beside, host_arrays, named, parameters, whole
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import evaluated, recorded_roles
@@ -92,7 +92,7 @@ def export_exchange(
     state = content(tree["params"], tree["opt_state"])
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in beside(buffers, params).items()}
     x = evaluated(_pure(opt_state), _pure(params))
-    inference = {name: np.asarray(leaf) for name, leaf in parameters(x).items()}
+    inference = host_arrays(x)
     meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}
     inference |= of_role(state, "buffer")
     if names is not None:
@@ -194,8 +194,7 @@ def import_exchange(
         ...     import_exchange(path, params, tx.init(params)).meta.step
         7
     """
-    folder = Path(path).absolute()
-    folder = folder if (folder / store.META).exists() else store.newest(folder)
+    folder = store.at(Path(path).absolute())
     meta, stored = store.read(folder)
     arrays = widened(stored)
     jax_shapes = {name: tuple(leaf.shape) for name, leaf in parameters(params).items()}

@@ -13,10 +13,10 @@ from sfcore.exchange import of_role
 from sfcore.meta import Meta
 from sfcore.sources import Source, is_item, is_ours, unknown
 from sfjax.checkpoint import _exchange, _orbax
-from sfjax.checkpoint._importers import shortest
+from sfjax.checkpoint._importers import contrib_clock, shortest
 
 _OF_OPTAX = ("z", "nu", "mu", "acc_grads", "trace", "ema")  # trees that have the parameters' names
-# The scalars of optax.contrib's state; its step_count is one ahead of the updates that it finished.
+# The scalars of optax.contrib's state.
 _CONTRIB = ("b1", "weight_sum", "step_count", "max_lr")
 
 
@@ -89,12 +89,7 @@ def _add_state(
 ) -> dict[str, Any]:
     """Adds the leaves of one state; returns its group."""
     assert source.meta is not None
-    clock = {
-        "step": int(arrays[f"{place}step_count"]) - 1,
-        "lr_max": float(arrays[f"{place}max_lr"]),
-        "weight_sum": float(arrays[f"{place}weight_sum"]),
-        "beta": shortest(arrays[f"{place}b1"]),
-    }
+    clock = contrib_clock(_below(arrays, place), shortest(arrays[f"{place}b1"]))
     z = _below(arrays, f"{place}z/")
     for name, array in z.items():
         source.state[f"z/{name}"] = array

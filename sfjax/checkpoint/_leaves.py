@@ -18,6 +18,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from sfcore import laws
@@ -72,6 +73,11 @@ def parameters(tree: Any) -> dict[str, Any]:
     return {name or BARE: leaf for name, leaf in zip(found.names, found.leaves, strict=True)}
 
 
+def host_arrays(tree: Any) -> dict[str, np.ndarray]:
+    """Returns name -> host array of a tree of parameters."""
+    return {name: np.asarray(leaf) for name, leaf in parameters(tree).items()}
+
+
 def beside(buffers: Any, params: Any) -> dict[str, Any]:
     """Returns name -> leaf of buffers, which lie beside the parameters in the inference weights.
 
@@ -98,7 +104,7 @@ def groups(params: Any, opt_state: Any) -> list[Group]:
     """Returns the Schedule-Free states of an optimizer state, concrete or abstract, in tree order."""
     shapes = {name: leaf.shape for name, leaf in parameters(params).items()}
     found = []
-    for path, state in _nodes(opt_state, ScheduleFreeState):
+    for path, state in nodes(opt_state, ScheduleFreeState):
         below = parameters(state.z)
         own = [name for name, z in below.items() if shapes.get(name) == z.shape]
         found.append(Group(_name(path, "opt_state"), state, own))
@@ -127,7 +133,7 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
                 per_parameter(f"{prefix}/{field}", getattr(base, field), role)
         else:
             found += [(place, f"base/{index}/{name}") for name, place, _ in _placed(prefix, base)]
-    for path, steps in _nodes(opt_state, optax.MultiStepsState):
+    for path, steps in nodes(opt_state, optax.MultiStepsState):
         prefix = _name(path, "opt_state")
         per_parameter(f"{prefix}/acc_grads", steps.acc_grads, "grad")
         found += [(f"{prefix}/{field}", f"accumulation/{field}") for field in ("mini_step", "gradient_step")]
@@ -156,11 +162,11 @@ def held(base: Any) -> dict[str, str]:
 
 def injected(opt_state: Any) -> set[str]:
     """Returns the arguments that optax.inject_hyperparams holds in its state; those of schedules stay out."""
-    nodes = _nodes(opt_state, optax.InjectStatefulHyperparamsState)
-    return {name for _, node in nodes for name in node.hyperparams if name not in node.hyperparams_states}
+    found = [node for _, node in nodes(opt_state, optax.InjectStatefulHyperparamsState)]
+    return {name for node in found for name in node.hyperparams if name not in node.hyperparams_states}
 
 
-def _nodes(tree: Any, kind: type) -> list[tuple[Any, Any]]:
+def nodes(tree: Any, kind: type) -> list[tuple[Any, Any]]:
     """Returns (path, node) of every outermost node of a kind."""
 
     def is_kind(node: Any) -> bool:

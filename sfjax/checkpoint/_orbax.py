@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,13 +63,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise CheckpointError(exchange.cannot_read(folder, error)) from error
-    own = [name for name in names if name.isdecimal() and str(int(name)) == name]
+    own = [name for name in files.names(folder) if name.isdecimal() and str(int(name)) == name]
     return {int(name): folder / name for name in own if (folder / name).is_dir()}
 
 
@@ -178,22 +171,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def _layout(path: Path) -> dict[str, Any]:
     file = path / "_METADATA"
     try:
-        layout = json.loads(file.read_text(encoding="utf-8"))
-        for leaf in layout["tree_metadata"].values():
+        with exchange.reading(file):
+            layout = json.loads(file.read_text(encoding="utf-8"))
+        leaves = {}
+        for name, leaf in layout["tree_metadata"].items():
             leaf["key_metadata"][0], [part["key"] for part in leaf["key_metadata"]]
-            leaf["value_metadata"]["value_type"]
-    except OSError as error:
-        raise CheckpointError(exchange.cannot_read(file, error)) from error
+            # Empty nodes are described too, as "None", "Dict" and so on; there is nothing to read of them.
+            if leaf["value_metadata"]["value_type"] in _ARRAYS:
+                leaves[name] = leaf
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: it must describe Orbax's tree; {OLDER}") from error
-    # Empty nodes are described too, as "None", "Dict" and so on; there is nothing to read of them.
-    leaves = {
-        k: leaf
-        for k, leaf in layout["tree_metadata"].items()
-        if leaf["value_metadata"]["value_type"] in _ARRAYS
-    }
-    found: dict[str, Any] = layout | {"tree_metadata": leaves}
-    return found
+    return {**layout, "tree_metadata": leaves}
 
 
 def _spec(path: Path, driver: str, parts: list[str]) -> dict[str, Any]:

@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 
 from sfcore import laws
 from sfcore.checks import HyperparameterError, hint
-from sfcore.exchange import describe
 from sfcore.laws import LAWS
-from sfcore.meta import Meta, as_accumulation
+from sfcore.meta import Meta, as_accumulation, precision_of
 from sfjax._directed import STATES
-from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, parameters
+from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, nodes, parameters
 
 _PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
@@ -147,18 +145,17 @@ def make(tree: Any, hyperparameters: Any, accumulation: Mapping[str, int], **val
         )
     ]
     clocks = {name: group["clock"] for group in of_groups for name in group["parameters"]}
-    arrays = parameters(tree["params"])
-    dtypes = {array.dtype.name for array in arrays.values()}
+    about = {
+        name: {"shape": list(array.shape), "dtype": array.dtype.name, "clock": clocks.get(name)}
+        for name, array in parameters(tree["params"]).items()
+    }
     return Meta(
         framework="jax",
         optimizer="+".join(dict.fromkeys(group["optimizer"] for group in of_groups)),
         groups=of_groups,
-        parameters={
-            name: {"shape": list(array.shape), "dtype": array.dtype.name, "clock": clocks.get(name)}
-            for name, array in arrays.items()
-        },
+        parameters=about,
         accumulation=dict(accumulation),
-        precision=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        precision=precision_of(about),
         weights_hold="y",
         versions=versions(),
         **values,
@@ -179,16 +176,11 @@ def accumulated(opt_state: Any, given: Any, batch_size: int | None = None) -> di
     """
     if isinstance(given, Sequence):
         return as_accumulation(given, batch_size)
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_multi_steps)
-    positions = [int(np.asarray(node.mini_step)) for node in nodes if _is_multi_steps(node)]
+    positions = [int(np.asarray(node.mini_step)) for _, node in nodes(opt_state, optax.MultiStepsState)]
     unknown = 0 if positions else 1
     steps = unknown if given is None else int(given)
     found = {"steps": steps, "position": positions[0] if positions else 0}
     return found if batch_size is None else found | {"batch_size": batch_size}
-
-
-def _is_multi_steps(node: Any) -> bool:
-    return isinstance(node, optax.MultiStepsState)
 
 
 def versions() -> dict[str, str]:
@@ -200,8 +192,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def of_arrays(arrays: Mapping[str, np.ndarray], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns leaf -> what `sfcore.exchange.describe` says, and what else is known of it."""
-    return {name: describe(array) | dict(about.get(name, {})) for name, array in arrays.items()}

@@ -172,22 +172,16 @@ def concrete_beta(state: Any) -> dict[str, Any]:
 
 def _assemble(target: Any, result: Fit) -> Any:
     """Returns the target's tree with its new leaves; objects are moved last, when nothing else can fail."""
-    arrays = [i for i, leaf in enumerate(target.leaves) if not is_object(leaf)]
-    placed = place(
-        [target.leaves[i] for i in arrays],
-        [result.values[i] for i in arrays],
-        [result.weak[i] for i in arrays],
-    )
     leaves = list(target.leaves)
-    for i, leaf in zip(arrays, placed, strict=True):
-        leaves[i] = leaf
-    objects = [i for i, leaf in enumerate(target.leaves) if is_object(leaf)]
-    moved = set_objects(
-        [target.names[i] for i in objects],
-        [target.leaves[i] for i in objects],
-        [result.values[i] for i in objects],
-    )
-    for i, leaf in zip(objects, moved, strict=True):
+    objects = [i for i, leaf in enumerate(leaves) if is_object(leaf)]
+    arrays = [i for i, leaf in enumerate(leaves) if not is_object(leaf)]
+
+    def those(values: Sequence[Any], where: Sequence[int]) -> list[Any]:
+        return [values[i] for i in where]
+
+    placed = place(those(leaves, arrays), those(result.values, arrays), those(result.weak, arrays))
+    moved = set_objects(those(target.names, objects), those(leaves, objects), those(result.values, objects))
+    for i, leaf in zip(arrays + objects, placed + moved, strict=True):
         leaves[i] = leaf
     return target.tree.unflatten(leaves)
 

@@ -14,7 +14,7 @@ import numpy as np
 from sfcore import exchange, files, store
 from sfcore.meta import Meta
 from sfjax._find import schedule_free_eval_params
-from sfjax.checkpoint import _orbax, _record
+from sfjax.checkpoint import _orbax
 from sfjax.checkpoint._arrays import array_like, is_key, is_object, is_weak, object_state
 from sfjax.checkpoint._leaves import Named, groups, parameters, roles
 
@@ -138,8 +138,11 @@ class Job:
         x = {name: np.asarray(leaf) for name, leaf in self.x.items()}
         buffers = {name: np.asarray(leaf) for name, leaf in self.buffers.items()}
         self.meta.tensors = {
-            _orbax.STATE: _record.of_arrays(self.host.arrays, self.host.about),
-            _orbax.INFERENCE_FILE: _record.of_arrays(x | buffers, {}),
+            _orbax.STATE: {
+                name: exchange.describe(array) | self.host.about.get(name, {})
+                for name, array in self.host.arrays.items()
+            },
+            _orbax.INFERENCE_FILE: {name: exchange.describe(array) for name, array in (x | buffers).items()},
         }
         y = parameters(self.host.tree["params"])
         self.meta.fingerprints = {"x": exchange.fingerprint(x), "y": exchange.fingerprint(y)}

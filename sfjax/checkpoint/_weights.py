@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import averaging, checks, exchange, restart, store
+from sfcore import averaging, checks, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import weighed
@@ -24,7 +24,7 @@ from sfcore.meta import Meta
 from sfjax import _halves
 from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _orbax, _record
-from sfjax.checkpoint._leaves import groups, parameters
+from sfjax.checkpoint._leaves import groups, host_arrays, parameters
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
@@ -76,11 +76,12 @@ def start_from_weights(
         ([1.0, 1.0, 1.0], True)
     """
     path = Path(weights).absolute() if isinstance(weights, str | Path) else Path("weights")
-    found, known = (
-        read_weights(path) if isinstance(weights, str | Path) else (_plain(parameters(weights)), None)
-    )
+    if isinstance(weights, str | Path):
+        found, known, said = read(path)
+    else:
+        found, known, said = host_arrays(weights), None, []
     trained_steps = known if trained_steps is None else trained_steps
-    notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1]]
+    notices = [f"{path}: {NO_STATE}", *said]
     targets = parameters(params)
     own = groups(params, opt_state)
     found, notices_of_rest = with_frozen(found, targets, {name for group in own for name in group.parameters})
@@ -108,20 +109,13 @@ def start_from_weights(
     return Restored(started.params, started.opt_state, None, meta, path, notices)
 
 
-def read_weights(path: Path) -> tuple[dict[str, np.ndarray], int | None]:
-    """Returns name -> array of a safetensors file or of the inference weights of a checkpoint, and its step.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    if not path.is_dir():
-        return exchange.read_tensors(path), exchange.said_of_weights(path)[0]
-    one = store.one_of(path, _orbax.LAYOUT, store.PLAIN)
-    if _orbax.is_ours(one):
-        meta = _orbax.read_meta(one)
-        return _orbax.read_inference(one, meta), meta.step
-    meta, weights = store.read(one if (one / store.META).exists() else store.newest(one), store.INFERENCE)
-    return weights, meta.step
+def read(path: Path) -> tuple[dict[str, np.ndarray], int | None, list[str]]:
+    """Returns what `sfcore.store.weights` does, also of an Orbax checkpoint or a folder of them."""
+    one = store.one_of(path, _orbax.LAYOUT) if path.is_dir() else path
+    if not _orbax.is_ours(one):
+        return store.weights(path)
+    meta = _orbax.read_meta(one)
+    return _orbax.read_inference(one, meta), meta.step, []
 
 
 def with_frozen(
@@ -175,10 +169,6 @@ def fitted(
             f"{found[cast[0]].dtype} to {np.dtype(targets[cast[0]].dtype)}"
         )
     return {name: found[name].astype(target.dtype) for name, target in targets.items()}, notices
-
-
-def _plain(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def explicit(hyperparameters: Any, given: Sequence[Configured]) -> list[dict[str, Any]]:

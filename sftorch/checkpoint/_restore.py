@@ -21,7 +21,6 @@ from sftorch.checkpoint._record import (
     CLOCK,
     MODEL_EXTRA,
     is_extra_state,
-    kind_of,
     parameter_names,
     put_extra_state,
     roles,
@@ -104,7 +103,7 @@ class Saved:
         held = self._converted(state, held)
         needed = self.optimizer._buffers(self.group)
         anew = bool(self.fresh() & {one.role for one in self.optimizer.law.buffers if not one.when})
-        same = comparable(self.meta.optimizer, kind_of(self.optimizer))
+        same = comparable(self.meta.optimizer, self.optimizer.law.name)
         values = _changes.values_of(self.optimizer, self.group, self.saved)
         before = Clock(*(clock[key] for key in CLOCK))
         after = _changes.carry(before, self.saved["hyperparameters"], values, same, anew)
@@ -269,7 +268,7 @@ def _plan_group(
     old, clock, about = saved["hyperparameters"], saved["clock"], saved.get("torch", {})
     books = {"scheduled_lr": clock.get("lr", 0.0), "c": clock.get("c", 0.0)}
     books |= {k: v for k, v in about.get("books", {}).items() if k in new_books()}
-    same = changes.comparable(meta.optimizer, kind_of(optimizer))
+    same = changes.comparable(meta.optimizer, optimizer.law.name)
     _, lr_max, weight_sum = _changes.carry(Clock(*(clock[key] for key in CLOCK)), old, values, same, False)
     books |= {"k": clock["step"], "lr_max": lr_max, "weight_sum": weight_sum}
     books["prior_steps"] = values["prior_steps"]

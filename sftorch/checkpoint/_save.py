@@ -30,7 +30,7 @@ class Snapshot:
 
         Args:
             tensors: leaf -> dense tensor of any dtype and device.
-            to_keep: False if the tensors do not change meanwhile; those on the host are then taken as they are.
+            to_keep: False if the tensors do not change meanwhile; those on the host are then not copied.
         """
         if not to_keep:
             return {leaf: tensor.detach().cpu() for leaf, tensor in tensors.items()}

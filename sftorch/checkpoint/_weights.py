@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import checks, exchange, store
+from sfcore import checks, store
 from sfcore.exchange import CheckpointError, cannot_read
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sfcore.sources import unknown
@@ -43,8 +43,8 @@ def load(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: torch cannot read it ({why})") from error
 
 
-def read(path: Path) -> tuple[dict[str, Any], int | None]:
-    """Returns name -> tensor, on the CPU, and the optimizer steps they were trained for if a file says so.
+def read(path: Path) -> tuple[dict[str, Any], int | None, list[str]]:
+    """Returns what `sfcore.store.weights` does, as tensors on the CPU.
 
     What torch.save wrote may have modules' extra state beside the tensors.
 
@@ -55,12 +55,9 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
     Raises:
         CheckpointError: if it cannot be read or holds no weights.
     """
-    if path.is_dir():
-        found = path if (path / store.META).exists() else store.newest(path)
-        meta, arrays = store.read(found, store.INFERENCE)
-        return _tensors(arrays), meta.step
-    if path.suffix == ".safetensors":
-        return _tensors(exchange.read_tensors(path)), exchange.said_of_weights(path)[0]
+    if path.is_dir() or path.suffix == ".safetensors":
+        arrays, trained, notices = store.weights(path)
+        return {name: _arrays.to_tensor(array) for name, array in arrays.items()}, trained, notices
     loaded = load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -70,11 +67,7 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
             f"{path} must hold a model's state dict, got {type(loaded).__name__}: save model.state_dict()"
         )
     entries = {str(name): value for name, value in loaded.items()}
-    return {n: value for n, value in entries.items() if isinstance(value, Tensor) or is_extra_state(n)}, None
-
-
-def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: _arrays.to_tensor(array) for name, array in arrays.items()}
+    return {n: v for n, v in entries.items() if isinstance(v, Tensor) or is_extra_state(n)}, None, []
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -167,11 +160,11 @@ def start(
     """
     if prior_steps is not None:
         checks.check(optimizer.law.options, {"prior_steps": prior_steps})
-    weights, trained = read(path)
+    weights, trained, said = read(path)
     weights = _named_as(_tensors_of(model), weights)
     extra = {name: weights.pop(name) for name in list(weights) if is_extra_state(name)}
     live = check(path, weights, model, set(optimizer._params()))
-    notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1], *_left(model, live)]
+    notices = [f"{path}: {NO_STATE}", *said, *_left(model, live)]
     cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
     if cast:
         name = next(iter(cast))
