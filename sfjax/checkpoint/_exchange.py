@@ -23,12 +23,11 @@ from sfcore.iterates import beta_of, widened
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
 from sfcore.names.translate import renamed, translate
-from sfjax import _halves
 from sfjax._find import _pure
 from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._arrays import array_like, is_weak, place, stored_form
-from sfjax.checkpoint._leaves import ONE_VECTOR, beside, host_arrays, named, parameters, whole
+from sfjax.checkpoint._leaves import ONE_VECTOR, beside, host_arrays, in_full, named, parameters, whole
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import evaluated, recorded_roles
@@ -110,30 +109,20 @@ def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
 
 def _portable(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the leaves as any optimizer has them: y in full, z for every parameter, no lean form."""
-    y = in_full(by_role)
     found, buffers = {}, laws.roles()
     for role, array in by_role.items():
         kind, _, parameter = role.partition("/")
         if kind == "y":
-            found[role] = y[parameter]
+            found[role] = in_full(by_role, parameter)
         elif kind == "gap":
-            found[f"z/{parameter}"] = y[parameter] + array.astype(np.float32)
+            found[f"z/{parameter}"] = in_full(by_role, parameter) + array.astype(np.float32)
         elif kind in buffers and f"gap/{parameter}" in by_role:
             found[role] = array.astype(np.float32)
         elif kind in ("x", "z", "base") or kind in buffers:
             found[role] = array
         if kind == "x":  # the parameters are z; the twin keeps z in a buffer of its own
-            found[f"z/{parameter}"] = y[parameter].astype(array.dtype)
+            found[f"z/{parameter}"] = in_full(by_role, parameter).astype(array.dtype)
     return found
-
-
-def in_full(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns NAME -> y, with the rest of parameters of 16 bits, from ROLE/NAME -> array."""
-    rests = of_role(by_role, "rest")
-    return {
-        name: np.asarray(_halves.whole(y, rests[name])) if name in rests else y
-        for name, y in of_role(by_role, "y").items()
-    }
 
 
 def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -157,7 +146,7 @@ def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.nd
         (['y/w', 'z/w'], ['w'])
     """
     saved = _orbax.read(Path(path).absolute())
-    state = _portable({role: saved.arrays[name] for name, role in saved.roles.items()})
+    state = _portable(saved.leaves)
     return saved.meta, state, _orbax.read_inference(saved.path, saved.meta)
 
 

@@ -14,7 +14,7 @@ A role says what the leaf means wherever it sits, such as "z/Dense_0/kernel":
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -158,6 +158,11 @@ def held(base: Any) -> dict[str, str]:
             "the law that keeps them"
         )
     return {field: known[field] for field in fields}
+
+
+def in_full(leaves: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Returns y of a parameter from role -> array, with its rest if it has 16 bits and one."""
+    return np.asarray(_halves.whole(leaves[f"y/{name}"], leaves.get(f"rest/{name}")))
 
 
 def injected(opt_state: Any) -> set[str]:

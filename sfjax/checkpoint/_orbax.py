@@ -56,6 +56,16 @@ class Saved(NamedTuple):
     arrays: dict[str, np.ndarray]
     roles: dict[str, str]
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Role -> name."""
+        return {role: name for name, role in self.roles.items()}
+
+    @property
+    def leaves(self) -> dict[str, np.ndarray]:
+        """Role -> host array."""
+        return {role: self.arrays[name] for name, role in self.roles.items()}
+
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Returns (step, path) of every one; one whose replacement was never finished counts, where it lies."""

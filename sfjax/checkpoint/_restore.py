@@ -25,7 +25,18 @@ from sfjax import _halves, _lean
 from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _changes, _orbax, _record
 from sfjax.checkpoint._arrays import OBJECTS, array_like, is_object, is_weak, place, set_objects, stored_form
-from sfjax.checkpoint._leaves import CLOCK, ONE_VECTOR, Group, Named, groups, injected, named, roles, whole
+from sfjax.checkpoint._leaves import (
+    CLOCK,
+    ONE_VECTOR,
+    Group,
+    Named,
+    groups,
+    in_full,
+    injected,
+    named,
+    roles,
+    whole,
+)
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured, clock_from
 
@@ -226,7 +237,7 @@ def fit(
     """
     saved, differences = _in_form_of(saved, target, roles)
     result = Fit(differences=differences)
-    by_role = {role: name for name, role in saved.roles.items()} | _stored(saved)
+    by_role = saved.names | _stored(saved)
     clocks = _clocks(saved, own, by_role, roles, configured, result)
     used: set[str] = set()
     recorded = saved.meta.tensors.get(_orbax.STATE, {})
@@ -413,7 +424,7 @@ def _in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[
     """
     narrow, buffers = np.dtype(_lean.NARROW), laws.roles()
     arrays, found = dict(saved.arrays), dict(saved.roles)
-    by_role = {role: name for name, role in saved.roles.items()}
+    by_role, leaves = saved.names, saved.leaves
     changed = False
     for leaf_name, leaf in zip(target.names, target.leaves, strict=True):
         kind, _, parameter = roles.get(leaf_name, "").partition("/")
@@ -421,24 +432,16 @@ def _in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[
         if kind in buffers and source and {arrays[source].dtype, leaf.dtype} == {narrow, np.dtype("f4")}:
             arrays[source], changed = arrays[source].astype(leaf.dtype), True
         elif kind == "rest" and source and arrays[source].dtype != leaf.dtype:
-            p, rest = saved.arrays[by_role[f"y/{parameter}"]], saved.arrays[source]
             convert = _halves.packed if leaf.dtype == _lean.REST else _halves.unpacked
-            arrays[source] = np.asarray(convert(jnp.asarray(p), jnp.asarray(rest)))
+            halves = (jnp.asarray(leaves[f"{half}/{parameter}"]) for half in ("y", "rest"))
+            arrays[source] = np.asarray(convert(*halves))
         other = {"gap": "z", "stored": "gap"}.get(kind)
         if other is None or source or f"{other}/{parameter}" not in by_role:
             continue
         name = by_role[f"{other}/{parameter}"]
-        y = _in_full(saved, by_role, parameter)
-        buffer = saved.arrays[name].astype(np.float32)
+        y, buffer = in_full(leaves, parameter).astype(np.float32), saved.arrays[name].astype(np.float32)
         arrays[name] = (buffer - y if kind == "gap" else y + buffer).astype(leaf.dtype)
         found[name] = f"{'gap' if kind == 'gap' else 'z'}/{parameter}"
         changed = True
     notices = [f"precision: {effect_of('precision')}"] if changed else []
     return saved._replace(arrays=arrays, roles=found), notices
-
-
-def _in_full(saved: Saved, by_role: Mapping[str, str], parameter: str) -> np.ndarray:
-    """Returns y of a parameter in float32, with its rest if it has one."""
-    rest = by_role.get(f"rest/{parameter}")
-    p = saved.arrays[by_role[f"y/{parameter}"]]
-    return np.asarray(_halves.whole(p, None if rest is None else saved.arrays[rest]), np.float32)

@@ -34,7 +34,7 @@ def read(path: Path) -> Source:
         raise unknown(
             path, f"several state dicts of one kind, {', '.join(names)}: save each in a file of its own"
         )
-    model = next(iter(models.values()), {})
+    model: Mapping[str, Any] = next(iter(models.values()), {})
     weights = {name: _arrays.to_numpy(value) for name, value in model.items() if _is_tensor(value)}
     if not optimizers:
         if not weights:

@@ -19,7 +19,6 @@ from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
-from sftorch.state.groups import new_books
 from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer
 
 
@@ -210,7 +209,7 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
     notices = [f"{source.program}'s state is carried over"]
     rows = zip(packed["param_groups"], source.groups, optimizer.param_groups, strict=True)
     for number, (group, saved, live) in enumerate(rows):
-        carried = _Group(optimizer, source, number, saved, live)
+        carried = _Carried(optimizer, source, number, saved, live)
         notices += carried.notices()
         notices += carried.fill(group)
         for index, old, p in zip(group["params"], saved["params"], live["params"], strict=True):
@@ -221,7 +220,7 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
 
 
 @dataclass
-class _Group:
+class _Carried:
     optimizer: ScheduleFreeOptimizer
     source: Source
     number: int
@@ -260,19 +259,12 @@ class _Group:
 
     def fill(self, group: dict[str, Any]) -> list[str]:
         """Writes the clock and what the weights hold into the packed group; returns notices."""
-        books = self.optimizer._books(group)
         group[state_dict.HOLD] = self.source.holds
         if self.source.kind == "plain":
-            prior, notices = _weights.protect(self.optimizer, self.number, group)
-            books |= new_books() | {
-                "prior_weight": prior,
-                "weight_sum": prior,
-                "train_mode": books["train_mode"],
-            }
-            return notices
+            return _weights.open_books(self.optimizer, self.number, group)
         after = self._carry(self.saved["clock"], False)
-        books |= {"k": after.step, "lr_max": after.lr_max, "weight_sum": after.weight_sum}
-        books["y_beta"] = self._saved_beta()
+        clock = {"k": after.step, "lr_max": after.lr_max, "weight_sum": after.weight_sum}
+        self.optimizer._books(group).update(clock, y_beta=self._saved_beta())
         return []
 
     def state(

@@ -197,52 +197,43 @@ def empty(
     notices = [
         notice
         for index, group in enumerate(optimizer.param_groups)
-        for notice in _open(optimizer, index, group, given, trained)
+        for notice in open_books(optimizer, index, group, given, trained)
     ]
     optimizer._is_half_restored = False
     return notices
 
 
-def _open(
-    optimizer: ScheduleFreeOptimizer,
-    index: int,
-    group: dict[str, Any],
-    given: dict[str, int],
-    trained: int | None,
-) -> list[str]:
-    books = optimizer._books(group)
-    prior, notices = protect(optimizer, index, group, given, trained)
-    kept = {"train_mode": books["train_mode"], "prior_weight": prior, "weight_sum": prior}
-    books.update(new_books() | kept)
-    return notices
-
-
-def protect(
+def open_books(
     optimizer: ScheduleFreeOptimizer,
     index: int,
     group: dict[str, Any],
     given: Mapping[str, int] | None = None,
     trained: int | None = None,
-) -> tuple[float, list[str]]:
-    """Sets a group's prior_steps and warmup_steps by the policy; returns the prior weight, and notices.
+) -> list[str]:
+    """Begins a group's clock, with prior_steps and warmup_steps as the policy says; returns notices.
 
     What is given, and what differs from the optimizer's default, was asked for and stays.
     """
+    books, prior, notices = optimizer._books(group), 0.0, []
     values, _ = optimizer._values(group)
     usual = {field.name: field.default for field in fields(optimizer.law.options)}
     asked = {name: value for name, value in values.items() if value != usual[name]} | dict(given or {})
     lr = full_lr(group, values)
     if lr == 0:
-        return 0.0, [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
-    notices = []
-    for name, value in weights_only_policy(asked, optimizer.law.options, trained_steps=trained).items():
-        if name in values and value != values[name]:
-            (group if name in group else optimizer._books(group))[name] = value
-            notices.append(
-                f"group {index}: {name} is set to {value} for a start from weights; pass another to change it"
-            )
-    values, _ = optimizer._values(group)
-    return scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"]), notices
+        notices = [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
+    else:
+        for name, value in weights_only_policy(asked, optimizer.law.options, trained_steps=trained).items():
+            if name in values and value != values[name]:
+                (group if name in group else books)[name] = value
+                notices.append(
+                    f"group {index}: {name} is set to {value} for a start from weights; "
+                    "pass another to change it"
+                )
+        values, _ = optimizer._values(group)
+        prior = scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"])
+    kept = {"train_mode": books["train_mode"], "prior_weight": prior, "weight_sum": prior}
+    books.update(new_books() | kept)
+    return notices
 
 
 def full_lr(group: Mapping[str, Any], values: Mapping[str, Any]) -> float:
