@@ -88,10 +88,11 @@ def export_exchange(
     meta, _ = at_last_update(_record.make(tree, hyperparameters, batches, **values), LEFT_BEHIND)
     if meta.parameters and not any(group["parameters"] for group in meta.groups):
         raise CheckpointError(f"opt_state must hold z as a tree like params, got {ONE_VECTOR}")
-    state = content(tree["params"], tree["opt_state"])
+    leaves = dict(zip(flat.names, arrays, strict=True))
+    about = recorded_roles(tree["params"], tree["opt_state"])
+    state = _portable({one["role"]: leaves[name] for name, one in about.items()})
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in beside(buffers, params).items()}
-    x = evaluated(_pure(opt_state), _pure(params))
-    inference = host_arrays(x)
+    inference = host_arrays(evaluated(_pure(opt_state), _pure(params)))
     meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}
     inference |= of_role(state, "buffer")
     if names is not None:
@@ -99,29 +100,14 @@ def export_exchange(
     return store.write(Path(folder), meta, state, inference)
 
 
-def content(params: Any, opt_state: Any) -> dict[str, np.ndarray]:
-    """Returns ROLE/NAME -> host array of everything another optimizer could go on with."""
-    flat = named(whole(params, opt_state))
-    about = recorded_roles(params, opt_state)
-    leaves = dict(zip(flat.names, flat.leaves, strict=True))
-    return _portable({one["role"]: leaves[name] for name, one in about.items()})
-
-
-def _portable(by_role: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the leaves as any optimizer has them: y in full, z for every parameter, no lean form."""
-    found, buffers = {}, laws.roles()
-    for role, array in by_role.items():
-        kind, _, parameter = role.partition("/")
-        if kind == "y":
-            found[role] = in_full(by_role, parameter)
-        elif kind == "gap":
-            found[f"z/{parameter}"] = in_full(by_role, parameter) + array.astype(np.float32)
-        elif kind in buffers and f"gap/{parameter}" in by_role:
-            found[role] = array.astype(np.float32)
-        elif kind in ("x", "z", "base") or kind in buffers:
-            found[role] = array
-        if kind == "x":  # the parameters are z; the twin keeps z in a buffer of its own
-            found[f"z/{parameter}"] = in_full(by_role, parameter).astype(array.dtype)
+def _portable(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns role -> array as any optimizer has them: y in full, z for every parameter, no lean form."""
+    held = {"y", "gap", "x", "z", "base", *laws.roles()}
+    found = {role: array for role, array in leaves.items() if role.partition("/")[0] in held}
+    found = widened(found | {f"y/{name}": in_full(leaves, name) for name in of_role(leaves, "y")})
+    # Where there is an x, the parameters are z; the twin keeps z in a buffer of its own.
+    for name, x in of_role(leaves, "x").items():
+        found[f"z/{name}"] = found[f"y/{name}"].astype(x.dtype)
     return found
 
 

@@ -17,7 +17,7 @@ from sfjax.checkpoint import _record
 from sfjax.checkpoint._leaves import groups, host_arrays
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
-from sfjax.checkpoint._weights import explicit, opening
+from sfjax.checkpoint._weights import opening
 
 # By their fields, so that states which Orbax restored without a target, as dicts, are known too.
 _CONTRIB = {"b1", "weight_sum", "step_count", "max_lr", "base_optimizer_state", "z"}
@@ -69,7 +69,6 @@ def import_optax(
     source, weights = _pure(source_state), host_arrays(source_params)
     own = groups(params, opt_state)
     given = _record.configured(hyperparameters, own)
-    chosen = explicit(hyperparameters, given)
     contrib = _find(source, _CONTRIB)
     if contrib:
         saved = _from_contrib(contrib, weights, [one.values for one in given])
@@ -80,7 +79,7 @@ def import_optax(
                 f"source_state must hold optax.contrib.schedule_free's state or one of Adam, got {len(adam)} "
                 f"of Adam in {type(source_state).__name__}: pass the whole state, or one part at a time"
             )
-        saved = _from_adam(adam[0], weights, own, list(zip(given, chosen, strict=True)))
+        saved = _from_adam(adam[0], weights, own, given)
     return restore_into(
         saved,
         params,
@@ -147,8 +146,8 @@ def _from_adam(
     arrays |= {f"m/{name}": _wide(leaf) for name, leaf in host_arrays(node["mu"]).items()}
     step = int(np.asarray(node["count"]))
     recorded, notices = [], []
-    for group, (one, choice) in zip(own, given, strict=True):
-        clock, sentence = opening(group.state, one, choice, step)
+    for group, one in zip(own, given, strict=True):
+        clock, sentence = opening(group.state, one, step)
         notices.append(sentence)
         about = {"optimizer": laws.recognise(["v"]), "hyperparameters": {}, "clock": clock | {"step": step}}
         recorded.append(about | {"parameters": group.parameters})

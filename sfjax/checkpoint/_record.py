@@ -20,8 +20,22 @@ from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, nodes, paramete
 _PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
-def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
-    """Returns (optimizer, name -> JSON value) of what a user gave as hyperparameters.
+class Configured(NamedTuple):
+    """What is known of the configuration of one Schedule-Free state.
+
+    Attributes:
+        optimizer: the name of its law, or "adamw or radam" where nobody said which.
+        values: canonical hyperparameters, as far as they were given.
+        chosen: those that a start from weights alone must leave as they are.
+    """
+
+    optimizer: str
+    values: dict[str, Any]
+    chosen: dict[str, Any]
+
+
+def canonical(hyperparameters: Any) -> Configured:
+    """Returns what a user gave as hyperparameters, with "" for an optimizer that is not told.
 
     Args:
         hyperparameters: a dataclass of `sfcore.hyperparameters`; a dict of its fields, with the
@@ -31,10 +45,13 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
         HyperparameterError: for a name that no optimizer has.
     """
     if hyperparameters is None:
-        return None, {}
+        return Configured("", {}, {})
     if is_dataclass(hyperparameters):
-        optimizer = next((law.name for law in LAWS.values() if type(hyperparameters) is law.options), None)
-        return optimizer, {name: _plain(value) for name, value in asdict(hyperparameters).items()}  # type: ignore[arg-type]
+        optimizer = next((law.name for law in LAWS.values() if type(hyperparameters) is law.options), "")
+        values = {name: _plain(value) for name, value in asdict(hyperparameters).items()}  # type: ignore[arg-type]
+        # It has every field, so its 0 is no choice.
+        unset = {("prior_steps", 0), ("warmup_steps", 0)}
+        return Configured(optimizer, values, {k: v for k, v in values.items() if (k, v) not in unset})
     values = dict(hyperparameters)
     optimizer = values.pop("optimizer", None)
     known = {name for law in LAWS.values() for name in law.defaults}
@@ -45,25 +62,14 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
         raise HyperparameterError(
             [f"hyperparameters must be named {', '.join(sorted(known))}, got {one}" for one in wrong]
         )
-    return optimizer, {name: _plain(value) for name, value in values.items()}
+    values = {name: _plain(value) for name, value in values.items()}
+    return Configured(optimizer or "", values, values)
 
 
 def _plain(value: Any) -> Any:
     if callable(value):
         return "schedule"
     return value.item() if hasattr(value, "item") else value
-
-
-class Configured(NamedTuple):
-    """What is known of the configuration of one Schedule-Free state.
-
-    Attributes:
-        optimizer: the name of its law, or "adamw or radam" where nobody said which.
-        values: canonical hyperparameters, as far as they were given.
-    """
-
-    optimizer: str
-    values: dict[str, Any]
 
 
 def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
@@ -88,8 +94,8 @@ def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
             ]
         )
     return [
-        Configured(kind or _told_by(group.state), values)
-        for group, (kind, values) in zip(own, given, strict=True)
+        one._replace(optimizer=one.optimizer or _told_by(group.state))
+        for group, one in zip(own, given, strict=True)
     ]
 
 
