@@ -172,10 +172,12 @@ def import_exchange(
     folder = store.at(Path(path).absolute())
     meta, stored = store.read(folder)
     arrays = widened(stored)
-    jax_shapes = {name: tuple(leaf.shape) for name, leaf in parameters(params).items()}
-    jax_shapes |= {name: tuple(leaf.shape) for name, leaf in parameters(buffers or {}).items()}
     if meta.framework == "torch":
-        found = names if isinstance(names, NameMap) else _names.between(jax_shapes, _shapes(arrays), names)
+        leaves = parameters(params) | parameters(buffers or {})
+        ours = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        stored = of_role(arrays, "buffer") | of_role(arrays, "y")
+        theirs = {name: array.shape for name, array in stored.items()}
+        found = names if isinstance(names, NameMap) else _names.between(ours, theirs, names)
         arrays = renamed(arrays, found.to_jax)
         meta = _jax_names(meta, found)
     meta, differences = _one_clock(meta)
@@ -198,10 +200,6 @@ def import_exchange(
     if buffers is None:
         return restored
     return replace(restored, extra_state=_buffers(folder, arrays, buffers))
-
-
-def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for role in ("buffer", "y") for name, array in of_role(arrays, role).items()}
 
 
 def _jax_names(meta: Meta, names: NameMap) -> Meta:

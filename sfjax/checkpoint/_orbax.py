@@ -144,7 +144,7 @@ def _verified(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} is missing: check the path, or {OLDER}")
     found, arrays = read_arrays(path), {}
     for name, about in record.items():
-        if 0 in about["shape"]:  # Orbax stores no empty arrays
+        if 0 in about["shape"]:  # of which nothing is stored
             dtype = np.dtype(getattr(ml_dtypes, about["dtype"], about["dtype"]))
             found.setdefault(name, np.zeros(about["shape"], dtype))
         if name not in found:
@@ -257,8 +257,10 @@ def write(folder: Path, step: int, state: Any, meta: Write, inference: Write) ->
     Raises:
         CheckpointError: if it failed; what it left is removed.
     """
+    # Orbax stores no empty arrays.
+    held = jax.tree.map(lambda leaf: leaf.view(_Held) if leaf.size else None, state)
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(jax.tree.map(lambda leaf: leaf.view(_Held), state)),
+        state=ocp.args.StandardSave(held),
         meta=ocp.args.JsonSave(meta),
         inference=ocp.args.JsonSave(inference),
     )

@@ -328,7 +328,7 @@ def _clocks(
             for name in group.parameters
         )
         old = saved.meta.groups[source]
-        same_units = changes.comparable(_changes.kind_of(saved.meta, old), one.optimizer)
+        same_units = changes.comparable(changes.kind_of(saved.meta, old), one.optimizer)
         try:
             carried = _changes.carry(clock, old["hyperparameters"], one.values, same_units)
         except CheckpointError as error:

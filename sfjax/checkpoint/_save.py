@@ -67,14 +67,12 @@ class Host:
     Attributes:
         arrays: name -> array, of every leaf that is one.
         tree: the tree of these; None for leaves that are objects.
-        stored: the tree as Orbax gets it: None for empty arrays too, which it does not hold.
         about: name -> what the record says of a leaf beside its content.
         objects: name -> JSON, of leaves that are no arrays.
     """
 
     arrays: dict[str, np.ndarray]
     tree: Any
-    stored: Any
     about: dict[str, dict[str, Any]]
     objects: dict[str, Any] = field(default_factory=dict)
 
@@ -96,8 +94,7 @@ def on_host(flat: Named, snapshot: Snapshot) -> Host:
             about[name] = {"key": str(jax.random.key_impl(leaves[name]))}
         elif is_weak(leaves[name]):
             about[name] = about.get(name, {}) | {"weak": True}
-    held = [arrays[name] if name in arrays and arrays[name].size else None for name in flat.names]
-    return Host(arrays, tree, flat.pure.unflatten(held), about, objects)
+    return Host(arrays, tree, about, objects)
 
 
 def recorded_roles(params: Any, opt_state: Any) -> dict[str, dict[str, Any]]:
@@ -131,7 +128,7 @@ class Job:
 
     def write(self, folder: Path) -> Path:
         """Writes the checkpoint into the folder of its run; returns its path."""
-        return _orbax.write(folder, self.meta.step, self.host.stored, self.write_meta, self.write_inference)
+        return _orbax.write(folder, self.meta.step, self.host.tree, self.write_meta, self.write_inference)
 
     def write_meta(self, folder: Path) -> None:
         """Writes the record into a folder."""

@@ -155,17 +155,21 @@ def base_options(
 
 
 def carry(
-    clock: Clock, saved: Mapping[str, Any], values: Mapping[str, Any], same_units: bool, new_v: bool
+    clock: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    values: Mapping[str, Any],
+    same_units: bool,
+    new_v: bool,
 ) -> Clock:
     """Returns the clock that a parameter or group goes on with under the configured hyperparameters.
 
     Args:
-        clock: as saved.
+        clock: as saved: step, lr_max, weight_sum, and more or not.
         saved: the saved hyperparameters.
         values: the configured ones.
         same_units: False if the lr of the saved optimizer means something else.
         new_v: the second moment starts at 0, so its bias correction must start at t = 1.
     """
     new_lr = None if same_units else values["lr"]
-    lr_max, weight_sum = carried_sum(clock._asdict(), saved, values, new_lr)
-    return Clock(0 if new_v else clock.step, lr_max, weight_sum)
+    lr_max, weight_sum = carried_sum(clock, saved, values, new_lr)
+    return Clock(0 if new_v else clock["step"], lr_max, weight_sum)

@@ -14,7 +14,6 @@ from sfcore.changes import comparable, of_optimizer
 from sfcore.checks import HyperparameterError
 from sfcore.hyperparameters import weighed
 from sftorch.checkpoint import _changes, _weights
-from sftorch.checkpoint._record import CLOCK
 from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
@@ -262,7 +261,7 @@ class _Carried:
         group[state_dict.HOLD] = self.source.holds
         if self.source.kind == "plain":
             return _weights.open_books(self.optimizer, self.number, group)
-        after = self._carry(self.saved["clock"], False)
+        after = self._carry(self.saved["clock"]._asdict(), False)
         clock = {"k": after.step, "lr_max": after.lr_max, "weight_sum": after.weight_sum}
         self.optimizer._books(group).update(clock, y_beta=self._saved_beta())
         return []
@@ -279,9 +278,8 @@ class _Carried:
         found: dict[str, Any] = {name: theirs[name] for name in kept if name in theirs}
         needed = self.optimizer._buffers(self.live)
         found |= self._buffers(theirs, needed, p)
-        clock = self.saved["clock"]
-        if "step" in theirs:  # ours has a clock for each parameter
-            clock = Clock(*(theirs[name] for name in CLOCK))
+        # Ours has a clock for each parameter.
+        clock = theirs if "step" in theirs else self.saved["clock"]._asdict()
         found |= self._carry(clock, "exp_avg_sq" in needed and "exp_avg_sq" not in theirs)._asdict()
         if isinstance(self.optimizer, ScheduleFreeWrapper) and self.source.kind == "wrapper":
             found["base"] = dict(base)
@@ -305,7 +303,7 @@ class _Carried:
         wide = torch.promote_types(p.dtype, torch.float32)
         return {name: theirs[name] if name in theirs else torch.zeros_like(p, dtype=wide) for name in needed}
 
-    def _carry(self, clock: Clock, new_v: bool) -> Clock:
+    def _carry(self, clock: Mapping[str, Any], new_v: bool) -> Clock:
         values, _ = self.optimizer._values(self.live)
         same = comparable(self.source.kind, self.optimizer.law.name)
         return _changes.carry(clock, self._hyperparameters(), values, same, new_v)

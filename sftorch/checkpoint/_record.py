@@ -18,6 +18,7 @@ from sfcore.meta import Meta, number_in, precision_of
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._steps import steps_of
 from sftorch.law.parts import is_divided
+from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, state_dict
 from sftorch.state.groups import new_books
@@ -26,7 +27,6 @@ from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 # The rest of a 16-bit y, or of x where the parameters hold that: joined on the way to the file.
 REST = "rest"
-CLOCK = ("step", "lr_max", "weight_sum")
 MODEL_EXTRA = "model_extra_state"
 
 
@@ -207,7 +207,7 @@ def _parameters(
             tensors[f"y/{name}"] = state.get("y", p)
             about: dict[str, Any] = {"shape": list(p.shape), "dtype": _arrays.name_of(p.dtype), "clock": None}
             if forms.has_started(state):
-                about["clock"] = {key: state[key] for key in CLOCK}
+                about["clock"] = {key: state[key] for key in Clock._fields}
                 tensors |= {f"{role}/{name}": state[key] for key, role in kept.items() if key in state}
                 if strange := laws.unnamed(state):
                     raise CheckpointError(
