@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numbers
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from sfcore.meta import Meta
 
 STATE, INFERENCE, META = "state.safetensors", "inference.safetensors", "meta.json"
 REPLACED = ".replaced"
-_placing = threading.Lock()  # held from the moment a checkpoint makes way until the new one is in its place
+_placing: set[Path] = set()  # where this process is about to put a checkpoint, whose older one has made way
 
 
 def check_keep(keep_newest: int, keep_best: int) -> None:
@@ -187,15 +187,18 @@ def put(folder: Path, step: int, fill: Callable[[Path], None], layout: Layout = 
     with files.partial(folder) as new:
         new.mkdir()
         fill(new / str(step))
-        with _placing:
-            older = steps(folder, layout).get(step)
-            final = folder / layout.name(step, older)
+        older = steps(folder, layout).get(step)
+        final = folder / layout.name(step, older)
+        _placing.add(final)
+        try:
             if older == final:
                 older = files.move(older, folder / REPLACED)
             files.rename(new / str(step), final)
+        finally:
+            _placing.discard(final)
     if older is not None:
         files.remove(older)
-    files.discard(folder / REPLACED)
+        _drop_if_empty(folder / REPLACED)
     return final
 
 
@@ -327,17 +330,24 @@ def clean(folder: Path, layout: Layout = PLAIN) -> list[Path]:
     That is every `.partial-` folder, and the older of two checkpoints of the same step. One that had made
     way for a new one, which never came, comes back.
     """
-    with _placing:
-        for path in (folder / REPLACED).glob("*"):
-            if not (folder / path.name).exists():
-                os.rename(path, folder / path.name)
-        files.discard(folder / REPLACED)
+    for path in (folder / REPLACED).glob("*"):
+        final = folder / path.name
+        if final not in _placing and not final.exists():
+            os.rename(path, final)
+        elif final not in _placing:
+            files.discard(path)
+    _drop_if_empty(folder / REPLACED)
     everything, kept = layout.checkpoints(folder), set(steps(folder, layout).values())
     left = files.leftovers(folder)
     for path in left:
         files.discard(path)
     replaced = [path for _, path in everything if path not in kept]
     return left + [path for path in replaced if files.remove(path)]
+
+
+def _drop_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def prune(

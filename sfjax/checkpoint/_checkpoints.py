@@ -227,6 +227,9 @@ class Checkpoints(Saving):
         """
         return self._steps.metrics()
 
+    def _free(self) -> None:
+        self._snapshot = Snapshot()
+
     def _watched(self, restored: Restored, recent: Mapping[str, Any] | None) -> Restored:
         changed = {change.name for change in restored.changes}
         fresh = {"clock", "v"} if recent is None else restored.fresh
