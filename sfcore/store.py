@@ -5,6 +5,7 @@ FOLDER/step_000000100/meta.json              the record (sfcore.meta)
                       inference.safetensors  x and the buffers, plain names: what to ship
 FOLDER/set-aside/...                          newer than a save that came after: another timeline
 FOLDER/.partial-...                          a save or removal that was interrupted; `clean` removes it
+FOLDER/.replaced/...                          one on its way out; `clean` brings it back if no new one came
 
 Other files may lie in such a folder in other places, with the same rules: a `Layout` says what is different.
 """

@@ -416,12 +416,7 @@ def _leftovers(saved: Saved, used: set[str], result: Fit) -> None:
 
 
 def _in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[Saved, list[str]]:
-    """Returns a checkpoint in the precision of its target, and a sentence if that is another.
-
-    Args:
-        saved: the checkpoint.
-        target, roles: what it is restored into, and its `_leaves.roles`.
-    """
+    """Returns a checkpoint in the precision of its target, and a sentence if that is another."""
     narrow, buffers = np.dtype(_lean.NARROW), laws.roles()
     arrays, found = dict(saved.arrays), dict(saved.roles)
     by_role, leaves = saved.names, saved.leaves

@@ -89,13 +89,10 @@ def _named_as(live: Mapping[str, Tensor], weights: dict[str, Any]) -> dict[str, 
 def check(
     path: Path, weights: Mapping[str, Tensor], model: nn.Module, held: Set[Tensor]
 ) -> dict[str, Tensor]:
-    """Returns entry -> live tensor of what the file has; checks names and shapes, every problem at once.
+    """Returns entry -> live tensor of what the file has, which are all of `held`.
 
-    Args:
-        path: of the file, for the error.
-        weights: what it holds.
-        model: the live one.
-        held: the optimizer's parameters, which the file must have.
+    Raises:
+        CheckpointError: with every name and shape that does not fit.
     """
     live = _tensors_of(model)
     absent = live.keys() - weights.keys() - _spared(live, weights, held)
