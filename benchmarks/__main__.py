@@ -17,6 +17,7 @@ BENCHMARKS = {
     "hlo": "what XLA makes of a step: kernels, bytes, copies, on an H100, a TPU and a CPU",
     "storm": "the same under SIGKILL at random moments, saves in flight",
     "fuzz": "what readers make of damaged, random and hostile files",
+    "overlap": "whether a second job on a folder can lose what the first was promised",
     "powercut": "what is on the disk if the power goes after any operation of a run that saves",
 }
 ALL = ("step", "memory", "precision")

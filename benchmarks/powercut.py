@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks import _records
+from sfcore.store import REPLACED
 
 SOURCE = Path(__file__).with_name("powercut.c")
 OPEN, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, MKDIR, RMDIR, UNKNOWN = range(1, 10)
@@ -87,20 +88,22 @@ def _read(log: bytes, root: str) -> Iterator[Operation]:
 class Node:
     """A file or a folder: what is there, and what of it was there when it was last synced."""
 
-    entries: dict[str, Node] | None  # None for a file
+    is_file: bool
+    entries: dict[str, Node] = field(default_factory=dict)
     content: bytearray = field(default_factory=bytearray)
     synced_entries: dict[str, Node] = field(default_factory=dict)
     synced_content: bytes = b""
-
-    @classmethod
-    def folder(cls) -> Node:
-        return cls({})
+    together: object = (
+        None  # shared by folders that a rename went between: a disk has both of its ends or none
+    )
 
     def sync(self) -> None:
-        if self.entries is None:
-            self.synced_content = bytes(self.content)
-        else:
-            self.synced_entries = dict(self.entries)
+        """Makes what is there now last."""
+        self.synced_entries, self.synced_content, self.together = (
+            dict(self.entries),
+            bytes(self.content),
+            None,
+        )
 
 
 Tree = dict[str, bytes]  # relative path -> content; of a folder that is empty, its path and a slash
@@ -110,7 +113,7 @@ class Disk:
     """A folder as a record leads to it."""
 
     def __init__(self) -> None:
-        self.root = Node.folder()
+        self.root = Node(False)
 
     def take(self, one: Operation) -> None:
         """Does one operation.
@@ -125,9 +128,10 @@ class Disk:
             if node is not None:
                 node.sync()
             return
-        above, name = self._above(one.path)
+        folder, name = self._above(one.path)
+        above = folder.entries
         if one.kind == OPEN:
-            node = above.setdefault(name, Node(None))
+            node = above.setdefault(name, Node(True))
             if one.truncates:
                 node.content.clear()
         elif one.kind == WRITE:
@@ -139,29 +143,31 @@ class Disk:
             content.extend(bytes(max(0, one.offset - len(content))))
             del content[one.offset :]
         elif one.kind == MKDIR:
-            above[name] = Node.folder()
+            above[name] = Node(False)
         elif one.kind == RENAME:
             into, new = self._above(one.other)
-            into[new] = above.pop(name)
+            if into is not folder:
+                into.together = folder.together = into.together or folder.together or object()
+            into.entries[new] = above.pop(name)
         else:
             del above[name]
 
     def _find(self, path: str) -> Node | None:
         node: Node | None = self.root
         for part in filter(None, path.split("/")):
-            node = (node.entries or {}).get(part) if node is not None else None
+            node = node.entries.get(part) if node is not None else None
         return node
 
-    def _above(self, path: str) -> tuple[dict[str, Node], str]:
+    def _above(self, path: str) -> tuple[Node, str]:
         folder, _, name = path.rpartition("/")
         node = self._find(folder)
-        if node is None or node.entries is None:
+        if node is None or node.is_file:
             raise RuntimeError(f"the record must make {folder!r} before {path!r}: it does not see all")
-        return node.entries, name
+        return node, name
 
     def tree(self, keep: Keep) -> Tree:
         """Returns what is there if the power goes now, and `keep` says of each node what of it stays."""
-        return dict(_walk(self.root, "", keep))
+        return dict(_walk(self.root, "", keep, lambda what, share: share > 0))
 
 
 class Keep(NamedTuple):
@@ -177,20 +183,16 @@ DISKS = (Keep("nothing more", 0.0, 0.0), Keep("names", 1.0, 0.0), Keep("contents
 
 
 def _walk(
-    node: Node, path: str, keep: Keep, draw: random.Random | None = None
+    node: Node, path: str, keep: Keep, kept: Callable[[object, float], bool]
 ) -> Iterator[tuple[str, bytes]]:
-    entries = node.entries or {}
-    chance = draw.random() if draw else 0.5
-    if entries != node.synced_entries and not keep.names > chance:
-        entries = node.synced_entries
+    entries = node.entries if kept(node.together or node, keep.names) else node.synced_entries
     for name, child in sorted(entries.items()):
         below = f"{path}/{name}" if path else name
-        if child.entries is not None:
-            yield f"{below}/", b""
-            yield from _walk(child, below, keep, draw)
+        if child.is_file:
+            yield below, bytes(child.content) if kept(child, keep.contents) else child.synced_content
         else:
-            kept = keep.contents > (draw.random() if draw else 0.5)
-            yield below, bytes(child.content) if kept else child.synced_content
+            yield f"{below}/", b""
+            yield from _walk(child, below, keep, kept)
 
 
 def trees(disk: Disk, draw: random.Random, draws: int) -> Iterator[tuple[str, Tree]]:
@@ -198,7 +200,12 @@ def trees(disk: Disk, draw: random.Random, draws: int) -> Iterator[tuple[str, Tr
     for keep in DISKS:
         yield keep.name, disk.tree(keep)
     for _ in range(draws):
-        yield "a random part", dict(_walk(disk.root, "", Keep("", 0.5, 0.5), draw))
+        drawn: dict[int, float] = {}
+
+        def kept(what: object, share: float, drawn: dict[int, float] = drawn) -> bool:
+            return drawn.setdefault(id(what), draw.random()) < share
+
+        yield "a random part", dict(_walk(disk.root, "", Keep("", 0.5, 0.5), kept))
 
 
 def under(tree: Tree, folder: str) -> Tree:
@@ -209,42 +216,37 @@ def under(tree: Tree, folder: str) -> Tree:
 
 
 def checkpoints(tree: Tree) -> dict[str, Tree]:
-    """Returns path -> content of whatever bears a checkpoint's name."""
-    names = {path.split("/")[1] for path in tree if path.startswith(f"{FOLDER}/")}
-    named = [name for name in names if name.startswith("step_") or name.isdigit()]
-    return {name: under(tree, f"{FOLDER}/{name}") for name in named}
+    """Returns name -> content of whatever bears a checkpoint's name, in place or where it has made way."""
+    found = {}
+    for folder in (f"{FOLDER}/{REPLACED}", FOLDER):
+        names = {path.split("/", 1)[0] for path in under(tree, folder)}
+        named = [name for name in names if name.startswith("step_") or name.isdigit()]
+        found.update({name: under(tree, f"{folder}/{name}") for name in named})
+    return found
 
 
 def replay(operations: Sequence[Operation], seed: int, draws: int = DRAWS) -> dict[str, object]:
     """Returns how many beginnings were looked at, and what was wrong with any."""
     disk, draw = Disk(), random.Random(seed)
-    whole: dict[str, list[Tree]] = {}  # name -> what it was when it was there and nothing changed in it
-    acknowledged: dict[str, Tree] = {}
+    whole: dict[str, list[Tree]] = {}  # name -> each content that it was given
+    acknowledged: dict[str, int] = {}  # name -> which of them was promised last; a later one will do
     problems: list[str] = []
     seen = 0
     for count, one in enumerate(tqdm(operations, desc="power cuts", leave=False)):
-        before = checkpoints(disk.tree(NOW)) if one.kind in (RENAME, UNLINK, RMDIR) else {}
         disk.take(one)
-        if one.kind == MKDIR and one.path.startswith(f"{ACKNOWLEDGED}/"):
-            acknowledged |= checkpoints(disk.tree(NOW))
         if one.kind in (RENAME, UNLINK, RMDIR):
             there = checkpoints(disk.tree(NOW))
-            for name in before.keys() - there.keys():
-                acknowledged.pop(name, None)  # the run itself has taken it away
+            for name in acknowledged.keys() - there.keys():
+                del acknowledged[name]  # the run itself has taken it away
             for name, content in there.items():
                 if content not in whole.setdefault(name, []):
                     whole[name].append(content)
+        if one.kind == MKDIR and one.path.startswith(f"{ACKNOWLEDGED}/"):
+            there = checkpoints(disk.tree(NOW))
+            acknowledged = {name: whole[name].index(content) for name, content in there.items()}
         for where, tree in trees(disk, draw, draws):
             seen += 1
-            found = checkpoints(tree)
-            wrong = [f"{name} is acknowledged and lost" for name in acknowledged.keys() - found.keys()]
-            for name, content in found.items():
-                known = [acknowledged[name]] if name in acknowledged else whole.get(name, [])
-                if content not in known:
-                    lacking = (
-                        [p for p in known[-1] if content.get(p) != known[-1][p]] if known else ["all of it"]
-                    )
-                    wrong.append(f"{name} is not whole: {lacking[:3]}")
+            wrong = _wrong(checkpoints(tree), whole, acknowledged)
             if wrong and len(problems) < 20:
                 kind = NAMES[one.kind - 1]
                 problems.append(f"after operation {count} ({kind} {one.path}), kept {where}: {sorted(wrong)}")
@@ -254,6 +256,17 @@ def replay(operations: Sequence[Operation], seed: int, draws: int = DRAWS) -> di
         "acknowledged": _count(operations),
         "problems": problems,
     }
+
+
+def _wrong(found: dict[str, Tree], whole: dict[str, list[Tree]], acknowledged: dict[str, int]) -> list[str]:
+    wrong = [f"{name} is acknowledged and lost" for name in acknowledged.keys() - found.keys()]
+    for name, content in found.items():
+        known = whole.get(name, [])[acknowledged.get(name, 0) :]
+        if content not in known:
+            last = known[-1] if known else {}
+            lacking = [path for path in last if content.get(path) != last[path]]
+            wrong.append(f"{name} is not what was promised: {lacking[:3]}")
+    return wrong
 
 
 def _count(operations: Sequence[Operation]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 from collections.abc import Callable
@@ -54,9 +55,17 @@ def _jax() -> tuple[Any, Callable[[Any, int, dict[str, float]], None]]:
     return Checkpoints, save
 
 
+FRAMEWORKS = {"torch": _torch, "jax": _jax}
+
+
+def load(framework: str) -> None:
+    """Imports what a run needs, and starts no thread: forks of this process begin at once."""
+    importlib.import_module("sftorch.checkpoint" if framework == "torch" else "sfjax.checkpoint")
+
+
 def main(framework: str, root: Path, saves: int, seed: int) -> None:
     """Saves so often; a step is now and then saved again, or one further back."""
-    make, save = {"torch": _torch, "jax": _jax}[framework]()
+    make, save = FRAMEWORKS[framework]()
     draw = random.Random(seed)
     (root / ACKNOWLEDGED).mkdir()
     step = 0

@@ -66,7 +66,11 @@ def _aside(folder: Path) -> Path:
 
 
 def rename(path: Path, final: Path) -> None:
-    """Gives something whole its name, which lasts."""
+    """Gives something its name, when all of it is on the disk; the name lasts."""
+    for root, _, inside in os.walk(path, topdown=False):
+        for name in inside:
+            sync(Path(root, name))
+        sync(Path(root))
     os.rename(path, final)
     sync(final.parent)
 
@@ -87,11 +91,11 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync(folder: Path) -> None:
-    """Makes the names in a folder last; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes the names in a folder, or what is in a file, last."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call and needs none
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -119,6 +123,7 @@ def remove(path: Path) -> bool:
     going = _aside(path.parent)
     try:
         os.rename(path, going)
+        sync(path.parent)  # or a power cut could leave the old name with some of the files
     except OSError:
         return False
     discard(going)
@@ -132,6 +137,8 @@ def move(path: Path, into: Path) -> Path:
     while target.exists():
         target, count = into / f"{path.name}.{count}", count + 1
     os.rename(path, target)
+    sync(into)  # first where it is now: at no moment is it nowhere
+    sync(path.parent)
     return target
 
 

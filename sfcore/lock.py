@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class WriterLock:
     """The right to write into a folder: of one process, and in it of all who ask for it.
 
     Args:
-        folder: where the checkpoints lie; it must be there when the lock is taken.
+        folder: where the checkpoints lie; made when the lock is taken, if it is not there.
         wait: seconds to wait for another process to give the folder up, >= 0, default 0.
 
     Example:
@@ -56,23 +57,24 @@ class WriterLock:
         """
         if self._process == os.getpid():
             return
-        try:
-            self._lock.acquire(timeout=self.wait, poll_interval=0.05)
-        except Timeout as error:
-            raise CheckpointError(refusal(self.folder, self.wait)) from error
-        except OSError as error:
-            raise CheckpointError(f"cannot write into {self.folder}: {files.why(error)}") from error
+        with files.cannot(f"write a checkpoint into {self.folder}"):
+            files.make(self.folder)
+            try:
+                self._lock.acquire(timeout=self.wait, poll_interval=0.05)
+            except Timeout as error:
+                raise CheckpointError(_refusal(self.folder, self.wait)) from error
         self._process = os.getpid()
         record = {"host": socket.gethostname(), "process": os.getpid(), "since": _now()}
         with suppress(OSError):  # the lock holds without it
-            partial = self.folder / f"{OWNER}.{os.getpid()}"
-            partial.write_text(json.dumps(record), encoding="utf-8")
-            os.replace(partial, self.folder / OWNER)
+            (self.folder / OWNER).write_text(json.dumps(record), encoding="utf-8")
 
     def release(self) -> None:
         """Gives the folder up. In a fork of its owner, does nothing."""
         if self._process == os.getpid():
             self._process = None
+            if self._lock.lock_counter == 1:
+                with suppress(OSError):
+                    (self.folder / OWNER).unlink()
             self._lock.release()
 
 
@@ -89,30 +91,42 @@ def owner(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refusal(folder: Path, waited: float) -> str:
-    """Returns the message for a process that may not write."""
-    found = owner(folder)
-    who = f"process {found.get('process', 'unknown')} on {found.get('host', 'an unknown host')}"
-    since = f" since {found['since']}" if "since" in found else ""
+def _refusal(folder: Path, waited: float) -> str:
     return (
-        f"{folder} must have one writer, got a second one after {waited:g} s: {who} writes into it{since}. "
+        f"{folder} must have one writer, got a second one after {waited:g} s: {writer(folder)}. "
         "Let that one end (or close its Checkpoints), give this run a folder of its own, or wait longer "
         "with wait_for_writer=SECONDS"
     )
 
 
-def is_written_to(folder: Path) -> bool:
-    """Tells whether another process writes into a folder now."""
+def writer(folder: Path) -> str:
+    """Returns who writes into a folder, as a sentence."""
+    found = owner(folder)
+    who = f"process {found.get('process', 'unknown')} on {found.get('host', 'an unknown host')}"
+    return f"{who} writes into it" + (f" since {found['since']}" if "since" in found else "")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Holds the lock inside a `with` block; raises as `WriterLock.take`."""
+    lock = WriterLock(folder)
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_written_to(folder: Path, wait: float = 0.0) -> bool:
+    """Tells whether another process writes into a folder, and goes on for so many seconds."""
     if not (folder / LOCK).exists():
         return False
-    lock = WriterLock(folder)
-    if lock._lock.is_locked:  # by this process
-        return False
+    lock = WriterLock(folder)._lock
     try:
-        lock._lock.acquire(timeout=0)
+        lock.acquire(timeout=wait, poll_interval=0.05)
     except Timeout:
         return True
     except OSError:
-        return False  # a reader may lack the right to lock
-    lock._lock.release()
+        return False  # a reader may lack the right to lock, and so to write
+    lock.release()
     return False

@@ -12,7 +12,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from sfcore import store
+from sfcore.checks import HyperparameterError
 from sfcore.exchange import CheckpointError
+from sfcore.lock import WriterLock, is_written_to, writer
 from sfcore.store import Layout
 
 Self = TypeVar("Self", bound="Saving")
@@ -100,7 +102,7 @@ class Saving:
     """What `Checkpoints` of both twins do alike.
 
     Args:
-        folder, keep_newest, keep_best, metric, background: as for `Checkpoints`.
+        folder, keep_newest, keep_best, metric, background, wait_for_writer: as for `Checkpoints`.
         layout: of the folder.
         log: of the package; its name is that of the thread too.
     """
@@ -112,11 +114,29 @@ class Saving:
         keep_best: int,
         metric: str,
         background: bool,
+        wait_for_writer: float,
         layout: Layout,
         log: logging.Logger,
     ):
-        store.check_keep(keep_newest, keep_best)
+        problems = [
+            f"{name} must be a whole number >= {least}, got {value!r}: 2 and 1 are usual"
+            for name, value, least in (("keep_newest", keep_newest, 1), ("keep_best", keep_best, 0))
+            if isinstance(value, bool) or not isinstance(value, int) or value < least
+        ]
+        if not isinstance(folder, str | os.PathLike):
+            problems.append(f"folder must be a path, got {folder!r}")
+        if not isinstance(metric, str):
+            problems.append(f"metric must be a name, got {metric!r}: save(metrics=...) has it")
+        if not isinstance(background, bool):
+            problems.append(f"background must be True or False, got {background!r}")
+        if isinstance(wait_for_writer, bool) or not (
+            isinstance(wait_for_writer, int | float) and 0 <= wait_for_writer < float("inf")
+        ):
+            problems.append(f"wait_for_writer must be a number of seconds >= 0, got {wait_for_writer!r}")
+        if problems:
+            raise HyperparameterError(problems)
         self.folder = Path(folder).absolute()  # a save in the background must not follow a chdir
+        self._writer = WriterLock(self.folder, wait_for_writer)
         self.metric = metric
         self._keep, self._layout, self._log = (keep_newest, keep_best), layout, log
         self._background = Background(log.name, background)
@@ -136,7 +156,7 @@ class Saving:
             return self._path
 
     def close(self) -> None:
-        """Waits, and frees the copies on the host; a later save makes them again.
+        """Waits, frees the copies on the host, and gives up the folder; a later save takes both again.
 
         Raises:
             CheckpointError: if the last save failed.
@@ -146,6 +166,7 @@ class Saving:
                 self._background.wait()
             finally:
                 self._free()
+                self._writer.release()
 
     def _free(self) -> None:
         """Frees what is kept from save to save."""
@@ -162,6 +183,15 @@ class Saving:
             if error is None:  # it is logged; the one that ends the block matters more
                 raise
 
+    def _heed_writer(self) -> None:
+        """Waits, before a restore, as a save would; says who goes on writing."""
+        if is_written_to(self.folder, self._writer.wait):
+            self._log.warning(
+                "%s: %s, so what is restored may not be its last, and this run may not save before it ends",
+                self.folder,
+                writer(self.folder),
+            )
+
     def _clean(self) -> None:
         """Removes leftovers, once: not at construction, because another process may be saving until then."""
         if not self._cleaned:
@@ -170,6 +200,7 @@ class Saving:
 
     def _start(self, step: int, write: Callable[[], Path]) -> None:
         """Starts a save of a step; `write` writes it and returns its path."""
+        self._writer.take()
         self._background.start(lambda: self._save(step, write))
 
     def _save(self, step: int, write: Callable[[], Path]) -> None:
@@ -181,6 +212,7 @@ class Saving:
                 )
             self._path = write()
             store.prune(self.folder, *self._keep, self.metric, self._layout)
+            self._layout.read_meta(self._path)  # it is there: nothing else has been at work in the folder
         except CheckpointError as error:
             self._log.error("%s", error)
             raise

@@ -23,24 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sfcore import exchange, files
-from sfcore.checks import HyperparameterError
 from sfcore.exchange import OLDER, CheckpointError
+from sfcore.lock import writing
 from sfcore.meta import Meta
 
 STATE, INFERENCE, META = "state.safetensors", "inference.safetensors", "meta.json"
 REPLACED = ".replaced"
 _placing: set[Path] = set()  # where this process is about to put a checkpoint, whose older one has made way
-
-
-def check_keep(keep_newest: int, keep_best: int) -> None:
-    """Raises HyperparameterError with each of the two that is out of range."""
-    problems = [
-        f"{name} must be a whole number >= {least}, got {value!r}: 2 and 1 are usual"
-        for name, value, least in (("keep_newest", keep_newest, 1), ("keep_best", keep_best, 0))
-        if isinstance(value, bool) or not isinstance(value, int) or value < least
-    ]
-    if problems:
-        raise HyperparameterError(problems)
 
 
 class Skipped(NamedTuple):
@@ -170,7 +159,6 @@ def _fill(
         INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta)),
     }
     files.write_text(folder / META, replace(meta, tensors=record).to_json())
-    files.sync(folder)
 
 
 def put(folder: Path, step: int, fill: Callable[[Path], None], layout: Layout = PLAIN) -> Path:
@@ -179,13 +167,14 @@ def put(folder: Path, step: int, fill: Callable[[Path], None], layout: Layout = 
     Args:
         folder: where the checkpoints lie; made if it is not there.
         step: its number. One of the same step counts until the new one is in its place.
-        fill: makes and fills the folder that it gets, synced to the disk.
+        fill: makes and fills the folder that it gets; all of it is on the disk before it gets its name.
         layout: of the folder.
 
     Raises:
         OSError: as the system gives it; nothing of the attempt stays.
+        CheckpointError: if another process writes into the folder.
     """
-    with files.partial(folder) as new:
+    with writing(folder), files.partial(folder) as new:
         new.mkdir()
         fill(new / str(step))
         older = steps(folder, layout).get(step)
@@ -326,7 +315,7 @@ def set_aside(folder: Path, newer_than: int, layout: Layout = PLAIN) -> list[Pat
 
 
 def clean(folder: Path, layout: Layout = PLAIN) -> list[Path]:
-    """Removes what interrupted saves left behind and returns it; call it when no other process saves.
+    """Removes what interrupted saves left behind and returns it.
 
     That is every `.partial-` folder, and the older of two checkpoints of the same step. One that had made
     way for a new one, which never came, comes back.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from sfcore.lock import LOCK, OWNER
 from sfcore.meta import Meta
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
@@ -51,3 +52,8 @@ def same(a, b):
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes() for k in a
     )
+
+
+def listed(folder):
+    """Returns the names in a folder of checkpoints, sorted, but for those of its lock."""
+    return sorted({path.name for path in folder.iterdir()} - {LOCK, OWNER})

@@ -124,5 +124,5 @@ def test_an_owner_that_cannot_be_read_is_unknown(start, tmp_path):
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     assert not is_written_to(tmp_path / "none")
     (tmp_path / LOCK).mkdir()
-    with pytest.raises(CheckpointError, match=f"cannot write into {tmp_path}: "):
+    with pytest.raises(CheckpointError, match=f"cannot write a checkpoint into {tmp_path}: "):
         WriterLock(tmp_path).take()

@@ -28,7 +28,7 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path):
 
 def test_a_save_leaves_nothing_beside_the_checkpoint(tmp_path):
     path = _save(tmp_path, 3)
-    assert os.listdir(tmp_path) == [path.name]
+    assert examples.listed(tmp_path) == [path.name]
     assert sorted(os.listdir(path)) == [store.INFERENCE, store.META, store.STATE]
 
 
@@ -72,7 +72,7 @@ def test_a_folder_that_is_not_there_holds_no_steps(tmp_path):
 def test_saving_a_step_again_replaces_it_as_often_as_one_likes(tmp_path):
     for note in "abc":
         path = _save(tmp_path, 5, extra={"note": note})
-    assert os.listdir(tmp_path) == [path.name]
+    assert examples.listed(tmp_path) == [path.name]
     assert store.newest(tmp_path) == path
     assert store.read(path)[0].extra == {"note": "c"}
 
@@ -87,7 +87,7 @@ def test_a_leaf_without_a_role_is_refused_before_anything_is_written(tmp_path):
 def test_a_metric_that_cannot_rank_is_refused_and_leaves_nothing(tmp_path, value):
     with pytest.raises(CheckpointError, match="metrics must be finite"):
         _save(tmp_path, 1, metrics={"loss": value})
-    assert os.listdir(tmp_path) == []
+    assert examples.listed(tmp_path) == []
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -128,7 +128,7 @@ def test_clean_removes_leftovers_and_nothing_else(tmp_path):
     (tmp_path / ".partial-a" / "state.safetensors").write_bytes(b"x")
     (tmp_path / "notes").mkdir()
     assert store.clean(tmp_path) == [tmp_path / ".partial-a"]
-    assert sorted(os.listdir(tmp_path)) == ["notes", path.name]
+    assert examples.listed(tmp_path) == ["notes", path.name]
     assert store.clean(tmp_path / "none") == []
 
 

@@ -42,6 +42,9 @@ class Checkpoints(Saving):
         keep_best: how many of the smallest metric to keep as well, >= 0, default 1.
         metric: the key of `metrics` that ranks them, default "loss".
         background: False makes every save wait until it is on disk. Default True.
+        wait_for_writer: seconds that a save, and a restore, wait for another process that writes into the
+            folder, >= 0, default 0: a save is refused at once, and a restore says so and goes on. For a job
+            that is requeued while the old one still has time to save, as in wait_for_writer=120.
 
     Raises:
         HyperparameterError: for numbers out of range.
@@ -68,8 +71,11 @@ class Checkpoints(Saving):
         keep_best: int = 1,
         metric: str = "loss",
         background: bool = True,
+        wait_for_writer: float = 0.0,
     ) -> None:
-        super().__init__(folder, keep_newest, keep_best, metric, background, _orbax.LAYOUT, _log)
+        super().__init__(
+            folder, keep_newest, keep_best, metric, background, wait_for_writer, _orbax.LAYOUT, _log
+        )
         if jax.process_count() > 1:
             raise CheckpointError(
                 f"Checkpoints must run in one process, got {jax.process_count()}: use Orbax for several"
@@ -179,6 +185,7 @@ class Checkpoints(Saving):
             CheckpointError: naming file and leaf if it is damaged, or every leaf that does not fit.
         """
         self.wait()
+        self._heed_writer()
         configured: dict[str, Any] = {"hyperparameters": hyperparameters, "accumulation": accumulation}
         if isinstance(resume, str) and resume.startswith("weights:"):
             start = start_from_weights(resume.removeprefix("weights:"), params, opt_state, **configured)

@@ -67,11 +67,6 @@ def saved(
         yield checkpoints, params, opt_state
 
 
-def files(folder: Path) -> list[str]:
-    """Returns the names in a folder, hidden ones too."""
-    return sorted(path.name for path in folder.iterdir())
-
-
 def flip(file: Path, at: int, bit: int = 0) -> None:
     """Changes one bit of a file."""
     content = bytearray(file.read_bytes())

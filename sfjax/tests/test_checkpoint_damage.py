@@ -18,8 +18,9 @@ import pytest
 
 import sfjax
 from sfcore import exchange, meta
+from sfcore.tests.examples import listed
 from sfjax.checkpoint import CheckpointError, Checkpoints
-from sfjax.tests.checkpoint_runs import begin, data_files, files, flip, go, saved, snapshot, transformation
+from sfjax.tests.checkpoint_runs import begin, data_files, flip, go, saved, snapshot, transformation
 from sfjax.tests.runs import assert_same
 
 
@@ -231,10 +232,10 @@ def test_a_failed_save_is_reported_and_leaves_the_older_checkpoint(
         patch.setattr(exchange, "write_tensors", fail)
         with pytest.raises(CheckpointError, match=rf"cannot write the checkpoint of step 2 .*{message}"):
             _save_and_wait(checkpoints, 2, params, opt_state)
-    assert files(tmp_path) == ["1"]
+    assert listed(tmp_path) == ["1"]
     checkpoints.save(3, params, opt_state)
     checkpoints.close()
-    assert files(tmp_path) == ["1", "3"]
+    assert listed(tmp_path) == ["1", "3"]
 
 
 def _save_and_wait(checkpoints: Checkpoints, *arguments: Any) -> None:

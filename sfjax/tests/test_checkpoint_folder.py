@@ -15,9 +15,10 @@ import pytest
 
 from sfcore import exchange
 from sfcore.checks import HyperparameterError
+from sfcore.tests.examples import listed
 from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.checkpoint._save import Job
-from sfjax.tests.checkpoint_runs import begin, files, go, saved, snapshot, transformation
+from sfjax.tests.checkpoint_runs import begin, go, saved, snapshot, transformation
 
 
 def _state() -> tuple[Any, Any]:
@@ -31,7 +32,7 @@ def test_the_newest_and_the_best_stay(background: bool, tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep_newest=2, keep_best=1, background=background) as checkpoints:
         for step, loss in losses.items():
             checkpoints.save(step, *_state(), metrics={"loss": loss})
-    assert files(tmp_path) == ["2", "4", "5"]
+    assert listed(tmp_path) == ["2", "4", "5"]
 
 
 def test_the_best_stays_when_another_process_goes_on(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_the_best_stays_when_another_process_goes_on(tmp_path: Path) -> None:
         checkpoints.save(2, *_state(), metrics={"loss": 0.2})
     with Checkpoints(tmp_path, keep_newest=1) as checkpoints:
         checkpoints.save(3, *_state(), metrics={"loss": 0.3})
-    assert files(tmp_path) == ["1", "3"]
+    assert listed(tmp_path) == ["1", "3"]
 
 
 def test_another_metric_can_rank_and_may_be_missing(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_another_metric_can_rank_and_may_be_missing(tmp_path: Path) -> None:
         checkpoints.save(1, *_state(), metrics={"error": 1.0, "loss": 9.0})
         checkpoints.save(2, *_state(), metrics={"loss": 0.0})
         checkpoints.save(3, *_state())
-    assert files(tmp_path) == ["1", "3"]
+    assert listed(tmp_path) == ["1", "3"]
 
 
 def test_a_checkpoint_ranks_by_its_own_metric_and_not_by_that_of_the_one_it_replaced(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_checkpoint_ranks_by_its_own_metric_and_not_by_that_of_the_one_it_repl
         checkpoints.save(1, *_state())
         checkpoints.save(2, *_state(), metrics={"loss": 0.5})
         checkpoints.save(3, *_state())
-    assert files(tmp_path) == ["2", "3"]
+    assert listed(tmp_path) == ["2", "3"]
 
 
 def test_options_out_of_range_are_refused_all_at_once(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
         later = go(transformation("adamw"), params, opt_state, 3, 4)
         checkpoints.save(3, *later)
         checkpoints.wait()
-        assert files(tmp_path) == ["3"]
+        assert listed(tmp_path) == ["3"]
         restored = checkpoints.restore(params, opt_state)
     assert restored is not None
     assert snapshot(restored.params) == snapshot(later[0]) != snapshot(params)
@@ -100,7 +101,7 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch:
             checkpoints.save(3, *go(transformation("adamw"), params, opt_state, 3, 4))
             with pytest.raises(CheckpointError, match="full"):
                 checkpoints.wait()
-        assert files(tmp_path) == ["3"]
+        assert listed(tmp_path) == ["3"]
         restored = checkpoints.restore(params, opt_state)
     assert restored is not None
     assert snapshot(restored.params) == snapshot(params)
@@ -121,7 +122,7 @@ def test_the_best_stays_the_best_when_its_replacement_failed(
             with pytest.raises(CheckpointError, match="full"):
                 checkpoints.wait()
         checkpoints.save(2, *_state(), metrics={"loss": 0.5})
-    assert files(tmp_path) == ["1", "2"]
+    assert listed(tmp_path) == ["1", "2"]
 
 
 def test_newer_checkpoints_of_an_abandoned_run_are_set_aside(tmp_path: Path) -> None:
@@ -130,8 +131,8 @@ def test_newer_checkpoints_of_an_abandoned_run_are_set_aside(tmp_path: Path) -> 
         checkpoints.restore(params, opt_state, resume=3)
         checkpoints.save(5, params, opt_state)
         checkpoints.wait()
-        assert files(tmp_path) == ["3", "5", "set-aside"]
-        assert files(tmp_path / "set-aside") == ["9"]
+        assert listed(tmp_path) == ["3", "5", "set-aside"]
+        assert listed(tmp_path / "set-aside") == ["9"]
         restored = checkpoints.restore(params, opt_state)
     assert restored is not None
     assert restored.meta.step == 5
@@ -158,7 +159,7 @@ def test_leftovers_go_at_the_first_save_and_a_replaced_checkpoint_comes_back(tmp
     os.rename(tmp_path / "3", tmp_path / ".replaced" / "3")
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, *_state())
-    assert files(tmp_path) == ["3", "5"]
+    assert listed(tmp_path) == ["3", "5"]
 
 
 def test_a_checkpoint_whose_replacement_was_killed_is_found_without_a_save(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_another_object_for_the_folder_does_not_clean_away_the_save_in_flight(
         old.save(1, *_state())
         begun.wait(60)
         new.save(2, *_state())
-    assert files(tmp_path) == ["1", "2"]
+    assert listed(tmp_path) == ["1", "2"]
 
 
 def test_reading_cleans_nothing_that_another_process_may_be_writing(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_reading_cleans_nothing_that_another_process_may_be_writing(tmp_path: Pa
     restored = Checkpoints(tmp_path).restore(params, transformation("adamw").init(params))
     assert restored is not None
     assert restored.meta.step == 3
-    assert files(tmp_path) == ["3", "4.orbax-checkpoint-tmp"]
+    assert listed(tmp_path) == ["3", "4.orbax-checkpoint-tmp"]
 
 
 CHILD = """
@@ -244,4 +245,4 @@ def test_a_kill_inside_a_background_save_leaves_the_previous_step(tmp_path: Path
         assert restored is not None
         assert restored.meta.step == 1
         checkpoints.save(2, params, opt_state)
-    assert files(tmp_path) == ["1", "2"]
+    assert listed(tmp_path) == ["1", "2"]

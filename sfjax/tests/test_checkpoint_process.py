@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sfcore.tests.examples import listed
+
 PROGRAM = """
 import hashlib, sys
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -114,4 +116,4 @@ def test_a_program_ends_with_its_last_save_on_disk(program: str, tmp_path: Path)
     command = [sys.executable, "-c", START + program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["0"], done.stderr
+    assert listed(tmp_path) == ["0"], done.stderr

@@ -17,10 +17,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import sfjax
+from sfcore.tests.examples import listed
 from sfjax._find import _pure
 from sfjax.checkpoint import CheckpointError, Checkpoints, export_exchange
 from sfjax.checkpoint._save import Job
-from sfjax.tests.checkpoint_runs import KINDS, LR, begin, files, go, saved, transformation
+from sfjax.tests.checkpoint_runs import KINDS, LR, begin, go, saved, transformation
 from sfjax.tests.runs import assert_same, gradients
 
 
@@ -119,7 +120,7 @@ def test_a_buffer_with_the_name_of_a_parameter_is_not_shipped_in_its_place(tmp_p
             CheckpointError, match="buffers must have other names than params, got 'a' in both"
         ):
             save(**given)
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 def group_c(opt_state: Any) -> float:
@@ -253,7 +254,7 @@ def test_another_thread_can_save_while_this_one_does(tmp_path: Path) -> None:
         restored = checkpoints.restore(params, opt_state)
     assert restored is not None
     assert_same((restored.params, restored.opt_state), (params, opt_state))
-    assert files(tmp_path) == ["3", "5"]
+    assert listed(tmp_path) == ["3", "5"]
 
 
 def test_orbax_v1_reads_the_layout(tmp_path: Path) -> None:

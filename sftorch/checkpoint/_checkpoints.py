@@ -57,6 +57,9 @@ class Checkpoints(Saving):
         metric: the key of `save(metrics=...)` that ranks, default "loss".
         background: copy the state and write it in a thread, default True. An error of the thread is
             logged at once and raised by the next `save`, `wait` or `close`.
+        wait_for_writer: seconds that a save, and a restore, wait for another process that writes into the
+            folder, >= 0, default 0: a save is refused at once, and a restore says so and goes on. For a job
+            that is requeued while the old one still has time to save, as in wait_for_writer=120.
 
     Raises:
         HyperparameterError: with every number that is out of range (a ValueError).
@@ -83,8 +86,11 @@ class Checkpoints(Saving):
         keep_best: int = 1,
         metric: str = "loss",
         background: bool = True,
+        wait_for_writer: float = 0.0,
     ):
-        super().__init__(folder, keep_newest, keep_best, metric, background, store.PLAIN, _log)
+        super().__init__(
+            folder, keep_newest, keep_best, metric, background, wait_for_writer, store.PLAIN, _log
+        )
         self._snapshot = Snapshot()
         self._warned = False
 
@@ -199,6 +205,7 @@ class Checkpoints(Saving):
         """
         _check_optimizer(optimizer)
         self.wait()
+        self._heed_writer()
         if isinstance(resume, str) and resume.startswith("weights:"):
             weights = Path(resume.removeprefix("weights:"))
             started = _weights.start(weights, model, optimizer, prior_steps)

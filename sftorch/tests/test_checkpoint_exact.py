@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from sfcore.tests.examples import listed
 from sftorch import _rng
 from sftorch.checkpoint import Checkpoints
 from sftorch.tests.checkpoint_runs import CASES, LENGTH, Case, build, digest, resume_and_finish, save, train
@@ -92,7 +93,7 @@ def test_another_thread_can_save_while_this_one_does(tmp_path):
                 assert [one.result() for one in saves] == [None] * 3
     finally:
         sys.setswitchinterval(interval)
-    assert [path.name[:14] for path in tmp_path.iterdir()] == ["step_000000001"]
+    assert [name[:14] for name in listed(tmp_path)] == ["step_000000001"]
 
 
 def test_a_restore_in_eval_mode_holds_x_and_train_goes_on_exactly(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 import sftorch
 from sfcore import store
+from sfcore.tests.examples import listed
 from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import Case, build, saved_twice, train
 
@@ -51,7 +52,7 @@ def test_a_save_that_the_system_refuses_is_an_error_and_leaves_the_older_ones(
     model, optimizer = build(CASE, seed=7)
     train(model, optimizer, CASE, 0, 6)
     before = repr(optimizer.state_dict())
-    listing = sorted(path.name for path in saved.iterdir())
+    listing = listed(saved)
     checkpoints = Checkpoints(saved, background=background)
 
     def save():
@@ -63,7 +64,7 @@ def test_a_save_that_the_system_refuses_is_an_error_and_leaves_the_older_ones(
         with pytest.raises(CheckpointError, match=finding):
             save()
     assert repr(optimizer.state_dict()) == before
-    assert sorted(path.name for path in saved.iterdir()) == listing
+    assert listed(saved) == listing
     checkpoints.save(model, optimizer, step=9)
     assert checkpoints.wait().name == "step_000000009"
 

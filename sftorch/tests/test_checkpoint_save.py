@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import sftorch
 from sfcore import store
+from sfcore.tests.examples import listed
 from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import PLAIN, build, started, train
 
@@ -80,7 +81,7 @@ def test_newer_checkpoints_of_an_abandoned_run_are_set_aside(tmp_path, caplog, d
         (tmp_path / "step_000000009" / "state.safetensors").write_bytes(b"")
     checkpoints.restore(model, optimizer, resume="latest-good" if damaged else 3)
     checkpoints.save(model, optimizer, step=5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert listed(tmp_path) == [
         "set-aside",
         "step_000000003",
         "step_000000005",
@@ -195,7 +196,7 @@ def test_a_checkpoint_that_was_moved_and_linked_to_leaves_nothing_when_it_goes(t
         path.symlink_to(tmp_path / "elsewhere")
         assert checkpoints.restore(model, optimizer).meta.step == 1
         checkpoints.save(model, optimizer, step=2)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000000002"]
+    assert listed(tmp_path / "run") == ["step_000000002"]
     assert (tmp_path / "elsewhere" / store.META).exists()
 
 
