@@ -20,7 +20,7 @@ from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch
 from sftorch.state.modes import TrainEvalOptimizer
-from sftorch.state.state_dict import ScheduleFreeOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer, groups_of
 from sftorch.step.plan import given
 
 _BASE = "base"
@@ -107,8 +107,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         Raises:
             ValueError: for the state dict of another optimizer; nothing has changed then.
         """
-        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-        if not all(_DRAWER in group for group in groups or []):
+        if not all(_DRAWER in group for group in groups_of(state_dict)):
             raise ValueError(
                 f"state_dict must be a ScheduleFreeWrapper's, got groups without {_DRAWER!r}: "
                 "load it into an optimizer of the class that saved it"

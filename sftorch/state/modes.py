@@ -256,6 +256,14 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         state = self.state[p]
         return forms.x_from_y(forms.joined(y, state), state, self._y_beta(group))
 
+    def _x_and_y(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self._wanted(group) == "y":
+            return self._x(p, group).to(p.dtype), p
+        if "y" not in self.state[p]:  # an eval-mode checkpoint of schedulefree
+            return super()._x_and_y(p, group)
+        y = self.state[p]["y"]
+        return p if self._holds_x(p, group) else self._recover_x(p, y, group).to(p.dtype), y
+
     def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
         changed = []
         for group in groups:
