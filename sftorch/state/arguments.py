@@ -11,8 +11,12 @@ from torch import Tensor
 
 from sfcore import checks
 from sfcore.checks import HyperparameterError, Rule, nearest
+from sftorch.law.parts import is_divided
+from sftorch.state import forms
 
-_UNSUPPORTED = {
+_THREE = "None, True or False"
+# Options that torch has and the equations do not.
+_RULES = {
     "capturable": Rule(
         "False", lambda v: not v, "a step computes its scalars on the host, which a CUDA graph cannot replay"
     ),
@@ -21,11 +25,22 @@ _UNSUPPORTED = {
     ),
     "maximize": checks.FLAG,
     "foreach": Rule(
-        "None, True or False",
+        _THREE,
         lambda v: v is None or isinstance(v, bool),
         "True is usual; inner_momentum, which schedulefree after 1.4.1 has in this place, goes by name",
     ),
-    "fused": Rule("None, True or False", lambda v: v is None or isinstance(v, bool), "None picks for you"),
+    "fused": Rule(_THREE, lambda v: v is None or isinstance(v, bool), "None picks for you"),
+    "betas": Rule(
+        "a pair (beta, b2)", lambda v: isinstance(v, tuple | list) and len(v) == 2, "(0.9, 0.999) is usual"
+    ),
+    "seed": Rule(
+        "a whole number >= 0",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        "0 is usual",
+    ),
+    "precision": Rule(
+        "'exact' or 'lean'", lambda v: isinstance(v, str) and v in ("exact", "lean"), "'exact' is usual"
+    ),
 }
 
 
@@ -113,15 +128,30 @@ def _check_names(group: dict[str, Any], known: set[str]) -> None:
         raise HyperparameterError(found)
 
 
-def find_group_problems(group: dict[str, Any]) -> list[str]:
-    """Returns the problems of the options that torch has and the equations do not."""
+def find_problems(group: Mapping[str, Any], beta: Any, may_be_lean: bool) -> list[str]:
+    """Returns the problems of the options that torch has and the equations do not.
+
+    Args:
+        group: with its options and parameters; a wrapper's drawer, which has few of them.
+        beta: its interpolation.
+        may_be_lean: whether the optimizer has a lean form.
+    """
+    given = {name: rule for name, rule in _RULES.items() if name in group}
     found = [
-        checks.problem(name, rule, group[name])
-        for name, rule in _UNSUPPORTED.items()
-        if name in group and not rule.holds(group[name])
+        checks.problem(name, rule, group[name]) for name, rule in given.items() if not rule.holds(group[name])
     ]
-    if "betas" in group and not split_betas(group["betas"]):
-        found.append(f"betas must be a pair (beta, b2), got {group['betas']!r}: (0.9, 0.999) is usual")
+    if group.get("precision") != "lean":
+        return found
+    start = "precision must be 'exact'"
+    if not may_be_lean:
+        found.append(f"{start} in this class, got 'lean': use the class without 'Closure' in its name")
+    if beta == 0:
+        found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
+    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
+    wrong = [p for p in params if p.dtype not in forms.LEAN_DTYPES or is_divided(p)]
+    if wrong:
+        kind = wrong[0].dtype if wrong[0].dtype not in forms.LEAN_DTYPES else "DTensor"
+        found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")
     return found
 
 
@@ -162,13 +192,6 @@ def check_entries(entries: Mapping[str, Any], held: Iterable[Tensor]) -> None:
         "and for a copy call copy.load_state_dict(optimizer.eval_state_dict(original)), or copy both at "
         "once, copy.deepcopy((model, optimizer))"
     )
-
-
-def split_betas(betas: Any) -> dict[str, Any]:
-    """Returns betas by canonical name, for the rules to judge; nothing if it is no pair."""
-    if isinstance(betas, tuple | list) and len(betas) == 2:
-        return {"beta": betas[0], "b2": betas[1]}
-    return {}
 
 
 def as_number(value: Any) -> Any:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sfcore import laws
 from sftorch.law.iterates import interpolate, recover_x
-from sftorch.law.parts import is_divided
 
 Y_REST, X_REST = "y_rest", "x_rest"
 RESTS = (Y_REST, X_REST)
@@ -187,36 +186,6 @@ def loaded_dtype(name: str, state: Mapping[str, Any], p: Tensor) -> torch.dtype 
         return value.dtype if value.dtype == rest_dtype(p.dtype) else None
     # y is the parameter itself, put aside in eval mode; all else is at least float32, but in the lean form.
     return value.dtype if name == "y" or "gap" in state else torch.promote_types(value.dtype, torch.float32)
-
-
-def find_lean_problems(group: Mapping[str, Any], beta: Any, allowed: bool) -> list[str]:
-    """Returns what is wrong with a group's precision and seed.
-
-    Args:
-        group: with its options and parameters; a wrapper's drawer, which has no precision.
-        beta: its interpolation.
-        allowed: whether the optimizer has a lean form.
-    """
-    precision, seed = group.get("precision", "exact"), group.get("seed", 0)
-    found = []
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        found.append(f"seed must be a whole number >= 0, got {seed!r}: 0 is usual")
-    if precision == "exact":
-        return found
-    start = f"precision must be 'exact' or 'lean', got {precision!r}"
-    if precision != "lean":
-        return [*found, f"{start}: 'exact' is usual"]
-    start = "precision must be 'exact'"
-    if not allowed:
-        found.append(f"{start} in this class, got 'lean': use the class without 'Closure' in its name")
-    if beta == 0:
-        found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
-    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
-    wrong = [p for p in params if p.dtype not in LEAN_DTYPES or is_divided(p)]
-    if wrong:
-        kind = wrong[0].dtype if wrong[0].dtype not in LEAN_DTYPES else "DTensor"
-        found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")
-    return found
 
 
 def first_iterate(p: Tensor, lean: bool) -> dict[str, Tensor]:

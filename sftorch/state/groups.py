@@ -122,11 +122,9 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _problems(self, group: dict[str, Any], values: dict[str, Any], names: dict[str, str]) -> list[str]:
         """Returns everything that is wrong with a group's options."""
-        books = self._books(group)
-        found = checks.find_problems(self.law.options, values, names)
-        found += arguments.find_group_problems(books)
         may_be_lean = self._may_be_lean and all(one.lean for one in self.law.buffers)
-        return found + forms.find_lean_problems(books, values.get("beta"), may_be_lean)
+        found = checks.find_problems(self.law.options, values, names)
+        return found + arguments.find_problems(self._books(group), values.get("beta"), may_be_lean)
 
     def _check_settings(self) -> None:
         """Raises if a scheduler or a user has since put nonsense into a group."""
