@@ -26,7 +26,7 @@ from sfcore.laws import Buffer, Law
 from sfjax._directed import Direction as JaxDirection
 from sfjax._directed import directed, known_options
 from sftorch.closure import XAtRest
-from sftorch.law.move import Direction
+from sftorch.step.backends import Direction
 from sftorch.step.plan import DirectedOptimizer, YAtRest, given
 
 # The row

@@ -62,7 +62,7 @@ def _disable_noted() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the compiler where the others do, and nothing else; once loaded, it passes over what was noted."""
+    """Finds the compiler where the others do, and lets it pass over what was noted once it is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

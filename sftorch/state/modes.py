@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from sftorch.kernels import build, call, fit
+from sftorch.kernels import build, call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates
 from sftorch.law.parts import part
@@ -318,7 +318,7 @@ def _flip(
     for p in started:
         others = [states[p][name] for name in ("z", "y") if name in states[p]]
         there = len(others) == 2 if kind is Kind.HOLDS else "z" in states[p]
-        if p.is_cpu and there and fit.alike(*map(_real, (p, *others))):
+        if p.is_cpu and there and call.alike(*map(_real, (p, *others))):
             fast[p] = others[-1] if kind is Kind.HOLDS else torch.empty_like(p, requires_grad=False)
         else:
             slow.append(p)

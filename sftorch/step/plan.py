@@ -20,7 +20,6 @@ from torch import Tensor
 from sfcore import checks
 from sfcore.averaging import BETAS, DECAYS, coefficients, floats
 from sftorch.law.iterates import as_real
-from sftorch.law.move import Direction, Move
 from sftorch.law.parts import PLAIN, gradients, note_written, parts
 from sftorch.law.scalars import Clock, next_step
 from sftorch.state import arguments
@@ -28,7 +27,8 @@ from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
-from sftorch.step import backends, lean
+from sftorch.step import backends
+from sftorch.step.backends import Direction, Move
 
 Precision = Literal["exact", "lean"]
 Group = dict[str, Any]
@@ -155,7 +155,7 @@ class Work:
         return direction
 
     def _keys(self, plan: GroupPlan) -> Tensor:
-        return lean.keys(plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers))
+        return backends.keys(plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers))
 
 
 class GroupPlan:

@@ -15,9 +15,9 @@ from sfcore.laws import LAWS
 from sftorch.adamw import AdamWDirection
 from sftorch.closure import XAtRest
 from sftorch.kernels import build
-from sftorch.law.move import Direction
 from sftorch.sgd import SGDDirection
 from sftorch.step import backends
+from sftorch.step.backends import Direction
 from sftorch.step.plan import YAtRest
 from sftorch.tests.fused_runs import Calls, everything, same
 from sftorch.tests.plain import STEP_SIZE, feed, same_bits, some_grads, some_params, take_step
