@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sftorch import _rng
+from sftorch.state import arguments
 
 __all__ = ["recalibrate"]
 
@@ -37,6 +38,7 @@ def recalibrate(
         The number of batches used; 0 where there is nothing to do, and then none is drawn.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: if there are no batches. After this or any other error, statistics are what they were.
             Training flags and the global random states are always put back.
 
@@ -49,6 +51,11 @@ def recalibrate(
         ...     recalibrate(model, torch.randn(10, 32, 3))
         10
     """
+    arguments.check_module(model)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable, got {batches!r}: pass some training batches")
+    if call is not None and not callable(call):
+        raise TypeError(f"call must be None or a function, got {call!r}: pass one of (model, batch)")
     layers = _layers(model)
     if not layers:
         return 0

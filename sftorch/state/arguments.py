@@ -155,6 +155,12 @@ def find_problems(group: Mapping[str, Any], beta: Any, may_be_lean: bool) -> lis
     return found
 
 
+def check_module(model: Any) -> None:
+    """Raises unless this is a model."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}: pass the model itself")
+
+
 def check_gradients(params: Iterable[Tensor]) -> None:
     """Raises on a gradient that the step cannot use."""
     for p in params:

@@ -59,6 +59,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             The closure's loss, or None.
 
         Raises:
+            TypeError: for a closure that is no function.
             RuntimeError: in eval mode, for gradients that are not dense, and where fused=True cannot be had;
                 nothing has moved then.
             HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
@@ -72,6 +73,11 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _take_step(self, closure: Callable[[], Loss] | None) -> Loss | None:
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"closure must be None or a function, got {closure!r}: pass one that clears the "
+                    "gradients, calls backward and returns the loss"
+                )
             self._begin()
             with torch.enable_grad():
                 loss = closure()
@@ -178,6 +184,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 models or an adapter. What is frozen or another optimizer's is copied as it is.
 
         Raises:
+            TypeError: for what is no model.
             ValueError: for a copy of the model, or another model, of which this optimizer does not know x.
 
         Example:
@@ -187,6 +194,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             >>> sorted(optimizer.eval_state_dict(model))
             ['bias', 'weight']
         """
+        arguments.check_module(model)
         found: dict[str, Any] = model.state_dict(keep_vars=True)
         arguments.check_entries(found, self._params())
         x = self.eval_params()

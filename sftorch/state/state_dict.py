@@ -212,9 +212,11 @@ def before_step(optimizer: ScheduleFreeOptimizer) -> None:
 
 def groups_of(state_dict: Any) -> list[dict[str, Any]]:
     """Returns the groups of what must be a state dict."""
-    known = state_dict if isinstance(state_dict, dict) else {}
-    groups = known.get("param_groups")
-    if not isinstance(groups, list) or not isinstance(known.get("state"), dict):
+    known: dict[str, Any] = state_dict if isinstance(state_dict, dict) else {}
+    groups: Any = known.get("param_groups")
+    state: Any = known.get("state")
+    are_there = isinstance(groups, list) and isinstance(state, dict)
+    if not are_there or not all(isinstance(one, dict) for one in (*groups, *state.values())):
         raise ValueError(
             f"state_dict must have the keys 'state' and 'param_groups', got {type(state_dict).__name__} "
             "without: pass what optimizer.state_dict() returned"
@@ -262,15 +264,16 @@ def _problems(
     columns = (column or [None] * len(params) for column in notes)
     for place, (index, p, shape, old, new) in enumerate(zip(indices, params, *columns, strict=True)):
         where, values = f"parameter {place} of {name}", state.get(index, {})
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         if old is not None and new is not None and _unwrapped(old) != _unwrapped(new):
             yield f"{where} must be {new!r}, got {old!r}: pass the parameters in the order they were saved in"
-        kept = iterates & values.keys()
-        shape = values[min(kept)].shape if kept else shape
+        kept = iterates & tensors.keys()
+        shape = tensors[min(kept)].shape if kept else shape
         if shape is not None and list(shape) != list(p.shape):
             yield f"{where} must have shape {tuple(p.shape)}, got {tuple(shape)}"
         has_started = values.keys() - {"base"}  # some bases (Adagrad) have state before the first step
         needed = buffers if kept else ("z", *buffers)
-        lacking = [one for one in needed if one not in values] if has_started else []
+        lacking = [one for one in needed if one not in tensors] if has_started else []
         if lacking:
             yield (
                 f"{where} must have the state {lacking[0]!r}, got {sorted(values)}: load the state of an "
