@@ -44,21 +44,16 @@ _RULES = {
 }
 
 
-def as_list(params: Any) -> list[Any]:
-    """Returns the parameters or groups as a list; an empty one, a bare tensor and a set are refused."""
+def as_list(params: Any, or_empty: bool = True) -> list[Any]:
+    """Returns the parameters or groups as a list; a bare tensor and a set are refused."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors or groups, got a Tensor: pass [tensor]")
     if isinstance(params, set | frozenset):
         raise TypeError("params must be ordered, got a set: pass a list")
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable, got {type(params).__name__}: pass model.parameters()")
-    return list(params)
-
-
-def as_groups(params: Any) -> list[Any]:
-    """Returns the constructor's argument as a list, which must not be empty."""
-    listed = as_list(params)
-    if not listed:
+    listed = list(params)
+    if not listed and not or_empty:
         raise ValueError(
             "params must be non-empty, got an empty iterable: pass model.parameters(), "
             "and make a new iterator if it was used before"
@@ -82,7 +77,14 @@ def as_group(param_group: Any, known: Iterable[str], taken: Iterable[Tensor]) ->
     params = param_group["params"]
     params = [params] if isinstance(params, Tensor) else as_list(params)
     _check_tensors(params, {id(p) for p in taken})
-    _check_names(param_group, set(known) | {"params", "param_names"})
+    found, names = [], {*known, "params", "param_names"}
+    for key in param_group:
+        meant = None if key in names else nearest(str(key), names)
+        # "weight_decay_scale" and "no_weight_decay" are names of somebody's own, not slips.
+        if meant and f"{meant}_" not in key and f"_{meant}" not in key:
+            found.append(f"option {key!r} must be a known name, got an unknown one: did you mean {meant!r}?")
+    if found:
+        raise HyperparameterError(found)
     return param_group | {"params": params}
 
 
@@ -93,39 +95,22 @@ def _check_tensors(params: list[Any], seen: set[int]) -> None:
         if not isinstance(p, Tensor):
             kind = type(p).__name__
             raise TypeError(f"params[{index}] must be a Tensor, got {kind}: pass model.parameters()")
+        shape, wrong = tuple(p.shape), ""
         if not p.is_leaf:
-            raise ValueError(
-                f"params[{index}] must be a leaf tensor, got the result of an operation of shape "
-                f"{tuple(p.shape)}: pass the tensor it was made from, or .detach() it"
+            wrong = f"be a leaf tensor, got the result of an operation of shape {shape}: pass the tensor it "
+            wrong += "was made from, or .detach() it"
+        elif not (p.is_floating_point() or p.is_complex()):
+            wrong = f"be floating point or complex, got {p.dtype}: leave it out, or make it a buffer"
+        elif p.is_conj():
+            wrong = f"hold its own values, got a conjugate view of shape {shape}, which the step cannot "
+            wrong += "write to: make it of tensor.resolve_conj()"
+        elif id(p) in seen:
+            wrong = (
+                f"be in one group, once, got a tensor of shape {shape} a second time: leave one of them out"
             )
-        if not (p.is_floating_point() or p.is_complex()):
-            raise ValueError(
-                f"params[{index}] must be floating point or complex, got {p.dtype}: "
-                "leave it out, or make it a buffer"
-            )
-        if p.is_conj():
-            raise ValueError(
-                f"params[{index}] must hold its own values, got a conjugate view of shape "
-                f"{tuple(p.shape)}, which the step cannot write to: make it of tensor.resolve_conj()"
-            )
-        if id(p) in seen:
-            raise ValueError(
-                f"params[{index}] must be in one group, once, got a tensor of shape {tuple(p.shape)} a "
-                "second time: leave one of them out"
-            )
+        if wrong:
+            raise ValueError(f"params[{index}] must {wrong}")
         seen.add(id(p))
-
-
-def _check_names(group: dict[str, Any], known: set[str]) -> None:
-    """Raises on a group option that looks like a misspelling; other extra keys are the user's own."""
-    found = []
-    for key in group:
-        meant = None if key in known else nearest(str(key), known)
-        # "weight_decay_scale" and "no_weight_decay" are names of somebody's own, not slips.
-        if meant and f"{meant}_" not in key and f"_{meant}" not in key:
-            found.append(f"option {key!r} must be a known name, got an unknown one: did you mean {meant!r}?")
-    if found:
-        raise HyperparameterError(found)
 
 
 def find_problems(group: Mapping[str, Any], beta: Any, may_be_lean: bool) -> list[str]:

@@ -22,17 +22,21 @@ _noted: list[tuple[Callable[..., Any], bool]] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def uncompiled(function: F) -> F:
+def uncompiled(function: F, recursive: bool = True) -> F:
     """Marks a function or a method that runs as it is under torch.compile, with all that it calls.
 
     It must be looked up by its name at every call: another function will stand there.
     """
-    return _note(function, True)
+    if _NAME in sys.modules:
+        disabled: F = torch.compiler.disable(function, recursive)  # type: ignore[no-untyped-call]
+        return disabled
+    _noted.append((function, recursive))
+    return function
 
 
 def uncompiled_itself(function: F) -> F:
     """The same, but what it calls is compiled; this must be the only decorator."""
-    return _note(function, False)
+    return uncompiled(function, recursive=False)
 
 
 def without_compiler(method: F) -> F:
@@ -43,14 +47,6 @@ def without_compiler(method: F) -> F:
         below: F = method.__wrapped__  # type: ignore[attr-defined]
         return below
     return method
-
-
-def _note(function: F, recursive: bool) -> F:
-    if _NAME in sys.modules:
-        disabled: F = torch.compiler.disable(function, recursive)  # type: ignore[no-untyped-call]
-        return disabled
-    _noted.append((function, recursive))
-    return function
 
 
 def _disable_noted() -> None:

@@ -63,7 +63,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     _watch: Any = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]):
-        super().__init__(arguments.as_groups(params), defaults | new_books())
+        super().__init__(arguments.as_list(params, or_empty=False), defaults | new_books())
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """Returns a group's hyperparameters by canonical name, and the names its user knows."""
@@ -113,26 +113,25 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _opening_books(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the books of a group that joins now, after checking its options."""
-        values, names = self._values(group)
-        if found := self._problems(group, values, names):
+        values, _ = self._values(group)
+        if found := self._problems(group, values):
             raise checks.HyperparameterError(found)
         prior = prior_weight(values["prior_steps"], values["r"], values["lr"], values["weight_lr_power"])
         in_train_mode = self._books(self.param_groups[0])["train_mode"] if self.param_groups else True
         return new_books() | {"train_mode": in_train_mode, "prior_weight": prior, "weight_sum": prior}
 
-    def _problems(self, group: dict[str, Any], values: dict[str, Any], names: dict[str, str]) -> list[str]:
+    def _problems(self, group: dict[str, Any], values: dict[str, Any]) -> list[str]:
         """Returns everything that is wrong with a group's options."""
         may_be_lean = self._may_be_lean and all(one.lean for one in self.law.buffers)
-        found = checks.find_problems(self.law.options, values, names)
+        found = checks.find_problems(self.law.options, values, self.law.torch_names)
         return found + arguments.find_problems(self._books(group), values.get("beta"), may_be_lean)
 
     def _check_settings(self) -> None:
         """Raises if a scheduler or a user has since put nonsense into a group."""
         found = []
         for group in self.param_groups:
-            values, names = self._values(group)
             # Prior steps were weighed at the start; a scheduler may set lr to 0 now.
-            found += self._problems(group, values | {"prior_steps": 0}, names)
+            found += self._problems(group, self._values(group)[0] | {"prior_steps": 0})
         if found:
             raise checks.HyperparameterError(found)
 

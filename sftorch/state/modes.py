@@ -256,21 +256,16 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         self._books(group)["y_beta"] = beta
 
     def _x(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Returns the x of a parameter that holds y, in z's dtype."""
-        return self._recover_x(p, p, group)
-
-    def _recover_x(self, p: Tensor, y: Tensor, group: dict[str, Any]) -> Tensor:
-        """Returns the x that a y in the parameter's dtype leads to, in z's dtype."""
+        """Returns the x that a parameter's y leads to, in z's dtype; in eval mode y lies aside."""
         state = self.state[p]
-        return forms.x_from_y(forms.joined(y, state), state, self._y_beta(group))
+        return forms.x_from_y(forms.y_of(p, state), state, self._y_beta(group))
 
     def _x_and_y(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self._wanted(group) == "y":
             return self._x(p, group).to(p.dtype), p
         if "y" not in self.state[p]:  # an eval-mode checkpoint of schedulefree
             return super()._x_and_y(p, group)
-        y = self.state[p]["y"]
-        return p if self._holds_x(p, group) else self._recover_x(p, y, group).to(p.dtype), y
+        return p if self._holds_x(p, group) else self._x(p, group).to(p.dtype), self.state[p]["y"]
 
     def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
         changed = []
@@ -293,8 +288,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _holds_x(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Tells whether a parameter still holds x, to the rounding that another device may do differently."""
         state = self.state[p]
-        x = self._recover_x(p, state["y"], group)
-        y = forms.y_of(p, state)
+        x, y = self._x(p, group), forms.y_of(p, state)
         p, x, y, z = (iterates.as_real(tensor) for tensor in (p, x, y, forms.z_of(y, state)))
         reach = (y - z).abs() / (self._y_beta(group) or 1.0)
         slack = 8 * torch.finfo(z.dtype).eps * (y.abs() + reach)
