@@ -214,21 +214,15 @@ def find_triton() -> ModuleType | str:
         return f"triton must be importable, got {error}: install the version that your torch names"
 
 
-def launch(
-    kind: Kind,
-    tables: Tables,
-    numbers: Sequence[float],
-    y_type: Element = Element.AS_Z,
-    g_type: Element = Element.AS_Z,
-) -> None:
+def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers: Sequence[float]) -> None:
     """Runs a step over lists of tensors in one launch, on the current stream of their device.
 
     Args:
         kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
-        tables: as for a `Job`, with z, v and m in float32; checked no more than there.
-        numbers: those of NUMBERS, as for a `Job`.
         y_type: AS_Z or BFLOAT16_REST.
         g_type: AS_Z or BFLOAT16.
+        tables: as for a `Job`, with z, v and m in float32; checked no more than there.
+        numbers: those of NUMBERS, as for a `Job`.
 
     Raises:
         RuntimeError: if there is no kernel.

@@ -153,11 +153,11 @@ def has_rest(p: Tensor, state: Mapping[str, Any], rest: str) -> bool:
 
 def fit_rest(p: Tensor, state: dict[str, Any], rest: str) -> None:
     """Makes sure that a parameter has the rest that its dtype needs, which may have changed."""
-    wanted = rest_dtype(p.dtype)
-    if rest in state and state[rest].dtype != wanted:
-        del state[rest]
-    if wanted is not None and rest not in state:
-        state[rest] = new_rest(p)
+    if not has_rest(p, state, rest):
+        state.pop(rest, None)
+        new = new_rest(p)
+        if new is not None:
+            state[rest] = new
 
 
 def put_(p: Tensor, state: dict[str, Any], value: Tensor, rest: str = Y_REST) -> None:
@@ -176,16 +176,6 @@ def move_y_(p: Tensor, state: dict[str, Any], x: Tensor, beta: float) -> None:
     put_(p, state, y)
     if "gap" in state:
         state["gap"].copy_(z - joined(p, state))
-
-
-def loaded_dtype(name: str, state: Mapping[str, Any], p: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which a tensor of a loaded state is kept, None to leave it out."""
-    value: Tensor = state[name]
-    if name in RESTS:
-        # One of another dtype belongs to weights of another dtype, which these are not.
-        return value.dtype if value.dtype == rest_dtype(p.dtype) else None
-    # y is the parameter itself, put aside in eval mode; all else is at least float32, but in the lean form.
-    return value.dtype if name == "y" or "gap" in state else torch.promote_types(value.dtype, torch.float32)
 
 
 def first_iterate(p: Tensor, lean: bool) -> dict[str, Tensor]:

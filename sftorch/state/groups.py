@@ -195,11 +195,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_built_lrs": self._built_lrs}
+            group.update(self.defaults | group)
 
     def _wanted(self, group: dict[str, Any]) -> str:
         """Returns what a group's parameters hold in its mode, "x" or "y"."""
@@ -207,7 +203,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _is_lean(self, group: dict[str, Any]) -> bool:
         """Tells whether a group's state is kept in the lean form of `forms`."""
-        return False
+        return self._may_be_lean and group["precision"] == "lean"
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -168,10 +168,8 @@ def _keep(state: dict[str, Any], dtype: torch.dtype, rest: str, value: Tensor) -
 
 
 def _neither(optimizer: ScheduleFreeOptimizer, strange: list[Tensor], total: int) -> str:
-    places = {
-        p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
-    }
-    group, place = places[strange[0]]
+    params = ((g, i, p) for g, of in enumerate(optimizer.param_groups) for i, p in enumerate(of["params"]))
+    group, place = next((g, i) for g, i, p in params if p is strange[0])
     return (
         "weights must be the x or the y of the loaded optimizer state, got others in "
         f"{len(strange)} of {total} parameters, the first at index {place} of group {group} with shape "
@@ -375,11 +373,13 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             for name, value in saved.items():
                 if not isinstance(value, Tensor):
                     continue
-                dtype = forms.loaded_dtype(name, saved, p)
-                if dtype is None:
-                    del self.state[p][name]
-                else:
-                    self.state[p][name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+                # y is the parameter itself, put aside in eval mode; all else is at least float32, but in the
+                # lean form.
+                stays = name in _ASIDE or "gap" in saved
+                dtype = value.dtype if stays else torch.promote_types(value.dtype, torch.float32)
+                self.state[p][name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+                if name in forms.RESTS and dtype != forms.rest_dtype(p.dtype):
+                    del self.state[p][name]  # it belongs to weights of another dtype, which these are not
         for group in self.param_groups:
             for p in self._started(group):
                 if "step" not in self.state[p]:
@@ -398,4 +398,4 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             self._ahead.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_loaded": self._loaded}
+        return super().__getstate__() | {"_built_lrs": self._built_lrs, "_loaded": self._loaded}

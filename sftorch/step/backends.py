@@ -94,15 +94,13 @@ class Backend(NamedTuple):
         name: as messages have it.
         takes: move -> None, or why not; it looks at options, devices and dtypes.
         run: (move, numbers) -> None; runs S6 to S9* of it, in place.
-        device: of the parameters it runs on; "" is any.
-        is_kernel: whether this is what fused=True asks for.
+        device: of the parameters that a kernel runs on, which is what fused=True asks for; "" for the others.
     """
 
     name: str
     takes: Callable[[Move], str | None]
     run: Callable[[Move, Numbers], None]
     device: str = ""
-    is_kernel: bool = False
 
 
 def run_compiled(move: Move, scalars: Tensor) -> None:
@@ -123,8 +121,8 @@ def assign(move: Move) -> list[tuple[Backend, Move]]:
         why = backend.takes(move)
         if why is None:
             break
-        whys[backend.device if backend.is_kernel else ""] = why
-    if backend.is_kernel:
+        whys[backend.device] = why
+    if backend.device:
         return _shared(move, backend)
     if move.fused:
         device = move.ys[0].device
@@ -198,23 +196,20 @@ def _kernel(
             build.give_notice(kernel)
         return kernel if isinstance(kernel, str) else None
 
-    return Backend(name, takes, run, device, is_kernel=True)
+    return Backend(name, takes, run, device)
 
 
-def _kind(move: Move) -> Kind:
-    return Kind.ADAMW_MOMENTUM if "exp_avg" in move.buffers else Kind[move.direction.kernel]
-
-
-def _types(move: Move) -> tuple[Element, Element]:
-    """Returns the element types of y and of the gradients."""
+def _described(move: Move) -> tuple[Kind, Element, Element]:
+    """Returns what a kernel is to do, and the element types of y and of the gradients."""
+    kind = Kind.ADAMW_MOMENTUM if "exp_avg" in move.buffers else Kind[move.direction.kernel]
     of_y, of_g = (call.NARROW.get(ts[0].dtype, Element.AS_Z) for ts in (move.ys, move.grads))
-    return Element.BFLOAT16_REST if move.rests else of_y, of_g
+    return kind, Element.BFLOAT16_REST if move.rests else of_y, of_g
 
 
 def _run_native(move: Move, numbers: Numbers) -> None:
     job, tables = move.kept.get("job"), {"g": move.grads}
     if job is None:
-        job, tables = call.Job(_kind(move), *_types(move)), _tables(move)
+        job, tables = call.Job(*_described(move)), _tables(move)
         move.kept["job"] = job
     elif move.xs:
         tables["x"] = move.xs
@@ -224,8 +219,7 @@ def _run_native(move: Move, numbers: Numbers) -> None:
 
 
 def _run_triton(move: Move, numbers: Numbers) -> None:
-    signed = (-1.0 if move.maximize else 1.0, *numbers)
-    call.launch(_kind(move), _tables(move), signed, *_types(move))
+    call.launch(*_described(move), _tables(move), (-1.0 if move.maximize else 1.0, *numbers))
     torch.autograd.graph.increment_version(move.ys)
 
 

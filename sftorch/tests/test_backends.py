@@ -27,7 +27,7 @@ PATHS = [{}, {"fused": False}, {"foreach": False}]
 
 def test_the_list_is_in_order_and_the_last_takes_all():
     assert [one.name for one in backends.BACKENDS] == ["native", "triton", "lean", "foreach", "single"]
-    assert [one.name for one in backends.BACKENDS if one.is_kernel] == ["native", "triton"]
+    assert [one.name for one in backends.BACKENDS if one.device] == ["native", "triton"]
 
 
 def sign_single(grad, buffers):

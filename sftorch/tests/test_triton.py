@@ -207,9 +207,9 @@ def test_offsets_are_64_bits_wide(aligned):
 def test_what_is_no_step_is_refused():
     one = {"y": [torch.ones(1)]}
     with pytest.raises(ValueError, match=r"kind and y_type must be those of a step, got .*RECOVER"):
-        call.launch(Kind.RECOVER, one, ())
+        call.launch(Kind.RECOVER, Element.AS_Z, Element.AS_Z, one, ())
     with pytest.raises(ValueError, match=r"got .*BFLOAT16"):
-        call.launch(Kind.SGD, one, (), Element.BFLOAT16)
+        call.launch(Kind.SGD, Element.BFLOAT16, Element.AS_Z, one, ())
 
 
 COMPILE = """
