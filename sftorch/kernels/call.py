@@ -82,12 +82,13 @@ def why_left(row: dict[str, Tensor]) -> str | None:
         return "16-bit parameters must be in a class without 'Closure' in its name: there x comes whole"
     if type(y) not in PLAIN:
         return f"parameters must be plain tensors, got {type(y).__name__}"
-    others = {name: [tensor] for name, tensor in row.items()}
-    if not _same_kinds(others | {"g": [torch.empty_like(y, dtype=z.dtype)]}):
-        kinds = ", ".join(f"{name} {_kind_of(t)}" for name, t in row.items() if name != "g")
+    held = {name: tensor for name, tensor in row.items() if name != "g"}
+    alone = {name: [tensor] for name, tensor in held.items()}
+    if not _same_kinds(alone | {"g": [torch.empty_like(y, dtype=z.dtype)]}):
+        kinds = ", ".join(f"{name} {_kind_of(tensor)}" for name, tensor in held.items())
         return f"state must be of its parameter's kind, and in float32 at least, got {kinds}"
-    if not _same_dense_layout(*(tensor for name, tensor in row.items() if name != "g")):
-        strides = ", ".join(f"{name} {t.stride()}" for name, t in row.items() if name != "g")
+    if not _same_dense_layout(*held.values()):
+        strides = ", ".join(f"{name} {tensor.stride()}" for name, tensor in held.items())
         return f"parameters and state must fill their memory in one order, got the strides {strides}"
     return None
 

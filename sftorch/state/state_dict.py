@@ -35,8 +35,8 @@ class Loaded:
     Attributes:
         saved: parameter -> "x" or "y", what the weights saved beside the state hold.
         prints: parameter -> (print of x, print of y), where the state has them.
-        aside: parameter -> as far as the state was loaded with them: the y of eval mode, and the rests of a
-            16-bit parameter's y and x.
+        aside: parameter -> what its state was loaded with: the y of eval mode, and the rests of a 16-bit
+            parameter's y and x.
         settled: parameter -> (print, "x" or "y"), what was last found or put there; empty before that.
     """
 

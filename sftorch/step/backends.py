@@ -296,10 +296,6 @@ def keys(seed: int, ordinals: Iterable[int], step: int, buffers: int) -> Tensor:
     return torch.tensor(words, dtype=torch.int64, device="cpu").view(-1, 1 + buffers, 2)
 
 
-def _takes_lean(move: Move) -> str | None:
-    return "precision must be 'lean', got 'exact'" if move.keys is None else None
-
-
 # The lean form. With w = gap + beta delta, the new gap is (1 - k1) w and y moves by k1 w + (1 - beta) delta
 # (S7 and S9* in other letters). The gap survives bfloat16, which z does not: it is small where z is large.
 def _run_lean(move: Move, numbers: Numbers) -> None:
@@ -374,7 +370,9 @@ _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
 NATIVE = _kernel("native", "cpu", _CPU_DTYPES, lambda: build.find(), _run_native)
 TRITON = _kernel("triton", "cuda", _CUDA_DTYPES, lambda: call.find_triton(), _run_triton)
-LEAN = Backend("lean", _takes_lean, _run_lean)
+LEAN = Backend(
+    "lean", lambda move: "precision must be 'lean', got 'exact'" if move.keys is None else None, _run_lean
+)
 FOREACH = Backend("foreach", _takes_foreach, _run_foreach)
 SINGLE = Backend("single", lambda move: None, _run_single)
 BACKENDS = [NATIVE, TRITON, LEAN, FOREACH, SINGLE]
