@@ -1,4 +1,4 @@
-"""Who runs a move: an ordered list, of which the first that takes it does.
+"""A move, one batch of parameters and where it is to go, and who runs it: the first of a list that takes it.
 
 Each backend says why it does not take a move, and so why fused=True cannot be had. On a CUDA device the
 kernel needs fused=True: its bits are right in Triton's interpreter, but no GPU has run it yet, and None must
