@@ -1,4 +1,4 @@
-"""The run whose power is cut: it saves in every way, replaces steps, turns back, and says what was promised."""
+"""The run whose power is cut: saves of every kind, steps replaced, steps back, and what was acknowledged."""
 
 from __future__ import annotations
 
