@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfjax import _layout
-from sfjax._iterates import wide_dtype
-from sfjax._types import Schedule, Tree
+from sfjax.law.iterates import wide_dtype
+from sfjax.state import layout
+from sfjax.state.arguments import Schedule, Tree
 
 
 class Step(Protocol):
@@ -87,9 +87,9 @@ def accumulate(
     def init_fn(params: Any) -> optax.MultiStepsState:
         counters = {name: jnp.zeros((), jnp.int32) for name in ("mini_step", "gradient_step")}
         return optax.MultiStepsState(
-            **_layout.on_every_device(counters, params),
+            **layout.on_every_device(counters, params),
             inner_opt_state=inner.init(params),
-            acc_grads=jax.tree.map(lambda p: _layout.zeros_alike(p, wide_dtype(p)), params),
+            acc_grads=jax.tree.map(lambda p: layout.zeros_alike(p, wide_dtype(p)), params),
         )
 
     def go(gradients: Any, state: Any, start: Any, move: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:

@@ -13,8 +13,10 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from sfjax import _iterates, _scalars
-from sfjax.schedule_free import ScheduleFreeState
+from sfcore.averaging import effective_lr
+from sfjax.law.iterates import recover_x, recover_z
+from sfjax.state import forms
+from sfjax.state.forms import ScheduleFreeState
 
 
 def find_states(opt_state: Any) -> list[ScheduleFreeState]:
@@ -88,10 +90,9 @@ def schedule_free_eval_params(state: Any, params: Any, dtype: DTypeLike | None =
         [1.0, 1.0, 1.0]
     """
 
-    def recover(y: Any, stored: Any, beta: Any, rest: Any) -> Any:
-        return _iterates.recover_x(y, stored, beta, rest).astype(y.dtype if dtype is None else dtype)
-
-    return _overlay(_require(state), params, recover)
+    return _overlay(
+        _require(state), params, recover_x, lambda x, p: x.astype(p.dtype if dtype is None else dtype)
+    )
 
 
 def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
@@ -108,7 +109,7 @@ def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
         >>> params = jnp.ones(3)
         >>> x, y, z = sfjax.iterates(sfjax.schedule_free_sgd(0.1).init(params), params)
     """
-    z = _overlay(_require(state), params, _iterates.recover_z)
+    z = _overlay(_require(state), params, recover_z)
     return schedule_free_eval_params(state, params), params, z
 
 
@@ -138,7 +139,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         "c": state.c,
         "weight_sum": state.weight_sum,
         "step": state.step,
-        "effective_lr": _scalars.effective_lr(state.lr, state.c, state.b1),
+        "effective_lr": effective_lr(state.lr, state.c, state.b1),
     }
 
 
@@ -186,8 +187,16 @@ def _kinds(opt_state: Any) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[..., Any]) -> Any:
-    """Returns params with the leaves that states hold recovered; a state has MaskedNode for the others."""
+def _overlay(
+    states: list[ScheduleFreeState],
+    params: Any,
+    recover: Callable[[Any, Any, Any], Any],
+    cast: Callable[[Any, Any], Any] = lambda found, p: found,
+) -> Any:
+    """Returns params with what (y, the buffer beside it, beta) give for the leaves that states hold.
+
+    A state has MaskedNode for the others; `cast` takes what was found, and the parameter.
+    """
     new = _pure(params)
     for state in states:
         if state.b1.ndim:
@@ -208,7 +217,8 @@ def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[...
             ) from error
         columns = zip(below, stored, rests, strict=True)
         new = tree.unflatten(
-            y if _is_masked(s) else recover(_same_shape(y, s), s, state.b1, rest) for y, s, rest in columns
+            p if _is_masked(s) else cast(recover(*forms.opened(_same_shape(p, s), s, rest), state.b1), p)
+            for p, s, rest in columns
         )
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(new))
 
