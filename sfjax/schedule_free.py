@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import optax
 from jax.typing import DTypeLike
 
 from sfcore import hyperparameters
 from sfcore.laws import LAWS
+from sfjax.law.iterates import wide_dtype
 from sfjax.state import arguments
 from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
 from sfjax.state.forms import ScheduleFreeState as ScheduleFreeState
-from sfjax.step.plan import Base, build
+from sfjax.step.plan import build
 
 
 def schedule_free(
@@ -78,4 +80,7 @@ def schedule_free(
     def delta(grads: Any, state: Any, ys: Any, zs: Any, k: Any, extra_args: Any) -> tuple[Any, Any]:
         return inner.update(grads, state, ys, **extra_args)
 
-    return build(Base(inner.init, delta), LAWS["wrapper"], values, state_dtype)
+    def init(params: Any) -> Any:
+        return inner.init(jax.tree.map(lambda p: p.astype(wide_dtype(p)), params))
+
+    return build(init, delta, LAWS["wrapper"], values, state_dtype)

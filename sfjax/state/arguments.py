@@ -122,8 +122,8 @@ def check_params(params: Any) -> None:
 
 
 def decay_mask(mask: Any, params: Any) -> Any:
-    """Returns a tree of bools of params' tree, from a tree or prefix of it, a function of params, or None."""
-    mask = True if mask is None else mask(params) if callable(mask) else mask
+    """Returns a tree of bools of params' tree, from a tree or prefix of it, or a function of params."""
+    mask = mask(params) if callable(mask) else mask
     try:
         return jax.tree.map(lambda flag, below: jax.tree.map(lambda _: bool(flag), below), mask, params)
     except ValueError as error:

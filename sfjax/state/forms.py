@@ -1,4 +1,4 @@
-"""The state, and what a parameter and it hold together: y and z in full, whatever they are stored as.
+"""The state: its fields, where it lies, and what a parameter and it hold together, however it is stored.
 
 optax.apply_updates adds an update of the parameter's dtype, so a parameter of 16 bits cannot follow y in
 small steps. The rest, in float32, keeps what it misses: y = parameter + rest, exact to a bit or so of
@@ -7,14 +7,16 @@ float32. The lean form keeps the gap z - y in bfloat16 in place of z, and the re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sfjax.law.iterates import as_held
-from sfjax.state.layout import zeros_alike
 
 NARROW, REST = jnp.bfloat16, jnp.int16  # of the lean form
 _BELONG = "pass the params that tx.init got, their gradients and their state"
@@ -57,6 +59,52 @@ class ScheduleFreeState(NamedTuple):
     y_rest: Any = None
 
 
+def zeros_alike(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """Returns zeros of leaf's shape, laid out over devices as leaf is, also inside jit."""
+    zeros = jnp.zeros_like(leaf, dtype=dtype)
+    if not isinstance(leaf, jax.core.Tracer):
+        return zeros
+    # A choice between both, so that one layout has to serve both. The compiler may see which it is only
+    # after it has laid them out, and then drops the choice.
+    true = jax.lax.optimization_barrier(jnp.asarray(True))
+    return jax.lax.select(true, zeros, leaf.astype(dtype))
+
+
+def on_every_device(tree: Any, params: Any) -> Any:
+    """Returns a tree of scalars on the mesh of params, if these are concrete and have one.
+
+    Scalars on one device would move to the mesh in the first jitted update, and compile it twice.
+    """
+    sharding = _everywhere(params)
+    concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((tree, params)))
+    return jax.device_put(tree, sharding) if sharding and concrete else tree
+
+
+def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
+    """Returns init(params) for params of `jax.ShapeDtypeStruct`, with their shardings."""
+    everywhere = _everywhere(params)
+
+    def scalar(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    def buffer(leaf: Any, p: Any) -> jax.ShapeDtypeStruct:
+        if leaf.shape != p.shape:
+            return scalar(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(p, "sharding", None))
+
+    state = jax.eval_shape(init, params)
+    return optax.tree.map_params(init, buffer, state, params, transform_non_params=scalar)
+
+
+def _everywhere(params: Any) -> NamedSharding | None:
+    """Returns the sharding of a scalar that every device of params' mesh has, or None without a mesh."""
+    for leaf in jax.tree.leaves(params):
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    return None
+
+
 def is_low(p: Any) -> bool:
     """Tells whether a parameter leaf is too narrow for y, and so has a rest."""
     return jnp.issubdtype(p.dtype, jnp.floating) and np.dtype(p.dtype).itemsize < 4
@@ -65,11 +113,6 @@ def is_low(p: Any) -> bool:
 def is_lean(rest: Any) -> bool:
     """Tells whether a leaf is kept in the lean form; an exact rest is float32."""
     return rest is not None and rest.dtype == REST
-
-
-def widened(params: Any) -> Any:
-    """Returns the tree with low leaves in float32; the others are as they are."""
-    return jax.tree.map(lambda p: p.astype(jnp.float32) if is_low(p) else p, params)
 
 
 def new_rests(params: Any, dtype: Any) -> Any:

@@ -71,24 +71,3 @@ def _mix(word: jax.Array) -> jax.Array:
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
     return word ^ (word >> 16)
-
-
-def narrowed(moments: Any, params: Any, seed: Any, step: jax.Array) -> Any:
-    """Returns a NamedTuple of float32 moments in bfloat16 where a parameter is low."""
-    low = [forms.is_low(p) for p in jax.tree.leaves(params)]
-
-    def narrow(tree: Any, buffer: int) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        columns = enumerate(zip(leaves, low, strict=True))
-        return structure.unflatten(
-            rounded(leaf, Draw(seed, i, step), buffer) if is_low else leaf for i, (leaf, is_low) in columns
-        )
-
-    return type(moments)(
-        *(None if one is None else narrow(one, MOMENTS + i) for i, one in enumerate(moments))
-    )
-
-
-def widened(moments: Any) -> Any:
-    """Returns moments in at least float32."""
-    return jax.tree.map(lambda m: m.astype(jnp.float32) if m.dtype == forms.NARROW else m, moments)

@@ -15,7 +15,7 @@ from sfcore.laws import JAX_NAMES, Law
 from sfjax.law import iterates
 from sfjax.law.iterates import wide_dtype
 from sfjax.law.scalars import Clock, Next, as_scalar, first_clock, next_step
-from sfjax.state import arguments, forms, layout
+from sfjax.state import arguments, forms
 from sfjax.state.arguments import is_zero
 from sfjax.state.forms import ScheduleFreeState
 from sfjax.step import lean
@@ -25,20 +25,6 @@ STATES: set[type] = {optax.EmptyState}
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 Values = Mapping[str, Any]  # options by canonical name: Python numbers, scalars, and for lr also a schedule
 _NONE_IS_0 = ("weight_decay", "warmup_steps")
-
-
-class Base(NamedTuple):
-    """What moves z.
-
-    Attributes:
-        init: params -> base state.
-        delta: (grads, base state, y, z, scalars of the step, extra_args) -> (tree of S6's delta, base
-            state). Gradients come in wide dtype, and parameters of 16 bits come to both functions as their
-            full y, in float32; z is a function that returns its tree.
-    """
-
-    init: Callable[[Any], Any]
-    delta: Callable[..., tuple[Any, Any]]
 
 
 class Direction(NamedTuple):
@@ -91,13 +77,20 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     is_lean = arguments.read_precision(given, values["beta"], law)
     decays = zip("yz", averaging.DECAYS[law.decay_at](values["weight_decay"]), strict=True)
     pulls = [(at, wd) for at, wd in decays if not is_zero(wd)]
-    buffers = _buffers(direction, law, options)
+    fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
+    # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
+    kept = {one.jax for one in law.buffers if not (one.when and is_zero(options[one.when]))}
+    if not kept <= set(fields):
+        raise TypeError(
+            f"{direction.state.__name__} must have the buffers of the law {law.name!r}, got the fields "
+            f"{fields}: name them {sorted(kept)}"
+        )
+
+    def zeros(p: Any) -> Any:
+        return forms.zeros_alike(p, forms.NARROW if is_lean and forms.is_low(p) else wide_dtype(p))
 
     def init(params: Any) -> Any:
-        def zeros() -> Any:
-            return jax.tree.map(lambda p: layout.zeros_alike(p, wide_dtype(p)), params)
-
-        return direction.state(*(zeros() if kept else None for kept in buffers))
+        return direction.state(*(jax.tree.map(zeros, params) if name in kept else None for name in fields))
 
     def delta(
         grads: Any, state: Any, ys: Any, zs: Callable[[], Any], k: Next, extra_args: Any
@@ -107,30 +100,23 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
         columns = {name: jax.tree.leaves(one) for name, one in state._asdict().items() if one is not None}
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
         points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulls]
-        deltas, after = [], []
+        deltas = []
+        after: dict[str, list[Any]] = {name: [] for name in columns}
         for i, g in enumerate(leaves):
-            d, own = _along(direction, g, {name: column[i] for name, column in columns.items()}, numbers)
+            wide = {name: column[i].astype(g.dtype) for name, column in columns.items()}
+            d, moved = _along(direction, g, wide, numbers)
             for wd, point in points if masked[i] else ():
                 d = d + jnp.asarray(wd, d.dtype) * point[i].astype(d.dtype)
             deltas.append(-k.lr_t.astype(d.dtype) * d)  # S6
-            after.append(own)
-        moved = {name: tree.unflatten(own[name] for own in after) for name in columns}
-        return tree.unflatten(deltas), state._replace(**moved)
+            for name, column in columns.items():
+                if column[i].dtype == forms.NARROW:
+                    draw = lean.Draw(given["seed"], i, k.clock.step)
+                    moved[name] = lean.rounded(moved[name], draw, lean.MOMENTS + fields.index(name))
+                after[name].append(moved[name])
+        trees = {name: tree.unflatten(moments) for name, moments in after.items()}
+        return tree.unflatten(deltas), state._replace(**trees)
 
-    return build(Base(init, delta), law, values, given["state_dtype"], is_lean, given["seed"])
-
-
-def _buffers(direction: Direction, law: Law, given: Mapping[str, Any]) -> list[bool]:
-    """Returns which buffers of a direction's state are kept."""
-    # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
-    kept = {one.jax for one in law.buffers if not (one.when and is_zero(given[one.when]))}
-    fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
-    if not kept <= set(fields):
-        raise TypeError(
-            f"{direction.state.__name__} must have the buffers of the law {law.name!r}, got the fields "
-            f"{fields}: name them {sorted(kept)}"
-        )
-    return [name in kept for name in fields]
+    return build(init, delta, law, values, given["state_dtype"], is_lean, given["seed"])
 
 
 def _along(direction: Direction, g: jax.Array, buffers: dict[str, jax.Array], numbers: Any) -> Any:
@@ -142,12 +128,21 @@ def _along(direction: Direction, g: jax.Array, buffers: dict[str, jax.Array], nu
 
 
 def build(
-    base: Base, law: Law, values: Values, state_dtype: Any, is_lean: bool = False, seed: Any = 0
+    init: Callable[[Any], Any],
+    delta: Callable[..., tuple[Any, Any]],
+    law: Law,
+    values: Values,
+    state_dtype: Any,
+    is_lean: bool = False,
+    seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation; in the lean form the base's state is a NamedTuple of trees like params.
+    """Returns the transformation.
 
     Args:
-        base: what moves z.
+        init: params -> the state of what moves z.
+        delta: (grads, that state, y, z, scalars of the step, extra_args) -> (tree of S6's delta, state).
+            Gradients come in wide dtype, and for parameters of 16 bits y is all of it, in float32; z is a
+            function that returns its tree.
         law: whose rules the scalars follow.
         values: as `arguments.read` returns them.
         state_dtype, seed: as in the factories.
@@ -159,7 +154,7 @@ def build(
 
     def first(p: Any) -> Any:
         if is_lean and forms.is_low(p):
-            return layout.zeros_alike(p, forms.NARROW)
+            return forms.zeros_alike(p, forms.NARROW)
         dtype = wide_dtype(p) if state_dtype is None else state_dtype
         if state_dtype is not None and jnp.iscomplexobj(p):
             dtype = np.promote_types(state_dtype, np.complex64)
@@ -170,17 +165,14 @@ def build(
         arguments.check_params(params)
         y_rest = forms.new_rests(params, rest_dtype)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-            wide = layout.abstract_init(lambda p: init_fn(p)._replace(y_rest=None), params)
+            wide = forms.abstract_init(lambda p: init_fn(p)._replace(y_rest=None), params)
             return wide._replace(y_rest=y_rest)
-        base_state = base.init(forms.widened(params))
         # optax.tree.map_params calls this with a placeholder, to match it with a state that was made before.
         kept_rests = kept_rests or y_rest is not None
         scalars = {"lr": as_scalar(0.0), "c": as_scalar(0.0), **first_clock(values)._asdict()}
-        if is_lean:
-            base_state = lean.narrowed(base_state, params, seed, jnp.zeros((), jnp.int32))
         return ScheduleFreeState(
-            **layout.on_every_device(scalars, params),
-            base_optimizer_state=base_state,
+            **forms.on_every_device(scalars, params),
+            base_optimizer_state=init(params),
             z=jax.tree.map(first, params),
             y_rest=params if kept_rests and not jax.tree.leaves(params) else y_rest,
         )
@@ -199,13 +191,8 @@ def build(
             return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
 
         grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
-        base_state = state.base_optimizer_state
-        if is_lean:
-            base_state = lean.widened(base_state)
-        delta, base_state = base.delta(grads, base_state, ys, zs, k, extra_args)
-        if is_lean:
-            base_state = lean.narrowed(base_state, params, seed, k.clock.step)
-        columns = zip(held, whole, stored, jax.tree.leaves(delta), rests, strict=True)
+        deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, k, extra_args)
+        columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, strict=True)
         moved = [
             lean.advance(p, y, buffer, d, k, lean.Draw(seed, i, k.clock.step))
             if is_lean and rest is not None
