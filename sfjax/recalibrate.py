@@ -75,8 +75,8 @@ def _average(statistics: Iterable[Any]) -> tuple[int, Any]:
     """Returns how many trees there are, and their plain average; raises ValueError for none."""
     used, found = 0, None
     for used, new in enumerate(statistics, 1):
-        mean = new if found is None else found
-        found = jax.tree.map(lambda m, value, n=used: m + (value - m) / n, mean, new)
+        old = jax.tree.map(jnp.zeros_like, new) if found is None else found
+        found = jax.tree.map(lambda mean, value, n=used: mean + (value - mean) / n, old, new)
     if not used:
         raise ValueError("batches must hold at least one batch, got none: pass some training batches")
     return used, found
