@@ -109,7 +109,7 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
                 d = d + jnp.asarray(wd, d.dtype) * point[i].astype(d.dtype)
             deltas.append(-k.lr_t.astype(d.dtype) * d)  # S6
             for name, column in columns.items():
-                if column[i].dtype == forms.NARROW:
+                if column[i].dtype == forms.NARROW:  # the lean form
                     draw = lean.Draw(given["seed"], i, k.clock.step)
                     moved[name] = lean.rounded(moved[name], draw, lean.MOMENTS + fields.index(name))
                 after[name].append(moved[name])
