@@ -263,7 +263,7 @@ def choose(folder: Path, resume: Any, layout: Layout = PLAIN) -> Chosen:
     if resume in ("auto", "latest-good") and not found:
         return Chosen(None)
     if resume == "latest-good":
-        return _latest_good(folder, layout)
+        return latest_good(folder, layout)
     if resume == "auto":
         return Chosen(found[max(found)])
     if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
@@ -278,18 +278,12 @@ def choose(folder: Path, resume: Any, layout: Layout = PLAIN) -> Chosen:
     return Chosen(one_of(Path(resume), layout, PLAIN))
 
 
-def latest_good(folder: Path) -> tuple[Path, list[Skipped]]:
+def latest_good(folder: Path, layout: Layout = PLAIN) -> Chosen:
     """Returns the newest checkpoint that verifies in full, and the newer ones that do not.
 
     Raises:
         CheckpointError: if none verifies, with the reason for each.
     """
-    path, skipped, _ = _latest_good(folder, PLAIN)
-    assert path is not None
-    return path, list(skipped)
-
-
-def _latest_good(folder: Path, layout: Layout) -> Chosen:
     skipped: list[Skipped] = []
     for _, path in reversed(layout.checkpoints(folder)):
         try:

@@ -17,8 +17,6 @@ from sfcore import files, store
 from sfcore.exchange import CheckpointError
 from sfcore.meta import as_metrics, as_step
 from sfcore.saving import Saving
-from sfjax._find import _pure
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._arrays import OBJECTS
 from sfjax.checkpoint._exchange import import_exchange
@@ -27,6 +25,8 @@ from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import Job, Snapshot, evaluated, on_host
 from sfjax.checkpoint._steps import Steps
 from sfjax.checkpoint._weights import start_from_weights
+from sfjax.state.arguments import Configurations, MicroBatches
+from sfjax.state.find import _pure
 
 _log = logging.getLogger("sfjax.checkpoint")
 

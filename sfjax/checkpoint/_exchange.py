@@ -23,14 +23,14 @@ from sfcore.iterates import beta_of, widened
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
 from sfcore.names.translate import renamed, translate
-from sfjax._find import _pure
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._arrays import array_like, is_weak, place, stored_form
 from sfjax.checkpoint._leaves import ONE_VECTOR, beside, host_arrays, in_full, named, parameters, whole
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import evaluated, recorded_roles
+from sfjax.state.arguments import Configurations, MicroBatches
+from sfjax.state.find import _pure
 
 
 def export_exchange(

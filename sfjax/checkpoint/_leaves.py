@@ -23,10 +23,10 @@ import optax
 
 from sfcore import laws
 from sfcore.exchange import CheckpointError
-from sfjax import _halves
-from sfjax._directed import STATES
-from sfjax._find import _pure
 from sfjax.schedule_free import ScheduleFreeState
+from sfjax.state import forms
+from sfjax.state.find import _pure
+from sfjax.step.plan import STATES
 
 CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
 BARE = "value"  # the name of parameters that are one array, not a tree
@@ -124,7 +124,7 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
     for index, group in enumerate(groups(params, opt_state)):
         found += [(f"{group.name}/{field}", f"clock/{index}/{field}") for field in CLOCK]
         rests = parameters(group.state.y_rest)
-        lean = [name for name, rest in rests.items() if _halves.is_lean(rest)]
+        lean = [name for name, rest in rests.items() if forms.is_lean(rest)]
         per_parameter(f"{group.name}/z", group.state.z, "stored", lean)
         per_parameter(f"{group.name}/y_rest", group.state.y_rest, "rest")
         base, prefix = group.state.base_optimizer_state, f"{group.name}/base_optimizer_state"
@@ -162,7 +162,7 @@ def held(base: Any) -> dict[str, str]:
 
 def in_full(leaves: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Returns y of a parameter from role -> array, with its rest if it has 16 bits and one."""
-    return np.asarray(_halves.whole(leaves[f"y/{name}"], leaves.get(f"rest/{name}")))
+    return np.asarray(forms.whole(leaves[f"y/{name}"], leaves.get(f"rest/{name}")))
 
 
 def injected(opt_state: Any) -> set[str]:

@@ -14,8 +14,8 @@ from sfcore import laws
 from sfcore.checks import HyperparameterError, hint
 from sfcore.laws import LAWS
 from sfcore.meta import Meta, as_accumulation, precision_of
-from sfjax._directed import STATES
 from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, nodes, parameters
+from sfjax.step.plan import STATES
 
 _PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 

@@ -21,8 +21,6 @@ from sfcore.exchange import CheckpointError
 from sfcore.iterates import beta_of
 from sfcore.meta import Meta
 from sfcore.store import Skipped
-from sfjax import _halves, _lean
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _changes, _orbax, _record
 from sfjax.checkpoint._arrays import OBJECTS, array_like, is_object, is_weak, place, set_objects, stored_form
 from sfjax.checkpoint._leaves import (
@@ -39,6 +37,8 @@ from sfjax.checkpoint._leaves import (
 )
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured, clock_from
+from sfjax.state import forms
+from sfjax.state.arguments import Configurations, MicroBatches
 
 _log = logging.getLogger("sfjax.checkpoint")
 _ACCUMULATION = ("grad", "accumulation")
@@ -417,7 +417,7 @@ def _leftovers(saved: Saved, used: set[str], result: Fit) -> None:
 
 def _in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[Saved, list[str]]:
     """Returns a checkpoint in the precision of its target, and a sentence if that is another."""
-    narrow, buffers = np.dtype(_lean.NARROW), laws.roles()
+    narrow, buffers = np.dtype(forms.NARROW), laws.roles()
     arrays, found = dict(saved.arrays), dict(saved.roles)
     by_role, leaves = saved.names, saved.leaves
     changed = False
@@ -427,7 +427,7 @@ def _in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[
         if kind in buffers and source and {arrays[source].dtype, leaf.dtype} == {narrow, np.dtype("f4")}:
             arrays[source], changed = arrays[source].astype(leaf.dtype), True
         elif kind == "rest" and source and arrays[source].dtype != leaf.dtype:
-            convert = _halves.packed if leaf.dtype == _lean.REST else _halves.unpacked
+            convert = forms.packed if leaf.dtype == forms.REST else forms.unpacked
             halves = (jnp.asarray(leaves[f"{half}/{parameter}"]) for half in ("y", "rest"))
             arrays[source] = np.asarray(convert(*halves))
         other = {"gap": "z", "stored": "gap"}.get(kind)

@@ -20,13 +20,13 @@ from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import weighed
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
-from sfjax import _halves
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._leaves import groups, host_arrays, parameters
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
+from sfjax.state import forms
+from sfjax.state.arguments import Configurations, MicroBatches
 
 NO_STATE = "no optimizer state: starting from x"
 
@@ -92,7 +92,7 @@ def start_from_weights(
     for group, one in zip(own, given, strict=True):
         buffers, rests = parameters(group.state.z), parameters(group.state.y_rest)
         for name in group.parameters:  # the lean buffer is bfloat16, which is not enough for z itself
-            wide = np.float32 if _halves.is_lean(rests.get(name)) else buffers[name].dtype
+            wide = np.float32 if forms.is_lean(rests.get(name)) else buffers[name].dtype
             arrays[f"z/{name}"] = x[name].astype(wide)
         clock, sentence = opening(group.state, one, trained_steps)
         notices.append(sentence)

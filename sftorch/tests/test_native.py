@@ -16,8 +16,8 @@ import sftorch
 from sftorch.adamw import ADAMW
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Element, Kind
-from sftorch.law.move import Move
 from sftorch.step import backends
+from sftorch.step.backends import Move
 from sftorch.tests.plain import feed, same_bits, some_grads, some_params
 
 CHUNK = 1 << 15  # as in step.c
@@ -274,12 +274,12 @@ def test_without_a_kernel_steps_are_foreach_with_one_notice(monkeypatch, caplog)
     ):
         feed(sftorch.AdamWScheduleFree(params, fused=True), params, some_grads(1, params))
     with pytest.raises(build.Unavailable, match="no compiler"):
-        call.floor({"y": params, "z": params, "g": params})
+        call.Job(Kind.FLOOR_SGD).run({"y": params, "z": params, "g": params}, ())
 
 
 def test_the_floor_reads_and_writes_what_a_step_does():
     y, z, g, v = ([torch.full((3,), float(n))] for n in range(4))
-    call.floor({"y": y, "z": z, "g": g, "v": v})
+    call.Job(Kind.FLOOR_ADAMW).run({"y": y, "z": z, "g": g, "v": v}, ())
     assert [t[0].tolist()[0] for t in (y, z, g, v)] == [2, 3, 2, 5]
-    call.floor({"y": y, "z": z, "g": g})
+    call.Job(Kind.FLOOR_SGD).run({"y": y, "z": z, "g": g}, ())
     assert [t[0].tolist()[0] for t in (y, z, g, v)] == [4, 5, 2, 5]
