@@ -19,7 +19,7 @@ ONE_NAME = store.PLAIN._replace(
 
 class Saver(Saving):
     def __init__(self, folder, background=True):
-        super().__init__(folder, 2, 0, "loss", background, store.PLAIN, logging.getLogger("saver"))
+        super().__init__(folder, 2, 0, "loss", background, 0.0, store.PLAIN, logging.getLogger("saver"))
 
     def save(self, step, write=None):
         def plain():
@@ -78,7 +78,7 @@ def test_a_step_of_one_name_is_replaced_and_nothing_else_stays(tmp_path):
     for text in ("old", "new"):
         assert store.put(tmp_path, 3, fill(text), ONE_NAME) == tmp_path / "3"
     assert (tmp_path / "3" / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    assert examples.listed(tmp_path) == ["3"]
 
 
 def test_a_fill_that_fails_leaves_the_older_one_of_that_name(tmp_path):
@@ -86,7 +86,7 @@ def test_a_fill_that_fails_leaves_the_older_one_of_that_name(tmp_path):
     with pytest.raises(ZeroDivisionError):
         store.put(tmp_path, 3, lambda path: 1 / 0, ONE_NAME)
     assert (tmp_path / "3" / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    assert examples.listed(tmp_path) == ["3"]
 
 
 @pytest.mark.parametrize("arrived", [True, False])
@@ -97,7 +97,7 @@ def test_what_made_way_comes_back_if_no_new_one_came(arrived, tmp_path):
         store.put(tmp_path, 3, fill("new"), ONE_NAME)
     store.clean(tmp_path, ONE_NAME)
     assert (tmp_path / "3" / "file").read_text() == ("new" if arrived else "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    assert examples.listed(tmp_path) == ["3"]
 
 
 def test_a_clean_leaves_alone_what_this_process_is_putting_in_place(tmp_path, monkeypatch):
@@ -111,4 +111,4 @@ def test_a_clean_leaves_alone_what_this_process_is_putting_in_place(tmp_path, mo
     monkeypatch.setattr(store.files, "rename", after_a_clean)
     store.put(tmp_path, 3, fill("new"), ONE_NAME)
     assert (tmp_path / "3" / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    assert examples.listed(tmp_path) == ["3"]
