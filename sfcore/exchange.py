@@ -7,6 +7,7 @@ ml_dtypes, which both twins' extras install.
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ import numpy as np
 from sfcore import _safetensors, laws
 from sfcore.checks import nearest
 
+# In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two of
+# these words make a header ours, so that damage to one of them is noticed.
+_LEAVES, _CRC, _OURS = "leaves", "crc32", {"weights_hold", "leaves", "crc32"}
 OLDER = "restore an older checkpoint, resume='latest-good' finds one"
 
 
@@ -73,8 +77,16 @@ def describe(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": crc32}
 
 
+def crc_of(body: Mapping[str, Any]) -> int:
+    """Returns the CRC-32 of what is JSON, whatever the order of its keys."""
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
 def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    sealed: bool = False,
 ) -> dict[str, Any]:
     """Writes a safetensors file, synced to the disk; returns leaf -> `describe(leaf)` to read it back by.
 
@@ -82,14 +94,55 @@ def write_tensors(
         path: the file, overwritten if it is there.
         tensors: leaf -> array: bool, integers to 64 bits, float16/32/64, bfloat16, float8, complex64/128.
         metadata: text for the file's header, such as {"format": "pt"}.
+        sealed: let the header say what is returned, for a file that is read without a record: "leaves" is
+            that as JSON, and "crc32" the CRC-32 of all the header's text. Default False.
 
     Raises:
         CheckpointError: naming the first leaf whose dtype cannot be stored; nothing is written then.
         OSError: as the system gives it (disk full, no permission).
     """
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
+    record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
+    if sealed:
+        text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
+        metadata = text | {_CRC: str(crc_of(text))}
     _safetensors.write(path, stored, metadata)
-    return {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
+    return record
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Returns the text in the header of a safetensors file, and the record of the leaves that a sealed one has.
+
+    The record is None of a file of anyone else, or of ours before there were any.
+
+    Raises:
+        CheckpointError: if it cannot be read, or its header is not what was written.
+    """
+    with reading(path):
+        text = _safetensors.read_metadata(path)
+    if len(_OURS & text.keys()) < 2:
+        return text, None
+    said = text.pop(_CRC, None)
+    if said != str(crc_of(text)):
+        raise CheckpointError(
+            f"{path} is damaged: the CRC-32 of its header is not the recorded {said}; {OLDER}"
+        )
+    return text, _as_record(path, text.pop(_LEAVES, ""))
+
+
+def _as_record(path: Path, text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    known = {"dtype", "shape", "crc32"}
+    if not isinstance(record, dict) or any(
+        not isinstance(one, dict) or set(one) != known for one in record.values()
+    ):
+        raise CheckpointError(
+            f"{path} is damaged: {_LEAVES!r} in its header must be a record of leaves; {OLDER}"
+        )
+    return record
 
 
 def said_of_weights(path: Path) -> tuple[int | None, list[str]]:
@@ -106,8 +159,7 @@ def said_of_weights(path: Path) -> tuple[int | None, list[str]]:
     """
     if path.suffix != ".safetensors":
         return None, []
-    with reading(path):
-        header = _safetensors.read_metadata(path)
+    header, _ = read_header(path)
     step = header.get("step", "")
     notices = []
     if header.get("weights_hold") == "y":
@@ -120,8 +172,8 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
 
     Args:
         path: the file.
-        record: what `write_tensors` returned; every leaf is checked against it. None checks only that
-            the file keeps the format.
+        record: what `write_tensors` returned; every leaf is checked against it. None takes the one in the
+            header of a sealed file, and checks of any other only that it keeps the format.
 
     Raises:
         CheckpointError: naming the first leaf that is missing or unknown, or has another dtype, shape or
@@ -129,6 +181,7 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     """
     with reading(path):
         stored = _safetensors.read(path)
+    record = read_header(path)[1] if record is None else record
     if record is None:
         return stored
     unknown = set(stored) - set(record)
@@ -143,7 +196,7 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
 
 def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
     """Raises `CheckpointError` if a readable file's header text is neither the expected one nor empty."""
-    found = _safetensors.read_metadata(path)
+    found, _ = read_header(path)
     if found not in ({}, expected):
         raise CheckpointError(f"{path} is damaged: its header must say {expected}, got {found}; {OLDER}")
 

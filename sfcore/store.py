@@ -156,7 +156,7 @@ def _fill(
     folder.mkdir()
     record = {
         STATE: exchange.write_tensors(folder / STATE, state),
-        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta)),
+        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta), sealed=True),
     }
     files.write_text(folder / META, replace(meta, tensors=record).to_json())
 

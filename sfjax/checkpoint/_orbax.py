@@ -120,7 +120,10 @@ def read_inference(path: Path, meta: Meta) -> dict[str, np.ndarray]:
         CheckpointError: as `read`.
     """
     record = _recorded(path, meta, INFERENCE_FILE)
-    return exchange.read_tensors(path / INFERENCE / INFERENCE_FILE, record)
+    file = path / INFERENCE / INFERENCE_FILE
+    tensors = exchange.read_tensors(file, record)
+    exchange.check_metadata(file, store.about_inference(meta))
+    return tensors
 
 
 def _verify(path: Path) -> Saved:
