@@ -8,6 +8,7 @@ seed and its number alone, so that one can be tried again: --first N --count 1.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,7 @@ from sfcore.sources import READERS
 
 SECONDS, BYTES = 2.0, 1 << 30
 OURS = (CheckpointError, HyperparameterError)
+DEAF = 40  # CPU seconds of a case after which a process is killed that hears no signal, because it is deep in C
 # Reads, and says whether that is what was written: None where there is nothing to compare with.
 Reading = Callable[[], bool | None]
 Case = Callable[[random.Random, Path], Reading]
@@ -254,25 +257,63 @@ def _same(found: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> bool:
     )
 
 
-PARTS: dict[str, Case] = {
+CASES: dict[str, Case] = {
     "checkpoint": a_checkpoint,
     "weights": weights_alone,
     "random": random_files,
     "hostile": hostile,
     "kernel": a_kernel,
 }
+# Part -> the module with its case. A module may have make(folder), which writes what all cases begin with, and
+# warm(folder), which a process calls before its first one; both run in forks of this process.
+PARTS = dict.fromkeys(CASES, "fuzz") | {
+    "torch": "fuzz_torch",
+    "import": "fuzz_torch",
+    "restore torch": "fuzz_torch",
+    "pickles": "fuzz_pickles",
+    "orbax": "fuzz_jax",
+    "restore jax": "fuzz_jax",
+    "plan": "fuzz_plan",
+}
 
 
-def _work(part: str, seed: int, numbers: range, report: int, folder: Path) -> None:
+def load(part: str) -> Any:
+    """Returns the module with a part's case."""
+    return importlib.import_module(f"benchmarks.{PARTS[part]}")
+
+
+def _work(part: str, seed: int, numbers: range, report: int, made: Path, folder: Path) -> None:
     """Tries cases in a process of its own; tells how each ended."""
+    module = load(part)
+    if hasattr(module, "warm"):
+        module.warm(made)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + BYTES, resource.RLIM_INFINITY))
     with os.fdopen(report, "w", encoding="utf-8") as out:
         for number in numbers:
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            end = int(used.ru_utime + used.ru_stime) + DEAF
+            resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
             place = folder / str(number)
             place.mkdir()
-            outcome = attempt(PARTS[part], random.Random(f"{part} {seed} {number}"), place)
+            outcome = attempt(module.CASES[part], random.Random(f"{part} {seed} {number}"), place)
             shutil.rmtree(place)
             print(json.dumps([number, outcome]), file=out, flush=True)
+
+
+def _make(part: str, folder: Path) -> None:
+    make = getattr(load(part), "make", None)
+    child = os.fork() if make else 0
+    if make and child == 0:
+        code = 1
+        try:
+            make(folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if make and os.waitpid(child, 0)[1]:
+        raise RuntimeError(f"what the cases of {part!r} begin with could not be made")
 
 
 def _address_space() -> int:
@@ -290,7 +331,12 @@ def fuzz(part: str, count: int, seed: int = 0, first: int = 0, workers: int = 2)
     _kernel()
     outcomes: Counter[str] = Counter()
     problems: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=count, desc=part, leave=False) as bar:
+    tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and one that is killed may hold it
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc=part, leave=False) as bar:
+        made, folder = Path(temporary, "made"), Path(temporary, "cases")
+        made.mkdir()
+        folder.mkdir()
+        _make(part, made)
         for start in range(first, first + count, 1000 * workers):
             chunk = range(start, min(start + 1000 * workers, first + count))
             running = []
@@ -301,7 +347,9 @@ def fuzz(part: str, count: int, seed: int = 0, first: int = 0, workers: int = 2)
                 if child == 0:
                     os.close(reading)
                     try:
-                        _work(part, seed, mine, writing, Path(folder))
+                        _work(part, seed, mine, writing, made, folder)
+                    except BaseException:
+                        traceback.print_exc()
                     finally:
                         os._exit(0)
                 os.close(writing)

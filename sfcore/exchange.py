@@ -19,9 +19,10 @@ import numpy as np
 from sfcore import _safetensors, laws
 from sfcore.checks import nearest
 
-# In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two of
-# these words make a header ours, so that damage to one of them is noticed.
+# In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two
+# of these words make a header ours, so that damage to one of them is noticed.
 _LEAVES, _CRC, _OURS = "leaves", "crc32", {"weights_hold", "leaves", "crc32"}
+_MOST_TEXT = 1 << 26  # of the record of as many leaves as a file may have
 OLDER = "restore an older checkpoint, resume='latest-good' finds one"
 
 
@@ -111,9 +112,9 @@ def write_tensors(
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Returns the text in the header of a safetensors file, and the record of the leaves that a sealed one has.
+    """Returns the text in the header of a safetensors file, and the record of leaves that a sealed one has.
 
-    The record is None of a file of anyone else, or of ours before there were any.
+    The record is None of a file of anyone else, and of an older one of ours.
 
     Raises:
         CheckpointError: if it cannot be read, or its header is not what was written.
@@ -205,6 +206,8 @@ def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Turns whatever keeps a file or folder from being read into a `CheckpointError` with the way out."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # which may never end
+            raise CheckpointError(f"{path} is damaged: it must be a file, got a pipe or a device; {OLDER}")
         yield
     except _safetensors.Damaged as error:
         raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
@@ -212,6 +215,24 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} needs the package {error.name}: pip install {error.name}") from error
     except OSError as error:
         raise CheckpointError(cannot_read(path, error)) from error
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file of JSON; to be called in `reading`.
+
+    Raises:
+        OSError: as the system gives it.
+        CheckpointError: if it is no text, or larger than any record.
+    """
+    size = path.stat().st_size
+    if size > _MOST_TEXT:
+        raise CheckpointError(
+            f"{path} is damaged: it must have at most {_MOST_TEXT} bytes, got {size}; {OLDER}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: it must be JSON ({error}); {OLDER}") from error
 
 
 def cannot_read(path: Path, error: OSError) -> str:

@@ -185,7 +185,7 @@ def _layout(path: Path) -> dict[str, Any]:
     file = path / "_METADATA"
     try:
         with exchange.reading(file):
-            layout = json.loads(file.read_text(encoding="utf-8"))
+            layout = json.loads(exchange.read_text(file))
         leaves = {}
         for name, leaf in layout["tree_metadata"].items():
             leaf["key_metadata"][0], [part["key"] for part in leaf["key_metadata"]]
