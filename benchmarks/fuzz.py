@@ -40,7 +40,9 @@ from sfcore.sources import READERS
 
 SECONDS, BYTES = 2.0, 1 << 30
 OURS = (CheckpointError, HyperparameterError)
-DEAF = 40  # CPU seconds of a case after which a process is killed that hears no signal, because it is deep in C
+DEAF = (
+    40  # CPU seconds of a case after which a process is killed that hears no signal, because it is deep in C
+)
 # Reads, and says whether that is what was written: None where there is nothing to compare with.
 Reading = Callable[[], bool | None]
 Case = Callable[[random.Random, Path], Reading]
@@ -130,6 +132,29 @@ def damage(draw: random.Random, whole: bytes) -> bytes:
     return bytes(held)
 
 
+def rummage(draw: random.Random, folder: Path) -> None:
+    """Damages files of a folder of checkpoints: their bytes, or what they are."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for _ in range(draw.choice([1, 1, 1, 2, 4])):
+        path, how = draw.choice(files), draw.randrange(10)
+        if path.is_symlink() or not path.is_file():
+            continue
+        if how < 6:
+            path.write_bytes(damage(draw, path.read_bytes()))
+            continue
+        other = draw.choice(files)
+        if how == 6 and other.is_file() and not other.is_symlink():
+            path.write_bytes(other.read_bytes())
+            continue
+        path.unlink()
+        if how == 7:
+            path.mkdir()
+        elif how == 8:
+            path.symlink_to(draw.choice([path.name, "/dev/zero", "/proc/self/mem"]))
+        elif how == 9 and draw.random() < 0.5:
+            os.mkfifo(path)
+
+
 def a_checkpoint(draw: random.Random, folder: Path) -> Reading:
     """Damages one file of a checkpoint."""
     state = _leaves(draw, ["y/", "z/", "v/"])
@@ -142,7 +167,7 @@ def a_checkpoint(draw: random.Random, folder: Path) -> Reading:
     def read() -> bool:
         inspection.inspect(path)
         written = {store.STATE: state, store.INFERENCE: weights}
-        return all(_same(store.read(path, name)[1], arrays) for name, arrays in written.items())
+        return all(same(store.read(path, name)[1], arrays) for name, arrays in written.items())
 
     return read
 
@@ -248,7 +273,8 @@ def _kernel() -> bytes:
     return _whole_kernel[0]
 
 
-def _same(found: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> bool:
+def same(found: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> bool:
+    """Tells whether arrays have the same names, dtypes, shapes and bits."""
     return found.keys() == written.keys() and all(
         found[name].dtype == array.dtype
         and found[name].shape == array.shape
@@ -264,8 +290,8 @@ CASES: dict[str, Case] = {
     "hostile": hostile,
     "kernel": a_kernel,
 }
-# Part -> the module with its case. A module may have make(folder), which writes what all cases begin with, and
-# warm(folder), which a process calls before its first one; both run in forks of this process.
+# Part -> the module with its case. A module may have make(folder), which writes what all cases begin with,
+# and warm(folder), which a process calls before its first one; both run in forks of this process.
 PARTS = dict.fromkeys(CASES, "fuzz") | {
     "torch": "fuzz_torch",
     "import": "fuzz_torch",

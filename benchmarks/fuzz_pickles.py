@@ -1,4 +1,4 @@
-"""The pickles of fuzz.py: files of torch.save that would run a program, or never end, if anything let them."""
+"""The pickles of fuzz.py: files of torch.save that would run a program, or never end, if they could."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import fuzz_torch
 from benchmarks.fuzz import Case, Reading
@@ -47,7 +45,7 @@ def _call(function: bytes, *arguments: Any) -> bytes:
 def payloads(marker: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Returns name -> (module:function, arguments) of calls that make a file of this name."""
     program, touch = f"open({marker!r}, 'w').close()", f"touch {marker}"
-    nested = pickle.dumps([]) [:-2] + _call(_global("os:system"), touch) + b"."
+    nested = pickle.dumps([])[:-2] + _call(_global("os:system"), touch) + b"."
     return {
         "os.system": ("os:system", (touch,)),
         "posix.system": ("posix:system", (touch,)),
@@ -75,7 +73,7 @@ def payloads(marker: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "numpy.save": ("numpy:save", (marker, 1)),
         "torch.save": ("torch:save", (1, marker)),
         "torch.storage": ("torch.storage:_load_from_bytes", (_zip(nested),)),
-        "torch.serialization.load": ("torch.serialization:load", (_call(_global("io:BytesIO"), _zip(nested)),)),
+        "torch.load": ("torch.serialization:load", (_call(_global("io:BytesIO"), _zip(nested)),)),
         "shutil.copyfile": ("shutil:copyfile", ("/etc/hostname", marker)),
         "tempfile": ("tempfile:mkdtemp", ("", "", marker)),
     }  # fmt: skip
@@ -90,7 +88,10 @@ def carriers(marker: str, function: str, arguments: tuple[Any, ...]) -> dict[str
     if attribute == "getattr":  # which gives the function that is meant
         call = call + b"(" + _plain(touch) + b"tR"
         return {"reduce": call, "in a call of torch": _call(_global("torch._utils:_rebuild_tensor_v2"), call)}
-    storage = b"(" + _text("storage") + call + _text("0") + _text("cpu") + b"K\x01t"
+    storage = b"(" + _text("storage") + call + _text("0") + _text("cpu") + b"K\x01tQ"
+    rebuilt = _call(_global("torch._utils:_rebuild_tensor_v2"), storage, 0, (1,), (1,), False)
+    setter = b"}" + _text("__setstate__") + _global(function) + b"sb"
+    state = of if len(arguments) == 1 else b"N"
     return {
         "reduce": call,
         "reduce of a stack global": _call(_stack_global(function), *arguments),
@@ -98,10 +99,9 @@ def carriers(marker: str, function: str, arguments: tuple[Any, ...]) -> dict[str
         "obj": b"(" + _global(function) + of + b"o",
         "newobj": _global(function) + b"(" + of + b"t\x81",
         "newobj with keywords": _global(function) + b"(" + of + b"t}\x92",
-        "build": _call(_global("collections:OrderedDict"))
-        + b"}" + _text("__setstate__") + _global(function) + b"sb" + (of if len(arguments) == 1 else b"N") + b"b",
-        "persistent id": storage + b"Q",
-        "in a call of torch": _call(_global("torch._utils:_rebuild_tensor_v2"), storage + b"Q", 0, (1,), (1,), False),
+        "build": _call(_global("collections:OrderedDict")) + setter + state + b"b",
+        "persistent id": storage,
+        "in a call of torch": rebuilt,
         "as a type": _call(_global("torch._tensor:_rebuild_from_type_v2"), _global(function), call, (), {}),
         "memo": call + b"q\x00" + b"0" + b"h\x00",
     }  # fmt: skip
@@ -114,7 +114,12 @@ def nests(opcodes: bytes) -> dict[str, bytes]:
     return {
         "alone": opcodes,
         "a value": b"}" + _text("model") + weights + b"s" + _text("extra") + opcodes + b"s",
-        "a group": b"}" + _text("state") + b"}s" + _text("param_groups") + group.replace(b"](}", b"](}", 1) + b"s",
+        "a group": b"}"
+        + _text("state")
+        + b"}s"
+        + _text("param_groups")
+        + group.replace(b"](}", b"](}", 1)
+        + b"s",
         "a key": b"}" + opcodes + _text("x") + b"s",
         "dropped": opcodes + b"0" + weights,
     }
@@ -134,7 +139,12 @@ def _legacy(program: bytes, place: int = 3) -> bytes:
     magic = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}]
     parts = [pickle.dumps(one, 2) for one in magic]
     parts.insert(place, program)
-    return b"".join(parts[: max(4, place + 1)]) + pickle.dumps(["0"], 2) + struct.pack("<q", 1) + struct.pack("<f", 1)
+    return (
+        b"".join(parts[: max(4, place + 1)])
+        + pickle.dumps(["0"], 2)
+        + struct.pack("<q", 1)
+        + struct.pack("<f", 1)
+    )
 
 
 def formats(opcodes: bytes) -> dict[str, bytes]:
@@ -165,28 +175,45 @@ def _doubled(start: bytes, combine: bytes, times: int) -> bytes:
     """Returns opcodes that hold ten of what was before, again and again, through the memo."""
     made = start + b"q\x00"
     for number in range(times):
-        made += b"(" + b"h" + bytes([number]) + (b"h" + bytes([number])) * 9 + combine + b"q" + bytes([number + 1])
+        made += (
+            b"("
+            + b"h"
+            + bytes([number])
+            + (b"h" + bytes([number])) * 9
+            + combine
+            + b"q"
+            + bytes([number + 1])
+        )
     return made
 
 
 def _tensor(size: tuple[int, ...], stride: tuple[int, ...], held: int = 1) -> bytes:
-    storage = b"(" + _text("storage") + _global("torch:FloatStorage") + _text("0") + _text("cpu") + _plain(held) + b"tQ"
+    storage = (
+        b"("
+        + _text("storage")
+        + _global("torch:FloatStorage")
+        + _text("0")
+        + _text("cpu")
+        + _plain(held)
+        + b"tQ"
+    )
     return _call(_global("torch._utils:_rebuild_tensor_v2"), storage, 0, size, stride, False, {})
 
 
 def bombs() -> dict[str, bytes]:
     """Returns name -> opcodes of something that asks for memory or time without end."""
     many = 2**40
+    expanded = [_text(str(number)) + _tensor((1 << 24,), (0,)) + b"s" for number in range(64)]
     return {
         "lists of lists": _doubled(b"]", b"l", 30),
         "tuples of tuples": _doubled(b")", b"t", 30),
         "tuples as a key": b"}" + _doubled(b")", b"t", 30) + b"K\x01s",
         "tuples in a set": _call(_global("builtins:set"), b"](" + _doubled(b")", b"t", 30) + b"e"),
         "dicts of dicts": _doubled(b"}", b"l", 30),
-        "deep lists": b"]" * 300_000 + b"a" * 299_999,
-        "deep tuples": b")" + b"\x85" * 300_000,
-        "a deep key": b"}" + b")" + b"\x85" * 300_000 + b"K\x01s",
-        "marks": b"(" * 1_000_000,
+        "deep lists": b"]" * 100_000 + b"a" * 99_999,
+        "deep tuples": b")" + b"\x85" * 100_000,
+        "a deep key": b"}" + b")" + b"\x85" * 100_000 + b"K\x01s",
+        "marks": b"(" * 200_000,
         "itself": b"]q\x00h\x00a",
         "a dict of itself": b"}q\x00" + _text("w") + b"h\x00s",
         "long text": b"\x8d" + struct.pack("<Q", many),
@@ -203,7 +230,7 @@ def bombs() -> dict[str, bytes]:
         "nothing to pop": b"00000",
         "no memo": b"h\x07",
         "an expanded tensor": b"}" + _text("w") + _tensor((many,), (0,)) + b"s",
-        "expanded tensors": b"}" + b"".join(_text(str(i)) + _tensor((1 << 24,), (0,)) + b"s" for i in range(64)),
+        "expanded tensors": b"}" + b"".join(expanded),
         "a tensor beyond its storage": b"}" + _text("w") + _tensor((many,), (1,)) + b"s",
         "a storage beyond the file": b"}" + _text("w") + _tensor((many,), (1,), many) + b"s",
         "no elements": b"}" + _text("w") + _tensor((0, many, many), (1, 1, 1)) + b"s",
@@ -219,7 +246,9 @@ def bombs() -> dict[str, bytes]:
 
 def inflated() -> bytes:
     """Returns a small zip whose pickle becomes large when it is read."""
-    return _zip(b"\x80\x02}" + _text("w") + b"\x8e" + struct.pack("<Q", 1 << 29) + bytes(1 << 29) + b"s.", True)
+    return _zip(
+        b"\x80\x02}" + _text("w") + b"\x8e" + struct.pack("<Q", 1 << 29) + bytes(1 << 29) + b"s.", True
+    )
 
 
 _inflated: list[bytes] = []

@@ -167,6 +167,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: naming the file or the leaf that cannot be read.
     """
+    with exchange.reading(path):
+        others = [below for below in path.rglob("*") if not below.is_file() and not below.is_dir()]
+    if others:  # which tensorstore could wait for without end
+        raise CheckpointError(f"{others[0]} is damaged: it must be a file, got a link or a pipe; {OLDER}")
     layout = _layout(path)
     keys = [[str(part["key"]) for part in leaf["key_metadata"]] for leaf in layout["tree_metadata"].values()]
     if not layout.get("use_ocdbt") or not isinstance(layout.get("use_zarr3"), bool):

@@ -12,7 +12,7 @@ from sfcore import laws
 from sfcore.iterates import widened
 from sfcore.meta import Meta, number_in
 from sfcore.sources import Source, unknown
-from sftorch.checkpoint import _arrays, _importers, _weights
+from sftorch.checkpoint import _arrays, _importers, _unpickle
 from sftorch.checkpoint._record import roles
 from sftorch.state import forms, prints
 
@@ -26,7 +26,7 @@ def read(path: Path) -> Source:
     Raises:
         CheckpointError: if it is damaged, holds other objects, or no state dict of a known kind.
     """
-    content = _weights.load(path)
+    content = _unpickle.load(path)
     optimizers = _find(content, lambda value: "param_groups" in value or "schedulefree_state" in value)
     models = _find(content, _is_weights)
     if len(optimizers) > 1 or len(models) > 1:

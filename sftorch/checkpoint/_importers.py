@@ -21,7 +21,6 @@ from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
 from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer
 
-
 # What comes of entries that are missing, or of other types than a program saves.
 STRANGE = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -190,8 +189,8 @@ def import_state_dict(
         if source.holds not in ("x", "y"):
             raise HyperparameterError(
                 [
-                    f"weights_hold must be 'x' or 'y', got {source.holds!r}: {source.program}'s {source.kind} "
-                    "does not say; 'x' if eval() was called before the model was saved"
+                    f"weights_hold must be 'x' or 'y', got {source.holds!r}: {source.program}'s "
+                    f"{source.kind} does not say; 'x' if eval() was called before the model was saved"
                 ]
             )
         translated, notices = _translated(optimizer, source)
@@ -224,7 +223,9 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
         notices += carried.notices()
         notices += carried.fill(group)
         books = optimizer._books(group)
-        problems += _odd_clock(f"group {number}", Clock(*(books[key] for key in ("k", "lr_max", "weight_sum"))))
+        problems += _odd_clock(
+            f"group {number}", Clock(*(books[key] for key in ("k", "lr_max", "weight_sum")))
+        )
         if books.get("y_beta") is not None and not 0 <= books["y_beta"] <= 1:
             problems.append(f"group {number} must have a beta from 0 to 1, got {books['y_beta']}")
         for index, old, p in zip(group["params"], saved["params"], live["params"], strict=True):
