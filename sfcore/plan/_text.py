@@ -1,12 +1,14 @@
-"""Text into data: files with line and column, command lines, and arguments such as "betas=0.9,0.99"."""
+"""Text into data and back: files with line and column, command lines, arguments such as "betas=0.9,0.99"."""
 
 from __future__ import annotations
 
 import ast
+import datetime
 import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,22 @@ def read_file(path: Path) -> dict[str, Any]:
         ConfigError: with line and column of what is garbled or missing.
     """
     text = read_text(path)
-    parse = _toml if path.suffix.lower() == ".toml" else _json
-    return parse(path, text)
+    if path.suffix.lower() == ".toml":
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            place = re.search(r" \(at line (\d+), column (\d+)\)", str(error))
+            lines = text.split("\n")
+            line, column = (int(n) for n in place.groups()) if place else (len(lines), len(lines[-1]) + 1)
+            reason = re.sub(r" \(at .*\)$", "", str(error))
+            raise _garbled(path, "TOML", reason, line, column) from error
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _garbled(path, "JSON", error.msg, error.lineno, error.colno) from error
+    if not isinstance(found, dict):
+        raise _garbled(path, "a JSON object of fields", f"a {type(found).__name__}", 1, 1)
+    return found
 
 
 def read_text(path: Path) -> str:
@@ -50,27 +66,6 @@ def read_text(path: Path) -> str:
         before = error.object[: error.start]
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
         raise _garbled(path, "text in UTF-8", "another byte", line, column) from error
-
-
-def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _garbled(path, "JSON", error.msg, error.lineno, error.colno) from error
-    if not isinstance(found, dict):
-        raise _garbled(path, "a JSON object of fields", f"a {type(found).__name__}", 1, 1)
-    return found
-
-
-def _toml(path: Path, text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r" \(at line (\d+), column (\d+)\)", str(error))
-        lines = text.split("\n")
-        line, column = (int(n) for n in place.groups()) if place else (len(lines), len(lines[-1]) + 1)
-        reason = re.sub(r" \(at .*\)$", "", str(error))
-        raise _garbled(path, "TOML", reason, line, column) from error
 
 
 def _garbled(path: Path, rule: str, found: str, line: int, column: int) -> ConfigError:
@@ -154,3 +149,56 @@ def arguments(value: Any) -> dict[str, str]:
     items = words(value) if isinstance(value, str) else [str(item) for item in value or ()]
     pairs = (item.partition("=") for item in items if item)
     return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+def as_text(config: Any, suffix: str) -> str:
+    """Returns a configuration as TOML for the suffix ".toml", as JSON otherwise, as words if it is words."""
+    if isinstance(config, str):
+        return config + "\n"
+    if isinstance(config, list | tuple):
+        return shlex.join(map(str, config)) + "\n"
+    if suffix != ".toml":
+        return json.dumps(plain(config), indent=2) + "\n"
+    # Fields, then sections.
+    lines = _items({key: value for key, value in config.items() if not isinstance(value, Mapping)})
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[{_key(key)}]", *_items(value)]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _items(fields: Mapping[str, Any]) -> list[str]:
+    """Returns lines of TOML, which has no null, so that a field without a value is left out."""
+    return [f"{_key(key)} = {_value(value)}" for key, value in fields.items() if value is not None]
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _quoted(key)
+
+
+def _quoted(text: str) -> str:
+    # DEL is the one control character that JSON leaves as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(_items(value))}}}"
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    # repr keeps a float a float, which sd-scripts' lr_warmup_steps needs.
+    return repr(value) if isinstance(value, int | float) else _quoted(str(value))
+
+
+def plain(value: Any) -> Any:
+    """Returns what JSON can hold: a value that it has not, such as NaN, becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    finite = not isinstance(value, float) or abs(value) < float("inf")
+    return value if finite and isinstance(value, str | int | float | bool | None) else str(value)

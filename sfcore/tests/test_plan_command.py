@@ -8,8 +8,7 @@ import pytest
 
 from sfcore import __main__
 from sfcore.plan import check
-from sfcore.plan._command import as_text
-from sfcore.plan._text import tomllib
+from sfcore.plan._text import as_text, tomllib
 
 GOOD = {"optimizer": "sftorch.AdamWScheduleFree", "lr": 0.001, "warmup_steps": 50, "total_steps": 1000}
 

@@ -5,10 +5,9 @@ import random
 import pytest
 
 from sfcore.plan import check, field_states, text
-from sfcore.plan._fields import FIELDS
 from sfcore.plan._report import as_dict
-from sfcore.plan._sources import HF, KOHYA, SD_SCRIPTS
-from sfcore.plan._tables import SCHEDULERS
+from sfcore.plan._tables import FIELDS, SCHEDULERS
+from sfcore.plan._trainers import HF, KOHYA, SD_SCRIPTS
 
 FIELDS_OF = {
     "own": [*FIELDS, "betas", "momentum", "learning_rate"],

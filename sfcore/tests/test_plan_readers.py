@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sfcore.plan import ConfigError, check
-from sfcore.plan._command import as_text
+from sfcore.plan._text import as_text
 
 PRESETS = json.loads((Path(__file__).parent / "kohya_presets.json").read_text(encoding="utf-8"))
 SD_TOML = """

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sfcore.plan import check, text
-from sfcore.plan._markdown import page
+from sfcore.plan._report import page
 from sfcore.plan._rules import RULES
 from sfcore.tests.plan_cases import BAD, GOOD
 

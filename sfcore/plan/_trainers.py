@@ -14,11 +14,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sfcore import laws
-from sfcore.plan import _fields
-from sfcore.plan._config import Source
+from sfcore.plan._tables import FIELDS, Live
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trainer, or whatever else a configuration is written for.
+
+    Attributes:
+        title: its name for people.
+        fields: neutral field -> the trainer's own name.
+        defaults: neutral field -> what the trainer does where nothing is said.
+        neighbours: fields that are none of ours but look like one.
+        nested: neutral field -> the field and the key inside of it.
+        prefix: what stands before a name on its command line.
+        inner: the field that holds arguments of the optimizer; "" where they stand beside the rest.
+        dummy_scheduler: with a Schedule-Free optimizer it ignores the scheduler and its warm-up.
+        shares_warmup: with a Schedule-Free optimizer one field is the warm-up of both.
+        steps_per_process: its scheduler counts one step for every process.
+        bare_is_ours: an optimizer's name without a module may be this project's class.
+    """
+
+    title: str
+    fields: Mapping[str, str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    neighbours: frozenset[str] = frozenset()
+    nested: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    inner: str = ""
+    dummy_scheduler: bool = False
+    shares_warmup: bool = False
+    steps_per_process: bool = False
+    bare_is_ours: bool = False
+
 
 _SCHEDULE = {
     "scheduler": "lr_scheduler",
@@ -68,26 +100,17 @@ SD_SCRIPTS = Source(
     steps_per_process=True,
 )
 SD_COMMAND = replace(SD_SCRIPTS, title="sd-scripts command line", prefix="--")
-KOHYA = Source(
-    "Kohya_SS",
-    _SCHEDULE
+KOHYA = replace(
+    SD_SCRIPTS,
+    title="Kohya_SS",
+    fields=_SCHEDULE
     | {
         "optimizer": "optimizer",
         "scheduler_warmup_percent": "lr_warmup",
         "weights": "lora_network_weights",
     },
-    {
-        "optimizer": "AdamW8bit",
-        "lr": 1e-6,
-        "scheduler": "constant",
-        "batch_size": 1,
-        "accumulation": 1,
-        "devices": 1,
-    },
-    _NEIGHBOURS,
-    inner="optimizer_args",
-    dummy_scheduler=True,
-    steps_per_process=True,
+    defaults={name: value for name, value in SD_SCRIPTS.defaults.items() if name != "total_steps"}
+    | {"optimizer": "AdamW8bit", "lr": 1e-6},
 )
 _OTHER_HF_FIELDS = """
 logging_steps logging_strategy save_total_limit save_only_model per_device_eval_batch_size
@@ -147,7 +170,7 @@ HF = Source(
 )
 OWN = Source(
     "plan",
-    _fields.Live(lambda: {name: name for name in _fields.FIELDS}),
+    Live(lambda: {name: name for name in FIELDS}),
     {"optimizer": "AdamWScheduleFree", "accumulation": 1, "devices": 1},
     bare_is_ours=True,
 )
@@ -171,4 +194,4 @@ def options() -> dict[str, str]:
     return {shown: name for row in rows for name, shown in row.items() if "[" not in shown}
 
 
-ALIASES: Mapping[str, str] = _fields.Live(lambda: options() | _ALIASES)
+ALIASES: Mapping[str, str] = Live(lambda: options() | _ALIASES)
