@@ -132,7 +132,7 @@ class Config:
         return self.shown(place) if place else neutral
 
     def home(self, neutral: str) -> Place | None:
-        """Returns where a field that is not given yet belongs; None for one that the trainer does not have."""
+        """Returns where a field that is not given belongs; None for one that the trainer does not have."""
         if neutral in self.source.fields:
             return Place(self.source.fields[neutral])
         return Place(self.source.inner, neutral) if neutral in inner() and self.source.inner else None

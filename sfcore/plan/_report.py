@@ -1,4 +1,4 @@
-"""A plan as text, as JSON, and as a picture, and the page of all rules, made from the tables that they use."""
+"""A plan as text, as JSON, and as a picture, and the page of all rules, made from their own tables."""
 
 from __future__ import annotations
 

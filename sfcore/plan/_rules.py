@@ -1,4 +1,4 @@
-"""Every rule: as data, with its code, severity, what must hold and why; below, the functions that look for them."""
+"""Every rule: as data, with its code, severity, what must hold and why; and the functions that look."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sfcore import checks, laws
 from sfcore.checks import nearest
 from sfcore.plan._config import Place
-from sfcore.plan._model import ERROR, WARNING, Problem
+from sfcore.plan._model import Problem
 from sfcore.plan._run import Run
 from sfcore.plan._tables import (
     DATA_DRIVEN,
@@ -36,126 +36,93 @@ class Rule:
     why: str
 
 
-RULES: dict[str, Rule] = {
-    "SF001": Rule(ERROR, "a known field", "A misspelt field is ignored by some programs and stops others."),
-    "SF002": Rule(ERROR, "of the field's kind", "The trainer would stop at it."),
-    "SF003": Rule(ERROR, "a known optimizer", "The trainer would stop at it, after everything is loaded."),
-    "SF101": Rule(
-        ERROR,
-        "0 with a scheduler that has no warm-up",
-        "sd-scripts and Kohya_SS raise deep in the training script, after everything is loaded; others "
-        "ignore the warm-up.",
-    ),
-    "SF102": Rule(
-        ERROR,
-        "constant with a Schedule-Free optimizer",
-        "The average already does what a decay is for; with one, the run needs a known end again, and "
-        "late steps count as much in the average as early ones although they hardly move.",
-    ),
-    "SF103": Rule(
-        ERROR,
-        "left at its default with a Schedule-Free optimizer",
-        "sd-scripts and Kohya_SS install a dummy scheduler for an optimizer whose name ends in ScheduleFree, "
-        "and ignore this without a word.",
-    ),
-    "SF104": Rule(
-        ERROR, "set for this scheduler", "The scheduler cannot be built without it, or not as meant."
-    ),
-    "SF105": Rule(WARNING, "left at its default with this scheduler", "The scheduler ignores it."),
-    "SF106": Rule(ERROR, "a known scheduler", "The trainer would stop at it, after everything is loaded."),
-    "SF107": Rule(
-        ERROR, "used with the optimizer Adafactor", "sd-scripts asserts it; others compute nonsense."
-    ),
-    "SF201": Rule(ERROR, "the only warm-up", "The two ramps are multiplied: the lr rises as t^2."),
-    "SF202": Rule(
-        ERROR,
-        "a whole number of optimizer steps >= 0",
-        "A fraction is taken for a number of steps: 0.03 makes the first step 33 times the lr, in HF Trainer "
-        "too, which hands it on as it is.",
-    ),
-    "SF203": Rule(
-        ERROR, "the only statement of the warm-up", "Of steps and a share of the run only one is used."
-    ),
-    "SF204": Rule(ERROR, "shorter than the run", "The lr never reaches the one that is written down."),
-    "SF205": Rule(
-        ERROR,
-        "counted in optimizer steps",
-        "A step is one update, not one micro-batch; counted so, it is as many times too large.",
-    ),
-    "SF206": Rule(ERROR, "absent with RAdam", "RAdam rectifies its lr in place of a warm-up, and has none."),
-    "SF207": Rule(
-        WARNING,
-        "about 5% of the run",
-        "Schedule-Free SGD and AdamW are better with a warm-up (README of facebookresearch/schedule_free).",
-    ),
-    "SF208": Rule(
-        WARNING,
-        "a fraction of the run on several devices",
-        "accelerate counts one scheduler step for every process, so a number of steps ends that many "
-        "times sooner; a fraction does not.",
-    ),
-    "SF301": Rule(ERROR, "in its range", "The optimizer refuses it, or computes nonsense with it."),
-    "SF302": Rule(WARNING, "near the useful range", "Far outside it nothing is learnt, or all is lost."),
-    "SF303": Rule(
-        WARNING,
-        "of the size of SGD's step sizes",
-        "This is the size of AdamW's; SGD's steps are not normalised, so it hardly moves.",
-    ),
-    "SF304": Rule(
-        WARNING,
-        "from 0.8 to 0.99",
-        "beta is no momentum: it places y between z and x. At 0 upstream and optax divide by 0, small ones "
-        "are unstable, and near 1 the gradient is taken at the average, which hardly moves.",
-    ),
-    "SF305": Rule(
-        WARNING,
-        "from 0.9 to 0.999, or to a horizon within the run",
-        "v averages 1 / (1 - b2) steps: few are noise, and more than the run has never settle.",
-    ),
-    "SF306": Rule(
-        ERROR, "an argument that this optimizer has", "The optimizer raises when it is built, or ignores it."
-    ),
-    "SF401": Rule(
-        ERROR,
-        "given together with prior_steps",
-        "Its first step has c = 1 and throws the loaded weights away: on digits the validation loss rose to "
-        "2.4 to 7.2 times with AdamW, most with accumulation, and to 1.1 times with RAdam "
-        "(python -m benchmarks resume).",
-    ),
-    "SF501": Rule(
-        ERROR,
-        "float32 (autocast may be float16)",
-        "y is rounded to it in every step, and gradients below 6e-8 are 0.",
-    ),
-    "SF502": Rule(
-        WARNING,
-        "float32 (autocast may be bfloat16)",
-        "y is rounded to it in every step; steps below half an ulp are lost, and a run stalls.",
-    ),
-    "SF503": Rule(
-        ERROR,
-        "on where the model has BatchNorm",
-        "Running statistics belong to y, and x is evaluated: they must be averaged anew at x.",
-    ),
-    "SF504": Rule(
-        ERROR,
-        "in an order with the Schedule-Free optimizer last",
-        "What edits the updates after it moves y but not z, and corrupts x; nothing can notice it.",
-    ),
-    "SF505": Rule(
-        WARNING,
-        "off with Schedule-Free",
-        "x is an average already, and an average of y or of weights that flip between x and y is neither.",
-    ),
-    "SF506": Rule(ERROR, "what saves x", "The parameters hold y while training, which is not what to ship."),
-    "SF507": Rule(
-        ERROR,
-        "a name that ends in ScheduleFree",
-        "sd-scripts knows Schedule-Free by that; otherwise it never switches to x, and ships y.",
-    ),
-}
+# Code, severity, and what the field must be; below, what happens otherwise.
+_RULES = """
+SF001 error: a known field
+    A misspelt field is ignored by some programs and stops others.
+SF002 error: of the field's kind
+    The trainer would stop at it.
+SF003 error: a known optimizer
+    The trainer would stop at it, after everything is loaded.
+SF101 error: 0 with a scheduler that has no warm-up
+    sd-scripts and Kohya_SS raise deep in the training script, after everything is loaded; others ignore
+    the warm-up.
+SF102 error: constant with a Schedule-Free optimizer
+    The average already does what a decay is for; with one, the run needs a known end again, and late
+    steps count as much in the average as early ones although they hardly move.
+SF103 error: left at its default with a Schedule-Free optimizer
+    sd-scripts and Kohya_SS install a dummy scheduler for an optimizer whose name ends in ScheduleFree,
+    and ignore this without a word.
+SF104 error: set for this scheduler
+    The scheduler cannot be built without it, or not as meant.
+SF105 warning: left at its default with this scheduler
+    The scheduler ignores it.
+SF106 error: a known scheduler
+    The trainer would stop at it, after everything is loaded.
+SF107 error: used with the optimizer Adafactor
+    sd-scripts asserts it; others compute nonsense.
+SF201 error: the only warm-up
+    The two ramps are multiplied: the lr rises as t^2.
+SF202 error: a whole number of optimizer steps >= 0
+    A fraction is taken for a number of steps: 0.03 makes the first step 33 times the lr, in HF Trainer
+    too, which hands it on as it is.
+SF203 error: the only statement of the warm-up
+    Of steps and a share of the run only one is used.
+SF204 error: shorter than the run
+    The lr never reaches the one that is written down.
+SF205 error: counted in optimizer steps
+    A step is one update, not one micro-batch; counted so, it is as many times too large.
+SF206 error: absent with RAdam
+    RAdam rectifies its lr in place of a warm-up, and has none.
+SF207 warning: about 5% of the run
+    Schedule-Free SGD and AdamW are better with a warm-up (README of facebookresearch/schedule_free).
+SF208 warning: a fraction of the run on several devices
+    accelerate counts one scheduler step for every process, so a number of steps ends that many times
+    sooner; a fraction does not.
+SF301 error: in its range
+    The optimizer refuses it, or computes nonsense with it.
+SF302 warning: near the useful range
+    Far outside it nothing is learnt, or all is lost.
+SF303 warning: of the size of SGD's step sizes
+    This is the size of AdamW's; SGD's steps are not normalised, so it hardly moves.
+SF304 warning: from 0.8 to 0.99
+    beta is no momentum: it places y between z and x. At 0 upstream and optax divide by 0, small ones
+    are unstable, and near 1 the gradient is taken at the average, which hardly moves.
+SF305 warning: from 0.9 to 0.999, or to a horizon within the run
+    v averages 1 / (1 - b2) steps: few are noise, and more than the run has never settle.
+SF306 error: an argument that this optimizer has
+    The optimizer raises when it is built, or ignores it.
+SF401 error: given together with prior_steps
+    Its first step has c = 1 and throws the loaded weights away: on digits the validation loss rose to
+    2.4 to 7.2 times with AdamW, most with accumulation, and to 1.1 times with RAdam (python -m
+    benchmarks resume).
+SF501 error: float32 (autocast may be float16)
+    y is rounded to it in every step, and gradients below 6e-8 are 0.
+SF502 warning: float32 (autocast may be bfloat16)
+    y is rounded to it in every step; steps below half an ulp are lost, and a run stalls.
+SF503 error: on where the model has BatchNorm
+    Running statistics belong to y, and x is evaluated: they must be averaged anew at x.
+SF504 error: in an order with the Schedule-Free optimizer last
+    What edits the updates after it moves y but not z, and corrupts x; nothing can notice it.
+SF505 warning: off with Schedule-Free
+    x is an average already, and an average of y or of weights that flip between x and y is neither.
+SF506 error: what saves x
+    The parameters hold y while training, which is not what to ship.
+SF507 error: a name that ends in ScheduleFree
+    sd-scripts knows Schedule-Free by that; otherwise it never switches to x, and ships y.
+"""
 
 
+def _rules() -> dict[str, Rule]:
+    found = {}
+    for entry in re.split(r"\n(?=SF)", _RULES.strip()):
+        head, *why = entry.splitlines()
+        code, severity, rule = re.split(r":? ", head, maxsplit=2)
+        found[code] = Rule(severity, rule, " ".join(map(str.strip, why)))
+    return found
+
+
+RULES = _rules()
 Problems = Iterator[Problem]
 _GIVEN = object()
 
@@ -667,7 +634,7 @@ def computable(problems: Iterable[Problem]) -> bool:
 
 
 def problems_of(run: Run) -> Iterator[Problem]:
-    """Yields every problem; after values that nothing can be computed with, none of what follows from them."""
+    """Yields every problem; after values that nothing can be computed with, none of what follows."""
     found = [*run.config.problems, *optimizer_name(run), *other_arguments(run), *ranges(run)]
     yield from found
     in_range = not any(one.code == "SF301" for one in found)

@@ -167,7 +167,7 @@ class Run:
         return found
 
     def _factors(self, step: np.ndarray, steps: int) -> np.ndarray:
-        """Returns what the scheduler multiplies the lr by, of the shape of `step`; `steps` is the whole run."""
+        """Returns what the scheduler multiplies the lr by at every step of `step`, in a run of `steps`."""
         times = self.scheduler_devices
         warmup = self.scheduler_warmup * times if self.scheduler_acts else 0.0
         time = _Time(step * times, warmup, float((self.total_steps or steps) * times))

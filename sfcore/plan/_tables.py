@@ -1,4 +1,4 @@
-"""What is known of every field, scheduler and optimizer: data, of which rules, forms and docs/rules.md are made.
+"""What is known of every field, scheduler and optimizer: data, of which rules, forms and a page are made.
 
 Schedule-Free optimizers are the rows of `sfcore.laws`, asked at every call.
 
