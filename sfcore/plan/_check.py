@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from sfcore.plan import _config
+from sfcore.plan import _config, _rules, _sd_rules
 from sfcore.plan._config import SOURCES, Config, ConfigLike, SourceName
 from sfcore.plan._model import Change, FieldState, Plan, Problem
-from sfcore.plan._rules import computable, problems_of
 from sfcore.plan._run import Run
 from sfcore.plan._tables import SHAPE, WARMUP, inner
 
@@ -52,7 +51,7 @@ def check(
     ignored = frozenset(ignore)
 
     def look(found: Config) -> tuple[Problem, ...]:
-        problems = (one for one in problems_of(Run(found)) if one.code not in ignored)
+        problems = (one for one in _problems(Run(found)) if one.code not in ignored)
         return tuple(sorted(problems, key=lambda one: one.code))
 
     found = _config.read(config, source, facts)
@@ -62,13 +61,36 @@ def check(
         if not wanted:
             break
         before = found
-        original, left = _config.written(before, wanted)
+        new = _config.written(before, wanted)
         # A command line is no named source: it tells itself.
         named = next((key for key, known in SOURCES.items() if known is before.source), None)
-        found = _config.read(original, named, left)
+        found = _config.read(new.original, named, new.facts, new.files)
         changes += _listed(before, found, codes)
         problems = look(found)
     return _plan(found, problems, changes)
+
+
+def _computable(problems: Iterable[Problem]) -> bool:
+    """Returns whether what the values come to can be computed: each is of its kind and in its range."""
+    return not any(problem.code in ("SF002", "SF301") for problem in problems)
+
+
+def _problems(run: Run) -> Iterator[Problem]:
+    """Yields every problem; after values that nothing can be computed with, none of what follows."""
+    sd = run.config.source.dummy_scheduler
+    found = list(run.config.problems)
+    for look in (*_rules.VALUES, *(_sd_rules.VALUES if sd else ())):
+        found += look(run)
+    yield from found
+    rest: list[Callable[[Run], Iterator[Problem]]] = []
+    if run.kind.schedule_free and not any(one.code == "SF301" for one in found):
+        rest += _rules.SUGGESTIONS
+    if _computable(found):
+        rest += [*_rules.COURSE, *(_sd_rules.COURSE if sd else ())]
+        if run.kind.schedule_free:
+            rest += [*_rules.SURROUNDINGS, *(_sd_rules.SURROUNDINGS if sd else ())]
+    for look in rest:
+        yield from look(run)
 
 
 def _merge(problems: Iterable[Problem]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -102,12 +124,13 @@ def _by_name(config: Config) -> dict[str, Any]:
 
 
 def _plan(config: Config, problems: tuple[Problem, ...], changes: Iterable[Change]) -> Plan:
-    run, known = Run(config), computable(problems)
+    run, known = Run(config), _computable(problems)
     scheduler = config.get("scheduler_class") or config.get("scheduler")
     return Plan(
         source=config.source.title,
         config=config.original,
         facts=config.facts,
+        files=config.files,
         problems=problems,
         changes=tuple(changes),
         optimizer=run.optimizer,
@@ -118,6 +141,7 @@ def _plan(config: Config, problems: tuple[Problem, ...], changes: Iterable[Chang
         epochs=run.epochs,
         devices=run.devices,
         accumulation=run.accumulation,
+        resumed=run.resumed if known else None,
         lr=run.lr_t if known else np.empty(0),
         c=run.c if known else np.empty(0),
     )

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from sfcore.checks import nearest
-from sfcore.plan import _text, _trainers
+from sfcore.plan import _sd_scripts, _text, _trainers
 from sfcore.plan._model import ERROR, ConfigError, Problem
-from sfcore.plan._tables import EXPECTED, FIELDS, inner, is_adafactor, is_set, optimizer_kind, parse
+from sfcore.plan._tables import EXPECTED, FIELDS, WARMUP, inner, is_set, optimizer_kind, parse, whole
 from sfcore.plan._trainers import Source
 
 SourceName = Literal["own", "sd-scripts", "kohya", "hf"]
@@ -54,10 +55,19 @@ _MARKS: dict[SourceName, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: in the field `key`, or under `item` inside of it."""
+    """Where a value stands.
+
+    Attributes:
+        key: the field, or the option of a command line.
+        item: the argument inside of it, if it holds several.
+        outer: the field that holds a piece of a command line, of which `key` is an option.
+        file: the file of settings that a command line names, with the field `key`.
+    """
 
     key: str
     item: str = ""
+    outer: str = ""
+    file: str = ""
 
 
 @dataclass
@@ -72,6 +82,10 @@ class Config:
         places: neutral field -> where it stands in `raw`.
         facts: neutral field -> value, given beside the configuration; they win.
         problems: what could not be read.
+        at: option of sd-scripts -> where it stands, if that is not a field of `raw`.
+        arguments, schedule_arguments: of the optimizer and the scheduler, of sd-scripts and Kohya_SS.
+        malformed: (field, name, text) of those that are not name=literal.
+        files: path -> content of the files of settings that a command line names.
     """
 
     source: Source
@@ -81,19 +95,27 @@ class Config:
     places: dict[str, Place] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    at: dict[str, Place] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    schedule_arguments: dict[str, Any] = field(default_factory=dict)
+    malformed: list[tuple[str, str, str]] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def put(self, name: str, value: Any, key: str, item: str = "") -> None:
         """Takes a value for a neutral field, or notes that it is none."""
         if not is_set(value):
             return
+        place = replace(self.at.get(key, Place(key)), item=item)
         try:
             self.values[name] = parse(name, value)
-            self.places[name] = Place(key, item)
+            self.places[name] = place
         except (ValueError, OverflowError):
-            rule = EXPECTED[FIELDS[name].kind]
-            place = self.shown(Place(key, item))
-            why = "The trainer would stop at it."
-            self.problems.append(Problem("SF002", ERROR, place, value, rule, why, f"write {rule}"))
+            self.note_unreadable(place, value, EXPECTED[FIELDS[name].kind])
+
+    def note_unreadable(self, place: Place, value: Any, rule: str) -> None:
+        """Notes that a value is not of its kind."""
+        why = "The trainer would stop at it."
+        self.problems.append(Problem("SF002", ERROR, self.shown(place), value, rule, why, f"write {rule}"))
 
     def put_fields(self, skip: Iterable[str] = ()) -> None:
         """Takes every field of `raw` that is one of the source's own, as it is."""
@@ -101,6 +123,19 @@ class Config:
         for key, value in self.raw.items():
             if key in by_key:
                 self.put(by_key[key], value, key)
+
+    def set_option(
+        self, name: str, given: Any, place: Place, read: Callable[[str, Any], Any] = _sd_scripts.of_toml
+    ) -> None:
+        """Takes an option of sd-scripts as `read` reads it, or notes that the trainer would stop at it."""
+        if given is None or _shell_knows(given):
+            return
+        try:
+            self.raw[name] = read(name, given)
+            self.at[name] = place
+        except (ValueError, OverflowError):
+            found = given[0] if isinstance(given, list) and len(given) == 1 else given or None
+            self.note_unreadable(place, found, _sd_scripts.EXPECTED[_sd_scripts.KINDS[name]])
 
     def note_unknown(self, keys: Iterable[str], known: Iterable[str], inside: str = "") -> None:
         """Notes every key that nobody knows, with the nearest that somebody does."""
@@ -117,8 +152,9 @@ class Config:
 
     def shown(self, place: Place) -> str:
         """Returns the words for a place."""
-        key = f"{self.source.prefix}{place.key}"
-        return f"{key} {place.item}" if place.item else key
+        key = f"--{place.key}" if place.outer else place.key if place.file else self.source.prefix + place.key
+        words = " ".join(word for word in (place.outer, key, place.item) if word)
+        return f"{words} in {place.file}" if place.file else words
 
     def name(self, neutral: str) -> str:
         """Returns the user's name of a neutral field, given or not."""
@@ -135,14 +171,24 @@ class Config:
         """Returns where a field that is not given belongs; None for one that the trainer does not have."""
         if neutral in self.source.fields:
             return Place(self.source.fields[neutral])
-        return Place(self.source.inner, neutral) if neutral in inner() and self.source.inner else None
+        holder = self.source.inner
+        return (
+            replace(self.at.get(holder, Place(holder)), item=neutral)
+            if neutral in inner() and holder
+            else None
+        )
 
     def get(self, neutral: str, default: Any = None) -> Any:
         """Returns a value: as given, or the trainer's default, or `default`."""
         return self.values.get(neutral, self.source.defaults.get(neutral, default))
 
 
-def read(config: ConfigLike, source: SourceName | None, facts: Mapping[str, Any]) -> Config:
+def read(
+    config: ConfigLike,
+    source: SourceName | None,
+    facts: Mapping[str, Any],
+    files: Mapping[str, dict[str, Any]] | None = None,
+) -> Config:
     """Returns the neutral configuration of whatever a user hands over.
 
     Args:
@@ -151,6 +197,7 @@ def read(config: ConfigLike, source: SourceName | None, facts: Mapping[str, Any]
             `facts` alone.
         source: "own", "sd-scripts", "kohya" or "hf"; None: told from its fields.
         facts: neutral fields beside it, which win.
+        files: path -> content of files that a command line names and that are not to be read again.
 
     Raises:
         ConfigError: if it cannot be read, with line and column where it is text.
@@ -162,20 +209,66 @@ def read(config: ConfigLike, source: SourceName | None, facts: Mapping[str, Any]
     if isinstance(config, str) and _is_command(config):
         command = _text.words(config)
     if command is not None:
-        _text.refuse_config_file(command)
-        found = Config(_trainers.SD_COMMAND, _text.flags(command), config)
+        found = _read_command(command, config, files or {})
     else:
         raw = _fields_of(config)
         # What HF nests are settings of other programs, not sections.
         fields = raw if any(mark in raw for mark in _MARKS["hf"]) else flat(raw)
         found = Config(_source(source, fields), fields, raw)
-    _READERS[found.source.title](found)
+        _READERS[found.source.title](found)
     for name, value in facts.items():
         if name in FIELDS:
             found.facts[name] = value
             found.put(name, value, name)
     found.note_unknown(facts, FIELDS)
     return found
+
+
+def _read_command(tokens: list[str], original: Any, files: Mapping[str, dict[str, Any]]) -> Config:
+    """Reads a command line as the script does: its file of settings first, over which its options win."""
+    found = Config(_trainers.SD_COMMAND, {}, original)
+    launch = _text.launch(tokens)
+    options = _text.flags(tokens[launch.start : launch.end], _sd_scripts.OPTIONS)
+    launched = _text.flags(tokens[: launch.start], ())
+    named = options.pop("config_file", [])
+    if named == [] and "config_file" in _text.flags(tokens[launch.start : launch.end], _sd_scripts.OPTIONS):
+        raise ConfigError("--config_file must be followed by the path of a TOML file, got none: name it")
+    if named and named[0] and "output_config" not in options:  # that writes the file, and trains nothing
+        path = named[0] if named[0].endswith(".toml") else f"{named[0]}.toml"
+        try:
+            content = files[path] if path in files else _text.read_file(Path(path))
+        except ConfigError as error:
+            raise ConfigError(f"--config_file: {error}", error.line, error.column) from error
+        found.files[path] = content
+        for name, value in flat(content).items():
+            found.set_option(name, value, Place(name, file=path))
+    for name, words in options.items():
+        found.set_option(name, words, Place(name), _sd_scripts.of_words)
+    for name in ("num_processes", "nproc_per_node", "num_gpus"):
+        if launched.get(name):
+            found.raw.setdefault("num_processes", launched[name][0])
+    script = _sd_scripts.SCRIPTS.get(launch.script)
+    if script is None or not script.musubi:  # an abbreviation of several options
+        unclear = [name for name in options if any(one.startswith(name) for one in _sd_scripts.OPTIONS)]
+        found.note_unknown(unclear, _sd_scripts.OPTIONS)
+    found.put("script", launch.script if launch.script in _sd_scripts.SCRIPTS else None, "script")
+    _read_sd(found)
+    return found
+
+
+def steps_of_state(folder: str) -> int | None:
+    """Returns how many optimizer steps a state of sd-scripts' train_network.py has done, if it is here."""
+    try:
+        found = _text.read_file(Path(folder) / "train_state.json").get("current_step")
+    except ConfigError:
+        return None
+    return whole(found)
+
+
+def _shell_knows(given: Any) -> bool:
+    """Returns whether a value is one that only the shell knows: $LR, `seq 3`, %RATE%."""
+    first = given[0] if isinstance(given, list) and given else given
+    return isinstance(first, str) and bool(re.search(r"\$[\w{(]|`|^%\w+%$", first))
 
 
 def _script(config: Any) -> Any:
@@ -253,48 +346,79 @@ def _put_betas(config: Config, value: Any, key: str, item: str = "") -> None:
         config.put("beta", value if isinstance(value, str) else repr(value), key, item)
 
 
+def _read_sd_fields(config: Config) -> None:
+    """Reads the fields of sd-scripts, as its file of settings has them."""
+    fields, config.raw = config.raw, {}
+    for name, value in fields.items():
+        config.set_option(name, value, Place(name))
+    _read_sd(config)
+
+
 def _read_sd(config: Config) -> None:
-    """Reads the fields or flags of sd-scripts."""
+    """Takes the options of sd-scripts, each of its kind already."""
+    raw = config.raw
     config.put_fields(skip=["scheduler_warmup_steps"])
-    # Whole is steps, a float or a percentage is a fraction (`int_or_float`).
-    warmup = config.raw.get("lr_warmup_steps")
-    if isinstance(warmup, str) and warmup.endswith("%"):
-        share = _text.literal(warmup[:-1])
-        warmup = share / 100 if isinstance(share, int | float) else warmup
-    elif isinstance(warmup, str):
-        warmup = _text.literal(warmup)
-        warmup = int(warmup) if isinstance(warmup, float) and warmup >= 1 and warmup.is_integer() else warmup
-    unit = "fraction" if isinstance(warmup, float) else "steps"
-    config.put(f"scheduler_warmup_{unit}", warmup, "lr_warmup_steps")
+    _put_sd_warmup(config)
+    both = is_set(raw.get("optimizer_type"))
+    for flag, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
+        if raw.get(flag) and both:
+            fix = f"keep {config.shown(config.at['optimizer_type'])} and take this away"
+            why = "sd-scripts asserts that one alone names the optimizer."
+            shown = config.shown(config.at[flag])
+            config.problems.append(
+                Problem("SF003", ERROR, shown, True, "the only name of the optimizer", why, fix)
+            )
+        elif raw.get(flag):
+            config.put("optimizer", name, flag)
+            both = True
     _read_loras(config)
-    if not is_set(config.raw.get("optimizer_type")):
-        for flag, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
-            if config.raw.get(flag) is True:
-                config.put("optimizer", name, flag)
     _note_close(config)
 
 
+def _put_sd_warmup(config: Config) -> None:
+    """Takes the option that is steps as a whole number, and a part of the run as a float."""
+    warmup = config.raw.get("lr_warmup_steps")
+    unit = "fraction" if isinstance(warmup, float) else "steps"
+    config.put(f"scheduler_warmup_{unit}", warmup, "lr_warmup_steps")
+
+
 def _read_loras(config: Config) -> None:
-    """Takes what sd-scripts and Kohya share: rates of parts, 16-bit parameters, the optimizer's arguments,
-    which stand in one field and are parsed as the trainer does."""
+    """Takes what sd-scripts and Kohya share: rates of parts, 16-bit parameters, the optimizer's arguments."""
     raw = config.raw
     if is_set(raw.get("unet_lr")) and str(raw["unet_lr"]) not in ("0", "0.0"):
         config.put("lr", raw["unet_lr"], "unet_lr")
     for key, dtype in (("full_fp16", "float16"), ("full_bf16", "bfloat16")):
         if raw.get(key) in (True, "true", "True"):
             config.put("param_dtype", dtype, key)
+    _read_items(config, "lr_scheduler_args", config.schedule_arguments)
     key, name, aliases = config.source.inner, str(config.get("optimizer")), _trainers.options()
-    found = {item: _text.literal(text) for item, text in _text.arguments(raw.get(key)).items()}
-    for item, value in found.items():
+    _read_items(config, key, config.arguments)
+    kind = optimizer_kind(name)
+    for item, value in config.arguments.items():
+        if not kind.schedule_free and not isinstance(value, int | float | str) and item != "betas":
+            continue  # such as Adafactor's two eps
         if item == "betas":
             _put_betas(config, value, key, item)
         elif aliases.get(item, item) in inner():
             config.put(aliases.get(item, item), value, key, item)
-    if is_adafactor(name) and (found.get("relative_step", True) or found.get("warmup_init")):
+    given = config.arguments
+    if name.lower() == "adafactor" and (given.get("relative_step", True) or given.get("warmup_init")):
         config.put("scheduler", "adafactor", config.source.fields["scheduler"])  # sd-scripts sees to it
-    known = (*inner(), *aliases, "betas", "foreach", "maximize", "capturable", "differentiable", "fused")
-    if optimizer_kind(name).uses and name.split(".")[0] != "pytorch_optimizer":
-        config.note_unknown(found, known, inside=key)
+
+
+def _read_items(config: Config, key: str, found: dict[str, Any]) -> None:
+    """Takes the arguments of a field, each parsed as sd-scripts does."""
+    given = config.raw.get(key)
+    if isinstance(given, str):  # Kohya_SS takes its quotation marks away
+        given = given.replace('"', "").split()
+    for text in given if isinstance(given, list | tuple) else []:
+        name, equals, value = str(text).partition("=")
+        try:
+            if not equals or "=" in value:
+                raise ValueError
+            found[name] = _text.literal(value, strict=True)
+        except ValueError:
+            config.malformed.append((key, name if equals else "", str(text)))
 
 
 def _note_close(config: Config) -> None:
@@ -306,20 +430,38 @@ def _note_close(config: Config) -> None:
 
 def _read_kohya(config: Config) -> None:
     """Reads a Kohya_SS preset; what its additional_parameters say wins."""
-    words = _text.words(str(config.raw.get("additional_parameters") or ""))
-    _text.refuse_config_file(words)
-    zero = [key for key in ("max_train_steps", "lr_warmup_steps") if str(config.raw.get(key)) == "0"]
+    words = str(config.raw.get("additional_parameters") or "").replace('"', "").split()
+    extra = _text.flags(words, _sd_scripts.OPTIONS)
+    if "config_file" in extra:
+        raise ConfigError(
+            f"additional_parameters must not have --config_file, got {' '.join(extra['config_file'])!r}: of "
+            "two such files sd-scripts takes the last, and no field of this one. Check that file itself"
+        )
+    zero = [
+        key for key in ("max_train_steps", "max_train_epochs", "lr_warmup_steps") if _is_zero(config, key)
+    ]
     config.raw = {key: value for key, value in config.raw.items() if key not in zero}
     config.put_fields()
     config.put("weights", config.raw.get("network_weights"), "network_weights")
     if "total_steps" not in config.values and "epochs" not in config.values:
         config.put("epochs", config.raw.get("epoch", 1), "epoch")  # of which the GUI computes the steps
     by_flag = {flag: name for name, flag in _trainers.SD_SCRIPTS.fields.items()}
-    for flag, value in _text.flags(words).items():
-        if flag in by_flag:
-            config.put(by_flag[flag], value, "additional_parameters", f"--{flag}")
+    if "lr_warmup_steps" in extra:
+        for name in WARMUP:
+            config.values.pop(name, None)
+    for flag, given in extra.items():
+        place = Place(flag, outer="additional_parameters")
+        config.set_option(flag, given, place, _sd_scripts.of_words)
+        if flag == "lr_warmup_steps":
+            _put_sd_warmup(config)
+        elif flag in by_flag and flag in config.at:
+            config.put(by_flag[flag], config.raw[flag], flag)
     _read_loras(config)
     _note_close(config)
+
+
+def _is_zero(config: Config, key: str) -> bool:
+    return str(config.raw.get(key)) == "0"
 
 
 def _read_hf(config: Config) -> None:
@@ -349,65 +491,85 @@ def _read_hf(config: Config) -> None:
 
 _READERS: dict[str, Callable[[Config], None]] = {
     _trainers.OWN.title: _read_own,
-    _trainers.SD_SCRIPTS.title: _read_sd,
-    _trainers.SD_COMMAND.title: _read_sd,
+    _trainers.SD_SCRIPTS.title: _read_sd_fields,
     _trainers.KOHYA.title: _read_kohya,
     _trainers.HF.title: _read_hf,
 }
 
 
-def written(config: Config, changes: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the configuration and the facts with changes made; the originals stay as they are.
+class Rewritten(NamedTuple):
+    """A configuration, the facts beside it and the files that it names, with changes made."""
+
+    original: Any
+    facts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+def written(config: Config, changes: Mapping[str, Any]) -> Rewritten:
+    """Returns the configuration with changes made; the originals stay as they are.
 
     Args:
         config: as read.
         changes: neutral field -> value; None takes the field away.
     """
-    original = copy.deepcopy(config.original)
-    facts, places = dict(config.facts), dict(config.places)
+    found = Rewritten(copy.deepcopy(config.original), dict(config.facts), copy.deepcopy(config.files))
+    places = dict(config.places)
     kind = optimizer_kind(str(changes.get("optimizer") or config.get("optimizer")))
     shown = kind.law.torch_names if kind.law else {}
     for name in sorted(changes, key=lambda name: changes[name] is not None):  # what goes, goes first
         value, place = changes[name], places.get(name) or config.home(name)
-        if name in facts or place is None:
-            facts[name] = value
+        if name in found.facts or place is None:
+            found.facts[name] = value
             continue
         if name not in places and place.item:
-            place = Place(place.key, shown.get(name, name).partition("[")[0])
+            place = replace(place, item=shown.get(name, name).partition("[")[0])
         if "betas" in (place.key, place.item):
             if value is None:  # SGD has no second one: the first stays, by the name it has there
-                original = _put(original, place, None)
-                place = places["beta"] = Place(place.key, "momentum") if place.item else Place("beta")
-                value = config.get("beta")
+                found = _put(found, place, None)
+                place = replace(place, item="momentum") if place.item else replace(place, key="beta")
+                places["beta"], value = place, config.get("beta")
             else:
                 pair = {"beta": config.get("beta", 0.9), "b2": config.get("b2", 0.999)}
                 value = tuple((pair | {name: value}).values())
-        original = _put(original, place, value)
-    return original, {name: value for name, value in facts.items() if value is not None}
+        found = _put(found, place, value)
+    facts = {name: value for name, value in found.facts.items() if value is not None}
+    return found._replace(facts=facts)
 
 
-def _put(original: Any, place: Place, value: Any) -> Any:
+def _put(found: Rewritten, place: Place, value: Any) -> Rewritten:
+    original = found.original
+    if place.file:
+        changed = _put_in_fields(dict(found.files[place.file]), replace(place, file=""), value)
+        return found._replace(files=found.files | {place.file: changed})
     if isinstance(original, Mapping):
-        return _put_in_fields(dict(original), place, value)
+        return found._replace(original=_put_in_fields(dict(original), place, value))
     tokens = _text.words(original) if isinstance(original, str) else [str(word) for word in original]
-    tokens = _put_in_words(tokens, place, value)
-    return shlex.join(tokens) if isinstance(original, str) else type(original)(tokens)
+    launch = _text.launch(tokens)
+    own = _put_in_words(tokens[launch.start : launch.end], place, value)
+    tokens[launch.start : launch.end] = own
+    return found._replace(
+        original=_text.joined(tokens) if isinstance(original, str) else type(original)(tokens)
+    )
 
 
 def _put_in_fields(fields: dict[str, Any], place: Place, value: Any) -> dict[str, Any]:
     # A new key goes to the first section of a file of nothing else.
-    sections = [name for name, held in fields.items() if isinstance(held, Mapping) and name != place.key]
-    holding = [name for name in sections if place.key in fields[name]]
+    key = place.outer or place.key
+    sections = [name for name, held in fields.items() if isinstance(held, Mapping) and name != key]
+    holding = [name for name in sections if key in fields[name]]
     only = sections if sections and len(sections) == len(fields) else []
-    if place.key not in fields and (holding or only):
+    if key not in fields and (holding or only):
         section = (holding or only)[0]
         return fields | {section: _put_in_fields(dict(fields[section]), place, value)}
-    if place.item:
-        value = _inside(fields.get(place.key), place.item, value)
+    if place.outer:
+        tokens = str(fields.get(key) or "").replace('"', "").split()
+        value = " ".join(_put_in_words(tokens, replace(place, outer=""), value))
+    elif place.item:
+        value = _inside(fields.get(key), place.item, value)
     if value is None:
-        fields.pop(place.key, None)
+        fields.pop(key, None)
     else:
-        fields[place.key] = value
+        fields[key] = value
     return fields
 
 
@@ -416,8 +578,6 @@ def _inside(holder: Any, item: str, value: Any) -> Any:
     if isinstance(holder, Mapping):
         kept = {key: old for key, old in holder.items() if key != item}
         return kept if value is None else kept | {item: value}
-    if item.startswith("--"):  # Kohya's additional_parameters
-        return shlex.join(_put_in_words(_text.words(str(holder or "")), Place(item[2:]), value))
     by_commas = isinstance(holder, str) and " " not in holder.strip() and holder.count("=") > 1  # HF's
     pairs = _text.arguments(holder.replace(",", " ") if by_commas else holder)
     if value is None:
@@ -433,18 +593,17 @@ def _as_text(value: Any) -> str:
 
 
 def _put_in_words(tokens: list[str], place: Place, value: Any) -> list[str]:
-    """Returns the words of a command line with one flag changed, taken away or added at the end."""
-    flag = f"--{place.key}"
-    starts = [i for i, token in enumerate(tokens) if token.split("=", 1)[0] == flag]
+    """Returns the options of a command line with one changed, taken away or added at the end."""
+    named = [_text.option(token, _sd_scripts.OPTIONS) for token in tokens]
+    starts = [i for i, name in enumerate(named) if name == place.key]
     start = starts[-1] if starts else len(tokens)
-    end = start + 1
+    end = next((i for i in range(start + 1, len(tokens)) if named[i] is not None), len(tokens))
+    several = _sd_scripts.KINDS.get(place.key) == "list"
     with_equals = bool(starts) and "=" in tokens[start]
-    longest = len(tokens) if place.key in _text.SEVERAL else end if with_equals else start + 2
-    while end < min(longest, len(tokens)) and not tokens[end].startswith("--"):
-        end += 1
+    end = min(end, len(tokens) if several else start + (1 if with_equals else 2))
     if place.item:
-        held = _text.flags(tokens[start:end]).get(place.key)
-        value = _inside(held if isinstance(held, list) else [], place.item, value)
+        held = _text.flags(tokens[start:end], _sd_scripts.OPTIONS).get(place.key, [])
+        value = _inside(list(held), place.item, value)
     values = [] if value is True else value if isinstance(value, list) else [_as_text(value)]
-    new = [] if value is None or value == [] else [flag, *values]
+    new = [] if value is None or value == [] else [f"--{place.key}", *values]
     return tokens[:start] + new + tokens[end:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from sfcore.checks import nearest
 from sfcore.plan._config import Place
 from sfcore.plan._model import Problem
 from sfcore.plan._run import Run
+from sfcore.plan._sd_scripts import ONLY_OURS
 from sfcore.plan._tables import (
     DATA_DRIVEN,
     FIELDS,
@@ -44,6 +45,8 @@ SF002 error: of the field's kind
     The trainer would stop at it.
 SF003 error: a known optimizer
     The trainer would stop at it, after everything is loaded.
+SF004 error: name=value, the value a Python literal
+    sd-scripts splits it at its =, reads the value by ast.literal_eval, and stops at all else.
 SF101 error: 0 with a scheduler that has no warm-up
     sd-scripts and Kohya_SS raise deep in the training script, after everything is loaded; others ignore
     the warm-up.
@@ -61,6 +64,8 @@ SF106 error: a known scheduler
     The trainer would stop at it, after everything is loaded.
 SF107 error: used with the optimizer Adafactor
     sd-scripts asserts it; others compute nonsense.
+SF108 error: an argument that this scheduler has, and of use to it
+    The trainer would stop at it, after everything is loaded.
 SF201 error: the only warm-up
     The two ramps are multiplied: the lr rises as t^2.
 SF202 error: a whole number of optimizer steps >= 0
@@ -92,10 +97,17 @@ SF305 warning: from 0.9 to 0.999, or to a horizon within the run
     v averages 1 / (1 - b2) steps: few are noise, and more than the run has never settle.
 SF306 error: an argument that this optimizer has
     The optimizer raises when it is built, or ignores it.
+SF307 warning: said
+    sd-scripts takes 2e-6 where nothing is said, which suits few runs.
 SF401 error: given together with prior_steps
     Its first step has c = 1 and throws the loaded weights away: on digits the validation loss rose to
     2.4 to 7.2 times with AdamW, most with accumulation, and to 1.1 times with RAdam (python -m
     benchmarks resume).
+SF402 error: off where a run with accumulation is resumed
+    train_network.py multiplies the steps that are done by the accumulation and then divides them by updates,
+    so that it leaves out epochs that nobody has trained.
+SF403 warning: a state from the end of an epoch, or one that is skipped to
+    What was trained before is trained again, and counted as new.
 SF501 error: float32 (autocast may be float16)
     y is rounded to it in every step, and gradients below 6e-8 are 0.
 SF502 warning: float32 (autocast may be bfloat16)
@@ -110,6 +122,8 @@ SF506 error: what saves x
     The parameters hold y while training, which is not what to ship.
 SF507 error: a name that ends in ScheduleFree
     sd-scripts knows Schedule-Free by that; otherwise it never switches to x, and ships y.
+SF508 error: left out with this optimizer
+    It changes the weights behind the optimizer's back, or the script refuses the two together.
 """
 
 
@@ -135,6 +149,7 @@ def problem(
     changes: Mapping[str, Any] | None = None,
     detail: str = "",
     found: Any = _GIVEN,
+    severity: str = "",
 ) -> Problem:
     """Returns the problem of a rule, in the words of the user's configuration.
 
@@ -144,16 +159,17 @@ def problem(
         changes: the same as data; None where only the user can know.
         detail: what more there is to say about this run.
         found: what breaks the rule; by default what the configuration says.
+        severity: where it is not the rule's usual one.
     """
     rule = RULES[code]
     found = run.config.get(field) if found is _GIVEN else found
     why = f"{rule.why} {detail}".strip()
-    return Problem(code, rule.severity, run.config.name(field), found, rule.rule, why, fix, changes or {})
+    name, severity = run.config.name(field), severity or rule.severity
+    return Problem(code, severity, name, found, rule.rule, why, fix, changes or {})
 
 
 # Hyperparameters: SF003, SF301 to SF306.
 
-_OURS = ("prior_steps", "inner_momentum")
 _FAR = 10.0
 _COUNT = checks.Rule(
     "a number >= 1", lambda value: whole(value) is not None, "leave it out if it is not known"
@@ -165,7 +181,12 @@ _BY_HAND = "yourself and pass optimizers=(optimizer, None) to Trainer"
 def optimizer_name(run: Run) -> Problems:
     """SF003: an optimizer that nobody knows, or that HF Trainer cannot build."""
     near = misspelt(run.optimizer)
-    if near:
+    if run.config.source.dummy_scheduler:
+        built = run.built
+        if built.fix:
+            instead = {"optimizer": built.instead} if built.instead else None
+            yield problem(run, "SF003", "optimizer", built.fix, instead)
+    elif near:
         yield problem(run, "SF003", "optimizer", f"did you mean {near}?", {"optimizer": near})
     elif run.config.source.shares_warmup and "." in run.optimizer:
         there = run.kind.law.elsewhere.get("transformers") if run.kind.law else None
@@ -173,35 +194,37 @@ def optimizer_name(run: Run) -> Problems:
         yield problem(run, "SF003", "optimizer", fix, {"optimizer": there} if there else None)
 
 
-def _full_name(run: Run) -> str:
+def full_name(run: Run) -> str:
     """Returns this project's torch class of the same family; of an unknown one, the usual."""
     law = run.kind.law or laws.LAWS["adamw"]
     return f"sftorch.{law.torch}"
 
 
-def _package_fix(run: Run) -> tuple[str, dict[str, Any]]:
+def package_fix(run: Run) -> tuple[str, dict[str, Any]]:
     """Returns how to come to a class that has this project's options, and the changes; none in HF Trainer."""
     if run.config.source.shares_warmup:
-        return f"build {_full_name(run)} {_BY_HAND}", {}
+        return f"build {full_name(run)} {_BY_HAND}", {}
     if is_ours(run.optimizer, run.config.source.bare_is_ours):
         return "", {}
-    fix = f"choose {run.config.name('optimizer')} = {_full_name(run)}"
+    fix = f"choose {run.config.name('optimizer')} = {full_name(run)}"
     if run.config.source.dummy_scheduler:
         fix += " (sd-scripts wants the package schedulefree installed beside it)"
-    return fix, {"optimizer": _full_name(run)}
+    return fix, {"optimizer": full_name(run)}
 
 
 def other_arguments(run: Run) -> Problems:
     """SF306: an argument of another optimizer, or of this project's own class."""
     source = run.config.source
     for field, value in run.config.values.items():
+        if source.dummy_scheduler and run.config.places[field].item:
+            continue  # `literal_arguments` looks at those
         of_trainer = source.shares_warmup and not run.config.places[field].item and field in source.fields
         # RAdam's warm-up is SF206.
         others = field in run.kind.forbids and not (field == "warmup_steps" and run.kind.rectified)
         if others and not of_trainer and value:
             yield problem(run, "SF306", field, f"{run.kind.name} has none: remove it", {field: None})
-        elif field in _OURS and value and run.kind.uses:
-            fix, changes = _package_fix(run)
+        elif field in ONLY_OURS and value and run.kind.uses:
+            fix, changes = package_fix(run)
             if fix:
                 yield problem(run, "SF306", field, fix, changes, f"{run.optimizer} has none.")
 
@@ -215,8 +238,10 @@ def ranges(run: Run) -> Problems:
         changes = {name: known[name].default if name in known else None}
         return Problem(**{**vars(problem(run, "SF301", name, fix, changes)), "rule": rule})
 
+    adam = run.config.source.dummy_scheduler and "betas" in (run.built.arguments or ())
     for field, value in values.items():
         rule = _COUNT if field in _COUNTS else checks.NON_NEGATIVE
+        rule = checks.DECAY_RATE if adam and field in ("beta", "b2") else rule
         if FIELDS[field].kind == "number" and field not in known and not rule.holds(value):
             yield outside(field, rule.text, rule.fix)
     if run.kind.rules is None:
@@ -275,7 +300,7 @@ def second_moment(run: Run) -> Problems:
 _UNSAID = {"scheduler_cycles": (0, 1), "scheduler_power": (0, 1), "scheduler_min_lr_ratio": (0,)}
 
 
-def _given_warmups(run: Run) -> list[str]:
+def given_warmups(run: Run) -> list[str]:
     """Returns the neutral fields of the scheduler's warm-up that say something."""
     return [name for name in WARMUP if run.config.values.get(name)]
 
@@ -286,16 +311,16 @@ def _is_own(run: Run, field: str) -> bool:
     return bool(shared and run.config.places[field].key == "warmup_steps")
 
 
-def _no_warmup(run: Run) -> dict[str, Any]:
+def no_warmup(run: Run) -> dict[str, Any]:
     """Returns the changes that leave the scheduler no warm-up."""
     of_none = ("scheduler_warmup_fraction", "warmup_ratio")  # fields that have no 0
-    given = [name for name in _given_warmups(run) if not _is_own(run, name)]
+    given = [name for name in given_warmups(run) if not _is_own(run, name)]
     return {name: None if run.config.places[name].key in of_none else 0 for name in given}
 
 
 def _to_the_optimizer(run: Run) -> dict[str, Any]:
     """Returns the changes that hand the scheduler's warm-up to the optimizer; None of them if unknown."""
-    changes = _no_warmup(run)
+    changes = no_warmup(run)
     if not changes or "warmup_steps" not in run.kind.uses or run.own_warmup:
         return changes
     if math.isnan(run.scheduler_warmup):  # part of a run of unknown length
@@ -312,7 +337,7 @@ def ignored_by_trainer(run: Run) -> Problems:
         given = {key: value for key, value in changes.items() if key in values}
         fix = f"choose {name('scheduler')} = constant, which is what the run does"
         yield problem(run, "SF103", field, fix, given, found=values.get(field))
-    for field in _given_warmups(run):
+    for field in given_warmups(run):
         changes = _to_the_optimizer(run)
         steps = changes.get("warmup_steps", "STEPS")
         option = f"{run.config.source.prefix}{run.config.source.inner}"
@@ -333,7 +358,8 @@ def scheduler(run: Run) -> Problems:
         yield from ignored_by_trainer(run)
         return
     name, kind = run.scheduler_name, run.scheduler
-    if name is not None and name not in SCHEDULERS and name not in DATA_DRIVEN:
+    known = run.config.source.dummy_scheduler or name in (None, *SCHEDULERS, *DATA_DRIVEN)
+    if name is not None and not known:
         near = nearest(name, SCHEDULERS)
         fix = f"did you mean {near}?" if near else f"choose one of {', '.join(SCHEDULERS)}"
         yield problem(run, "SF106", "scheduler", fix, {"scheduler": near} if near else None, found=name)
@@ -344,17 +370,22 @@ def scheduler(run: Run) -> Problems:
         fix = f"choose {run.config.name('scheduler')} = constant"
         changes = {"scheduler": "constant"} | (_to_the_optimizer(run) if run.scheduler_acts else {})
         yield problem(run, "SF102", "scheduler", fix, changes, found=name)
-    else:  # what is to go needs nothing
-        yield from missing(run, kind.needs)
+    if run.config.source.dummy_scheduler or not (run.kind.schedule_free and kind.decays):
+        yield from missing(run, kind.needs)  # elsewhere, what is to go needs nothing
     ignores = kind.ignores()
-    for field in (*_given_warmups(run), *SHAPE):
+    for field in (*given_warmups(run), *SHAPE):
         value = run.config.values.get(field)
         without_effect = ("warmup" if field in WARMUP else field) in ignores
         if without_effect and value is not None and value not in _UNSAID.get(field, (0,)):
             change = {field: 0 if field in WARMUP else None}
             fix = "remove it, or choose another scheduler"
             yield problem(run, "SF105", field, fix, change, f"It is {name}.")
-    if name == "adafactor" and not is_adafactor(run.optimizer):
+    is_one = is_adafactor(run.optimizer)
+    if run.config.source.dummy_scheduler:  # it asks for the very class of transformers
+        is_one = (
+            run.optimizer.lower() == "adafactor" or run.optimizer == "transformers.optimization.Adafactor"
+        )
+    if name == "adafactor" and not is_one:
         fix = f"choose {run.config.name('scheduler')} = constant, or the optimizer Adafactor"
         yield problem(run, "SF107", "scheduler", fix, {"scheduler": "constant"}, found=name)
 
@@ -363,7 +394,7 @@ def needless_warmup(run: Run) -> Problems:
     """SF101: a warm-up for a scheduler that has none, unless the same field is the optimizer's own."""
     if run.scheduler is None or "warmup" not in run.scheduler.forbids:
         return
-    for field in _given_warmups(run):
+    for field in given_warmups(run) if run.scheduler_warmup else ():
         if _is_own(run, field):
             continue
         if run.kind.schedule_free:
@@ -372,7 +403,7 @@ def needless_warmup(run: Run) -> Problems:
             changes = {"scheduler": "constant_with_warmup"}
             fix = f"choose {run.config.name('scheduler')} = constant_with_warmup, or set this to 0"
         else:
-            changes, fix = _no_warmup(run), "set it to 0"
+            changes, fix = no_warmup(run), "set it to 0"
         yield problem(run, "SF101", field, fix, changes)
 
 
@@ -382,9 +413,16 @@ def missing(run: Run, needs: tuple[str, ...]) -> Problems:
         said = bool(run.config.get(field))
         if field == "total_steps":  # a trainer counts its data when it starts
             said = run.total_steps is not None or not run.config.source.bare_is_ours
+        if run.config.source.dummy_scheduler:
+            # Of the others, `built_scheduler` speaks; a decay has its default, 0.
+            said = (
+                field != "scheduler_min_lr_ratio"
+                or "min_lr" in run.config.schedule_arguments
+                or (run.config.get(field) is not None)
+            )
         if not said:
             fix = f"set {run.config.name(field)}, or choose {run.config.name('scheduler')} = constant"
-            changes = {"scheduler": "constant"} | _no_warmup(run)
+            changes = {"scheduler": "constant"} | no_warmup(run)
             yield problem(run, "SF104", field, fix, changes, f"It is {run.scheduler_name}.", None)
 
 
@@ -402,9 +440,9 @@ def two_owners(run: Run) -> Problems:
         fix = f"choose {name('scheduler')} = constant, so that only the optimizer warms up"
         yield problem(run, "SF201", "warmup_steps", fix, {"scheduler": "constant"}, found=found)
     else:
-        first = _given_warmups(run)[0]
+        first = given_warmups(run)[0]
         fix = f"keep {name('warmup_steps')} and set {name(first)} to 0"
-        yield problem(run, "SF201", first, fix, _no_warmup(run), found=found)
+        yield problem(run, "SF201", first, fix, no_warmup(run), found=found)
 
 
 def _each_place_once(run: Run, names: Iterator[str]) -> list[str]:
@@ -435,7 +473,7 @@ def not_whole(run: Run) -> Problems:
 
 def said_twice(run: Run) -> Problems:
     """SF203: steps and a share of the run."""
-    given = _given_warmups(run)
+    given = given_warmups(run)
     if len({run.config.places[name] for name in given}) < 2:
         return
     for field in given:
@@ -451,9 +489,7 @@ def too_long(run: Run) -> Problems:
     total = run.total_steps
     if total is None:
         return
-    acting = (["warmup_steps"] if run.own_warmup else []) + (
-        _given_warmups(run) if run.scheduler_acts else []
-    )
+    acting = (["warmup_steps"] if run.own_warmup else []) + (given_warmups(run) if run.scheduler_acts else [])
     seen = set()
     for field in acting:
         place = run.config.places[field]
@@ -491,7 +527,7 @@ def warmup_on_radam(run: Run) -> Problems:
     if not run.kind.rectified:
         return
     for field in _each_place_once(
-        run, iter(("warmup_steps", *(_given_warmups(run) if run.scheduler_acts else ())))
+        run, iter(("warmup_steps", *(given_warmups(run) if run.scheduler_acts else ())))
     ):
         own = field == "warmup_steps" and not run.config.source.shares_warmup
         yield problem(run, "SF206", field, "remove it", {field: None if own else 0})
@@ -499,7 +535,7 @@ def warmup_on_radam(run: Run) -> Problems:
 
 def no_warmup_at_all(run: Run) -> Problems:
     """SF207: Schedule-Free SGD or AdamW from scratch without a warm-up."""
-    wanted = "warmup_steps" in run.kind.uses and run.owner == "nobody" and not _given_warmups(run)
+    wanted = "warmup_steps" in run.kind.uses and run.owner == "nobody" and not given_warmups(run)
     if wanted and not run.config.get("prior_steps") and not run.config.get("resume"):
         right = max(1, round(_SHARE * run.total_steps)) if run.total_steps else None
         fix = f"set it to {right}" if right else "set it to 5% of the optimizer steps"
@@ -532,7 +568,7 @@ def weights_alone(run: Run) -> Problems:
     if not get("weights") or get("resume") or get("prior_steps") or not run.kind.uses:
         return
     prior = weights_only_policy({})["prior_steps"]
-    how, changes = _package_fix(run)
+    how, changes = package_fix(run)
     where = f" in {source.prefix}{source.inner}" if source.inner else ""
     fix = f"set prior_steps={prior}{where}, or as many as the weights were trained for"
     changes = {} if how and not changes else changes | {"prior_steps": prior}
@@ -543,7 +579,9 @@ def weights_alone(run: Run) -> Problems:
 def narrow_parameters(run: Run) -> Problems:
     """SF501 and SF502: 16-bit parameters, not autocast."""
     dtype = str(run.config.get("param_dtype", "")).lower().removeprefix("torch.").removeprefix("jnp.")
-    if dtype in _NARROW:
+    # Ours keep what bfloat16 cannot hold of y in their state.
+    ours = dtype in ("bfloat16", "bf16") and is_ours(run.optimizer, run.config.source.bare_is_ours)
+    if dtype in _NARROW and not ours:
         place = run.config.places["param_dtype"].key
         trainer = place.startswith("full_")
         fix = f"switch {place} off and keep mixed_precision" if trainer else "keep parameters in float32"
@@ -594,19 +632,9 @@ def ships_y(run: Run) -> Problems:
         yield problem(run, "SF506", "save_strategy", fix, changes, detail)
 
 
-def unrecognised(run: Run) -> Problems:
-    """SF507: a Schedule-Free optimizer that sd-scripts takes for another."""
-    if not run.config.source.dummy_scheduler or run.ignored:
-        return
-    if run.kind.law is not None and run.kind.law.direction != "base":
-        fix = f"choose {run.config.name('optimizer')} = {_full_name(run)}"
-        yield problem(run, "SF507", "optimizer", fix, {"optimizer": _full_name(run)})
-    else:
-        yield problem(run, "SF507", "optimizer", "take a class of such a name")
-
-
-_SUGGESTIONS = (rate, beta, second_moment)
-_COURSE = (
+VALUES = (optimizer_name, other_arguments, ranges)
+SUGGESTIONS = (rate, beta, second_moment)
+COURSE = (
     scheduler,
     two_owners,
     not_whole,
@@ -617,31 +645,4 @@ _COURSE = (
     no_warmup_at_all,
     several_devices,
 )
-_SURROUNDINGS = (
-    weights_alone,
-    narrow_parameters,
-    batchnorm,
-    order,
-    averages_twice,
-    ships_y,
-    unrecognised,
-)
-
-
-def computable(problems: Iterable[Problem]) -> bool:
-    """Returns whether what the values come to can be computed: each is of its kind and in its range."""
-    return not any(problem.code in ("SF002", "SF301") for problem in problems)
-
-
-def problems_of(run: Run) -> Iterator[Problem]:
-    """Yields every problem; after values that nothing can be computed with, none of what follows."""
-    found = [*run.config.problems, *optimizer_name(run), *other_arguments(run), *ranges(run)]
-    yield from found
-    in_range = not any(one.code == "SF301" for one in found)
-    checks_of: list[Callable[[Run], Problems]] = []
-    if in_range and run.kind.schedule_free:
-        checks_of += _SUGGESTIONS
-    if computable(found):
-        checks_of += [*_COURSE, *(_SURROUNDINGS if run.kind.schedule_free else ())]
-    for look in checks_of:
-        yield from look(run)
+SURROUNDINGS = (weights_alone, narrow_parameters, batchnorm, order, averages_twice, ships_y)

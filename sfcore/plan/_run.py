@@ -12,7 +12,9 @@ import numpy as np
 
 from sfcore import averaging
 from sfcore.hyperparameters import weighed
-from sfcore.plan._config import Config
+from sfcore.plan import _sd_scripts
+from sfcore.plan._config import Config, steps_of_state
+from sfcore.plan._sd_scripts import SCRIPTS, Built, Script, built
 from sfcore.plan._tables import SCHEDULERS, OptimizerKind, SchedulerKind, is_set, optimizer_kind, whole
 
 _UNKNOWN_LENGTH = 1000
@@ -42,7 +44,11 @@ class Run:
         if is_set(self.config.get("scheduler_class")):
             return None
         name = self.config.get("scheduler")
-        return str(name).split(":")[0].lower() if is_set(name) and name != "none" else None
+        if not is_set(name) or name == "none":
+            return None
+        if self.config.source.dummy_scheduler:  # sd-scripts takes it as it is
+            return "adafactor" if str(name).startswith("adafactor") else str(name)
+        return str(name).split(":")[0].lower()
 
     @cached_property
     def scheduler(self) -> SchedulerKind | None:
@@ -111,7 +117,57 @@ class Run:
         fraction = fraction or (get("scheduler_warmup_percent") or 0) / 100
         if not fraction:
             return 0.0
-        return math.nan if self.total_steps is None else float(math.ceil(fraction * self.total_steps))
+        if self.total_steps is None:
+            return math.nan
+        if self.config.source.dummy_scheduler:  # int(), of the scheduler's own steps
+            return math.trunc(fraction * self.total_steps * self.scheduler_devices) / self.scheduler_devices
+        return float(math.ceil(fraction * self.total_steps))
+
+    @cached_property
+    def script(self) -> Script | None:
+        """The training script, where it is one of sd-scripts or musubi-tuner."""
+        return SCRIPTS.get(str(self.config.get("script", ""))) if self.config.source.dummy_scheduler else None
+
+    @cached_property
+    def built(self) -> Built:
+        """What sd-scripts makes of the optimizer's name."""
+        return built(self.optimizer, self.script is not None and self.script.musubi)
+
+    @cached_property
+    def steps_done(self) -> int | None:
+        """Optimizer steps that a state of sd-scripts has done, where it is known."""
+        get, per_epoch = self.config.get, self.micro_steps_per_epoch
+        if get("initial_step") is not None:
+            return whole(get("initial_step"))
+        if get("initial_epoch") is not None and per_epoch:
+            return (int(get("initial_epoch")) - 1) * math.ceil(per_epoch / self.accumulation)
+        return steps_of_state(str(get("resume"))) if get("resume") else None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether sd-scripts goes on from a state."""
+        return self.config.source.dummy_scheduler and bool(self.config.get("resume"))
+
+    @cached_property
+    def resumed(self) -> tuple[int, int] | None:
+        """Micro-batches that a resumed run of sd-scripts trains on, and those that are left of the run."""
+        batches, total, done = self.micro_steps_per_epoch, self.total_steps, self.steps_done
+        if not (
+            self.config.source.dummy_scheduler and self.config.get("resume") and batches and total and done
+        ):
+            return None
+        if not 0 < done < total <= _LONGEST:
+            return None
+        an_epoch = math.ceil(batches / self.accumulation)
+
+        def trained(updates: int) -> int:
+            return updates // an_epoch * batches + updates % an_epoch * self.accumulation
+
+        left = trained(total) - trained(done)
+        if self.script is not None and not self.script.resumes:
+            return trained(total), left  # it begins anew
+        skip = bool(self.config.get("skip_done"))
+        return _sd_scripts.resumed(batches, self.accumulation, done, total, skip), left
 
     @cached_property
     def scheduler_acts(self) -> bool:

@@ -72,7 +72,17 @@ _OF_RUN: dict[str, Field] = {
     "accumulation": Field("number", "micro-batches of one optimizer step"),
     "devices": Field("number", "processes that train together"),
     "weights": Field("text", "the file of weights that the run starts from"),
+    "trained_steps": Field("number", "optimizer steps that these weights were trained for"),
     "resume": Field("text", "the state, with the optimizer's, that the run goes on from"),
+    "initial_step": Field(
+        "number", "optimizer steps that the state has done, where it does not say so itself"
+    ),
+    "initial_epoch": Field("number", "sd-scripts: the epoch that a resumed run begins with, from 1"),
+    "skip_done": Field("flag", "sd-scripts: a resumed run skips the data of the steps that are done"),
+    "script": Field("text", "sd-scripts, musubi-tuner: the training script"),
+    "norm_limit": Field("number", "sd-scripts: weights are scaled down to this norm after every step"),
+    "blockwise": Field("flag", "sd-scripts: each block has an optimizer, which steps in the backward pass"),
+    "fused_backward": Field("flag", "sd-scripts: the optimizer steps in the backward pass"),
     "param_dtype": Field("text", "dtype of the parameters themselves, not of autocast"),
     "batchnorm": Field("flag", "the model has BatchNorm or other running statistics"),
     "recalibrate": Field("flag", "running statistics are averaged anew at x before every evaluation"),

@@ -1,12 +1,12 @@
 """The trainers that are read, and what they call things: data.
 
-- sd-scripts: `add_optimizer_arguments`, `add_training_arguments`, `get_optimizer` and `get_scheduler_fix` of
-  library/train_util.py, github.com/kohya-ss/sd-scripts. With an optimizer whose name ends in ScheduleFree it
-  installs a dummy scheduler, and it imports schedulefree, for sftorch's classes too: that must be installed.
-  With Adafactor it takes Adafactor's scheduler unless relative_step=False. The scheduler counts one step for
-  every process: `AcceleratedScheduler.step` of accelerate.
-- Kohya_SS: kohya_gui/class_basic_training.py and lora_gui.py, github.com/bmaltais/kohya_ss. lr_warmup is a
-  percentage; lr_warmup_steps wins over it.
+- sd-scripts: `_sd_scripts` has its facts. With an optimizer whose name ends in ScheduleFree it installs a
+  dummy scheduler, and it imports schedulefree, for sftorch's classes too: that must be installed. With
+  Adafactor it takes Adafactor's scheduler unless relative_step=False. The scheduler counts one step for every
+  process: `AcceleratedScheduler.step` of accelerate.
+- Kohya_SS: kohya_gui/class_basic_training.py, lora_gui.py and common_gui.py, github.com/bmaltais/kohya_ss at
+  45088f0. lr_warmup is a percentage; lr_warmup_steps wins over it. It writes its fields into a file for
+  --config_file, and adds additional_parameters to the command line, without quotation marks, split at spaces.
 - HF Trainer: `TrainingArguments` and `_get_schedule_free_optimizer` of transformers 5.23, which hands
   warmup_steps to the optimizer as it is, a fraction too, beside the scheduler's own warm-up.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sfcore import laws
+from sfcore.plan._sd_scripts import OPTIONS
 from sfcore.plan._tables import FIELDS, Live
 
 
@@ -69,19 +70,25 @@ _SCHEDULE = {
     "accumulation": "gradient_accumulation_steps",
     "devices": "num_processes",
     "resume": "resume",
+    "initial_step": "initial_step",
+    "initial_epoch": "initial_epoch",
+    "skip_done": "skip_until_initial_step",
+    "norm_limit": "scale_weight_norms",
+    "blockwise": "blockwise_fused_optimizers",
+    "fused_backward": "fused_backward_pass",
 }
-# What looks like one of these fields and is another.
-_OTHER_FIELDS = """
-unet_lr text_encoder_lr learning_rate_te learning_rate_te1 learning_rate_te2 learning_rate_te3
-vae_batch_size optimizer_args full_fp16 full_bf16 use_8bit_adam use_lion_optimizer save_last_n_steps
-save_last_n_epochs network_args network_alpha network_module network_dim base_weights mixed_precision
-save_precision epoch batch_size learning_rate_value lr_scheduler_power lr_warmup network_weights
-max_grad_norm num_machines num_cpu_threads_per_process gradient_checkpointing resume_from_huggingface
-initial_epoch initial_step skip_until_initial_step blocks_to_swap block_lr lora_network_weights
-optimizer_schedulefree_wrapper schedulefree_wrapper_args max_train_steps stop_text_encoder_training
-network_train_unet_only network_train_text_encoder_only save_every_n_steps save_every_n_epochs
-"""
-_NEIGHBOURS = frozenset(_OTHER_FIELDS.split())
+# What looks like one of these fields in Kohya_SS and is another.
+_NEIGHBOURS = frozenset(
+    (
+        *OPTIONS,
+        "epoch",
+        "batch_size",
+        "learning_rate_value",
+        "lr_warmup",
+        "num_machines",
+        "lora_network_weights",
+    )
+)
 SD_SCRIPTS = Source(
     "sd-scripts",
     _SCHEDULE | {"optimizer": "optimizer_type", "weights": "network_weights"},

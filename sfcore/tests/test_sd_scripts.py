@@ -1,0 +1,250 @@
+"""The plan against the real code of sd-scripts: its parser, get_optimizer, get_scheduler_fix, and its facts.
+
+SD_SCRIPTS names a checkout of github.com/kohya-ss/sd-scripts, MUSUBI_TUNER one of
+github.com/kohya-ss/musubi-tuner; without them the tests are skipped. Nothing of theirs is kept here: the
+functions are taken out of their files and run as they are, with torch, transformers and schedulefree.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import itertools
+import os
+import types
+from collections import Counter
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfcore.plan import ConfigError, check
+from sfcore.plan import _sd_scripts as facts
+from sfcore.plan._text import tomllib
+
+SD, MUSUBI = (os.environ.get(name, "") for name in ("SD_SCRIPTS", "MUSUBI_TUNER"))
+needs_sd = pytest.mark.skipif(not SD, reason="SD_SCRIPTS names no checkout of kohya-ss/sd-scripts")
+needs_musubi = pytest.mark.skipif(not MUSUBI, reason="MUSUBI_TUNER names no checkout of musubi-tuner")
+WANTED = ("add_optimizer_arguments", "get_optimizer", "get_scheduler_fix", "is_schedulefree_optimizer")
+WANTED += ("get_dummy_scheduler", "read_config_from_file")
+
+
+class Piecewise(Enum):
+    PIECEWISE_CONSTANT = "piecewise_constant"
+
+
+def piecewise(optimizer, step_rules, last_epoch=-1):
+    """What diffusers does with the rules; it is not installed here."""
+    rules = step_rules.split(",")
+    for rule in rules[:-1]:
+        value, steps = rule.split(":")
+        int(steps), float(value)
+    float(rules[-1])
+
+
+@functools.cache
+def real():
+    """Returns the functions of library/train_util.py, as they stand there."""
+    path = Path(SD) / "library" / "train_util.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    body = [one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name in WANTED]
+    assert len(body) == len(WANTED)
+    future = ast.parse("from __future__ import annotations").body
+    optimization = importlib.import_module("transformers.optimization")
+    scope = {
+        "argparse": argparse,
+        "ast": ast,
+        "importlib": importlib,
+        "logger": types.SimpleNamespace(info=lambda text: None, warning=lambda text: None),
+        "os": os,
+        "torch": torch,
+        "transformers": importlib.import_module("transformers"),
+        "toml": types.SimpleNamespace(load=lambda file: tomllib.loads(file.read())),
+        "SchedulerType": optimization.SchedulerType,
+        "TYPE_TO_SCHEDULER_FUNCTION": optimization.TYPE_TO_SCHEDULER_FUNCTION,
+        "DiffusersSchedulerType": Piecewise,
+        "DIFFUSERS_TYPE_TO_SCHEDULER_FUNCTION": {Piecewise.PIECEWISE_CONSTANT: piecewise},
+    }
+    module = ast.fix_missing_locations(ast.Module(body=[*future, *body], type_ignores=[]))
+    exec(compile(module, str(path), "exec"), scope)
+    return types.SimpleNamespace(**{name: scope[name] for name in WANTED})
+
+
+def parser():
+    made = argparse.ArgumentParser(exit_on_error=True)
+    real().add_optimizer_arguments(made)
+    made.add_argument("--max_train_steps", type=int, default=1600)
+    made.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    made.add_argument("--config_file", default=None)
+    made.add_argument("--output_config", action="store_true")
+    return made
+
+
+def stops(words, monkeypatch):
+    """Returns why the real code stops before it trains; "" if it does not."""
+    monkeypatch.setattr("sys.argv", ["train_network.py", *words])
+    try:
+        args = real().read_config_from_file(parser().parse_args(), parser())
+        weights = [torch.nn.Parameter(torch.ones(3))]
+        _, _, optimizer = real().get_optimizer(args, weights)
+        scheduler = real().get_scheduler_fix(args, optimizer, 1)
+        weights[0].grad = torch.ones(3)
+        for _ in range(30):  # StepLR looks at the rate at its tenth
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# Errors of the plan that say that the script stops; others are about runs that are not as they are written.
+STOPS = {"SF001", "SF002", "SF003", "SF004", "SF101", "SF104", "SF106", "SF107", "SF108", "SF206", "SF301"}
+STOPS |= {"SF306", "SF508"}
+IGNORED = {"SF103"}
+
+OPTIMIZERS = [
+    [],
+    ["--optimizer_type", "AdamW"],
+    ["--optimizer_type", "adamw", "--optimizer_args", "weight_decay=0.01", "betas=0.9,0.99"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "betas=0.9"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "betas=0.9,1.5"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "weight_decay=-0.1"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "warmup_steps=10"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "momentum=0.9"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "fused"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "lr=0.1"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "eps=1e-6", "amsgrad=True"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "weight_decay=a"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "weight_decay=0.1=2"],
+    ["--optimizer_type", "AdmaW"],
+    ["--optimizer_type", "Adam"],
+    ["--optimizer_type", "adam"],
+    ["--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9"],
+    ["--optimizer_type", "SGDNesterov"],
+    ["--optimizer_type", "SGDNesterov", "--optimizer_args", "nesterov=True"],
+    ["--optimizer_type", "SGDNesterov", "--optimizer_args", "momentum=0.5", "weight_decay=0.1"],
+    ["--optimizer_type", "NAdam", "--optimizer_args", "momentum_decay=0.01"],
+    ["--optimizer_type", "RMSprop", "--optimizer_args", "alpha=0.9"],
+    ["--optimizer_type", "torch.optim.RAdam"],
+    ["--optimizer_type", "torch.optim.Radam"],
+    ["--optimizer_type", "torch.optim.Adafactor"],
+    ["--optimizer_type", "CAME"],
+    ["--optimizer_type", "dadaptation.DAdaptAdam"],
+    ["--optimizer_type", "Adafactor"],
+    ["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False"],
+    ["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "warmup_init=True"],
+    ["--optimizer_type", "Adafactor", "--optimizer_args", "eps=1e-30,1e-3", "clip_threshold=2.0"],
+    ["--optimizer_type", "transformers.optimization.Adafactor"],
+    ["--optimizer_type", "transformers.optimization.Adafactor", "--optimizer_args", "relative_step=False"],
+    ["--optimizer_type", "AdamWScheduleFree"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "warmup_steps=10", "r=1.0"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "prior_steps=800"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "inner_momentum=0.0"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "warmup=10"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "foreach=False"],
+    ["--optimizer_type", "adamwschedulefree", "--optimizer_args", "warmup_steps=10"],
+    ["--optimizer_type", "SGDScheduleFree", "--optimizer_args", "momentum=0.95", "warmup_steps=10"],
+    ["--optimizer_type", "SGDScheduleFree", "--optimizer_args", "betas=0.9,0.99"],
+    ["--optimizer_type", "RAdamScheduleFree", "--optimizer_args", "warmup_steps=10"],
+    ["--optimizer_type", "RAdamScheduleFree", "--optimizer_args", "warmup_steps=0"],
+    ["--optimizer_type", "RAdamScheduleFree", "--optimizer_args", "silent_sgd_phase=False"],
+    ["--optimizer_type", "schedulefree.RAdamScheduleFree"],
+    ["--optimizer_type", "schedulefree.AdamScheduleFree"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "prior_steps=8", "warmup_steps=5"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "precision='lean'", "seed=3"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "b1=0.9"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "betas=0.9"],
+    ["--optimizer_type", "sftorch.AdmWScheduleFree"],
+    ["--optimizer_type", "sftorch.SGDScheduleFree", "--optimizer_args", "b2=0.9"],
+    ["--optimizer_type", "pytorch_optimizer.ScheduleFreeAdamW"],
+    ["--optimizer_type", "ProdigyPlusScheduleFree"],
+    ["--use_8bit_adam", "--optimizer_type", "AdamW"],
+    ["--fused_backward_pass", "--optimizer_type", "AdamW"],
+    ["--fused_backward_pass", "--optimizer_type", "Adafactor"],
+    ["--fused_backward_pass", "--optimizer_type", "Adafactor", "--gradient_accumulation_steps", "2"],
+]
+_T = "--lr_scheduler_type"
+SCHEDULES = [
+    [],
+    ["--lr_scheduler", "constant", "--lr_warmup_steps", "100"],
+    ["--lr_scheduler", "constant", "--lr_warmup_steps", "0.0001"],
+    ["--lr_scheduler", "constant", "--lr_warmup_steps", "5%"],
+    ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "0.05"],
+    ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "100.0"],
+    ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "1e2"],
+    ["--lr_scheduler", "Constant"],
+    ["--lr_scheduler", ""],
+    ["--lr_scheduler", "cosin"],
+    ["--lr_scheduler", "cosine", "--lr_warmup_steps", "100"],
+    ["--lr_scheduler", "cosine", "--lr_scheduler_args", "num_cycles=1.5"],
+    ["--lr_scheduler", "cosine", "--lr_scheduler_args", "cycles=1.5"],
+    ["--lr_scheduler", "linear", "--lr_scheduler_args", "num_cycles=2"],
+    ["--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "3"],
+    ["--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "1.5"],
+    ["--lr_scheduler", "polynomial", "--lr_scheduler_power", "2"],
+    ["--lr_scheduler", "polynomial", "--lr_scheduler_args", "lr_end=1.0"],
+    ["--lr_scheduler", "inverse_sqrt", "--lr_warmup_steps", "10", "--lr_scheduler_timescale", "100"],
+    ["--lr_scheduler", "cosine_with_min_lr"],
+    ["--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
+    ["--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_args", "min_lr=1e-6"],
+    [
+        *("--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_args", "min_lr=1e-6"),
+        *("--lr_scheduler_min_lr_ratio", "0.1"),
+    ],
+    ["--lr_scheduler", "warmup_stable_decay"],
+    ["--lr_scheduler", "warmup_stable_decay", "--lr_decay_steps", "0.2", "--lr_warmup_steps", "10"],
+    ["--lr_scheduler", "cosine_warmup_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
+    ["--lr_scheduler", "reduce_lr_on_plateau"],
+    ["--lr_scheduler", "piecewise_constant"],
+    ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules='1:10,0.1:20,0.01'"],
+    ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules=1:10,0.1:20,0.01"],
+    ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules='1:x,2'"],
+    ["--lr_scheduler", "adafactor"],
+    ["--lr_scheduler", "adafactor:1e-4"],
+    ["--lr_scheduler", "adafactor", "--lr_warmup_steps", "10"],
+    [_T, "CosineAnnealingLR", "--lr_scheduler_args", "T_max=100"],
+    [_T, "CosineAnnealingLR"],
+    [_T, "CosineAnnealingLR", "--lr_scheduler_args", "T_max=100", "--lr_warmup_steps", "10"],
+    [_T, "CosineAnnealingLR", "--lr_scheduler_args", "T_max=100", "min=0"],
+    [_T, "cosineannealinglr", "--lr_scheduler_args", "T_max=100"],
+    [_T, "OneCycleLR", "--lr_scheduler_args", "max_lr=0.1"],
+    [_T, "OneCycleLR", "--lr_scheduler_args", "max_lr=0.1", "total_steps=100"],
+    [_T, "torch.optim.lr_scheduler.StepLR", "--lr_scheduler_args", "step_size=10"],
+    [_T, "StepLR", "--lr_scheduler_args", "step_size"],
+    [_T, "LambdaLR", "--lr_scheduler_args", "lr_lambda=1"],
+    [_T, "ReduceLROnPlateau"],
+    [_T, "ConstantLR", "--lr_scheduler", "anything"],
+]
+GRID = [[*o, *s] for o, s in itertools.product(OPTIMIZERS, SCHEDULES)]
+ALONE = [
+    ["--learning_rate", "abc"],
+    ["--learning_rate"],
+    ["--learning_rate", "-1"],
+    ["--max_train_steps", "10.5"],
+    ["--lr_sch", "cosine"],
+    ["--lr_warmup", "10"],
+    ["--learning_r", "1e-3", "--lr_warmup_s", "10"],
+]
+
+
+@needs_sd
+def test_no_stop_of_the_real_code_is_missed_and_nothing_that_runs_is_said_to_stop(monkeypatch):
+    monkeypatch.setattr("sys.stderr", open(os.devnull, "w"))  # noqa: SIM115
+    count, wrong = Counter(), []
+    for more in (["--learning_rate", "1e-3"], []):
+        for words in [*GRID, *ALONE]:
+            words = [*more, *words]
+            plan = check(["accelerate", "launch", "train_network.py", *words])
+            why = stops(words, monkeypatch)
+            codes = {problem.code for problem in plan.errors}
+            if why and not codes & STOPS:
+                wrong.append(f"missed: {' '.join(words)}: {why}, got {sorted(codes)}")
+            elif codes & STOPS and not why:
+                found = [str(p) for p in plan.errors if p.code in STOPS]
+                wrong.append(f"false: {' '.join(words)}: {found}")
+            else:
+                count["stops" if why else "ignored" if codes & IGNORED else "runs"] += 1
+    assert not wrong, "\n".join([f"{len(wrong)} wrong, {dict(count)} right", *wrong[:60]])
+    assert sum(count.values()) > 5000
