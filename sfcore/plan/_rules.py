@@ -106,8 +106,10 @@ SF401 error: given together with prior_steps
 SF402 error: off where a run with accumulation is resumed
     train_network.py multiplies the steps that are done by the accumulation and then divides them by updates,
     so that it leaves out epochs that nobody has trained.
-SF403 warning: a state from the end of an epoch, or one that is skipped to
-    What was trained before is trained again, and counted as new.
+SF403 warning: a state from which as much is trained as is left
+    What was trained before is trained again, or the run goes on beyond its end.
+SF404 error: more than the state has done
+    train_network.py asserts it, after everything is loaded.
 SF501 error: float32 (autocast may be float16)
     y is rounded to it in every step, and gradients below 6e-8 are 0.
 SF502 warning: float32 (autocast may be bfloat16)

@@ -152,11 +152,7 @@ class Run:
     def resumed(self) -> tuple[int, int] | None:
         """Micro-batches that a resumed run of sd-scripts trains on, and those that are left of the run."""
         batches, total, done = self.micro_steps_per_epoch, self.total_steps, self.steps_done
-        if not (
-            self.config.source.dummy_scheduler and self.config.get("resume") and batches and total and done
-        ):
-            return None
-        if not 0 < done < total <= _LONGEST:
+        if not (self.is_resumed and batches and total and done and done < total <= _LONGEST):
             return None
         an_epoch = math.ceil(batches / self.accumulation)
 

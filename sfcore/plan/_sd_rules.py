@@ -187,46 +187,30 @@ def shunned_options(run: Run) -> Problems:
             yield problem(run, "SF508", "fused_backward", fix, {"accumulation": 1}, detail)
 
 
-def resume_skips(run: Run) -> Problems:
-    """SF402: data that a resumed run of train_network.py leaves out, and nobody has trained on."""
-    if not run.is_resumed or not run.config.get("skip_done") or run.accumulation == 1:
-        return
-    if run.script is not None and not run.script.resumes:
-        return
-    detail = "Say samples= to see how many."
-    if run.resumed is not None:
-        if run.resumed[0] == run.resumed[1]:
-            return
-        detail = f"Here it trains on {run.resumed[0]} micro-batches of the {run.resumed[1]} that are left."
-    alone = f"{run.config.name('accumulation')} = 1"
-    fix = f"remove it, and resume from a state of the end of an epoch, or with {alone}"
-    yield problem(run, "SF402", "skip_done", fix, {"skip_done": None}, detail)
-
-
-def resume_repeats(run: Run) -> Problems:
-    """SF403: data that a resumed run trains on once more."""
-    skips = bool(run.config.get("skip_done")) and (run.script is None or run.script.resumes)
-    if not run.is_resumed or skips or run.config.get("epochs") == 0:
+def resume(run: Run) -> Problems:
+    """SF402 to SF404: what a run that goes on from a state trains on."""
+    if not run.is_resumed:
         return
     anew = run.script is not None and not run.script.resumes
-    fix = (
-        "add --skip_until_initial_step"
-        if run.accumulation == 1 and not anew
-        else "save states at ends of epochs"
-    )
-    detail = "train_network.py begins with the first micro-batch of the epoch that was interrupted."
-    if anew:
-        fix = f"set {run.config.name('total_steps')} to the steps that are left"
-        detail = f"{run.config.get('script')}.py counts from 0 again."
-    changes = {"skip_done": True} if run.accumulation == 1 and not anew else None
-    if run.resumed is not None:
-        ran, left = run.resumed
-        if ran <= left:
-            return
-        detail += f" Here it trains on {ran} micro-batches, of which {ran - left} are trained twice."
-    elif run.steps_done is None and not anew:
-        detail += " Say samples= and initial_step= to see how many."
-    yield problem(run, "SF403", "resume", fix, changes, detail)
+    skips, accumulation = bool(run.config.get("skip_done")) and not anew, run.config.name("accumulation")
+    if not anew and run.steps_done and run.total_steps and run.steps_done >= run.total_steps:
+        fix = f"set it above {run.steps_done}, which the state has done"
+        yield problem(run, "SF404", "total_steps", fix, found=run.total_steps)
+        return
+    ran, left = run.resumed or (None, None)
+    count = f"Here it trains on {ran} micro-batches, and {left} are left."
+    if ran is None or left is None:
+        count = "Say samples=, and initial_step= if the state is not here, to see how many."
+    ends = "resume from a state of the end of an epoch"
+    if skips and (ran is None or left is None or ran < left):
+        if ran is not None or run.accumulation > 1:
+            fix = f"remove it, and {ends}, or train with {accumulation} = 1"
+            yield problem(run, "SF402", "skip_done", fix, {"skip_done": None}, count)
+    elif ran is None or ran != left:
+        fix = f"set {run.config.name('total_steps')} to the steps that are left" if anew else ends
+        where = "counts from 0 again" if anew else "counts from the start of an epoch"
+        detail = f"{run.config.get('script', 'train_network')}.py {where}. {count}"
+        yield problem(run, "SF403", "resume", fix, None, detail)
 
 
 def unrecognised(run: Run) -> Problems:
@@ -241,5 +225,5 @@ def unrecognised(run: Run) -> Problems:
 
 
 VALUES = (malformed, literal_arguments)
-COURSE = (scheduler_class, scheduler_name, unsaid_rate, shunned_options, resume_skips, resume_repeats)
+COURSE = (scheduler_class, scheduler_name, unsaid_rate, shunned_options, resume)
 SURROUNDINGS = (script_ships_y, unrecognised)

@@ -92,16 +92,16 @@ save_every_n_steps save_last_n_epochs save_last_n_epochs_state save_last_n_steps
 save_model_as save_n_epoch_ratio save_precision save_state save_state_on_train_end save_state_to_huggingface
 save_t5xxl scale_v_pred_loss_like_noise_pred scale_weight_norms sdpa secondary_separator seed self_attn_lr
 shuffle_caption sigmoid_scale single_blocks_to_swap skip_cache_check skip_latents_validity_check
-skip_until_initial_step split_attn split_mode stop_text_encoder_training support_controlnet support_dreambooth
-support_dropout support_finetuning system_prompt t5_dropout_rate t5_max_token_length t5_tokenizer_path t5xxl
-t5xxl_device t5xxl_dtype t5xxl_max_token_length text_encoder text_encoder_batch_size text_encoder_cpu
-text_encoder_lr timestep_sampling token_string token_warmup_min token_warmup_step tokenizer_cache_dir
-torch_compile train_batch_size train_data_dir train_t5xxl train_text_encoder training_comment training_shift
-unet_lr unsloth_offload_checkpointing use_8bit_adam use_flash_attn use_lion_optimizer use_object_template
-use_safetensors use_sage_attn use_style_template use_t5xxl_cache_only v2 v_parameterization v_pred_like_loss
-vae vae_batch_size vae_chunk_size vae_disable_cache validate_every_n_epochs validate_every_n_steps
-validation_seed validation_split wandb_api_key wandb_run_name weighted_captions weighting_scheme weights
-xformers zero3_init_flag zero3_save_16bit_model zero_stage zero_terminal_snr
+skip_until_initial_step split_attn split_mode stop_text_encoder_training system_prompt t5_dropout_rate
+t5_max_token_length t5_tokenizer_path t5xxl t5xxl_device t5xxl_dtype t5xxl_max_token_length text_encoder
+text_encoder_batch_size text_encoder_cpu text_encoder_lr timestep_sampling token_string token_warmup_min
+token_warmup_step tokenizer_cache_dir torch_compile train_batch_size train_data_dir train_t5xxl
+train_text_encoder training_comment training_shift unet_lr unsloth_offload_checkpointing use_8bit_adam
+use_flash_attn use_lion_optimizer use_object_template use_safetensors use_sage_attn use_style_template
+use_t5xxl_cache_only v2 v_parameterization v_pred_like_loss vae vae_batch_size vae_chunk_size
+vae_disable_cache validate_every_n_epochs validate_every_n_steps validation_seed validation_split
+wandb_api_key wandb_run_name weighted_captions weighting_scheme weights xformers zero3_init_flag
+zero3_save_16bit_model zero_stage zero_terminal_snr
 """
 OPTIONS = tuple(_OPTIONS.split())
 _KINDS = {
@@ -282,12 +282,13 @@ def _of_module(module: str, last: str) -> Built:
     law = theirs.get(last.removesuffix("Closure"))
     if law is None:
         return _unknown(last, [f"{module}.{one}" for one in theirs])
-    return Built((*law.torch_options, *OURS) if ours else _schedulefree(law))
+    own = (*(name for name in law.torch_options if name != "lr"), *OURS)
+    return Built(own if ours else _schedulefree(law))
 
 
 def _schedulefree(law: laws.Law) -> tuple[str, ...]:
     """Returns the arguments of schedulefree's class."""
-    return (*(name for name in law.torch_options if name not in ONLY_OURS), "foreach")
+    return (*(name for name in law.torch_options if name not in ("lr", *ONLY_OURS)), "foreach")
 
 
 def _unknown(name: str, known: list[str]) -> Built:

@@ -9,19 +9,28 @@ import argparse
 import ast
 import functools
 import importlib
+import inspect
 import itertools
+import json
 import os
+import subprocess
+import sys
 import types
+import warnings
 from collections import Counter
 from enum import Enum
 from pathlib import Path
 
 import pytest
+import schedulefree
 import torch
 
-from sfcore.plan import ConfigError, check
+import sftorch
+from sfcore.laws import LAWS
 from sfcore.plan import _sd_scripts as facts
+from sfcore.plan import check
 from sfcore.plan._text import tomllib
+from sfcore.plan._trainers import SD_SCRIPTS
 
 SD, MUSUBI = (os.environ.get(name, "") for name in ("SD_SCRIPTS", "MUSUBI_TUNER"))
 needs_sd = pytest.mark.skipif(not SD, reason="SD_SCRIPTS names no checkout of kohya-ss/sd-scripts")
@@ -248,3 +257,123 @@ def test_no_stop_of_the_real_code_is_missed_and_nothing_that_runs_is_said_to_sto
                 count["stops" if why else "ignored" if codes & IGNORED else "runs"] += 1
     assert not wrong, "\n".join([f"{len(wrong)} wrong, {dict(count)} right", *wrong[:60]])
     assert sum(count.values()) > 5000
+
+
+def arguments(path):
+    """Yields the calls of add_argument in a file, as (name of the option, keywords)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that are none
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument" and node.args:
+            name = getattr(node.args[0], "value", "")
+            if isinstance(name, str) and name.startswith("--"):
+                yield name[2:], {one.arg: ast.unparse(one.value) for one in node.keywords}
+
+
+def training_scripts(root):
+    return [path for path in root.glob("*.py") if "train" in path.name or path.name == "fine_tune.py"]
+
+
+@needs_sd
+def test_the_options_are_those_of_the_checkout_and_of_their_kinds():
+    root = Path(SD)
+    files = [*root.glob("library/*.py"), *training_scripts(root)]
+    found = dict(each for path in files for each in arguments(path))
+    found = {name: told for name, told in found.items() if not name.startswith("support_")}  # of a tool
+    assert set(facts.OPTIONS) == set(found)
+    for name, kind in facts.KINDS.items():
+        told = found[name]
+        expected = {"int": "int", "float": "float", "steps": "int_or_float", "text": "str", "list": "str"}
+        assert told.get("type") == expected.get(kind), name
+        assert ("nargs" in told) == (kind == "list"), name
+        assert ("action" in told) == (kind == "flag"), name
+    usual = {"lr": "learning_rate", "total_steps": "max_train_steps", "scheduler": "lr_scheduler"}
+    for neutral, option in usual.items():
+        assert ast.literal_eval(found[option]["default"]) == SD_SCRIPTS.defaults[neutral]
+
+
+def evaluates(root, path):
+    """Returns whether a script, or the one whose trainer it extends, calls eval() of the optimizer."""
+    text = path.read_text(encoding="utf-8")
+    parents = [root / f"{name}.py" for name in ("train_network",) if f"({name}.NetworkTrainer)" in text]
+    return any("optimizer_eval_fn()" in one.read_text(encoding="utf-8") for one in (path, *parents))
+
+
+@needs_sd
+def test_the_scripts_do_what_the_table_says():
+    root = Path(SD)
+    ours = {name for name, script in facts.SCRIPTS.items() if not script.musubi}
+    assert ours == {path.stem for path in training_scripts(root)}
+    for path in training_scripts(root):
+        text, script = path.read_text(encoding="utf-8"), facts.SCRIPTS[path.stem]
+        assert script.evaluates == evaluates(root, path), path.stem
+        assert script.resumes == (path.stem == "train_network" or "(train_network.NetworkTrainer)" in text)
+        assert script.blockwise == ('"--blockwise_fused_optimizers"' in text), path.stem
+
+
+@needs_musubi
+def test_the_scripts_of_musubi_tuner_are_known_and_all_call_eval():
+    folder = Path(MUSUBI) / "src" / "musubi_tuner"
+    scripts = [
+        path for path in folder.glob("*train*.py") if '__name__ == "__main__"' in path.read_text("utf-8")
+    ]
+    assert {path.stem for path in scripts} == {name for name, one in facts.SCRIPTS.items() if one.musubi}
+    trainers = [*scripts, *folder.glob("training/*.py")]
+    loops = [path for path in trainers if "optimizer.step()" in path.read_text(encoding="utf-8")]
+    assert loops
+    assert all("optimizer_eval_fn()" in path.read_text(encoding="utf-8") for path in loops)
+
+
+@needs_sd
+def test_a_resumed_run_trains_on_as_many_micro_batches_as_the_plan_says(tmp_path):
+    """The real loop, resumed from its own states: 96 micro-batches an epoch, two and a half epochs."""
+    runs, cases = [], []
+    for accumulation, total, every in ((1, 240, 110), (2, 120, 30), (4, 60, 15), (5, 50, 17)):
+        common = ["--max_train_steps", str(total), "--gradient_accumulation_steps", str(accumulation)]
+        folder = tmp_path / str(accumulation)
+        runs.append(
+            [*common, "--output_dir", str(folder), "--save_state", "--save_every_n_steps", str(every)]
+        )
+        runs[-1] += ["--output_name", "a"]
+        for skip in ((), ("--skip_until_initial_step",)):
+            words = [*common, *skip, "--resume", str(folder / f"a-step{every:08}-state")]
+            cases.append(["train_network.py", *words])
+            runs.append([*words, "--output_dir", str(tmp_path / "out"), "--output_name", "b"])
+    program = [sys.executable, str(Path(__file__).with_name("sd_scripts_train.py")), SD]
+    done = subprocess.run(program, input=json.dumps(runs), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = [n for n, words in zip(json.loads(done.stdout), runs, strict=True) if "--resume" in words]
+    plans = [check(words, samples=96) for words in cases]
+    assert [plan.resumed[0] for plan in plans] == trained
+    for plan, n in zip(plans, trained, strict=True):
+        codes = {problem.code for problem in plan.problems} & {"SF402", "SF403"}
+        assert bool(codes) == (n != plan.resumed[1]), plan.config
+        assert all(f"trains on {n} micro-batches" in p.why for p in plan.problems if p.code in codes)
+
+
+def signature(made):
+    return [name for name in inspect.signature(made).parameters if name not in ("self", "params", "lr")]
+
+
+def test_the_arguments_of_torchs_and_our_own_classes_are_those_of_the_table():
+    for name in facts._TORCH:
+        if hasattr(torch.optim, name):  # Muon is new
+            takes = set(facts.built(f"torch.optim.{name}").arguments or ())
+            assert takes == set(signature(getattr(torch.optim, name))), name
+    for law in LAWS.values():
+        if law.direction != "base":
+            ours = facts.built(f"sftorch.{law.torch}").arguments
+            assert set(ours or ()) == set(signature(getattr(sftorch, law.torch)))
+            theirs = facts.built(law.torch).arguments
+            assert set(theirs or ()) == set(signature(getattr(schedulefree, law.torch)))
+    optimization = importlib.import_module("transformers.optimization")
+    assert set(facts.built("Adafactor").arguments or ()) == set(signature(optimization.Adafactor))
+
+
+def test_the_schedulers_of_torch_are_those_of_the_table():
+    for name, schedule in facts.TORCH_SCHEDULERS.items():
+        parameters = list(inspect.signature(getattr(torch.optim.lr_scheduler, name)).parameters.values())[1:]
+        if schedule.usable:
+            assert [one.name for one in parameters if one.default is one.empty] == list(schedule.needs), name
+            assert {one.name for one in parameters} == set(schedule.takes), name
