@@ -13,7 +13,7 @@ from typing import Any
 from sfcore import __version__, convert, inspection, plan
 from sfcore.exchange import CheckpointError
 from sfcore.plan import _report
-from sfcore.plan._config import SOURCES
+from sfcore.plan._config import SOURCES, with_settings
 from sfcore.plan._text import as_text, literal, plain
 
 FINE, FOUND, UNUSABLE = 0, 1, 2
@@ -84,17 +84,28 @@ def _plan(chosen: argparse.Namespace) -> int:
         found = plan.check(chosen.config, fix=chosen.fix, source=chosen.source, ignore=chosen.ignore, **facts)
         if chosen.preview:
             _report.preview(found, chosen.preview)
-        if chosen.out:
-            chosen.out.write_text(as_text(found.config, chosen.out.suffix), encoding="utf-8")
+        written = [chosen.preview] if chosen.preview else []
+        written += _write(found, chosen.out) if chosen.out else []
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
     if chosen.json:
         print(json.dumps(plain(_report.as_dict(found)), indent=1))
     else:
-        written = [f"written: {path}" for path in (chosen.preview, chosen.out) if path]
-        print("\n".join([plan.text(found), *written]))
+        print("\n".join([plan.text(found), *(f"written: {path}" for path in written)]))
     return FOUND if found.errors or (chosen.strict and found.warnings) else FINE
+
+
+def _write(found: plan.Plan, out: Path) -> list[Path]:
+    """Writes a repaired configuration; of a command line that names a file of settings, both, side by side."""
+    config, written = found.config, [out]
+    for fields in found.files.values():
+        settings = out.with_suffix(".toml")
+        out = out.with_suffix(".sh") if out == settings else out
+        settings.write_text(as_text(fields, ".toml"), encoding="utf-8")
+        config, written = with_settings(config, settings), [out, settings]
+    out.write_text(as_text(config, out.suffix), encoding="utf-8")
+    return written
 
 
 def _inspect(path: str, as_json: bool) -> None:

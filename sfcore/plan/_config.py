@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from sfcore import _safetensors
 from sfcore.checks import nearest
+from sfcore.exchange import CheckpointError
 from sfcore.plan import _sd_scripts, _text, _trainers
 from sfcore.plan._model import ERROR, ConfigError, Problem
 from sfcore.plan._tables import EXPECTED, FIELDS, WARMUP, inner, is_set, optimizer_kind, parse, whole
@@ -84,6 +86,7 @@ class Config:
         problems: what could not be read.
         at: option of sd-scripts -> where it stands, if that is not a field of `raw`.
         arguments, schedule_arguments: of the optimizer and the scheduler, of sd-scripts and Kohya_SS.
+        unread: options whose values only a shell knows.
         malformed: (field, name, text) of those that are not name=literal.
         files: path -> content of the files of settings that a command line names.
     """
@@ -98,6 +101,7 @@ class Config:
     at: dict[str, Place] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     schedule_arguments: dict[str, Any] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
     malformed: list[tuple[str, str, str]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -128,7 +132,9 @@ class Config:
         self, name: str, given: Any, place: Place, read: Callable[[str, Any], Any] = _sd_scripts.of_toml
     ) -> None:
         """Takes an option of sd-scripts as `read` reads it, or notes that the trainer would stop at it."""
-        if given is None or _shell_knows(given):
+        if _shell_knows(given):
+            self.unread.add(name)
+        if given is None or name in self.unread:
             return
         try:
             self.raw[name] = read(name, given)
@@ -145,7 +151,7 @@ class Config:
             if key not in known:
                 near = nearest(key, known)
                 fix = f"did you mean {near}?" if near else "remove it, or look up its name"
-                place = self.shown(Place(inside, key) if inside else Place(key))
+                place = self.shown(Place(inside, key) if inside else self.at.get(key, Place(key)))
                 self.problems.append(
                     Problem("SF001", ERROR, place, "an unknown name", "a known field", why, fix)
                 )
@@ -158,7 +164,7 @@ class Config:
 
     def name(self, neutral: str) -> str:
         """Returns the user's name of a neutral field, given or not."""
-        if neutral in self.facts:
+        if neutral in self.facts or neutral == "script":  # which is no option
             return neutral
         if neutral in self.places:
             return self.shown(self.places[neutral])
@@ -251,7 +257,7 @@ def _read_command(tokens: list[str], original: Any, files: Mapping[str, dict[str
     if script is None or not script.musubi:  # an abbreviation of several options
         unclear = [name for name in options if any(one.startswith(name) for one in _sd_scripts.OPTIONS)]
         found.note_unknown(unclear, _sd_scripts.OPTIONS)
-    found.put("script", launch.script if launch.script in _sd_scripts.SCRIPTS else None, "script")
+    found.put("script", launch.script if script else None, "script")
     _read_sd(found)
     return found
 
@@ -263,6 +269,16 @@ def steps_of_state(folder: str) -> int | None:
     except ConfigError:
         return None
     return whole(found)
+
+
+def trained_steps(file: str) -> int | None:
+    """Returns how many optimizer steps sd-scripts has trained a LoRA for, if the file is here and says so."""
+    try:
+        is_here = file.endswith(".safetensors") and os.path.isfile(file)
+        found = _safetensors.read_metadata(Path(file)).get("ss_steps", "") if is_here else ""
+        return whole(int(found))
+    except (CheckpointError, OSError, ValueError):
+        return None
 
 
 def _shell_knows(given: Any) -> bool:
@@ -534,6 +550,11 @@ def written(config: Config, changes: Mapping[str, Any]) -> Rewritten:
         found = _put(found, place, value)
     facts = {name: value for name, value in found.facts.items() if value is not None}
     return found._replace(facts=facts)
+
+
+def with_settings(command: Any, path: Path) -> Any:
+    """Returns a command line that takes its settings from another file."""
+    return _put(Rewritten(copy.deepcopy(command), {}, {}), Place("config_file"), str(path)).original
 
 
 def _put(found: Rewritten, place: Place, value: Any) -> Rewritten:

@@ -13,7 +13,7 @@ import numpy as np
 from sfcore import averaging
 from sfcore.hyperparameters import weighed
 from sfcore.plan import _sd_scripts
-from sfcore.plan._config import Config, steps_of_state
+from sfcore.plan._config import Config, steps_of_state, trained_steps
 from sfcore.plan._sd_scripts import SCRIPTS, Built, Script, built
 from sfcore.plan._tables import SCHEDULERS, OptimizerKind, SchedulerKind, is_set, optimizer_kind, whole
 
@@ -142,6 +142,12 @@ class Run:
         if get("initial_epoch") is not None and per_epoch:
             return (int(get("initial_epoch")) - 1) * math.ceil(per_epoch / self.accumulation)
         return steps_of_state(str(get("resume"))) if get("resume") else None
+
+    @cached_property
+    def trained_steps(self) -> int | None:
+        """Optimizer steps that the weights were trained for, if they are said, or in the file of a LoRA."""
+        said = self.config.get("trained_steps")
+        return whole(said) if said is not None else trained_steps(str(self.config.get("weights", "")))
 
     @property
     def is_resumed(self) -> bool:

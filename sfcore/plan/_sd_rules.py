@@ -153,7 +153,8 @@ def _wrong_value(run: Run, name: str) -> str:
 def unsaid_rate(run: Run) -> Problems:
     """SF307: a rate that sd-scripts chooses."""
     source = run.config.source
-    if source.dummy_scheduler and "total_steps" in source.defaults and "lr" not in run.config.values:
+    said = {"lr", "learning_rate", "unet_lr"} & {*run.config.values, *run.config.unread}
+    if "total_steps" in source.defaults and not said:  # Kohya_SS always says one
         usual = run.kind.law.defaults["lr"] if run.kind.law else 1.0 if "own lr" in run.kind.name else 1e-4
         fix = f"say it: {usual:g} is usual"
         yield problem(run, "SF307", "lr", fix, None, "", f"nothing, which is {run.lr:g}")
@@ -205,7 +206,7 @@ def resume(run: Run) -> Problems:
     if skips and (ran is None or left is None or ran < left):
         if ran is not None or run.accumulation > 1:
             fix = f"remove it, and {ends}, or train with {accumulation} = 1"
-            yield problem(run, "SF402", "skip_done", fix, {"skip_done": None}, count)
+            yield problem(run, "SF402", "skip_done", fix, None, count)
     elif ran is None or ran != left:
         fix = f"set {run.config.name('total_steps')} to the steps that are left" if anew else ends
         where = "counts from 0 again" if anew else "counts from the start of an epoch"

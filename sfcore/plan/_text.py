@@ -23,7 +23,9 @@ else:
     import tomli as tomllib
 
 # A backslash before a letter is no escape but part of a Windows path, D:\lora; what is quoted stays.
-_UNQUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')|\\(?=\w)""")
+# So does 2>&1, which is one word.
+_UNQUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')|(?<!\S)(\d>>?(?:&\d)?|>&\d)|\\(?=\w)""")
+_ONE = "\x1f"  # before a word that is an operator of several signs
 # A line of a script that is a comment.
 _COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
 # The next line goes on if the one before ends in a backslash, or if it begins with an option.
@@ -100,16 +102,26 @@ def words(command: str) -> list[str]:
         ConfigError: with line and column, if a quotation does not end.
     """
     command = _COMMENT.sub("", command)
-    joined = _UNQUOTED.sub(lambda found: found[1] or "\\\\", _GOES_ON.sub(" ", command))
+    joined = _UNQUOTED.sub(_kept, _GOES_ON.sub(" ", command))
     reader = shlex.shlex(joined, posix=True, punctuation_chars="\n;|&<>")
     reader.whitespace, reader.whitespace_split, reader.commenters = " \t\r", True, ""
     try:
-        return [Operator(word) if word and not word.strip("\n;|&<>") else word for word in reader]
+        return [_word(token) for token in reader]
     except ValueError as error:
         start = max(command.rfind('"'), command.rfind("'"), 0)
         line, column = command.count("\n", 0, start) + 1, start - command.rfind("\n", 0, start)
         message = f"the command line must be well quoted, got {error} at line {line}, column {column}"
         raise ConfigError(f"{message}: close the quotation", line, column) from error
+
+
+def _kept(found: re.Match[str]) -> str:
+    return found[1] or (f"'{_ONE}{found[2]}'" if found[2] else "\\\\")
+
+
+def _word(token: str) -> str:
+    if token.startswith(_ONE):
+        return Operator(token[1:])
+    return Operator(token) if token and not token.strip("\n;|&<>") else token
 
 
 def joined(tokens: Iterable[str]) -> str:
@@ -148,8 +160,6 @@ def launch(tokens: list[str]) -> Launch:
 
 
 def _launch(tokens: list[str], first: int, end: int) -> Launch:
-    if tokens[end : end + 1] and tokens[end][0] == ">" and tokens[end - 1].isdigit():  # 2>&1
-        end -= 1
     for place in range(first, end):
         if tokens[place].endswith(".py"):
             return Launch(re.split(r"[/\\]", tokens[place])[-1][: -len(".py")], place + 1, end)
