@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _plan(chosen: argparse.Namespace) -> int:
 
 
 def _write(found: plan.Plan, out: Path) -> list[Path]:
-    """Writes a repaired configuration; of a command line that names a file of settings, both, side by side."""
+    """Writes a repaired configuration; with a command line that names a file of settings, that file too."""
     config, written = found.config, [out]
     for fields in found.files.values():
         settings = out.with_suffix(".toml")
@@ -136,6 +137,9 @@ def _completion(shell: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a path may hold bytes that are no character
+            stream.reconfigure(errors="backslashreplace")
     chosen = _parser()[0].parse_args(arguments)
     try:
         code = _run(chosen)

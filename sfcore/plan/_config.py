@@ -254,9 +254,12 @@ def _read_command(tokens: list[str], original: Any, files: Mapping[str, dict[str
         if launched.get(name):
             found.raw.setdefault("num_processes", launched[name][0])
     script = _sd_scripts.SCRIPTS.get(launch.script)
-    if script is None or not script.musubi:  # an abbreviation of several options
-        unclear = [name for name in options if any(one.startswith(name) for one in _sd_scripts.OPTIONS)]
-        found.note_unknown(unclear, _sd_scripts.OPTIONS)
+    for name in options if script is None or not script.musubi else ():
+        meant = [f"--{one}" for one in _sd_scripts.OPTIONS if one.startswith(name)]
+        if meant and name not in _sd_scripts.OPTIONS:
+            why, fix = "argparse stops at what may be several.", f"write it out: {', '.join(meant)}"
+            shown = found.shown(Place(name))
+            found.problems.append(Problem("SF001", ERROR, shown, "an abbreviation", "one option", why, fix))
     found.put("script", launch.script if script else None, "script")
     _read_sd(found)
     return found
@@ -375,18 +378,15 @@ def _read_sd(config: Config) -> None:
     raw = config.raw
     config.put_fields(skip=["scheduler_warmup_steps"])
     _put_sd_warmup(config)
-    both = is_set(raw.get("optimizer_type"))
+    named = "optimizer_type" if is_set(raw.get("optimizer_type")) else ""
     for flag, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
-        if raw.get(flag) and both:
-            fix = f"keep {config.shown(config.at['optimizer_type'])} and take this away"
-            why = "sd-scripts asserts that one alone names the optimizer."
-            shown = config.shown(config.at[flag])
-            config.problems.append(
-                Problem("SF003", ERROR, shown, True, "the only name of the optimizer", why, fix)
-            )
+        if raw.get(flag) and named:
+            shown, fix = config.shown(config.at[flag]), f"keep {config.shown(config.at[named])} alone"
+            why, rule = "sd-scripts asserts it.", "the only name of the optimizer"
+            config.problems.append(Problem("SF003", ERROR, shown, True, rule, why, fix))
         elif raw.get(flag):
             config.put("optimizer", name, flag)
-            both = True
+            named = flag
     _read_loras(config)
     _note_close(config)
 

@@ -27,6 +27,9 @@ def text(plan: Plan) -> str:
     for name, values in (("lr", plan.lr), ("c", plan.c)):
         if len(values):
             rows.append((f"{name} at step", ", ".join(f"{i + 1}: {values[i]:.3g}" for i in _places(plan))))
+    if plan.resumed:
+        ran, left = plan.resumed
+        rows.append(("resume", f"{ran} micro-batches will be trained on, {left} are left"))
     lines = [f"{name:<13} {value}" for name, value in rows]
     lines += [f"changed       {change}" for change in plan.changes]
     lines += [f"{problem.severity:<13} {problem}" for problem in plan.problems]
@@ -64,6 +67,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "epochs": plan.epochs,
         "devices": plan.devices,
         "accumulation": plan.accumulation,
+        "resumed": plan.resumed and dict(zip(("trained_on", "left"), plan.resumed, strict=True)),
+        "files": dict(plan.files),
         "lr": {str(i + 1): float(plan.lr[i]) for i in shown},
         "c": {str(i + 1): float(plan.c[i]) for i in shown if len(plan.c)},
         "changes": [vars(change) for change in plan.changes],

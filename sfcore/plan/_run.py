@@ -120,7 +120,8 @@ class Run:
         if self.total_steps is None:
             return math.nan
         if self.config.source.dummy_scheduler:  # int(), of the scheduler's own steps
-            return math.trunc(fraction * self.total_steps * self.scheduler_devices) / self.scheduler_devices
+            steps = fraction * self.total_steps * self.scheduler_devices
+            return math.trunc(steps) / self.scheduler_devices if math.isfinite(steps) else steps
         return float(math.ceil(fraction * self.total_steps))
 
     @cached_property
@@ -218,10 +219,11 @@ class Run:
         for start in range(0, len(found), _BLOCK):
             lr = found[start : start + _BLOCK]
             step = np.arange(start, start + len(lr), dtype=np.float64)
-            if acts:
-                lr *= self._factors(step, len(found))
-            if law:
-                lr *= averaging.STEP_SIZES[law.step_size].factor(step + 1, options, np)  # S2
+            with np.errstate(over="ignore"):  # a warm-up of 5e-324 steps
+                if acts:
+                    lr *= self._factors(step, len(found))
+                if law:
+                    lr *= averaging.STEP_SIZES[law.step_size].factor(step + 1, options, np)  # S2
         return found
 
     def _factors(self, step: np.ndarray, steps: int) -> np.ndarray:

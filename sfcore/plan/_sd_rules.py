@@ -56,7 +56,7 @@ def literal_arguments(run: Run) -> Problems:
                 yield about(
                     "SF306", name, fix, changes, why=f"{RULES['SF306'].why} {run.optimizer} has none."
                 )
-            elif option in FIELDS or name in OURS:
+            elif option in FIELDS or name in ("betas", *OURS):
                 gone = {option: None} if option in config.values else None
                 yield about("SF306", name, f"{run.optimizer} has {', '.join(takes)}: take it away", gone)
             else:
