@@ -16,6 +16,8 @@ BENCHMARKS = {
     "calls": "how much of our Python a step goes through: files, functions, calls",
     "hlo": "what XLA makes of a step: kernels, bytes, copies, on an H100, a TPU and a CPU",
     "storm": "the same under SIGKILL at random moments, saves in flight",
+    "fuzz": "what readers make of damaged, random and hostile files",
+    "powercut": "what is on the disk if the power goes after any operation of a run that saves",
 }
 ALL = ("step", "memory", "precision")
 

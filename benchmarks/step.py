@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks import step_report, step_torch
 from benchmarks._records import replace_part, spread, versions, write_between_markers
 from benchmarks._trees import CPU_TREES, TREES, Shape, count
-from sftorch.kernels import call
+from sftorch.kernels.call import Job, Kind
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 # Bytes a parameter that a step must read and write in float32: y, z, g and v in, y, z and v out.
@@ -45,7 +45,10 @@ def floors(shapes: Sequence[Shape]) -> Steps:
     """Returns the floors, by algorithm."""
     tables = {name: [torch.zeros(shape) for shape in shapes] for name in ("y", "z", "v", "g")}
     without_v = {name: tables[name] for name in ("y", "z", "g")}
-    return {"adamw": lambda: call.floor(tables), "sgd": lambda: call.floor(without_v)}
+    return {
+        "adamw": lambda: Job(Kind.FLOOR_ADAMW).run(tables, ()),
+        "sgd": lambda: Job(Kind.FLOOR_SGD).run(without_v, ()),
+    }
 
 
 def measure(tree: str, threads: int, rounds: int, seed: int, heavy: bool = False) -> list[dict[str, Any]]:

@@ -24,10 +24,10 @@ from sfcore import inspection, laws, plan
 from sfcore.checks import HyperparameterError
 from sfcore.exchange import CheckpointError
 from sfcore.names import between
-from sfjax._directed import directed
 from sfjax.checkpoint import Checkpoints as JaxCheckpoints
 from sfjax.checkpoint import export_exchange, import_exchange
 from sfjax.sgd import SGD
+from sfjax.step.plan import directed
 from sftorch.checkpoint import Checkpoints, import_state_dict
 from sftorch.sgd import SGDDirection
 from sftorch.step.plan import YAtRest

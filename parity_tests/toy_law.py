@@ -23,10 +23,10 @@ from parity_tests.invalid import bad
 from parity_tests.reference import Reference, Rule
 from sfcore import checks, hyperparameters
 from sfcore.laws import Buffer, Law
-from sfjax._directed import Direction as JaxDirection
-from sfjax._directed import directed, known_options
+from sfjax.step.plan import Direction as JaxDirection
+from sfjax.step.plan import directed, known_options
 from sftorch.closure import XAtRest
-from sftorch.law.move import Direction
+from sftorch.step.backends import Direction
 from sftorch.step.plan import DirectedOptimizer, YAtRest, given
 
 # The row
@@ -120,10 +120,15 @@ class SumState(NamedTuple):
     total: Any
 
 
-def adagrad_direction(grads: Any, state: SumState, t: jax.Array, hp: Any) -> tuple[Any, SumState]:
-    """Returns Adagrad's direction for a tree of gradients, and the next sum."""
-    total = jax.tree.map(lambda s, g: s + g * g, state.total, grads)
-    return jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + hp.eps), grads, total), SumState(total)  # S6
+def adagrad_leaf(g: jax.Array, buffers: dict[str, jax.Array], eps: jax.Array) -> Any:
+    """Returns Adagrad's direction of one gradient, and the next sum."""
+    total = buffers["total"] + g * g
+    return g / (jnp.sqrt(total) + eps), {"total": total}  # S6
+
+
+def adagrad_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
+    """Returns what `adagrad_leaf` is called with at time t."""
+    return (values["eps"],)
 
 
 @known_options("adagrad")
@@ -143,7 +148,7 @@ def schedule_free_adagrad(
     mask: Any = None,
 ) -> Any:
     """Schedule-Free Adagrad."""
-    return directed(JaxDirection("adagrad", adagrad_direction, SumState), locals())
+    return directed(JaxDirection("adagrad", adagrad_leaf, adagrad_numbers, SumState), locals())
 
 
 # The reference, and what the suite wants to know

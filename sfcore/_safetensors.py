@@ -44,7 +44,8 @@ _KNOWN = _NUMPY | _ML_DTYPES
 _CODES = {name: code for code, name in _KNOWN.items()}
 _METADATA = "__metadata__"
 _MOST_AXES = 64  # of an array of NumPy
-_LONGEST_HEADER = 100_000_000  # what the package safetensors reads
+# More than any model has, and read in under two seconds.
+_LONGEST_HEADER, _MOST_LEAVES = 1 << 24, 1 << 16
 
 
 class Damaged(ValueError):
@@ -137,13 +138,16 @@ def _parse_header(file: BufferedReader, size: int) -> tuple[dict[str, Any], int]
         raise Damaged(f"it must begin with 8 bytes of length, got {size} bytes")
     (length,) = struct.unpack("<Q", file.read(8))
     if length > min(size - 8, _LONGEST_HEADER):
-        raise Damaged(f"its header must fit into the {size} bytes of the file, got a length of {length}")
+        most = f"the {size} bytes of the file and {_LONGEST_HEADER} bytes"
+        raise Damaged(f"its header must fit into {most}, got a length of {length}")
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
         raise Damaged(f"its header must be JSON ({error})") from error
     if not isinstance(header, dict):
         raise Damaged("its header must be a JSON object")
+    if len(header) > _MOST_LEAVES:
+        raise Damaged(f"its header must name at most {_MOST_LEAVES} leaves, got {len(header)}")
     return header, 8 + length
 
 

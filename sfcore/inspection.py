@@ -114,6 +114,8 @@ def norms(meta: Meta, state: Mapping[str, np.ndarray]) -> dict[str, float | None
 
 
 def _squares(array: np.ndarray) -> float:
+    if not array.size:  # of whose axes one may be longer than memory
+        return 0.0
     wide = array.astype(np.complex128 if np.iscomplexobj(array) else np.float64).reshape(-1)
     return float(np.vdot(wide, wide).real)
 

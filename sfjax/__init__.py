@@ -23,13 +23,13 @@ except ImportError as error:
         f"sfjax needs jax >= 0.6.1 and optax >= 0.2.5, got {error}: pip install -U 'schedulefree-twin[jax]'"
     ) from error
 
-from sfjax._describe import describe
-from sfjax._find import find_state, find_states, iterates, metrics, schedule_free_eval_params
 from sfjax.accumulate import Accumulation, accumulate
 from sfjax.adamw import schedule_free_adamw
 from sfjax.radam import schedule_free_radam
 from sfjax.schedule_free import ScheduleFreeState, schedule_free
 from sfjax.sgd import schedule_free_sgd
+from sfjax.state.arguments import describe
+from sfjax.state.find import find_state, find_states, iterates, metrics, schedule_free_eval_params
 
 __all__ = [
     "Accumulation",

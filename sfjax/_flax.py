@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sfjax._find import _require
 from sfjax.checkpoint import Checkpoints, Restored
+from sfjax.state.find import _require
 
 
 def save(

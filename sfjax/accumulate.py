@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfjax import _layout
-from sfjax._iterates import wide_dtype
-from sfjax._types import Schedule, Tree
+from sfjax.law.iterates import wide_dtype
+from sfjax.state.arguments import Schedule, Tree
+from sfjax.state.forms import on_every_device, zeros_alike
 
 
 class Step(Protocol):
@@ -87,9 +87,9 @@ def accumulate(
     def init_fn(params: Any) -> optax.MultiStepsState:
         counters = {name: jnp.zeros((), jnp.int32) for name in ("mini_step", "gradient_step")}
         return optax.MultiStepsState(
-            **_layout.on_every_device(counters, params),
+            **on_every_device(counters, params),
             inner_opt_state=inner.init(params),
-            acc_grads=jax.tree.map(lambda p: _layout.zeros_alike(p, wide_dtype(p)), params),
+            acc_grads=jax.tree.map(lambda p: zeros_alike(p, wide_dtype(p)), params),
         )
 
     def go(gradients: Any, state: Any, start: Any, move: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:
@@ -102,7 +102,9 @@ def accumulate(
         def turn(carry: Any) -> Any:
             _, one, inner_state = carry
             one, new = move(mean, inner_state, one)
-            return jnp.zeros_like(due), one, jax.tree.map(_as_before, new, inner_state)
+            # In the dtypes that the state had, as optax.MultiSteps does.
+            new = jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), new, inner_state)
+            return jnp.zeros_like(due), one, new
 
         _, moved, inner_state = jax.lax.while_loop(
             lambda carry: carry[0], turn, (due, start, state.inner_opt_state)
@@ -148,8 +150,3 @@ def _mean(g: jax.Array, old: jax.Array, taken: jax.Array) -> jax.Array:
     g = g.astype(old.dtype)
     # The first is taken as it is, so that nobody has to zero the mean of the update before.
     return jnp.where(taken == 1, g, old + (g - old) / taken.astype(old.real.dtype).astype(old.dtype))
-
-
-def _as_before(new: Any, old: Any) -> Any:
-    """Returns a leaf of a state in the dtype that it had, as optax.MultiSteps does."""
-    return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from sfjax import _scalars
-from sfjax._directed import Direction, as_like, directed, known_options, on_reals
-from sfjax._types import Scalar, ScalarOrSchedule, Whole
+from sfcore.averaging import bias_correction
+from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
+from sfjax.step.plan import Direction, directed, known_options
 
 
 class MomentsState(NamedTuple):
@@ -26,42 +27,30 @@ class MomentsState(NamedTuple):
     mu: Any
 
 
-def adamw_direction(grads: Any, state: MomentsState, t: jax.Array, hp: Any) -> tuple[Any, MomentsState]:
-    """Returns AdamW's direction for a tree of gradients, and the next moments."""
-    m1 = 0.0 if state.mu is None else hp.inner_momentum
-    correction2, correction1 = _scalars.bias_correction(hp.b2, t), _scalars.bias_correction(m1, t)
-
-    @on_reals
-    def leaf(g: jax.Array, v: jax.Array, *m: jax.Array) -> tuple[jax.Array, ...]:
-        v = _average(v, g * g, hp.b2)
-        m = tuple(_average(one, g, m1) for one in m)
-        numerator = m[0] / as_like(correction1, g) if m else g
-        return numerator / (_root(v / as_like(correction2, g)) + as_like(hp.eps, g)), v, *m  # S6
-
-    moments = (state.nu,) if state.mu is None else (state.nu, state.mu)
-    leaves, tree = jax.tree.flatten(grads)
-    out = [leaf(*of) for of in zip(leaves, *map(jax.tree.leaves, moments), strict=True)]
-    columns = zip(*out, strict=True) if out else [[] for _ in range(1 + len(moments))]
-    directions, nu, *mu = (tree.unflatten(column) for column in columns)
-    return directions, MomentsState(nu, mu[0] if mu else None)
-
-
-def _average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
-    """Returns decay old + (1 - decay) new.
-
-    By 1 - decay alone: 0.9999 rounded to float32 beside 1 - 0.9999 would bias the average by 1.6e-4.
-    """
-    share = as_like(1.0 - decay, old)
-    return (old - share * old) + share * new
-
-
-def _root(v: jax.Array) -> jax.Array:
-    """Returns sqrt(v) with the gradient 0, not NaN, where a parameter has had no gradient."""
+def adamw_single(g: jax.Array, buffers: dict[str, jax.Array], *numbers: jax.Array) -> Any:
+    """Returns AdamW's direction, and the moments of which the first is there or not."""
+    share2, eps, share1, correction2, correction1 = numbers
+    v, m = buffers["nu"], buffers.get("mu")
+    # By 1 - decay alone: 0.9999 rounded to float32 beside 1 - 0.9999 would bias the average by 1.6e-4.
+    after = {"nu": (v - share2 * v) + share2 * (g * g)}
+    if m is not None:
+        after["mu"] = (m - share1 * m) + share1 * g
+    numerator = g if m is None else after["mu"] / correction1
+    v = after["nu"] / correction2
     positive = v > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), v)
+    # With the gradient 0, not NaN, where a parameter has had no gradient.
+    root = jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), v)
+    return numerator / (root + eps), after  # S6
 
 
-ADAMW = Direction("adamw", adamw_direction, MomentsState)
+def adamw_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
+    """Returns what `adamw_single` is called with at time t."""
+    b2, m1 = values["b2"], values.get("inner_momentum", 0.0)
+    corrections = (bias_correction(decay, t, jnp) for decay in (b2, m1))
+    return (1.0 - b2, values["eps"], 1.0 - m1, *corrections)
+
+
+ADAMW = Direction("adamw", adamw_single, adamw_numbers, MomentsState)
 
 
 @known_options("adamw")

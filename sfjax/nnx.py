@@ -23,9 +23,9 @@ except ImportError as error:
     ) from error
 
 from sfjax import _flax
-from sfjax._find import _pure
 from sfjax.checkpoint import Checkpoints, Restored
 from sfjax.checkpoint._save import evaluated
+from sfjax.state.find import _pure
 
 __all__ = ["eval_model", "restore", "save"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -9,20 +10,24 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from sfjax import _scalars
-from sfjax._directed import Direction, directed, known_options
-from sfjax._types import Scalar, ScalarOrSchedule, Whole
-from sfjax.adamw import MomentsState, adamw_direction
+from sfcore.averaging import rectification
+from sfjax.adamw import MomentsState, adamw_numbers, adamw_single
+from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
+from sfjax.step.plan import Direction, directed, known_options
 
 
-def radam_direction(grads: Any, state: MomentsState, t: jax.Array, hp: Any) -> tuple[Any, MomentsState]:
+def radam_single(g: jax.Array, buffers: Any, usable: jax.Array, *numbers: jax.Array) -> Any:
     """Returns AdamW's direction once the second moment is usable, the gradient before."""
-    adapted, state = adamw_direction(grads, state, t, hp)
-    _, usable = _scalars.rectification(hp.b2, t)
-    return jax.tree.map(lambda a, g: jnp.where(usable, a, g), adapted, grads), state  # S6
+    adapted, buffers = adamw_single(g, buffers, *numbers)
+    return jnp.where(usable > 0, adapted, g), buffers  # S6
 
 
-RADAM = Direction("radam", radam_direction, MomentsState)
+def radam_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
+    """Returns what `radam_single` is called with at time t."""
+    return (rectification(values["b2"], t, jnp)[1], *adamw_numbers(values, t))
+
+
+RADAM = Direction("radam", radam_single, radam_numbers, MomentsState)
 
 
 @known_options("radam")

@@ -51,37 +51,44 @@ def recalibrate(
     layers = [module for module in _modules(model) if isinstance(module, nnx.BatchNorm)]
     if not layers:
         return 0
-    before = [(layer.mean[...], layer.var[...]) for layer in layers]
-    used, sums = 0, [(jnp.zeros_like(mean), jnp.zeros_like(var)) for mean, var in before]
+    before = _statistics(layers)
+    zeros = jax.tree.map(jnp.zeros_like, before)
     # A state shares its variables with the model; a mapped one has its own.
     streams = jax.tree.map(lambda leaf: leaf, nnx.state(model, nnx.RngState))
-    with _as_in_evaluation(model, layers):
-        try:
-            for batch in batches:
-                _set(layers, [(jnp.zeros_like(mean), jnp.zeros_like(var)) for mean, var in before])
-                (call or _run)(model, batch)
-                new = [(layer.mean[...], layer.var[...]) for layer in layers]
-                used += 1
-                sums = _average(sums, new, used)
-            if not used:
-                raise ValueError("batches must hold at least one batch, got none: pass some training batches")
-        except BaseException:
-            sums = before
-            raise
-        finally:
-            _set(layers, sums)
-            nnx.update(model, streams)
+
+    def of(batch: Any) -> Any:
+        _set(layers, zeros)
+        model(_input(batch)) if call is None else call(model, batch)
+        return _statistics(layers)
+
+    found = before
+    try:
+        with _as_in_evaluation(model, layers):
+            used, found = _average(map(of, batches))
+    finally:
+        _set(layers, found)
+        nnx.update(model, streams)
     return used
 
 
-def _average(sums: Any, new: Any, used: int) -> Any:
-    """Returns the plain average of `used` statistics from that of one fewer."""
-    return jax.tree.map(lambda mean, value: mean + (value - mean) / used, sums, new)
+def _average(statistics: Iterable[Any]) -> tuple[int, Any]:
+    """Returns how many trees there are, and their plain average; raises ValueError for none."""
+    used, found = 0, None
+    for used, new in enumerate(statistics, 1):
+        old = jax.tree.map(jnp.zeros_like, new) if found is None else found
+        found = jax.tree.map(lambda mean, value, n=used: mean + (value - mean) / n, old, new)
+    if not used:
+        raise ValueError("batches must hold at least one batch, got none: pass some training batches")
+    return used, found
 
 
 def _modules(model: nnx.Module) -> list[nnx.Module]:
     nodes = getattr(nnx, "iter_modules", None) or nnx.iter_graph  # the former since flax 0.12.1
     return [node for _, node in nodes(model) if isinstance(node, nnx.Module)]
+
+
+def _statistics(layers: list[nnx.BatchNorm]) -> list[tuple[jax.Array, jax.Array]]:
+    return [(layer.mean[...], layer.var[...]) for layer in layers]
 
 
 def _set(layers: list[nnx.BatchNorm], statistics: Iterable[tuple[jax.Array, jax.Array]]) -> None:
@@ -105,10 +112,6 @@ def _as_in_evaluation(model: nnx.Module, layers: list[nnx.BatchNorm]) -> Iterato
             setattr(module, name, value)
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-
-
-def _run(model: nnx.Module, batch: Any) -> Any:
-    return model(_input(batch))
 
 
 def _input(batch: Any) -> Any:
@@ -148,26 +151,23 @@ def recalibrate_linen(
     """
     if not jax.tree.leaves(variables.get(collection, {})):
         return dict(variables)
-    used = 0
     before = variables[collection]
     # apply returns plain dicts for a FrozenDict.
     zeros = jax.tree.map(jnp.zeros_like, core.unfreeze(before))
-    sums = zeros
     layers: list[Any] = []
+
+    def of(batch: Any) -> Any:
+        _, updates = apply({**variables, collection: zeros}, _input(batch), mutable=[collection])
+        if not layers:
+            raise ValueError(
+                "apply must run linen.BatchNorm anew, got no such layer: pass model.apply itself, not a "
+                "function that jax.jit has compiled before; layers of your own are for you to average"
+            )
+        return core.unfreeze(updates[collection])
+
     with linen.intercept_methods(partial(_without_momentum, layers)):
-        for batch in batches:
-            given = {**variables, collection: zeros}
-            _, updates = apply(given, _input(batch), mutable=[collection])
-            if not layers:
-                raise ValueError(
-                    "apply must run linen.BatchNorm anew, got no such layer: pass model.apply itself, not a "
-                    "function that jax.jit has compiled before; layers of your own are for you to average"
-                )
-            used += 1
-            sums = _average(sums, core.unfreeze(updates[collection]), used)
-    if not used:
-        raise ValueError("batches must hold at least one batch, got none: pass some training batches")
-    return {**variables, collection: core.freeze(sums) if isinstance(before, core.FrozenDict) else sums}
+        _, found = _average(map(of, batches))
+    return {**variables, collection: core.freeze(found) if isinstance(before, core.FrozenDict) else found}
 
 
 def _without_momentum(

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import optax
 from jax.typing import DTypeLike
 
-from sfjax._directed import Direction, directed, known_options
-from sfjax._types import Scalar, ScalarOrSchedule, Whole
+from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
+from sfjax.step.plan import Direction, directed, known_options
 
-SGD = Direction("sgd", lambda grads, state, t, hp: (grads, state))  # S6
+SGD = Direction("sgd", lambda g, buffers: (g, buffers))  # S6
 
 
 @known_options("sgd")

@@ -16,9 +16,11 @@ _CUDA = "rng/torch_cuda/"
 
 def capture() -> dict[str, np.ndarray]:
     """Returns leaf -> state, as bytes. Generators of your own go through `extra`."""
+    of_numpy: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = of_numpy
     found = {
         "rng/torch": torch.get_rng_state().numpy().copy(),
-        "rng/numpy": _as_bytes(_numpy_state()),
+        "rng/numpy": _as_bytes([name, keys.tolist(), *rest]),
         "rng/python": _as_bytes(random.getstate()),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -34,8 +36,8 @@ def restore(arrays: Mapping[str, np.ndarray]) -> list[str]:
             "random numbers: the checkpoint has no states of torch's, NumPy's and Python's generators, so "
             "they stay as they are"
         ]
-    name, keys, position, has_gauss, gauss = _from_bytes(arrays["rng/numpy"])
-    version, words, gauss_of_python = _from_bytes(arrays["rng/python"])
+    name, keys, position, has_gauss, gauss = json.loads(arrays["rng/numpy"].tobytes())
+    version, words, gauss_of_python = json.loads(arrays["rng/python"].tobytes())
     torch.set_rng_state(torch.from_numpy(arrays["rng/torch"].copy()))
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     random.setstate((version, tuple(words), gauss_of_python))
@@ -51,16 +53,5 @@ def restore(arrays: Mapping[str, np.ndarray]) -> list[str]:
     return []
 
 
-def _numpy_state() -> list[Any]:
-    state: Any = np.random.get_state(legacy=True)
-    name, keys, *rest = state
-    return [name, keys.tolist(), *rest]
-
-
 def _as_bytes(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-
-
-def _from_bytes(array: np.ndarray) -> list[Any]:
-    found: list[Any] = json.loads(array.tobytes())
-    return found

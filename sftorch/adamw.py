@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from sfcore.averaging import bias_correction
 from sfcore.laws import LAWS
 from sftorch.law.iterates import Scalar
-from sftorch.law.move import Direction
+from sftorch.step.backends import Direction
 from sftorch.step.plan import DirectedOptimizer, Precision, YAtRest, given
 
 

@@ -66,9 +66,8 @@ class XAtRest(DirectedOptimizer):
         settle(self)
         self._loaded = None
         self._check_settings()
-        x = {}
-        for p in self._params():
-            x[p] = forms.joined(p.detach().clone(), self.state.get(p, {}), self._rest)
+        params = self._params()
+        x = {p: forms.joined(p.detach().clone(), self.state.get(p, {}), self._rest) for p in params}
         for group in self.param_groups:
             for p in self._started(group):
                 y = forms.y_from_x(x[p], self.state[p], self._beta(group))  # S9

@@ -13,7 +13,7 @@ from sfcore.averaging import bias_correction, rectification
 from sfcore.laws import LAWS
 from sftorch.adamw import ADAMW, average_single_
 from sftorch.law.iterates import Scalar
-from sftorch.law.move import Direction
+from sftorch.step.backends import Direction
 from sftorch.step.plan import DirectedOptimizer, Precision, YAtRest, given
 
 

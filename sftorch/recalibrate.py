@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sftorch import _rng
+from sftorch.state import arguments
 
 __all__ = ["recalibrate"]
 
@@ -37,6 +38,7 @@ def recalibrate(
         The number of batches used; 0 where there is nothing to do, and then none is drawn.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: if there are no batches. After this or any other error, statistics are what they were.
             Training flags and the global random states are always put back.
 
@@ -49,11 +51,21 @@ def recalibrate(
         ...     recalibrate(model, torch.randn(10, 32, 3))
         10
     """
-    layers = _layers(model)
+    arguments.check_module(model)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable, got {batches!r}: pass some training batches")
+    if call is not None and not callable(call):
+        raise TypeError(f"call must be None or a function, got {call!r}: pass one of (model, batch)")
+    found = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    layers = [layer for layer in found if layer.training or not model.training]  # the others are frozen
     if not layers:
         return 0
     flags = {module: module.training for module in model.modules()}
-    before = {layer: (layer.momentum, _copies(layer)) for layer in layers}
+    momenta = {layer: layer.momentum for layer in layers}
+    before = {
+        layer: {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
+        for layer in layers
+    }
     randomness = _rng.capture()
     used = 0
     try:
@@ -68,26 +80,16 @@ def recalibrate(
         if not used:
             raise ValueError("batches must hold at least one batch, got none: pass some training batches")
     except BaseException:
-        for layer, (_, statistics) in before.items():
+        for layer, statistics in before.items():
             layer.load_state_dict(statistics, strict=False)
         raise
     finally:
-        for layer, (momentum, _) in before.items():
+        for layer, momentum in momenta.items():
             layer.momentum = momentum
         for module, training in flags.items():
             module.training = training
         _rng.restore(randomness)
     return used
-
-
-def _layers(model: nn.Module) -> list[_NormBase]:
-    """Returns the layers with running statistics that are not frozen."""
-    found = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    return [layer for layer in found if layer.training or not model.training]
-
-
-def _copies(layer: _NormBase) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
 
 
 def _run(model: nn.Module, batch: Any) -> Any:

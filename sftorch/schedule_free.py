@@ -15,12 +15,12 @@ from sfcore.averaging import coefficients
 from sfcore.laws import LAWS
 from sftorch.law import iterates
 from sftorch.law.parts import note_written
-from sftorch.law.scalars import Clock, Next, next_step
+from sftorch.law.scalars import Next, next_step
 from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch
 from sftorch.state.modes import TrainEvalOptimizer
-from sftorch.state.state_dict import ScheduleFreeOptimizer
+from sftorch.state.state_dict import ScheduleFreeOptimizer, groups_of
 from sftorch.step.plan import given
 
 _BASE = "base"
@@ -107,8 +107,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         Raises:
             ValueError: for the state dict of another optimizer; nothing has changed then.
         """
-        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-        if not all(_DRAWER in group for group in groups or []):
+        if not all(_DRAWER in group for group in groups_of(state_dict)):
             raise ValueError(
                 f"state_dict must be a ScheduleFreeWrapper's, got groups without {_DRAWER!r}: "
                 "load it into an optimizer of the class that saved it"
@@ -196,13 +195,11 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             raise
         for group in self.param_groups:
             values, _ = self._values(group)  # after the base's step, in which Prodigy sets d
+            clock = self._group_clock(group)
             for batch in self._batches({p: plan[p] for p in group["params"] if p in plan}):
-                self._fold(batch, self._next(group, batch.clock, values), values, y, z)
-            self._finish(group, self._next(group, self._group_clock(group), values))
+                self._fold(batch, next_step(self.law, batch.clock, clock.step, values), values, y, z)
+            self._finish(group, next_step(self.law, clock, clock.step, values))
         self._show_base_state()
-
-    def _next(self, group: dict[str, Any], clock: Clock, values: dict[str, Any]) -> Next:
-        return next_step(self.law, clock, self._books(group)["k"], values)
 
     def _fold(self, batch: Batch, after: Next, values: dict[str, Any], y: Tensors, moved: Tensors) -> None:
         """Takes S6-S9 with what the base did: to stand-ins of 16-bit parameters, else to the parameters."""

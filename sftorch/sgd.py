@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sfcore.laws import LAWS
-from sftorch.law.move import Direction
+from sftorch.step.backends import Direction
 from sftorch.step.plan import DirectedOptimizer, Precision, YAtRest, given
 
 

@@ -18,8 +18,6 @@ from jax.typing import ArrayLike
 from sfcore import files, store
 from sfcore.exchange import CheckpointError
 from sfcore.meta import as_metrics, as_step
-from sfjax._find import _pure
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._background import Background, finish
 from sfjax.checkpoint._import import import_exchange
@@ -29,6 +27,8 @@ from sfjax.checkpoint._save import Job, evaluated, on_host
 from sfjax.checkpoint._steps import Steps
 from sfjax.checkpoint._storable import OBJECTS, Snapshot
 from sfjax.checkpoint._weights import start_from_weights
+from sfjax.state.arguments import Configurations, MicroBatches
+from sfjax.state.find import _pure
 
 _log = logging.getLogger("sfjax.checkpoint")
 

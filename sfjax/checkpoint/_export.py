@@ -19,13 +19,13 @@ from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
 from sfcore.names.translate import translate
-from sfjax import _halves
-from sfjax._find import _pure
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _read, _record
 from sfjax.checkpoint._leaves import ONE_VECTOR, beside, named, parameters, whole
 from sfjax.checkpoint._save import evaluated, recorded_roles
 from sfjax.checkpoint._storable import array_like
+from sfjax.state import forms as _halves
+from sfjax.state.arguments import Configurations, MicroBatches
+from sfjax.state.find import _pure
 
 
 def export_exchange(

@@ -18,12 +18,12 @@ from sfcore.iterates import beta_of, widened
 from sfcore.meta import Meta
 from sfcore.names import NameMap
 from sfcore.names.translate import renamed
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint._leaves import parameters
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._storable import is_weak, stored_form
+from sfjax.state.arguments import Configurations, MicroBatches
 
 
 def import_exchange(

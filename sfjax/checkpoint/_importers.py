@@ -11,13 +11,13 @@ import numpy as np
 from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
-from sfjax._find import _pure
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._weights import explicit, opening
+from sfjax.state.arguments import Configurations, MicroBatches
+from sfjax.state.find import _pure
 
 # By their fields, so that states which Orbax restored without a target, as dicts, are known too.
 _CONTRIB = {"b1", "weight_sum", "step_count", "max_lr", "base_optimizer_state", "z"}

@@ -22,10 +22,10 @@ import optax
 
 from sfcore import laws
 from sfcore.exchange import CheckpointError
-from sfjax import _halves
-from sfjax._directed import STATES
-from sfjax._find import _pure
 from sfjax.schedule_free import ScheduleFreeState
+from sfjax.state import forms as _halves
+from sfjax.state.find import _pure
+from sfjax.step.plan import STATES
 
 CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
 BARE = "value"  # the name of parameters that are one array, not a tree

@@ -9,9 +9,10 @@ import numpy as np
 
 from sfcore import laws
 from sfcore.changes import effect_of
-from sfjax import _halves, _lean
 from sfjax.checkpoint._leaves import Named
 from sfjax.checkpoint._read import Saved
+from sfjax.state import forms as _halves
+from sfjax.state import forms as _lean
 
 
 def in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[Saved, list[str]]:

@@ -16,8 +16,8 @@ from sfcore.checks import HyperparameterError, hint
 from sfcore.exchange import describe
 from sfcore.laws import LAWS
 from sfcore.meta import Meta, as_accumulation
-from sfjax._directed import STATES
 from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, parameters
+from sfjax.step.plan import STATES
 
 _PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 

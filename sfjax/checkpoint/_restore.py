@@ -15,13 +15,13 @@ from sfcore.changes import DROPPED, Change, at_last_update, check_laws, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfcore.store import Skipped
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _changes, _record
 from sfjax.checkpoint._leaves import groups, injected, named, roles, whole
 from sfjax.checkpoint._place import place
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._reconcile import Fit, fit, saved_group
 from sfjax.checkpoint._storable import OBJECTS, is_object, set_objects
+from sfjax.state.arguments import Configurations, MicroBatches
 
 _log = logging.getLogger("sfjax.checkpoint")
 

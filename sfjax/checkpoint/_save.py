@@ -13,10 +13,10 @@ import numpy as np
 
 from sfcore import exchange, files, store
 from sfcore.meta import Meta
-from sfjax._find import schedule_free_eval_params
 from sfjax.checkpoint import _folder, _record
 from sfjax.checkpoint._leaves import Named, groups, parameters, roles
 from sfjax.checkpoint._storable import Snapshot, array_like, is_key, is_object, is_weak, object_state
+from sfjax.state.find import schedule_free_eval_params
 
 
 @jax.jit

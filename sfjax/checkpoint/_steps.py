@@ -17,8 +17,8 @@ import numpy as np
 from sfcore import samples
 from sfcore.samples import Restart, Sample
 from sfcore.watch import WATCHED_STEPS
-from sfjax import _iterates
-from sfjax._find import _overlay, _pure, _require
+from sfjax.law import iterates as _iterates
+from sfjax.state.find import _overlay, _pure, _require
 
 _log = logging.getLogger("sfjax.checkpoint")
 _ROWS = WATCHED_STEPS + 1

@@ -21,13 +21,13 @@ from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import weighed
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
-from sfjax import _halves
-from sfjax._types import Configurations, MicroBatches
 from sfjax.checkpoint import _folder, _read, _record
 from sfjax.checkpoint._leaves import groups, parameters
 from sfjax.checkpoint._read import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
+from sfjax.state import forms as _halves
+from sfjax.state.arguments import Configurations, MicroBatches
 
 NO_STATE = "no optimizer state: starting from x"
 

@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import sfjax
-from sfjax._find import _pure
 from sfjax.checkpoint import CheckpointError, Checkpoints, export_exchange
 from sfjax.checkpoint._save import Job
+from sfjax.state.find import _pure
 from sfjax.tests.checkpoint_runs import KINDS, LR, begin, files, go, saved, transformation
 from sfjax.tests.runs import assert_same, gradients
 

@@ -14,8 +14,8 @@ import pytest
 import sfjax
 from sfcore import store
 from sfcore.hyperparameters import AdamW
-from sfjax import _halves
 from sfjax.checkpoint import Checkpoints, export_exchange, import_exchange, read, start_from_weights
+from sfjax.state import forms
 from sfjax.tests.checkpoint_runs import LR, begin, go, transformation
 from sfjax.tests.runs import assert_close, assert_same
 
@@ -28,7 +28,7 @@ def after(steps: int, dtype: Any, tx: Any) -> tuple[Any, Any]:
 
 
 def in_full(params: Any, opt_state: Any) -> Any:
-    return jax.tree.map(_halves.whole, params, sfjax.find_state(opt_state).y_rest)
+    return jax.tree.map(forms.whole, params, sfjax.find_state(opt_state).y_rest)
 
 
 @LOW

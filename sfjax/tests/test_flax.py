@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import sfjax
-from sfjax._find import _pure as pure
+from sfjax.state.find import _pure as pure
 from sfjax.tests import runs
 
 INPUTS = jnp.arange(6.0).reshape(2, 3) / 6

@@ -13,8 +13,8 @@ import pytest
 
 import sfjax
 from sfcore import HyperparameterError
-from sfjax import _lean
 from sfjax.checkpoint import Checkpoints, export_exchange, import_exchange
+from sfjax.step import lean
 from sfjax.tests import runs
 from sfjax.tests.test_sixteen_bits import low, problem, scanned
 
@@ -43,26 +43,26 @@ def test_it_takes_8_bytes_a_parameter() -> None:
 
 def test_the_rounding_is_right_on_average_and_leaves_what_bfloat16_has() -> None:
     value = jnp.full((1000, 200), 1 + 2.0**-10)  # an eighth of an ulp above 1
-    found = _lean.rounded(value, _lean.Draw(0, 0, jnp.int32(1)), _lean.GAP).astype(jnp.float32)
+    found = lean.rounded(value, lean.Draw(0, 0, jnp.int32(1)), lean.GAP).astype(jnp.float32)
     assert sorted(set(np.unique(found))) == [1.0, 1 + 2.0**-7]
     # The mean of 200,000 draws of standard deviation 2.6e-3: 6e-6; four of them.
     assert abs(float(found.mean()) - (1 + 2.0**-10)) < 2.4e-5
     for axis in (0, 1):  # no stripes
         assert float(found.mean(axis).std()) < 2 * 2.6e-3 / found.shape[axis] ** 0.5
     exact = jnp.asarray([0.0, -1.5, jnp.inf, -jnp.inf, 3.0])
-    np.testing.assert_array_equal(_lean.rounded(exact, _lean.Draw(1, 2, jnp.int32(3)), 0), exact)
-    assert jnp.isnan(_lean.rounded(jnp.asarray([jnp.nan]), _lean.Draw(1, 2, jnp.int32(3)), 0)).all()
+    np.testing.assert_array_equal(lean.rounded(exact, lean.Draw(1, 2, jnp.int32(3)), 0), exact)
+    assert jnp.isnan(lean.rounded(jnp.asarray([jnp.nan]), lean.Draw(1, 2, jnp.int32(3)), 0)).all()
 
 
 def test_bits_depend_on_seed_leaf_step_and_buffer_alone() -> None:
     def draw(seed: Any = 0, leaf: int = 0, step: int = 0, buffer: int = 0) -> np.ndarray:
-        return np.asarray(_lean._noise((64,), _lean.Draw(seed, leaf, jnp.int32(step)), buffer))
+        return np.asarray(lean._noise((64,), lean.Draw(seed, leaf, jnp.int32(step)), buffer))
 
     others = [draw(seed=1), draw(leaf=1), draw(step=1), draw(buffer=1)]
     assert all((draw() != other).mean() > 0.9 for other in others)
     np.testing.assert_array_equal(draw(), draw(jnp.float32(0)))
     np.testing.assert_array_equal(
-        draw(), jax.jit(lambda: _lean._noise((8, 8), _lean.Draw(0, 0, jnp.int32(0)), 0))().ravel()
+        draw(), jax.jit(lambda: lean._noise((8, 8), lean.Draw(0, 0, jnp.int32(0)), 0))().ravel()
     )
 
 
@@ -97,12 +97,12 @@ def test_another_b1_moves_y_and_not_x() -> None:
 def test_a_resumed_run_ends_in_the_same_bits_and_other_precisions_are_converted(tmp_path: Path) -> None:
     params, grads = problem(20)
     p = low(params)
-    lean, exact = (sfjax.schedule_free_adamw(1e-2, precision=kind) for kind in ("lean", "exact"))
-    y, state = scanned(lean, p, grads)
+    narrow, exact = (sfjax.schedule_free_adamw(1e-2, precision=kind) for kind in ("lean", "exact"))
+    y, state = scanned(narrow, p, grads)
     x = sfjax.schedule_free_eval_params(state, y, jnp.float32)
     with Checkpoints(tmp_path / "orbax") as checkpoints:
         checkpoints.save(20, y, state)
-        same = checkpoints.restore(p, jax.eval_shape(lean.init, p), strict=True)
+        same = checkpoints.restore(p, jax.eval_shape(narrow.init, p), strict=True)
         other = checkpoints.restore(p, jax.eval_shape(exact.init, p))
     assert same is not None
     assert other is not None
@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_in_the_same_bits_and_other_precisions_are_converted(
     runs.assert_close(sfjax.find_state(other.opt_state).z, sfjax.iterates(state, y)[2], 3e-7)
     assert any("precision: z and the moments are converted" in notice for notice in other.notices)
     path = export_exchange(tmp_path / "store", y, state, step=20)
-    back = import_exchange(path, p, jax.eval_shape(lean.init, p))
+    back = import_exchange(path, p, jax.eval_shape(narrow.init, p))
     # Up to the gap, rounded to the nearest in bfloat16.
     runs.assert_close(sfjax.schedule_free_eval_params(back.opt_state, back.params, jnp.float32), x, 1e-3)
     g = jax.tree.map(lambda leaf, q: leaf[0].astype(q.dtype), grads, p)

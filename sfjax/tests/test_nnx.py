@@ -14,9 +14,9 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
 import sfjax
-from sfjax._find import _pure
 from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.recalibrate import recalibrate
+from sfjax.state.find import _pure
 from sfjax.tests.flax_runs import batch, drawn, host, transformation
 from sfjax.tests.runs import assert_close, assert_same
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import sfjax
-from sfjax import _halves
+from sfjax.state import forms
 from sfjax.tests import runs
 
 DTYPES = {"a": jnp.bfloat16, "b": jnp.float16, "c": {"d": jnp.float16, "e": jnp.bfloat16}}
@@ -130,14 +130,14 @@ def test_any_y_is_kept_and_the_update_gets_there_as_optax_adds_it(dtype: Any) ->
     near = p.astype(jnp.float32) * (1 + rng.standard_normal(5000).astype(np.float32) * 1e-3)
     far = jnp.asarray(rng.standard_normal(5000) * rng.permutation(scale), jnp.float32)
     for y in (near, far, far * 0.0):
-        update, rest = jax.jit(_halves.split)(y, p)
-        eager = _halves.split(y, p)
+        update, rest = jax.jit(forms.split)(y, p)
+        eager = forms.split(y, p)
         runs.assert_same((update, rest), eager)
         held = optax.apply_updates(p, update)
         # Right to the last bit but for strides over many binades.
-        np.testing.assert_allclose(_halves.whole(held, rest), y, rtol=1.2e-7)
+        np.testing.assert_allclose(forms.whole(held, rest), y, rtol=1.2e-7)
     # A short stride leaves the parameter at y rounded once; a long one may miss it by a bit.
-    update, _ = _halves.split(near, p)
+    update, _ = forms.split(near, p)
     np.testing.assert_array_equal(optax.apply_updates(p, update), near.astype(dtype))
 
 

@@ -1,6 +1,9 @@
-"""Builds the kernel with the machine's C compiler at first use, and keeps it in the user's cache folder.
+"""Builds the kernel with the machine's C compiler at first use, and keeps it in a private folder of the user.
 
-So one wheel of plain Python serves every version of Python and torch, and installing compiles nothing.
+So one wheel of plain Python serves every version of Python and torch, and installing compiles nothing. What
+is kept is code that runs: it is loaded from folders that nobody else can write to, and only if its bytes are
+those that were tried when it was built (their hash is in the file's name). Whatever fails, there is a reason,
+and steps take the lists.
 """
 
 from __future__ import annotations
@@ -13,10 +16,16 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+from sfcore import files
 
 HERE = Path(__file__).parent
 SOURCES = (HERE / "step.c", HERE / "arithmetic.h")
@@ -24,6 +33,10 @@ SOURCES = (HERE / "step.c", HERE / "arithmetic.h")
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 SECONDS = 60
+ENTRY = "sf_run"
+# In a process of its own: a library that is not whole can end the one that loads it.
+TRIAL = "import ctypes, sys; getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])"
+_log = logging.getLogger("sftorch")
 
 
 class Unavailable(Exception):
@@ -39,29 +52,34 @@ def find() -> ctypes.CDLL | str:
         >>> build.find() is build.find()
         True
     """
-    name = f"step-{_key()}.so"
-    folder = cache_folder()
     try:
-        return ctypes.CDLL(str(folder / name))
-    except OSError:
-        pass  # not there yet
-    try:
-        return _build(name, folder)
-    except Unavailable as why:
+        key = _key()
+        return _kept(key) or _new(key)
+    except (Unavailable, OSError) as why:
         return str(why)
 
 
 @functools.cache
 def give_notice(why: str) -> None:
     """Logs, once a process, that steps take the slower path."""
-    logging.getLogger("sftorch").warning(
-        "the fused CPU step is not available, and steps take the foreach path: %s", why
-    )
+    _log.warning("the fused CPU step is not available, and steps take the foreach path: %s", why)
 
 
-def cache_folder() -> Path:
-    """Returns where kernels are kept: schedulefree-twin under XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "schedulefree-twin"
+def cache_folders() -> Iterator[Path]:
+    """Yields where a kernel may be kept, the best first.
+
+    schedulefree-twin under XDG_CACHE_HOME if that is absolute (else it is ignored, as the XDG Base Directory
+    Specification says), the same under ~/.cache, and a folder of the user among the temporary files.
+    """
+    homes = [os.environ.get("XDG_CACHE_HOME", "")]
+    with suppress(RuntimeError):  # a user without a home
+        homes.append(str(Path.home() / ".cache"))
+    yield from (Path(home, "schedulefree-twin") for home in homes if os.path.isabs(home))
+    yield Path(tempfile.gettempdir(), f"schedulefree-twin-{_user()}")
+
+
+def _user() -> int | str:
+    return os.geteuid() if hasattr(os, "geteuid") else "user"
 
 
 def _key() -> str:
@@ -71,35 +89,127 @@ def _key() -> str:
     return hashlib.sha256(b"\0".join([*parts, *(part.encode() for part in system)])).hexdigest()[:24]
 
 
-def _build(name: str, folder: Path) -> ctypes.CDLL:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder)
-    except OSError:  # a home that cannot be written to: build for this process only
-        scratch = tempfile.TemporaryDirectory()
-    with scratch:
-        made = Path(scratch.name) / name
-        _compile(made)
-        try:
-            library = ctypes.CDLL(str(made))
-        except OSError as error:
-            raise Unavailable(f"the compiled kernel must load, got {error}: report it, please") from error
-        if made.parent.parent == folder:
-            os.replace(made, folder / name)  # at once, so that other processes see all of it or nothing
+def _name(key: str, made: bytes) -> str:
+    return f"step-{key}.{hashlib.sha256(made).hexdigest()[:32]}.so"
+
+
+def _kept(key: str) -> ctypes.CDLL | None:
+    """Returns a kernel that was kept, if there is one; of those that cannot be used, says why and removes."""
+    for folder in cache_folders():
+        if not folder.is_dir() or _not_private(folder.lstat()):
+            continue
+        for path in sorted(folder.glob(f"step-{key}.*.so")):
+            try:
+                found = path.lstat()
+                why = _not_private(found) or _not_whole(path, key)
+                if not why:
+                    return _loaded(path)
+            except OSError as error:
+                why = str(error)
+            _log.warning("the kernel %s cannot be used and is built anew: %s", path, why)
+            with suppress(OSError):  # what cannot be removed is refused the next time as well
+                path.unlink()
+    return None
+
+
+def _not_private(found: os.stat_result) -> str | None:
+    """Returns why others may have written a folder or file."""
+    if not hasattr(os, "geteuid"):
+        return None  # Windows keeps each user's folders from the others
+    if found.st_uid != os.geteuid():
+        return f"it must belong to the user {os.geteuid()}, got {found.st_uid}"
+    if stat.S_ISLNK(found.st_mode):
+        return "it must be there itself, got a symbolic link"
+    if found.st_mode & 0o022:
+        return f"nobody else may be able to write to it, got {stat.filemode(found.st_mode)}"
+    return None
+
+
+def _not_whole(path: Path, key: str) -> str | None:
+    """Returns what is wrong with a file's bytes."""
+    if path.name != _name(key, path.read_bytes()):
+        return "its bytes are not those that were built"
+    return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, ENTRY):
+        raise OSError(f"it must have {ENTRY}, which it has not")
     return library
 
 
-def _compile(made: Path) -> None:
-    named = shlex.split(os.environ.get("CC", ""))
+def _new(key: str) -> ctypes.CDLL:
+    """Builds, tries and keeps a kernel in the first folder that takes it."""
+    made, refused = b"", []
+    for folder in cache_folders():
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.lstat().st_uid == _user() and not folder.is_symlink():
+                folder.chmod(0o700)  # of an older version, or made by a user with another umask
+            if why := _not_private(folder.lstat()):
+                raise PermissionError(why)
+            _remove_leftovers(folder)
+            with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
+                made = made or _compiled(Path(scratch))
+                library = _put(made, Path(scratch), folder / _name(key, made))
+        except OSError as error:
+            refused.append(f"{folder}: {error}")
+            continue
+        if refused:
+            _log.warning("the kernel is kept in %s, because others cannot: %s", folder, "; ".join(refused))
+        return library
+    reasons = "; ".join(refused)
+    raise Unavailable(f"a folder must keep the kernel, got {reasons}: set XDG_CACHE_HOME to one of your own")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a build that was killed has left."""
+    for scratch in folder.glob("build-*"):
+        if scratch.lstat().st_mtime < time.time() - 10 * SECONDS:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(made: bytes, scratch: Path, path: Path) -> ctypes.CDLL:
+    """Tries the library, then gives it its name: whole, on the disk, and at once."""
+    part = scratch / "kept.so"
+    with part.open("wb") as file:
+        file.write(made)
+        file.flush()
+        os.fsync(file.fileno())
+    part.chmod(0o700)
+    if sys.executable and not getattr(sys, "frozen", False):  # else it may be another program
+        trial = [sys.executable, "-I", "-S", "-c", TRIAL, str(part), ENTRY]
+        try:
+            done = subprocess.run(trial, capture_output=True, timeout=SECONDS, check=False)
+        except subprocess.SubprocessError as error:
+            raise OSError(f"the compiled kernel must load, got {error}") from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise OSError(f"the compiled kernel must load, got {said or f'signal {-done.returncode}'}")
+    os.replace(part, path)
+    files.sync(path.parent)
+    return _loaded(path)
+
+
+def _compiled(folder: Path) -> bytes:
+    """Returns the library that the compiler makes of the sources."""
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise Unavailable(f"CC must be a command, got {os.environ['CC']!r}: {error}") from error
     found = [shutil.which(one) for one in ("cc", "gcc", "clang")]
     compiler = named or [one for one in found if one][:1]
     if not compiler:
         raise Unavailable("a C compiler must be in PATH or in CC, got none: install gcc or clang")
+    made = folder / "made.so"
     command = [*compiler, *FLAGS, str(SOURCES[0]), "-o", str(made), "-lm"]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip()
+        subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+        return made.read_bytes()
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error).encode()
+        text = said.decode(errors="replace").strip()[:500]
         raise Unavailable(
-            f"{' '.join(compiler)} must compile {SOURCES[0]}, got {said[:500]!r}: set CC to another compiler"
+            f"{' '.join(compiler)} must compile {SOURCES[0]}, got {text!r}: set CC to another compiler"
         ) from error

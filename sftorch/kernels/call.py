@@ -1,23 +1,40 @@
-"""Calls of the kernel: lists of tensors become tables of addresses. Nothing here decides what fits."""
+"""Calls of the kernels: which tensors they can walk, and how lists of tensors become tables of addresses.
+
+In C a table has an address for each tensor, and nothing there is checked. In Triton one table on the device
+has them all: it is kept while addresses stay; where they change, it is sent without waiting for the device.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
+from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sftorch.kernels import build
+from sftorch.law.parts import PLAIN
 
-TABLES = ("y", "rest", "z", "v", "m", "x", "g")
+TABLES = ("y", "rest", "z", "v", "m", "x", "g")  # as in step.c and in triton_step.COLUMNS
 NUMBERS = ("sign", "lr_t", "wd_y", "wd_z", "k1", "k2", "b2", "eps", "m1", "correction2", "correction1")
 ZEROS = (0.0,) * len(NUMBERS)
+Tables = Mapping[str, Sequence[Tensor]]  # by the names of TABLES
 _PACKED = struct.Struct(f"{len(NUMBERS)}d")
+_WIDE = (torch.float32, torch.float64)
+# Four elements a thread: loads of 16 bytes in float32. AdamW then takes 48 registers; with eight elements it
+# takes 98, which leaves room for a quarter of the threads (compiled for sm_90 by Triton 3.7).
+BLOCK = 1024
+WARPS = 8
+KEPT = 64  # tables; a batch needs one. step_in_backward needs one a parameter, and may send them anew
 
 
 class Kind(IntEnum):
@@ -42,6 +59,95 @@ class Element(IntEnum):
     BFLOAT16_REST = 2
 
 
+NARROW = {torch.bfloat16: Element.BFLOAT16}
+
+
+def all_fit(tables: Tables) -> bool:
+    """Tells whether all parameters can be walked as flat memory, and all in the same dtypes.
+
+    A list at a time, because with thousands of small tensors these questions are most of a step.
+    """
+    return (
+        not tables.keys() >= {"rest", "x"}
+        and len({g.dtype for g in tables["g"]}) == 1
+        and _same_kinds(tables)
+        and all({t.is_contiguous() for t in ts} == {True} for ts in tables.values())
+    )
+
+
+def why_left(row: dict[str, Tensor]) -> str | None:
+    """Returns why a kernel does not take a parameter, None if it does; its gradient can be copied."""
+    y, z = row["y"], row["z"]
+    if row.keys() >= {"rest", "x"}:
+        return "16-bit parameters must be in a class without 'Closure' in its name: there x comes whole"
+    if type(y) not in PLAIN:
+        return f"parameters must be plain tensors, got {type(y).__name__}"
+    held = {name: tensor for name, tensor in row.items() if name != "g"}
+    alone = {name: [tensor] for name, tensor in held.items()}
+    if not _same_kinds(alone | {"g": [torch.empty_like(y, dtype=z.dtype)]}):
+        kinds = ", ".join(f"{name} {_kind_of(tensor)}" for name, tensor in held.items())
+        return f"state must be of its parameter's kind, and in float32 at least, got {kinds}"
+    if not _same_dense_layout(*held.values()):
+        strides = ", ".join(f"{name} {tensor.stride()}" for name, tensor in held.items())
+        return f"parameters and state must fill their memory in one order, got the strides {strides}"
+    return None
+
+
+def walkable(grad: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
+    """Returns a gradient as it is, or a copy, in a dtype that the kernels know and in the layout of y."""
+    dtype = grad.dtype if grad.dtype in NARROW and wide == torch.float32 else wide
+    if grad.dtype == dtype and type(grad) in PLAIN and not grad.is_neg() and _same_dense_layout(y, grad):
+        return grad
+    return torch.empty_like(y, dtype=dtype).copy_(grad)
+
+
+def alike(first: Tensor, *others: Tensor) -> bool:
+    """Tells whether plain CPU tensors have one wide dtype and one dense layout."""
+    return (
+        first.dtype in _WIDE
+        and type(first) in PLAIN
+        and all(t.is_cpu and t.dtype == first.dtype for t in others)
+        and not any(t.is_neg() for t in (first, *others))
+        and _same_dense_layout(first, *others)
+    )
+
+
+def _kind_of(tensor: Tensor) -> str:
+    sign = " with a pending sign" if tensor.is_neg() else ""
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}{sign}"
+
+
+def _same_kinds(tables: Tables) -> bool:
+    """Tells whether the kernels know the dtypes, and tensors of a parameter match in all but layout."""
+    ys, grads, of_y, device = tables["y"], tables["g"], tables["y"][0].dtype, tables["y"][0].device
+    others = {name: tensors for name, tensors in tables.items() if name != "y"}  # ys are of one batch
+    dtypes = {name: {t.dtype for t in tensors} for name, tensors in others.items()}
+    wide = torch.promote_types(of_y, torch.float32)
+    narrow = set(NARROW) if wide == torch.float32 else set()
+    counts = [y.numel() for y in ys]
+    return (
+        wide in _WIDE
+        and all(PLAIN.issuperset(map(type, tensors)) for tensors in tables.values())
+        and dtypes.pop("x", {of_y}) == {of_y}
+        and dtypes.pop("rest", {torch.int16}) == {torch.int16}
+        and dtypes.pop("g") <= {wide} | narrow
+        and all(found == {wide} for found in dtypes.values())
+        and all([t.numel() for t in tensors] == counts for tensors in others.values())
+        and all({t.device for t in tensors} == {device} for tensors in others.values())
+        and {t.is_neg() for t in (*ys, *grads)} == {False}
+    )
+
+
+def _same_dense_layout(first: Tensor, *others: Tensor) -> bool:
+    """Tells whether tensors have the same shape and strides, and these leave no gap and no overlap."""
+    step = 1
+    for stride, size in sorted(zip(first.stride(), first.shape, strict=True)):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return all(t.stride() == first.stride() and t.shape == first.shape for t in others)
+
+
 class Job(ctypes.Structure):
     """`struct job` of step.c, which may run again while the tensors are the same."""
 
@@ -63,9 +169,7 @@ class Job(ctypes.Structure):
         super().__init__(kind=kind, y_type=y_type, g_type=g_type)
         self.columns: dict[str, array[int]] = {}  # the job points there
 
-    def run(
-        self, tables: Mapping[str, Sequence[Tensor]], numbers: Sequence[float], threads: int | None = None
-    ) -> bool:
+    def run(self, tables: Tables, numbers: Sequence[float], threads: int | None = None) -> bool:
         """Does it.
 
         Args:
@@ -96,13 +200,102 @@ class Job(ctypes.Structure):
         return bool(library.sf_run(ctypes.byref(self), threads))
 
 
-def floor(tables: Mapping[str, Sequence[Tensor]], threads: int | None = None) -> None:
-    """Moves the bytes of a step and computes next to nothing: what a step cannot be faster than.
+@functools.cache
+def find_triton() -> ModuleType | str:
+    """Returns the kernel's module, or why there is none. The first call imports Triton.
 
-    Reads y, z, g (and v) and writes y, z (and v), so it ruins them.
+    Example:
+        >>> from sftorch.kernels import call
+        >>> call.find_triton() is call.find_triton()
+        True
+    """
+    try:
+        return importlib.import_module("sftorch.kernels.triton_step")
+    except ImportError as error:
+        return f"triton must be importable, got {error}: install the version that your torch names"
+
+
+def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers: Sequence[float]) -> None:
+    """Runs a step over lists of tensors in one launch, on the current stream of their device.
 
     Args:
-        tables: lists "y", "z", "g", for AdamW and RAdam "v" too, all contiguous and of one dtype.
-        threads: as for a `Job`.
+        kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
+        y_type: AS_Z or BFLOAT16_REST.
+        g_type: AS_Z or BFLOAT16.
+        tables: as for a `Job`, with z, v and m in float32; checked no more than there.
+        numbers: those of NUMBERS, as for a `Job`.
+
+    Raises:
+        RuntimeError: if there is no kernel.
+        ValueError: for another kind or type, which it would take for float32 numbers.
     """
-    Job(Kind.FLOOR_ADAMW if "v" in tables else Kind.FLOOR_SGD).run(tables, (), threads)
+    if kind > Kind.ADAMW_MOMENTUM or y_type not in (Element.AS_Z, Element.BFLOAT16_REST):
+        raise ValueError(
+            f"kind and y_type must be those of a step, got {kind!r}, {y_type!r}: use another path"
+        )
+    kernel = find_triton()
+    if isinstance(kernel, str):
+        raise RuntimeError(kernel)
+    given = dict(zip(NUMBERS, (*numbers, *ZEROS), strict=False))
+    for moment, decay in (("1", "m1"), ("2", "b2")):  # in doubles, as on the other paths
+        given[f"share{moment}"] = 1.0 - given.pop(decay)
+        given[f"per{moment}"] = 1.0 / (given.pop(f"correction{moment}") or 1.0)
+    ys = tables["y"]
+    sizes = np.array([y.numel() for y in ys], dtype=np.int64)
+    addresses = np.zeros((len(TABLES), len(ys)), dtype=np.int64)
+    for name, tensors in tables.items():
+        addresses[TABLES.index(name)] = [t.data_ptr() for t in tensors]
+    device = ys[0].device
+    on_device: AbstractContextManager[object] = nullcontext()
+    stream = 0
+    if device.type == "cuda":
+        on_device = torch.cuda.device(device)
+        # What is sent on one stream is used and freed on it alone.
+        stream = torch.cuda.current_stream(device).cuda_stream
+    with on_device:
+        owners = _owners(device, stream, sizes.tobytes())
+        if len(owners) == 0:
+            return
+        kernel.step[(len(owners),)](
+            _table(device, stream, sizes.tobytes(), addresses.tobytes()),
+            owners,
+            **given,
+            HAS_V=kind != Kind.SGD,
+            HAS_M=kind == Kind.ADAMW_MOMENTUM,
+            SCALED=kind in (Kind.ADAMW, Kind.ADAMW_MOMENTUM),
+            AT_Z=given["wd_z"] != 0,
+            TO_X="x" in tables,
+            HALVES=y_type == Element.BFLOAT16_REST,
+            NARROW_G=g_type == Element.BFLOAT16,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def _programs(sizes: np.ndarray) -> np.ndarray:
+    return -(-sizes // BLOCK)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _owners(device: torch.device, stream: int, sizes: bytes) -> Tensor:
+    """Returns the row of each program, int32; tensors have one program a BLOCK."""
+    programs = _programs(np.frombuffer(sizes, dtype=np.int64))
+    return _sent(np.repeat(np.arange(len(programs), dtype=np.int32), programs), device)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _table(device: torch.device, stream: int, sizes: bytes, addresses: bytes) -> Tensor:
+    """Returns the table of triton_step.py, (tensors, WIDTH) int64."""
+    size = np.frombuffer(sizes, dtype=np.int64)
+    columns = np.frombuffer(addresses, dtype=np.int64).reshape(len(TABLES), len(size))
+    programs = _programs(size)
+    aligned = np.bitwise_or.reduce(columns, axis=0) % 16 == 0
+    rows = np.stack([programs.cumsum() - programs, size, aligned, *columns], axis=1)
+    return _sent(rows, device)
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    # From pinned memory a copy waits for nothing; torch keeps that memory until the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

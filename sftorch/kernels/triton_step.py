@@ -2,7 +2,7 @@
 
 A program takes BLOCK elements of one tensor. Elements go through the operations of the single-tensor path in
 their order and with IEEE roundings; with enable_fp_fusion=False results are equal bit for bit. All that is
-inside a function with @triton.jit is not Python: Triton reads the source. Launched by launch.py.
+inside a function with @triton.jit is not Python: Triton reads the source. Launched by call.py.
 
 Run in Triton's interpreter and compiled for sm_90 (3.2, 3.7, 3.9), never yet on a GPU. Triton 3.2 takes
 denormals for 0 in divisions and roots; the later ones do not.

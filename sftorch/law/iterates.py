@@ -1,4 +1,4 @@
-"""S6-S9* on tensors: elementwise, no state. The mirror of `sfjax/_iterates.py`.
+"""S6-S9* on tensors: elementwise, no state. The mirror of `sfjax/law/iterates.py`.
 
 The `_single_` form is the specification; `_foreach_` does the same to lists. Numbers are the first
 five of `Move`: Python floats, or 0-d tensors under torch.compile. z is never narrower than y.

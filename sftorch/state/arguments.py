@@ -11,8 +11,12 @@ from torch import Tensor
 
 from sfcore import checks
 from sfcore.checks import HyperparameterError, Rule, nearest
+from sftorch.law.parts import is_divided
+from sftorch.state import forms
 
-_UNSUPPORTED = {
+_THREE = "None, True or False"
+# Options that torch has and the equations do not.
+_RULES = {
     "capturable": Rule(
         "False", lambda v: not v, "a step computes its scalars on the host, which a CUDA graph cannot replay"
     ),
@@ -21,29 +25,35 @@ _UNSUPPORTED = {
     ),
     "maximize": checks.FLAG,
     "foreach": Rule(
-        "None, True or False",
+        _THREE,
         lambda v: v is None or isinstance(v, bool),
         "True is usual; inner_momentum, which schedulefree after 1.4.1 has in this place, goes by name",
     ),
-    "fused": Rule("None, True or False", lambda v: v is None or isinstance(v, bool), "None picks for you"),
+    "fused": Rule(_THREE, lambda v: v is None or isinstance(v, bool), "None picks for you"),
+    "betas": Rule(
+        "a pair (beta, b2)", lambda v: isinstance(v, tuple | list) and len(v) == 2, "(0.9, 0.999) is usual"
+    ),
+    "seed": Rule(
+        "a whole number >= 0",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        "0 is usual",
+    ),
+    "precision": Rule(
+        "'exact' or 'lean'", lambda v: isinstance(v, str) and v in ("exact", "lean"), "'exact' is usual"
+    ),
 }
 
 
-def as_list(params: Any) -> list[Any]:
-    """Returns the parameters or groups as a list; an empty one, a bare tensor and a set are refused."""
+def as_list(params: Any, or_empty: bool = True) -> list[Any]:
+    """Returns the parameters or groups as a list; a bare tensor and a set are refused."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors or groups, got a Tensor: pass [tensor]")
     if isinstance(params, set | frozenset):
         raise TypeError("params must be ordered, got a set: pass a list")
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable, got {type(params).__name__}: pass model.parameters()")
-    return list(params)
-
-
-def as_groups(params: Any) -> list[Any]:
-    """Returns the constructor's argument as a list, which must not be empty."""
-    listed = as_list(params)
-    if not listed:
+    listed = list(params)
+    if not listed and not or_empty:
         raise ValueError(
             "params must be non-empty, got an empty iterable: pass model.parameters(), "
             "and make a new iterator if it was used before"
@@ -67,7 +77,14 @@ def as_group(param_group: Any, known: Iterable[str], taken: Iterable[Tensor]) ->
     params = param_group["params"]
     params = [params] if isinstance(params, Tensor) else as_list(params)
     _check_tensors(params, {id(p) for p in taken})
-    _check_names(param_group, set(known) | {"params", "param_names"})
+    found, names = [], {*known, "params", "param_names"}
+    for key in param_group:
+        meant = None if key in names else nearest(str(key), names)
+        # "weight_decay_scale" and "no_weight_decay" are names of somebody's own, not slips.
+        if meant and f"{meant}_" not in key and f"_{meant}" not in key:
+            found.append(f"option {key!r} must be a known name, got an unknown one: did you mean {meant!r}?")
+    if found:
+        raise HyperparameterError(found)
     return param_group | {"params": params}
 
 
@@ -78,51 +95,55 @@ def _check_tensors(params: list[Any], seen: set[int]) -> None:
         if not isinstance(p, Tensor):
             kind = type(p).__name__
             raise TypeError(f"params[{index}] must be a Tensor, got {kind}: pass model.parameters()")
+        shape, wrong = tuple(p.shape), ""
         if not p.is_leaf:
-            raise ValueError(
-                f"params[{index}] must be a leaf tensor, got the result of an operation of shape "
-                f"{tuple(p.shape)}: pass the tensor it was made from, or .detach() it"
+            wrong = f"be a leaf tensor, got the result of an operation of shape {shape}: pass the tensor it "
+            wrong += "was made from, or .detach() it"
+        elif not (p.is_floating_point() or p.is_complex()):
+            wrong = f"be floating point or complex, got {p.dtype}: leave it out, or make it a buffer"
+        elif p.is_conj():
+            wrong = f"hold its own values, got a conjugate view of shape {shape}, which the step cannot "
+            wrong += "write to: make it of tensor.resolve_conj()"
+        elif id(p) in seen:
+            wrong = (
+                f"be in one group, once, got a tensor of shape {shape} a second time: leave one of them out"
             )
-        if not (p.is_floating_point() or p.is_complex()):
-            raise ValueError(
-                f"params[{index}] must be floating point or complex, got {p.dtype}: "
-                "leave it out, or make it a buffer"
-            )
-        if p.is_conj():
-            raise ValueError(
-                f"params[{index}] must hold its own values, got a conjugate view of shape "
-                f"{tuple(p.shape)}, which the step cannot write to: make it of tensor.resolve_conj()"
-            )
-        if id(p) in seen:
-            raise ValueError(
-                f"params[{index}] must be in one group, once, got a tensor of shape {tuple(p.shape)} a "
-                "second time: leave one of them out"
-            )
+        if wrong:
+            raise ValueError(f"params[{index}] must {wrong}")
         seen.add(id(p))
 
 
-def _check_names(group: dict[str, Any], known: set[str]) -> None:
-    """Raises on a group option that looks like a misspelling; other extra keys are the user's own."""
-    found = []
-    for key in group:
-        meant = None if key in known else nearest(str(key), known)
-        # "weight_decay_scale" and "no_weight_decay" are names of somebody's own, not slips.
-        if meant and f"{meant}_" not in key and f"_{meant}" not in key:
-            found.append(f"option {key!r} must be a known name, got an unknown one: did you mean {meant!r}?")
-    if found:
-        raise HyperparameterError(found)
+def find_problems(group: Mapping[str, Any], beta: Any, may_be_lean: bool) -> list[str]:
+    """Returns the problems of the options that torch has and the equations do not.
 
-
-def find_group_problems(group: dict[str, Any]) -> list[str]:
-    """Returns the problems of the options that torch has and the equations do not."""
+    Args:
+        group: with its options and parameters; a wrapper's drawer, which has few of them.
+        beta: its interpolation.
+        may_be_lean: whether the optimizer has a lean form.
+    """
+    given = {name: rule for name, rule in _RULES.items() if name in group}
     found = [
-        checks.problem(name, rule, group[name])
-        for name, rule in _UNSUPPORTED.items()
-        if name in group and not rule.holds(group[name])
+        checks.problem(name, rule, group[name]) for name, rule in given.items() if not rule.holds(group[name])
     ]
-    if "betas" in group and not split_betas(group["betas"]):
-        found.append(f"betas must be a pair (beta, b2), got {group['betas']!r}: (0.9, 0.999) is usual")
+    if group.get("precision") != "lean":
+        return found
+    start = "precision must be 'exact'"
+    if not may_be_lean:
+        found.append(f"{start} in this class, got 'lean': use the class without 'Closure' in its name")
+    if beta == 0:
+        found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
+    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
+    wrong = [p for p in params if p.dtype not in forms.LEAN_DTYPES or is_divided(p)]
+    if wrong:
+        kind = wrong[0].dtype if wrong[0].dtype not in forms.LEAN_DTYPES else "DTensor"
+        found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")
     return found
+
+
+def check_module(model: Any) -> None:
+    """Raises unless this is a model."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}: pass the model itself")
 
 
 def check_gradients(params: Iterable[Tensor]) -> None:
@@ -162,13 +183,6 @@ def check_entries(entries: Mapping[str, Any], held: Iterable[Tensor]) -> None:
         "and for a copy call copy.load_state_dict(optimizer.eval_state_dict(original)), or copy both at "
         "once, copy.deepcopy((model, optimizer))"
     )
-
-
-def split_betas(betas: Any) -> dict[str, Any]:
-    """Returns betas by canonical name, for the rules to judge; nothing if it is no pair."""
-    if isinstance(betas, tuple | list) and len(betas) == 2:
-        return {"beta": betas[0], "b2": betas[1]}
-    return {}
 
 
 def as_number(value: Any) -> Any:

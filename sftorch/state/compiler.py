@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
@@ -22,17 +22,21 @@ _noted: list[tuple[Callable[..., Any], bool]] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def uncompiled(function: F) -> F:
+def uncompiled(function: F, recursive: bool = True) -> F:
     """Marks a function or a method that runs as it is under torch.compile, with all that it calls.
 
     It must be looked up by its name at every call: another function will stand there.
     """
-    return _note(function, True)
+    if _NAME in sys.modules:
+        disabled: F = torch.compiler.disable(function, recursive)  # type: ignore[no-untyped-call]
+        return disabled
+    _noted.append((function, recursive))
+    return function
 
 
 def uncompiled_itself(function: F) -> F:
     """The same, but what it calls is compiled; this must be the only decorator."""
-    return _note(function, False)
+    return uncompiled(function, recursive=False)
 
 
 def without_compiler(method: F) -> F:
@@ -45,14 +49,6 @@ def without_compiler(method: F) -> F:
     return method
 
 
-def _note(function: F, recursive: bool) -> F:
-    if _NAME in sys.modules:
-        disabled: F = torch.compiler.disable(function, recursive)  # type: ignore[no-untyped-call]
-        return disabled
-    _noted.append((function, recursive))
-    return function
-
-
 def _disable_noted() -> None:
     while _noted:
         function, recursive = _noted.pop()
@@ -61,26 +57,8 @@ def _disable_noted() -> None:
         setattr(owner, name, torch.compiler.disable(getattr(owner, name), recursive))  # type: ignore[no-untyped-call]
 
 
-class _Loader(Loader):
-    """The compiler's own loader, and `_disable_noted` after it."""
-
-    def __init__(self, inner: Any):
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        found: ModuleType | None = self._inner.create_module(spec)
-        return found
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._inner.exec_module(module)
-        _disable_noted()
-
-
 class _Finder(MetaPathFinder):
-    """Finds the compiler where the others do, and nothing else."""
+    """Finds the compiler where the others do, and lets it pass over what was noted once it is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -91,7 +69,13 @@ class _Finder(MetaPathFinder):
         found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((one for one in found if one is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _disable_noted()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sfcore import laws
 from sftorch.law.iterates import interpolate, recover_x
-from sftorch.law.parts import is_divided
 
 Y_REST, X_REST = "y_rest", "x_rest"
 RESTS = (Y_REST, X_REST)
@@ -154,11 +153,11 @@ def has_rest(p: Tensor, state: Mapping[str, Any], rest: str) -> bool:
 
 def fit_rest(p: Tensor, state: dict[str, Any], rest: str) -> None:
     """Makes sure that a parameter has the rest that its dtype needs, which may have changed."""
-    wanted = rest_dtype(p.dtype)
-    if rest in state and state[rest].dtype != wanted:
-        del state[rest]
-    if wanted is not None and rest not in state:
-        state[rest] = new_rest(p)
+    if not has_rest(p, state, rest):
+        state.pop(rest, None)
+        new = new_rest(p)
+        if new is not None:
+            state[rest] = new
 
 
 def put_(p: Tensor, state: dict[str, Any], value: Tensor, rest: str = Y_REST) -> None:
@@ -177,46 +176,6 @@ def move_y_(p: Tensor, state: dict[str, Any], x: Tensor, beta: float) -> None:
     put_(p, state, y)
     if "gap" in state:
         state["gap"].copy_(z - joined(p, state))
-
-
-def loaded_dtype(name: str, state: Mapping[str, Any], p: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which a tensor of a loaded state is kept, None to leave it out."""
-    value: Tensor = state[name]
-    if name in RESTS:
-        # One of another dtype belongs to weights of another dtype, which these are not.
-        return value.dtype if value.dtype == rest_dtype(p.dtype) else None
-    # y is the parameter itself, put aside in eval mode; all else is at least float32, but in the lean form.
-    return value.dtype if name == "y" or "gap" in state else torch.promote_types(value.dtype, torch.float32)
-
-
-def find_lean_problems(group: Mapping[str, Any], beta: Any, allowed: bool) -> list[str]:
-    """Returns what is wrong with a group's precision and seed.
-
-    Args:
-        group: with its options and parameters; a wrapper's drawer, which has no precision.
-        beta: its interpolation.
-        allowed: whether the optimizer has a lean form.
-    """
-    precision, seed = group.get("precision", "exact"), group.get("seed", 0)
-    found = []
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        found.append(f"seed must be a whole number >= 0, got {seed!r}: 0 is usual")
-    if precision == "exact":
-        return found
-    start = f"precision must be 'exact' or 'lean', got {precision!r}"
-    if precision != "lean":
-        return [*found, f"{start}: 'exact' is usual"]
-    start = "precision must be 'exact'"
-    if not allowed:
-        found.append(f"{start} in this class, got 'lean': use the class without 'Closure' in its name")
-    if beta == 0:
-        found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
-    params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
-    wrong = [p for p in params if p.dtype not in LEAN_DTYPES or is_divided(p)]
-    if wrong:
-        kind = wrong[0].dtype if wrong[0].dtype not in LEAN_DTYPES else "DTensor"
-        found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")
-    return found
 
 
 def first_iterate(p: Tensor, lean: bool) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     _watch: Any = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]):
-        super().__init__(arguments.as_groups(params), defaults | new_books())
+        super().__init__(arguments.as_list(params, or_empty=False), defaults | new_books())
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """Returns a group's hyperparameters by canonical name, and the names its user knows."""
@@ -113,28 +113,25 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _opening_books(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the books of a group that joins now, after checking its options."""
-        values, names = self._values(group)
-        if found := self._problems(group, values, names):
+        values, _ = self._values(group)
+        if found := self._problems(group, values):
             raise checks.HyperparameterError(found)
         prior = prior_weight(values["prior_steps"], values["r"], values["lr"], values["weight_lr_power"])
         in_train_mode = self._books(self.param_groups[0])["train_mode"] if self.param_groups else True
         return new_books() | {"train_mode": in_train_mode, "prior_weight": prior, "weight_sum": prior}
 
-    def _problems(self, group: dict[str, Any], values: dict[str, Any], names: dict[str, str]) -> list[str]:
+    def _problems(self, group: dict[str, Any], values: dict[str, Any]) -> list[str]:
         """Returns everything that is wrong with a group's options."""
-        books = self._books(group)
-        found = checks.find_problems(self.law.options, values, names)
-        found += arguments.find_group_problems(books)
         may_be_lean = self._may_be_lean and all(one.lean for one in self.law.buffers)
-        return found + forms.find_lean_problems(books, values.get("beta"), may_be_lean)
+        found = checks.find_problems(self.law.options, values, self.law.torch_names)
+        return found + arguments.find_problems(self._books(group), values.get("beta"), may_be_lean)
 
     def _check_settings(self) -> None:
         """Raises if a scheduler or a user has since put nonsense into a group."""
         found = []
         for group in self.param_groups:
-            values, names = self._values(group)
             # Prior steps were weighed at the start; a scheduler may set lr to 0 now.
-            found += self._problems(group, values | {"prior_steps": 0}, names)
+            found += self._problems(group, self._values(group)[0] | {"prior_steps": 0})
         if found:
             raise checks.HyperparameterError(found)
 
@@ -198,11 +195,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_built_lrs": self._built_lrs}
+            group.update(self.defaults | group)
 
     def _wanted(self, group: dict[str, Any]) -> str:
         """Returns what a group's parameters hold in its mode, "x" or "y"."""
@@ -210,7 +203,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _is_lean(self, group: dict[str, Any]) -> bool:
         """Tells whether a group's state is kept in the lean form of `forms`."""
-        return False
+        return self._may_be_lean and group["precision"] == "lean"
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from sftorch.kernels import build, call, fit
+from sftorch.kernels import build, call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates
 from sftorch.law.parts import part
@@ -59,6 +59,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             The closure's loss, or None.
 
         Raises:
+            TypeError: for a closure that is no function.
             RuntimeError: in eval mode, for gradients that are not dense, and where fused=True cannot be had;
                 nothing has moved then.
             HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
@@ -72,6 +73,11 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _take_step(self, closure: Callable[[], Loss] | None) -> Loss | None:
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"closure must be None or a function, got {closure!r}: pass one that clears the "
+                    "gradients, calls backward and returns the loss"
+                )
             self._begin()
             with torch.enable_grad():
                 loss = closure()
@@ -178,6 +184,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 models or an adapter. What is frozen or another optimizer's is copied as it is.
 
         Raises:
+            TypeError: for what is no model.
             ValueError: for a copy of the model, or another model, of which this optimizer does not know x.
 
         Example:
@@ -187,6 +194,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             >>> sorted(optimizer.eval_state_dict(model))
             ['bias', 'weight']
         """
+        arguments.check_module(model)
         found: dict[str, Any] = model.state_dict(keep_vars=True)
         arguments.check_entries(found, self._params())
         x = self.eval_params()
@@ -248,13 +256,16 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         self._books(group)["y_beta"] = beta
 
     def _x(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Returns the x of a parameter that holds y, in z's dtype."""
-        return self._recover_x(p, p, group)
-
-    def _recover_x(self, p: Tensor, y: Tensor, group: dict[str, Any]) -> Tensor:
-        """Returns the x that a y in the parameter's dtype leads to, in z's dtype."""
+        """Returns the x that a parameter's y leads to, in z's dtype; in eval mode y lies aside."""
         state = self.state[p]
-        return forms.x_from_y(forms.joined(y, state), state, self._y_beta(group))
+        return forms.x_from_y(forms.y_of(p, state), state, self._y_beta(group))
+
+    def _x_and_y(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self._wanted(group) == "y":
+            return self._x(p, group).to(p.dtype), p
+        if "y" not in self.state[p]:  # an eval-mode checkpoint of schedulefree
+            return super()._x_and_y(p, group)
+        return p if self._holds_x(p, group) else self._x(p, group).to(p.dtype), self.state[p]["y"]
 
     def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
         changed = []
@@ -277,8 +288,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _holds_x(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Tells whether a parameter still holds x, to the rounding that another device may do differently."""
         state = self.state[p]
-        x = self._recover_x(p, state["y"], group)
-        y = forms.y_of(p, state)
+        x, y = self._x(p, group), forms.y_of(p, state)
         p, x, y, z = (iterates.as_real(tensor) for tensor in (p, x, y, forms.z_of(y, state)))
         reach = (y - z).abs() / (self._y_beta(group) or 1.0)
         slack = 8 * torch.finfo(z.dtype).eps * (y.abs() + reach)
@@ -310,7 +320,7 @@ def _flip(
     for p in started:
         others = [states[p][name] for name in ("z", "y") if name in states[p]]
         there = len(others) == 2 if kind is Kind.HOLDS else "z" in states[p]
-        if p.is_cpu and there and fit.alike(*map(_real, (p, *others))):
+        if p.is_cpu and there and call.alike(*map(_real, (p, *others))):
             fast[p] = others[-1] if kind is Kind.HOLDS else torch.empty_like(p, requires_grad=False)
         else:
             slow.append(p)

@@ -9,6 +9,7 @@ weights hold what its saved mode says.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,9 @@ from sftorch.state.groups import GroupedOptimizer
 
 PRINTS = ("x_print", "y_print")
 HOLD = "weights_hold"
+_ASIDE = ("y", *forms.RESTS)
+# What torch.compile and (Distributed)DataParallel put into parameters' names.
+WRAPPERS = ("_orig_mod", "module")
 
 
 @dataclass
@@ -31,23 +35,26 @@ class Loaded:
     Attributes:
         saved: parameter -> "x" or "y", what the weights saved beside the state hold.
         prints: parameter -> (print of x, print of y), where the state has them.
-        y: parameter -> the saved y, where the state was saved in eval mode.
-        rests: parameter -> the saved rests of a 16-bit parameter's y and x, as far as the state has them.
+        aside: parameter -> what its state was loaded with: the y of eval mode, and the rests of a 16-bit
+            parameter's y and x.
         settled: parameter -> (print, "x" or "y"), what was last found or put there; empty before that.
     """
 
     saved: dict[Tensor, str] = field(default_factory=dict)
     prints: dict[Tensor, tuple[int, int]] = field(default_factory=dict)
-    y: dict[Tensor, Tensor] = field(default_factory=dict)
-    rests: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)
+    aside: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)
     settled: dict[Tensor, tuple[int, str]] = field(default_factory=dict)
+
+    def look(self) -> dict[Tensor, int]:
+        """Returns parameter -> print of what it holds now."""
+        return dict(zip(self.saved, prints.take(part(p.detach()) for p in self.saved), strict=True))
 
     def candidates(self, p: Tensor, found: int) -> set[str]:
         """Returns the iterates that a parameter of this print can be; several where x equals y."""
+        as_settled = {self.settled[p][1]} if self.unchanged(p, found) else set()
         if p not in self.prints:
-            return {self.settled[p][1]} if self.unchanged(p, found) else {self.saved[p]}
-        same = {name for name, known in zip("xy", self.prints[p], strict=True) if known == found}
-        return same | ({self.settled[p][1]} if self.unchanged(p, found) else set())
+            return as_settled or {self.saved[p]}
+        return as_settled | {name for name, known in zip("xy", self.prints[p], strict=True) if known == found}
 
     def held(self, p: Tensor, found: int) -> str | None:
         """Returns which iterate a parameter of this print holds; None if it is neither."""
@@ -63,33 +70,12 @@ class Loaded:
         """Tells whether the state as it was loaded belongs to a parameter, and not what was made of it."""
         return not self.unchanged(p, found) or (p in self.prints and self.prints[p][1] == found)
 
-
-def saved_holds(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> list[str]:
-    """Returns what the weights saved beside each group hold; schedulefree's closure forms have no mode."""
-    return [
-        group.get(HOLD, "y" if optimizer._books(group).get("train_mode") else "x")
-        for group in state_dict["param_groups"]
-    ]
-
-
-def accept(optimizer: ScheduleFreeOptimizer, live_mode: bool, holds: list[str]) -> None:
-    """Takes the notes out of state that has just been loaded, sets the live mode, and tries to settle."""
-    loaded = Loaded()
-    for group, hold in zip(optimizer.param_groups, holds, strict=True):
-        optimizer._books(group)["train_mode"] = live_mode
-        for note in (HOLD, "shapes"):
-            group.pop(note, None)
-        for p in optimizer._started(group):
-            state = optimizer.state[p]
-            notes = tuple(state.pop(key, None) for key in PRINTS)
-            if None not in notes:
-                loaded.prints[p] = notes
-            loaded.saved[p] = hold
-            if "y" in state:
-                loaded.y[p] = state["y"]
-            loaded.rests[p] = _rests(state)
-    optimizer._loaded = loaded if loaded.saved else None
-    settle(optimizer, or_raise=False)
+    def reset(self, p: Tensor, found: int, state: dict[str, Any]) -> None:
+        """Puts back what was loaded beside other weights than those of a moment ago; both may be x or y."""
+        if self.is_as_saved(p, found):
+            for name in state.keys() & set(_ASIDE) - self.aside[p].keys():
+                del state[name]
+            state.update(self.aside[p])
 
 
 # An evaluation may settle; what it makes in inference mode, the next step could not write to.
@@ -110,37 +96,30 @@ def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_
     loaded: Loaded | None = optimizer._loaded
     if loaded is None:
         return
-    found = dict(zip(loaded.saved, prints.take(part(p.detach()) for p in loaded.saved), strict=True))
+    found = loaded.look()
     held = {p: loaded.held(p, print_) for p, print_ in found.items()}
     strange = [p for p, name in held.items() if name is None]
     if strange:
         if or_raise:
             raise RuntimeError(_neither(optimizer, strange, len(held)))
         return
-    _warn(loaded, held, found)
+    other = [p for p, name in held.items() if name != loaded.saved[p] and not loaded.unchanged(p, found[p])]
+    if other:
+        name = held[other[0]]
+        warnings.warn(
+            f"the weights hold {name} in {len(other)} of {len(held)} parameters, but the optimizer's state "
+            f"was saved beside weights that hold {loaded.saved[other[0]]}: they are put right. {name} and z "
+            "give the other iterate to rounding; save both in the same mode to get the same bits",
+            stacklevel=3,
+        )
     for group in optimizer.param_groups:
         if train_mode is not None:
             optimizer._books(group)["train_mode"] = train_mode
         for p in optimizer._started(group):
-            if loaded.is_as_saved(p, found[p]):
-                _reset(optimizer.state[p], loaded, p)
+            loaded.reset(p, found[p], optimizer.state[p])
             _put(optimizer, group, p, str(held[p]))
-    now = prints.take(part(p.detach()) for p in loaded.saved)
     wanted = {p: optimizer._wanted(group) for group in optimizer.param_groups for p in group["params"]}
-    loaded.settled = {p: (print_, wanted[p]) for p, print_ in zip(loaded.saved, now, strict=True)}
-
-
-def _rests(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: state[name] for name in forms.RESTS if name in state}
-
-
-def _reset(state: dict[str, Any], loaded: Loaded, p: Tensor) -> None:
-    """Puts back what was loaded beside other weights than those of a moment ago; both may be x or y."""
-    saved = loaded.rests[p] | ({"y": loaded.y[p]} if p in loaded.y else {})
-    for name in ("y", *forms.RESTS):
-        if name not in saved:
-            state.pop(name, None)
-    state.update(saved)
+    loaded.settled = {p: (print_, wanted[p]) for p, print_ in loaded.look().items()}
 
 
 def _put(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, held: str) -> None:
@@ -149,7 +128,7 @@ def _put(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, hel
     Writes into no tensor of the state: it may be needed again as it was loaded.
     """
     state, beta = optimizer.state[p], optimizer._y_beta(group)
-    y, rests = state.pop("y", None), _rests(state)
+    y, rests = state.pop("y", None), {name: state[name] for name in forms.RESTS if name in state}
     at_rest = not hasattr(optimizer, "eval")  # the closure forms: x is the parameter itself
     if held == "y":
         y = p.detach().clone(memory_format=torch.preserve_format)
@@ -188,23 +167,9 @@ def _keep(state: dict[str, Any], dtype: torch.dtype, rest: str, value: Tensor) -
     return upper
 
 
-def _warn(loaded: Loaded, held: dict[Tensor, str | None], found: dict[Tensor, int]) -> None:
-    other = [p for p, name in held.items() if name != loaded.saved[p] and not loaded.unchanged(p, found[p])]
-    if other:
-        name = held[other[0]]
-        warnings.warn(
-            f"the weights hold {name} in {len(other)} of {len(held)} parameters, but the optimizer's state "
-            f"was saved beside weights that hold {loaded.saved[other[0]]}: they are put right. {name} and z "
-            "give the other iterate to rounding; save both in the same mode to get the same bits",
-            stacklevel=4,
-        )
-
-
 def _neither(optimizer: ScheduleFreeOptimizer, strange: list[Tensor], total: int) -> str:
-    places = {
-        p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
-    }
-    group, place = places[strange[0]]
+    params = ((g, i, p) for g, of in enumerate(optimizer.param_groups) for i, p in enumerate(of["params"]))
+    group, place = next((g, i) for g, i, p in params if p is strange[0])
     return (
         "weights must be the x or the y of the loaded optimizer state, got others in "
         f"{len(strange)} of {total} parameters, the first at index {place} of group {group} with shape "
@@ -225,7 +190,7 @@ def before_step(optimizer: ScheduleFreeOptimizer) -> None:
     loaded: Loaded | None = optimizer._loaded
     if loaded is None:
         return
-    found = dict(zip(loaded.saved, prints.take(part(p.detach()) for p in loaded.saved), strict=True))
+    found = loaded.look()
     names = {p: loaded.candidates(p, print_) for p, print_ in found.items()}
     strange = [p for p, candidates in names.items() if not candidates]
     if strange:
@@ -238,131 +203,80 @@ def before_step(optimizer: ScheduleFreeOptimizer) -> None:
             "forward pass, and take the gradient anew"
         )
     for p in names:
-        if loaded.is_as_saved(p, found[p]):
-            _reset(optimizer.state[p], loaded, p)
+        loaded.reset(p, found[p], optimizer.state[p])
         optimizer.state[p].pop("y", None)
     optimizer._loaded = None
 
 
-# What torch.compile and (Distributed)DataParallel put into parameters' names.
-WRAPPERS = ("_orig_mod", "module")
-
-
-def pack(optimizer: ScheduleFreeOptimizer, packed: dict[str, Any]) -> dict[str, Any]:
-    """Returns torch's state dict, as a new one, with prints, shapes and what the weights hold now.
-
-    State that was loaded and is not settled keeps the notes it came with.
-    """
-    loaded = optimizer._loaded
-    pending = loaded if loaded is not None and not loaded.settled else None
-    state = {index: dict(values) for index, values in packed["state"].items()}
-    groups = [
-        # A wrapper's books are a dict of their own in the group.
-        {name: dict(value) if isinstance(value, dict) else value for name, value in group.items()}
-        for group in packed["param_groups"]
-    ]
-    for group, live in zip(groups, optimizer.param_groups, strict=True):
-        group["shapes"] = [list(p.shape) for p in live["params"]]
-        started = optimizer._started(live)
-        group[HOLD] = pending.saved[started[0]] if pending and started else optimizer._wanted(live)
-        notes = pending.prints if pending else _take(optimizer, live, started)
-        for index, p in zip(group["params"], live["params"], strict=True):
-            if p in notes:
-                state[index].update(zip(PRINTS, notes[p], strict=True))
-    return packed | {"state": state, "param_groups": groups}
-
-
-@torch.no_grad()
-def _take(
-    optimizer: ScheduleFreeOptimizer, group: dict[str, Any], started: list[Tensor]
-) -> dict[Tensor, tuple[int, int]]:
-    """Returns the prints of x and y of each parameter that lies whole on its device."""
-    whole = [p for p in started if not is_divided(p)]
-    flat = prints.take(iterate for p in whole for iterate in _x_and_y(optimizer, group, p))
-    return dict(zip(whole, zip(flat[::2], flat[1::2], strict=True), strict=True))
-
-
-def _x_and_y(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a parameter's x and y in its dtype, in either mode."""
-    state = optimizer.state[p]
-    if optimizer._wanted(group) == "y":
-        return optimizer._x(p, group).to(p.dtype), p
-    if "y" in state:
-        y = state["y"]
-        return p if optimizer._holds_x(p, group) else optimizer._recover_x(p, y, group).to(p.dtype), y
-    y = forms.y_from_x(forms.joined(p, state, forms.X_REST), state, optimizer._y_beta(group))
-    return p, forms.split(y, p.dtype)[0]
-
-
-def check(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raises unless a state dict fits the optimizer, with every problem at once."""
-    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-    if groups is None or "state" not in state_dict:
+def groups_of(state_dict: Any) -> list[dict[str, Any]]:
+    """Returns the groups of what must be a state dict."""
+    known: dict[str, Any] = state_dict if isinstance(state_dict, dict) else {}
+    groups: Any = known.get("param_groups")
+    state: Any = known.get("state")
+    are_there = isinstance(groups, list) and isinstance(state, dict)
+    if not are_there or not all(isinstance(one, dict) for one in (*groups, *state.values())):
         raise ValueError(
             f"state_dict must have the keys 'state' and 'param_groups', got {type(state_dict).__name__} "
             "without: pass what optimizer.state_dict() returned"
         )
-    live = optimizer.param_groups
+    return groups
+
+
+def check(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> None:
+    """Raises unless a state dict fits the optimizer, with every problem at once."""
+    groups, live = groups_of(state_dict), optimizer.param_groups
     if len(groups) != len(live):
         raise ValueError(
             f"state_dict must have {len(live)} parameter groups like the optimizer, got {len(groups)}: "
             "build the optimizer with the groups it was saved with"
         )
-    found = []
+    found: list[str] = []
     for number, (saved, group) in enumerate(zip(groups, live, strict=True)):
-        found += _group_problems(optimizer, number, saved, group, state_dict["state"])
+        found += _problems(optimizer, f"group {number}", saved, group, state_dict["state"])
     if found:
         raise ValueError(
             "state_dict does not fit the optimizer; nothing has changed:\n  " + "\n  ".join(found)
         )
 
 
-def _group_problems(
-    optimizer: ScheduleFreeOptimizer, number: int, saved: dict[str, Any], group: dict[str, Any], state: Any
-) -> list[str]:
-    _, names = optimizer._values(group)
-    own = {"k", names["beta"].partition("[")[0]}
-    if not own <= optimizer._books(saved).keys():
-        return [
-            f"group {number} must be of {type(optimizer).__name__} here or in schedulefree, got the keys "
+def _problems(
+    optimizer: ScheduleFreeOptimizer, name: str, saved: dict[str, Any], group: dict[str, Any], state: Any
+) -> Iterator[str]:
+    own = {"k", optimizer.law.words("torch")["beta"]}
+    if "params" not in saved or not own <= optimizer._books(saved).keys():
+        yield (
+            f"{name} must be of {type(optimizer).__name__} here or in schedulefree, got the keys "
             f"{sorted(saved)}: use sftorch.checkpoint, which carries over what other optimizers share"
-        ]
-    if len(saved["params"]) != len(group["params"]):
-        return [
-            f"group {number} must have {len(group['params'])} parameters, got {len(saved['params'])}: "
-            "build the model as it was saved"
-        ]
-    found = []
+        )
+        return
+    indices, params = saved["params"], group["params"]
+    if len(indices) != len(params):
+        yield (
+            f"{name} must have {len(params)} parameters, got {len(indices)}: build the model as it was saved"
+        )
+        return
     # What the saved options ask for; an option that they lack was added later, and asks for nothing.
     buffers = optimizer._buffers(dict.fromkeys(optimizer.defaults, 0) | saved)
     iterates = {"z", "gap"} if optimizer._may_be_lean else {"z"}
-    columns = (
-        saved["params"],
-        group["params"],
-        saved.get("shapes"),
-        saved.get("param_names"),
-        group.get("param_names"),
-    )
-    rows = zip(*(column or [None] * len(group["params"]) for column in columns), strict=True)
-    for place, (index, p, shape, old, new) in enumerate(rows):
-        where, values = f"parameter {place} of group {number}", state.get(index, {})
+    notes = (saved.get("shapes"), saved.get("param_names"), group.get("param_names"))
+    columns = (column or [None] * len(params) for column in notes)
+    for place, (index, p, shape, old, new) in enumerate(zip(indices, params, *columns, strict=True)):
+        where, values = f"parameter {place} of {name}", state.get(index, {})
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         if old is not None and new is not None and _unwrapped(old) != _unwrapped(new):
-            found.append(
-                f"{where} must be {new!r}, got {old!r}: pass the parameters in the order they were saved in"
-            )
-        kept = iterates & values.keys()
-        shape = values[min(kept)].shape if kept else shape
+            yield f"{where} must be {new!r}, got {old!r}: pass the parameters in the order they were saved in"
+        kept = iterates & tensors.keys()
+        shape = tensors[min(kept)].shape if kept else shape
         if shape is not None and list(shape) != list(p.shape):
-            found.append(f"{where} must have shape {tuple(p.shape)}, got {tuple(shape)}")
-        needed = buffers if kept else ("z", *buffers)
+            yield f"{where} must have shape {tuple(p.shape)}, got {tuple(shape)}"
         has_started = values.keys() - {"base"}  # some bases (Adagrad) have state before the first step
-        lacking = [name for name in needed if name not in values] if has_started else []
+        needed = buffers if kept else ("z", *buffers)
+        lacking = [one for one in needed if one not in tensors] if has_started else []
         if lacking:
-            found.append(
+            yield (
                 f"{where} must have the state {lacking[0]!r}, got {sorted(values)}: load the state of an "
                 "optimizer of this class, or use sftorch.checkpoint to carry over what is shared"
             )
-    return found
 
 
 def _unwrapped(name: str) -> str:
@@ -385,7 +299,37 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         Each started parameter has "x_print" and "y_print", 64-bit prints of the bits of its x and y;
         each group has "shapes" and "weights_hold", "x" or "y", what the parameters hold now.
         """
-        return pack(self, without_compiler(torch.optim.Optimizer.state_dict)(self))
+        packed: dict[str, Any] = without_compiler(torch.optim.Optimizer.state_dict)(self)
+        # What was loaded and is not settled keeps the notes it came with.
+        pending = self._loaded if self._loaded is not None and not self._loaded.settled else None
+        state = {index: dict(values) for index, values in packed["state"].items()}
+        groups = [
+            # A wrapper's books are a dict of their own in the group.
+            {name: dict(value) if isinstance(value, dict) else value for name, value in group.items()}
+            for group in packed["param_groups"]
+        ]
+        for group, live in zip(groups, self.param_groups, strict=True):
+            group["shapes"] = [list(p.shape) for p in live["params"]]
+            started = self._started(live)
+            group[HOLD] = pending.saved[started[0]] if pending and started else self._wanted(live)
+            notes = pending.prints if pending else self._prints(live, started)
+            for index, p in zip(group["params"], live["params"], strict=True):
+                if p in notes:
+                    state[index].update(zip(PRINTS, notes[p], strict=True))
+        return packed | {"state": state, "param_groups": groups}
+
+    @torch.no_grad()
+    def _prints(self, group: dict[str, Any], started: list[Tensor]) -> dict[Tensor, tuple[int, int]]:
+        """Returns the prints of x and y of each parameter that lies whole on its device."""
+        whole = [p for p in started if not is_divided(p)]
+        flat = prints.take(iterate for p in whole for iterate in self._x_and_y(p, group))
+        return dict(zip(whole, zip(flat[::2], flat[1::2], strict=True), strict=True))
+
+    def _x_and_y(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Returns the x and y, in its dtype, of a parameter that holds x."""
+        state = self.state[p]
+        y = forms.y_from_x(forms.joined(p, state, forms.X_REST), state, self._y_beta(group))
+        return p, forms.split(y, p.dtype)[0]
 
     @uncompiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -401,10 +345,24 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         """
         check(self, state_dict)
         live_mode = self._books(self.param_groups[0])["train_mode"]
-        holds = saved_holds(self, state_dict)
         self._load(state_dict)
         self._is_half_restored = False
-        accept(self, live_mode, holds)
+        loaded = Loaded()
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            # schedulefree's closure forms have no mode
+            hold = saved.get(HOLD, "y" if self._books(saved).get("train_mode") else "x")
+            self._books(group)["train_mode"] = live_mode
+            for note in (HOLD, "shapes"):
+                group.pop(note, None)
+            for p in self._started(group):
+                state = self.state[p]
+                notes = tuple(state.pop(key, None) for key in PRINTS)
+                if None not in notes:
+                    loaded.prints[p] = notes
+                loaded.saved[p] = hold
+                loaded.aside[p] = {name: state[name] for name in _ASIDE if name in state}
+        self._loaded = loaded if loaded.saved else None
+        settle(self, or_raise=False)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._forget_step()
@@ -415,11 +373,13 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             for name, value in saved.items():
                 if not isinstance(value, Tensor):
                     continue
-                dtype = forms.loaded_dtype(name, saved, p)
-                if dtype is None:
-                    del self.state[p][name]
-                else:
-                    self.state[p][name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+                # y is the parameter itself, put aside in eval mode; all else is at least float32, but in the
+                # lean form.
+                stays = name in _ASIDE or "gap" in saved
+                dtype = value.dtype if stays else torch.promote_types(value.dtype, torch.float32)
+                self.state[p][name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+                if name in forms.RESTS and dtype != forms.rest_dtype(p.dtype):
+                    del self.state[p][name]  # it belongs to weights of another dtype, which these are not
         for group in self.param_groups:
             for p in self._started(group):
                 if "step" not in self.state[p]:
@@ -438,4 +398,4 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             self._ahead.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_loaded": self._loaded}
+        return super().__getstate__() | {"_built_lrs": self._built_lrs, "_loaded": self._loaded}

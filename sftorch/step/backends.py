@@ -1,4 +1,4 @@
-"""Who runs a move: an ordered list, of which the first that takes it does.
+"""A move, one batch of parameters and where it is to go, and who runs it: the first of a list that takes it.
 
 Each backend says why it does not take a move, and so why fused=True cannot be had. On a CUDA device the
 kernel needs fused=True: its bits are right in Triton's interpreter, but no GPU has run it yet, and None must
@@ -7,21 +7,84 @@ be safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sftorch.kernels import build, call, fit, launch
+from sftorch.kernels import build, call
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates
-from sftorch.law.move import Move
 from sftorch.state import forms
-from sftorch.step import lean
 
 Numbers = Sequence[Any]  # of `Move`: Python floats, or 0-d tensors under torch.compile
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+
+
+class Direction(NamedTuple):
+    """S6 without lr and decay, twice; neither writes to a gradient, both update the buffers.
+
+    Attributes:
+        single: (gradient, buffers by name, *numbers) -> direction. The numbers may be 0-d tensors.
+        foreach: the same for lists, with plain numbers.
+        kernel: what the kernels know it as, the name of a `kernels.call.Kind`; "" where they do not.
+    """
+
+    single: Callable[..., Tensor]
+    foreach: Callable[..., list[Tensor]]
+    kernel: str = ""
+
+
+class Move(NamedTuple):
+    """What S6-S9 need to know of one batch; lists have one entry a parameter, complex ones as reals.
+
+    A backend's numbers are lr_t, wd_y, wd_z, k1, k2 and then the direction's own:
+
+        delta = -lr_t (direction + wd_y y + wd_z z)     z' = z + delta     y' = y + k1 (z - y) + k2 delta
+
+    With xs, y ends as x' = x + k1 (z' - x), and k1 is c. In the lean form k2 is beta: w = gap + k2 delta,
+    y' = y + k1 w + (1 - k2) delta, gap' = (1 - k1) w.
+
+    Attributes:
+        direction: how gradients become directions.
+        ys: the parameters.
+        rests: what 16-bit parameters cannot hold, as in `forms`; empty where they hold all.
+        xs: the averages if ys are to end as x (they are used up), else empty.
+        zs: base iterates, at least float32; in the lean form the gaps z - y.
+        grads: gradients, in any dtype; new ones in every step.
+        buffers: the direction's, by name.
+        foreach, fused, maximize: the group's options.
+        keys: in the lean form the random words of `keys`, else None; new ones in every step.
+        kept: for a backend to keep what it makes of tensors that stay from step to step.
+    """
+
+    direction: Direction
+    ys: list[Tensor]
+    rests: list[Tensor]
+    xs: list[Tensor]
+    zs: list[Tensor]
+    grads: list[Tensor]
+    buffers: dict[str, list[Tensor]]
+    foreach: bool | None
+    fused: bool | None
+    maximize: bool
+    keys: Tensor | None
+    kept: dict[str, Any]
+
+    def rows(self, indices: list[int]) -> Move:
+        """Returns the part of a move that concerns some of its parameters."""
+
+        def some(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in indices] if tensors else []
+
+        lists: dict[str, Any] = {
+            name: some(getattr(self, name)) for name in ("ys", "rests", "xs", "zs", "grads")
+        }
+        buffers = {name: some(tensors) for name, tensors in self.buffers.items()}
+        keys = None if self.keys is None else self.keys[indices]
+        return self._replace(**lists, buffers=buffers, keys=keys, kept={})
 
 
 class Backend(NamedTuple):
@@ -31,20 +94,18 @@ class Backend(NamedTuple):
         name: as messages have it.
         takes: move -> None, or why not; it looks at options, devices and dtypes.
         run: (move, numbers) -> None; runs S6 to S9* of it, in place.
-        device: of the parameters it runs on; "" is any.
-        is_kernel: whether this is what fused=True asks for.
+        device: of the parameters that a kernel runs on, which is what fused=True asks for; "" for the others.
     """
 
     name: str
     takes: Callable[[Move], str | None]
     run: Callable[[Move, Numbers], None]
     device: str = ""
-    is_kernel: bool = False
 
 
 def run_compiled(move: Move, scalars: Tensor) -> None:
     """Runs S6-S9 of a move under torch.compile: one tensor at a time, with the numbers as tensors."""
-    (_run_single if move.keys is None else lean.run)(move, list(scalars.unbind()))
+    (_run_single if move.keys is None else _run_lean)(move, list(scalars.unbind()))
 
 
 def assign(move: Move) -> list[tuple[Backend, Move]]:
@@ -60,8 +121,8 @@ def assign(move: Move) -> list[tuple[Backend, Move]]:
         why = backend.takes(move)
         if why is None:
             break
-        whys[backend.device if backend.is_kernel else ""] = why
-    if backend.is_kernel:
+        whys[backend.device] = why
+    if backend.device:
         return _shared(move, backend)
     if move.fused:
         device = move.ys[0].device
@@ -80,17 +141,17 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     Gradients of other kinds than a kernel takes, which are rare, are copied.
     """
     tables, count = _tables(move), len(move.ys)
-    if fit.all_fit(tables):
+    if call.all_fit(tables):
         return [(kernel, move)]
     grads = list(move.grads)
     taken: dict[torch.dtype, list[int]] = {}
     left: dict[int, str] = {}
     for i in range(count):
         row = {name: tensors[i] for name, tensors in tables.items()}
-        if why := fit.why_left(row):
+        if why := call.why_left(row):
             left[i] = why
         else:
-            grads[i] = fit.walkable(row["g"], row["y"], row["z"].dtype)
+            grads[i] = call.walkable(row["g"], row["y"], row["z"].dtype)
             taken.setdefault(grads[i].dtype, []).append(i)
     if left and move.fused:
         first, why = next(iter(left.items()))
@@ -102,7 +163,7 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     return [*found, (SINGLE, move.rows(list(left)))] if left else found
 
 
-def _tables(move: Move) -> fit.Tables:
+def _tables(move: Move) -> dict[str, list[Tensor]]:
     tables = {"y": move.ys, "rest": move.rests, "z": move.zs, "g": move.grads, "x": move.xs}
     tables |= {"v": move.buffers.get("exp_avg_sq", []), "m": move.buffers.get("exp_avg", [])}
     return {name: tensors for name, tensors in tables.items() if tensors}
@@ -135,23 +196,20 @@ def _kernel(
             build.give_notice(kernel)
         return kernel if isinstance(kernel, str) else None
 
-    return Backend(name, takes, run, device, is_kernel=True)
+    return Backend(name, takes, run, device)
 
 
-def _kind(move: Move) -> Kind:
-    return Kind.ADAMW_MOMENTUM if "exp_avg" in move.buffers else Kind[move.direction.kernel]
-
-
-def _types(move: Move) -> tuple[Element, Element]:
-    """Returns the element types of y and of the gradients."""
-    of_y, of_g = (fit.NARROW.get(ts[0].dtype, Element.AS_Z) for ts in (move.ys, move.grads))
-    return Element.BFLOAT16_REST if move.rests else of_y, of_g
+def _described(move: Move) -> tuple[Kind, Element, Element]:
+    """Returns what a kernel is to do, and the element types of y and of the gradients."""
+    kind = Kind.ADAMW_MOMENTUM if "exp_avg" in move.buffers else Kind[move.direction.kernel]
+    of_y, of_g = (call.NARROW.get(ts[0].dtype, Element.AS_Z) for ts in (move.ys, move.grads))
+    return kind, Element.BFLOAT16_REST if move.rests else of_y, of_g
 
 
 def _run_native(move: Move, numbers: Numbers) -> None:
     job, tables = move.kept.get("job"), {"g": move.grads}
     if job is None:
-        job, tables = call.Job(_kind(move), *_types(move)), _tables(move)
+        job, tables = call.Job(*_described(move)), _tables(move)
         move.kept["job"] = job
     elif move.xs:
         tables["x"] = move.xs
@@ -161,13 +219,103 @@ def _run_native(move: Move, numbers: Numbers) -> None:
 
 
 def _run_triton(move: Move, numbers: Numbers) -> None:
-    signed = (-1.0 if move.maximize else 1.0, *numbers)
-    launch.run(_kind(move), _tables(move), signed, *_types(move))
+    call.launch(*_described(move), _tables(move), (-1.0 if move.maximize else 1.0, *numbers))
     torch.autograd.graph.increment_version(move.ys)
 
 
-def _takes_lean(move: Move) -> str | None:
-    return "precision must be 'lean', got 'exact'" if move.keys is None else None
+# The random bits of a rounding are a function of where and when, without a generator: of a seed, of the
+# parameter's ordinal, its step, the buffer and the element's index in logical order. So they are the same on
+# every device, in any number of threads, and after a resume.
+
+
+def key_of(*words: int) -> tuple[int, int]:
+    """Returns two well-mixed signed 32-bit numbers of some integers, in which order counts.
+
+    Example:
+        >>> from sftorch.step.backends import key_of
+        >>> key_of(0, 1, 2) == key_of(0, 2, 1)
+        False
+    """
+    state = 0
+    for word in words:  # splitmix64, a word at a time
+        state = (state + word + 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
+        state ^= state >> 31
+    return _signed(state >> 32), _signed(state & 0xFFFFFFFF)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _fold(bits: Tensor, shift: int) -> Tensor:
+    """Returns bits ^ (bits >> shift), as for unsigned numbers."""
+    return bits ^ (torch.bitwise_right_shift(bits, shift) & ((1 << (32 - shift)) - 1))
+
+
+def noise(shape: torch.Size, key: Key, device: torch.device) -> Tensor:
+    """Returns int32 numbers in [0, 65536), one for each element of a shape, as if drawn evenly.
+
+    Args:
+        shape: of the tensor.
+        key: two 32-bit numbers, or int64 tensors of them.
+        device: where.
+    """
+    # An integer hash of two multiplications (Wellons' lowbias32), with the second word halfway.
+    size = shape.numel()
+    count = torch.int32 if size < 1 << 31 else torch.int64
+    place = torch.arange(size, dtype=count, device=device).to(torch.int32).view(shape)
+    bits = _fold(place * -0x61C88647 + key[0], 16) * 0x7FEB352D
+    bits = _fold(bits ^ key[1], 15) * -0x7B935975
+    return _fold(bits, 16) & 0xFFFF
+
+
+def rounded(value: Tensor, key: Key) -> Tensor:
+    """Returns bfloat16 numbers that are a float32 value on average: up as often as it lies above.
+
+    Example:
+        >>> import torch
+        >>> from sftorch.step.backends import key_of, rounded
+        >>> third = torch.full((30_000,), 1 / 3)
+        >>> found = rounded(third, key_of(0)).unique()  # its two neighbours
+        >>> found.tolist()
+        [0.33203125, 0.333984375]
+    """
+    bits = torch.where(value.isnan(), float("nan"), value).view(torch.int32)
+    upper = torch.bitwise_right_shift(bits + noise(value.shape, key, value.device), 16)
+    return upper.to(torch.int16).view(torch.bfloat16)
+
+
+def keys(seed: int, ordinals: Iterable[int], step: int, buffers: int) -> Tensor:
+    """Returns the random words of a batch's next step: int64 of shape (parameters, 1 + buffers, 2).
+
+    A tensor, because torch.compile would compile numbers into its program, new ones in every step.
+    """
+    words = [[key_of(seed, n, step, b) for b in range(1 + buffers)] for n in ordinals]
+    return torch.tensor(words, dtype=torch.int64, device="cpu").view(-1, 1 + buffers, 2)
+
+
+# The lean form. With w = gap + beta delta, the new gap is (1 - k1) w and y moves by k1 w + (1 - beta) delta
+# (S7 and S9* in other letters). The gap survives bfloat16, which z does not: it is small where z is large.
+def _run_lean(move: Move, numbers: Numbers) -> None:
+    assert move.keys is not None
+    lr_t, wd_y, wd_z, k1, beta, *own = numbers
+    rests: Sequence[Tensor | None] = move.rests or [None] * len(move.ys)
+    compiling = torch.compiler.is_compiling()
+    columns = (move.ys, rests, move.zs, move.grads, move.keys.unbind())
+    for i, (p, rest, gap, grad, words) in enumerate(zip(*columns, strict=True)):
+        of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
+        y, wide_gap, grad = forms.join(p, rest), gap.to(torch.float32), grad.to(torch.float32)
+        wide = {name: tensors[i].to(torch.float32) for name, tensors in move.buffers.items()}
+        direction = move.direction.single(-grad if move.maximize else grad, wide, *own)
+        z = y + wide_gap if iterates.counts(wd_z) else y
+        delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
+        w = wide_gap + beta * delta
+        forms.put_halves_(p, rest, y + (k1 * w + (1.0 - beta) * delta))  # S9*
+        gap.copy_(rounded((1.0 - k1) * w, of_p[0]))  # S7
+        for (name, value), key in zip(wide.items(), of_p[1:], strict=True):
+            move.buffers[name][i].copy_(rounded(value, key))
 
 
 def _takes_foreach(move: Move) -> str | None:
@@ -221,8 +369,10 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
 NATIVE = _kernel("native", "cpu", _CPU_DTYPES, lambda: build.find(), _run_native)
-TRITON = _kernel("triton", "cuda", _CUDA_DTYPES, lambda: launch.find(), _run_triton)
-LEAN = Backend("lean", _takes_lean, lean.run)
+TRITON = _kernel("triton", "cuda", _CUDA_DTYPES, lambda: call.find_triton(), _run_triton)
+LEAN = Backend(
+    "lean", lambda move: "precision must be 'lean', got 'exact'" if move.keys is None else None, _run_lean
+)
 FOREACH = Backend("foreach", _takes_foreach, _run_foreach)
 SINGLE = Backend("single", lambda move: None, _run_single)
 BACKENDS = [NATIVE, TRITON, LEAN, FOREACH, SINGLE]

@@ -20,7 +20,6 @@ from torch import Tensor
 from sfcore import checks
 from sfcore.averaging import BETAS, DECAYS, coefficients, floats
 from sftorch.law.iterates import as_real
-from sftorch.law.move import Direction, Move
 from sftorch.law.parts import PLAIN, gradients, note_written, parts
 from sftorch.law.scalars import Clock, next_step
 from sftorch.state import arguments
@@ -28,7 +27,8 @@ from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
-from sftorch.step import backends, lean
+from sftorch.step import backends
+from sftorch.step.backends import Direction, Move
 
 Precision = Literal["exact", "lean"]
 Group = dict[str, Any]
@@ -87,8 +87,7 @@ class Work:
         direction = self._number(optimizer, plan)
         rests = [optimizer._rest] if optimizer._rest in self.states[0] else []
         names = ["gap" if self.is_lean else "z", *rests, *plan.buffers]
-        columns = {name: [state[name] for state in self.states] for name in names}
-        views = {name: viewed(tensors, self.pairs) for name, tensors in columns.items()}
+        views = {name: viewed((s[name] for s in self.states), self.pairs) for name in names}
         move = Move(
             direction=direction,
             ys=viewed(self.params, self.pairs),
@@ -109,9 +108,12 @@ class Work:
         # What all of this was made of. A part that is not the move itself has copies of gradients.
         self._names, grads = names, [p.grad for p in self.params]
         self._held = [*self.params, *(state[name] for name in names for state in self.states)]
-        self.may_be_kept = self.parts[0][1] is move and PLAIN.issuperset(map(type, [*self._held, *grads]))
-        # Elsewhere people move state away to free memory, which a plan would hold.
-        self.may_be_kept = self.may_be_kept and all(t.is_cpu for t in self._held)
+        self.may_be_kept = (
+            self.parts[0][1] is move
+            and PLAIN.issuperset(map(type, [*self._held, *grads]))
+            # Elsewhere people move state away to free memory, which a plan would hold.
+            and all(t.is_cpu for t in self._held)
+        )
         self._has_views = self.pairs or any(p.ndim == 0 for p in self.params)
         self._facts = _facts(self._held, grads) if self.may_be_kept else ()
 
@@ -155,7 +157,7 @@ class Work:
         return direction
 
     def _keys(self, plan: GroupPlan) -> Tensor:
-        return lean.keys(plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers))
+        return backends.keys(plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers))
 
 
 class GroupPlan:
@@ -209,13 +211,11 @@ class GroupPlan:
                 return False
         if group["y_beta"] not in (None, self.values["beta"]) or not all(map(is_, params, self._params)):
             return False
-        for p in self._idle:
-            if p.grad is not None:
-                return False
+        if any(p.grad is not None for p in self._idle):
+            return False
         try:
-            for work in self.works:
-                if not work.stands(optimizer, self, x):
-                    return False
+            if not all(work.stands(optimizer, self, x) for work in self.works):
+                return False
         except (KeyError, RuntimeError):  # state without an entry; gradients that cannot be asked
             return False
         clock = group["k"], group["lr_max"], group["weight_sum"]
@@ -247,9 +247,6 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
             values: a group's options by canonical name.
             t: one-based.
         """
-
-    def _is_lean(self, group: dict[str, Any]) -> bool:
-        return group["precision"] == "lean"
 
     def _books(self, group: dict[str, Any]) -> dict[str, Any]:
         return group

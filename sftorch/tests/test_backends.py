@@ -15,9 +15,9 @@ from sfcore.laws import LAWS
 from sftorch.adamw import AdamWDirection
 from sftorch.closure import XAtRest
 from sftorch.kernels import build
-from sftorch.law.move import Direction
 from sftorch.sgd import SGDDirection
 from sftorch.step import backends
+from sftorch.step.backends import Direction
 from sftorch.step.plan import YAtRest
 from sftorch.tests.fused_runs import Calls, everything, same
 from sftorch.tests.plain import STEP_SIZE, feed, same_bits, some_grads, some_params, take_step
@@ -27,7 +27,7 @@ PATHS = [{}, {"fused": False}, {"foreach": False}]
 
 def test_the_list_is_in_order_and_the_last_takes_all():
     assert [one.name for one in backends.BACKENDS] == ["native", "triton", "lean", "foreach", "single"]
-    assert [one.name for one in backends.BACKENDS if one.is_kernel] == ["native", "triton"]
+    assert [one.name for one in backends.BACKENDS if one.device] == ["native", "triton"]
 
 
 def sign_single(grad, buffers):

@@ -7,7 +7,9 @@ import torch
 
 import sftorch
 from sfcore import HyperparameterError
+from sftorch.recalibrate import recalibrate
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, copies, feed, same_bits, some_grads, some_params
+from sftorch.trainers import unwrap
 
 EVERY = [*CLASSES.values(), *CLOSURES.values()]
 ADAPTIVE = [c for c in EVERY if "SGD" not in c.__name__]
@@ -30,6 +32,9 @@ ANY_OPTION = [
     ({"foreach": "x"}, r"foreach must be None, True or False, got 'x': "),
     ({"foreach": 0.9}, r"foreach must be None, True or False, got 0\.9: .*inner_momentum.* by name"),
     ({"foreach": 0}, r"foreach must be None, True or False, got 0: "),
+    ({"fused": "x"}, r"fused must be None, True or False, got 'x': "),
+    ({"capturable": True}, r"capturable must be False, got True: "),
+    ({"differentiable": "x"}, r"differentiable must be False, got 'x': "),
 ]
 ADAPTIVE_OPTION = [
     ({"betas": (2.0, 0.9)}, r"betas\[0\] must be a number in \[0, 1\], got 2\.0: "),
@@ -233,3 +238,83 @@ def test_a_nan_lr_of_the_base_is_refused():
     with pytest.raises(ValueError, match="lr must be a finite number >= 0, got nan"):
         sftorch.ScheduleFreeWrapper(base)
     assert "schedule_free" not in base.param_groups[0]
+
+
+def adamw():
+    return sftorch.AdamWScheduleFree(NORMED.parameters(), lr=STEP_SIZE)
+
+
+def wrapped():
+    return sftorch.ScheduleFreeWrapper(torch.optim.SGD(NORMED.parameters(), lr=STEP_SIZE))
+
+
+def with_state(**entries):
+    return adamw().state_dict() | {"state": {0: entries}}
+
+
+NORMED = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+KEYS = "state_dict must have the keys 'state' and 'param_groups', got {} without: "
+GROUPS = {"state": {}, "param_groups": 3}
+CALLS = [
+    (lambda: adamw().step(3), TypeError, "closure must be None or a function, got 3: "),
+    (lambda: wrapped().step("x"), TypeError, "closure must be None or a function, got 'x': "),
+    (
+        lambda: sftorch.SGDScheduleFreeClosure(some_params()).step(3),
+        TypeError,
+        "closure must be a function, got 3: ",
+    ),
+    (lambda: adamw().eval_state_dict(3), TypeError, r"model must be a torch\.nn\.Module, got 3: "),
+    (lambda: adamw().eval_state_dict(None), TypeError, r"model must be a torch\.nn\.Module, got None: "),
+    (
+        lambda: adamw().eval_state_dict(torch.nn.ReLU()),
+        ValueError,
+        "model must be the one whose parameters this optimizer holds, got one with 0 of them among its 0 ",
+    ),
+    (lambda: adamw().add_param_group(3), TypeError, "param_group must be a dict, got int: "),
+    (lambda: adamw().add_param_group({"params": 3}), TypeError, "params must be an iterable, got int: "),
+    (lambda: wrapped().add_param_group(None), TypeError, "param_group must be a dict, got NoneType: "),
+    (lambda: adamw().load_state_dict(None), ValueError, KEYS.format("NoneType")),
+    (lambda: adamw().load_state_dict({}), ValueError, KEYS.format("dict")),
+    (lambda: adamw().load_state_dict(GROUPS), ValueError, KEYS.format("dict")),
+    (lambda: adamw().load_state_dict(GROUPS | {"param_groups": [3]}), ValueError, KEYS.format("dict")),
+    (
+        lambda: adamw().load_state_dict(GROUPS | {"param_groups": [{}]}),
+        ValueError,
+        "group 0 must be of AdamW",
+    ),
+    (
+        lambda: adamw().load_state_dict(adamw().state_dict() | {"state": {0: 3}}),
+        ValueError,
+        KEYS.format("dict"),
+    ),
+    (
+        lambda: adamw().load_state_dict(with_state(z=3)),
+        ValueError,
+        r"parameter 0 of group 0 must have the state 'z', got \['z'\]: ",
+    ),
+    (lambda: wrapped().load_state_dict(3), ValueError, KEYS.format("int")),
+    (lambda: wrapped().load_state_dict(GROUPS), ValueError, KEYS.format("dict")),
+    (
+        lambda: wrapped().load_state_dict(adamw().state_dict()),
+        ValueError,
+        "state_dict must be a ScheduleFreeWrapper's, got groups without 'schedule_free': ",
+    ),
+    (lambda: sftorch.step_in_backward(3), TypeError, "optimizer must be SGDScheduleFree, .*, got int: "),
+    (lambda: unwrap(None), TypeError, "optimizer must be one of sftorch's .*, got builtins.NoneType: "),
+    (lambda: recalibrate(3, []), TypeError, r"model must be a torch\.nn\.Module, got 3: "),
+    (lambda: recalibrate(NORMED, 3), TypeError, "batches must be an iterable, got 3: "),
+    (lambda: recalibrate(NORMED, []), ValueError, "batches must hold at least one batch, got none: "),
+    (
+        lambda: recalibrate(NORMED, [torch.ones(2, 3)], 3),
+        TypeError,
+        "call must be None or a function, got 3: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS)
+def test_arguments_of_another_kind_are_refused_before_anything_changes(call, error, message):
+    before = repr(NORMED.state_dict())
+    with pytest.raises(error, match=f"^(.*\n  )?{message}"):
+        call()
+    assert repr(NORMED.state_dict()) == before

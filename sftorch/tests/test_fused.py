@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sftorch
 from sfcore.checks import HyperparameterError
-from sftorch.kernels import launch
-from sftorch.law.move import Move
+from sftorch.kernels import call
 from sftorch.sgd import SGD
 from sftorch.step import backends
+from sftorch.step.backends import Move
 from sftorch.tests.fused_runs import (
     CASES,
     SHAPES,
@@ -275,7 +275,7 @@ def on_cuda(fused, dtype=torch.float32):
 
 
 def test_on_a_cuda_device_fused_must_be_asked_for(monkeypatch):
-    monkeypatch.setattr(launch, "find", lambda: types.ModuleType("kernel"))
+    monkeypatch.setattr(call, "find_triton", lambda: types.ModuleType("kernel"))
     assert backends.TRITON.takes(on_cuda(None)) == "fused must be True, got None"
     assert backends.TRITON.takes(on_cuda(False)) == "fused must be True, got False"
     assert backends.TRITON.takes(on_cuda(True)) is None
@@ -287,7 +287,7 @@ def test_on_a_cuda_device_fused_must_be_asked_for(monkeypatch):
 def test_without_triton_there_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "sftorch.kernels.triton_step", raising=False)
-    monkeypatch.setattr(launch, "find", launch.find.__wrapped__)
+    monkeypatch.setattr(call, "find_triton", call.find_triton.__wrapped__)
     with pytest.raises(
         RuntimeError, match=r"got True: triton must be importable, got .*: install the version"
     ):
@@ -295,7 +295,7 @@ def test_without_triton_there_is_a_reason(monkeypatch):
 
 
 def test_a_step_on_the_cpu_never_looks_for_triton(monkeypatch):
-    monkeypatch.setattr(launch, "find", lambda: pytest.fail("it was looked for"))
+    monkeypatch.setattr(call, "find_triton", lambda: pytest.fail("it was looked for"))
     params = some_params(torch.float32, [(4,)])
     optimizer = sftorch.SGDScheduleFree(params, fused=True)
     feed(optimizer, params, some_grads(1, params))

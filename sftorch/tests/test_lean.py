@@ -10,7 +10,7 @@ from sfcore import inspection, store
 from sfcore.checks import HyperparameterError
 from sftorch.checkpoint import CheckpointError, Checkpoints, import_state_dict
 from sftorch.state import forms
-from sftorch.step.lean import key_of, noise, rounded
+from sftorch.step.backends import key_of, noise, rounded
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, copies, feed, same_bits, some_grads, some_params
 
 SHAPE = [(40, 30)]

@@ -16,18 +16,18 @@ import torch
 
 import sftorch
 from sftorch.adamw import ADAMW
-from sftorch.kernels import launch
+from sftorch.kernels import call
 from sftorch.kernels.call import Element, Kind
-from sftorch.law.move import Move
 from sftorch.radam import YOUNG
 from sftorch.sgd import SGD
 from sftorch.step import backends
+from sftorch.step.backends import Move
 from sftorch.tests.fused_runs import CASES, assert_fused_is_single, same, special_run
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, feed, some_grads, some_params
 
 triton = pytest.importorskip("triton")
 KERNEL = "sftorch.kernels.triton_step"
-SHAPES = [(1003,), (3, 5), (0,), (), (launch.BLOCK,), (3 * launch.BLOCK,), (2 * launch.BLOCK + 1,)]
+SHAPES = [(1003,), (3, 5), (0,), (), (call.BLOCK,), (3 * call.BLOCK,), (2 * call.BLOCK + 1,)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,23 +38,23 @@ def interpreter():
         taking = backends.NATIVE._replace(run=backends.TRITON.run)
         patch.setattr(backends, "BACKENDS", [taking, *backends.BACKENDS[1:]])
         sys.modules.pop(KERNEL, None)
-        launch.find.cache_clear()
+        call.find_triton.cache_clear()
         yield
     sys.modules.pop(KERNEL, None)
-    launch.find.cache_clear()
+    call.find_triton.cache_clear()
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Notes how many programs each launch has."""
-    seen, step = [], launch.find().step
+    seen, step = [], call.find_triton().step
 
     class Counting:
         def __getitem__(self, grid):
             seen.append(grid)
             return step[grid]
 
-    monkeypatch.setattr(launch.find(), "step", Counting())
+    monkeypatch.setattr(call.find_triton(), "step", Counting())
     return seen
 
 
@@ -138,7 +138,7 @@ def test_a_gpt_like_list_is_one_launch_a_step(launches):
     sizes = [(7 * i * i) % 1500 for i in range(148)]
     params = some_params(torch.float32, [(size,) for size in sizes])
     assert_fused_is_single(CLASSES["adamw"], params, some_grads(2, params))
-    assert launches == [(sum(-(-size // launch.BLOCK) for size in sizes),)] * 2
+    assert launches == [(sum(-(-size // call.BLOCK) for size in sizes),)] * 2
 
 
 def test_a_list_of_nothing_is_no_launch(launches):
@@ -174,30 +174,30 @@ def test_tables_are_kept_while_addresses_stay():
     params = some_params(torch.float32, SHAPES)
     optimizer = sftorch.AdamWScheduleFree(params, lr=STEP_SIZE, fused=True)
     feed(optimizer, params, some_grads(1, params))
-    before = launch._table.cache_info()
+    before = call._table.cache_info()
     optimizer.step()
-    assert launch._table.cache_info().misses == before.misses
+    assert call._table.cache_info().misses == before.misses
     kept = [p.grad for p in params]
     feed(optimizer, params, some_grads(1, params))  # with gradients elsewhere
     assert len(kept) == len(params)
-    after = launch._table.cache_info()
+    after = call._table.cache_info()
     assert (after.misses, after.hits) == (before.misses + 1, before.hits + 1)
 
 
 @pytest.mark.parametrize("aligned", [0, 1])
 def test_offsets_are_64_bits_wide(aligned):
     """A program of a tensor that is said to begin 2^33 elements before this memory."""
-    kernel, begin, n = launch.find(), 2**33, launch.BLOCK
+    kernel, begin, n = call.find_triton(), 2**33, call.BLOCK
     n -= 0 if aligned else 7
     y, z, g = (torch.full((n + 9,), value) for value in (1.0, 2.0, 3.0))
     row = dict.fromkeys(kernel.COLUMNS, 0)
-    row |= {"first": -(begin // launch.BLOCK), "size": begin + n, "aligned": aligned}
+    row |= {"first": -(begin // call.BLOCK), "size": begin + n, "aligned": aligned}
     row |= {name: t.data_ptr() - 4 * begin for name, t in (("y", y), ("z", z), ("g", g))}
     numbers = dict.fromkeys(("wd_y", "wd_z", "share2", "eps", "share1", "per2", "per1"), 0.0)
     flags = dict.fromkeys(("HAS_V", "HAS_M", "SCALED", "AT_Z", "TO_X", "HALVES", "NARROW_G"), False)
     numbers |= {"sign": 1.0, "lr_t": 0.5, "k1": 0.5, "k2": 0.25}
     table, owners = torch.tensor([list(row.values())]), torch.zeros(1, dtype=torch.int32)
-    kernel.step[(1,)](table, owners, **numbers, **flags, BLOCK=launch.BLOCK)
+    kernel.step[(1,)](table, owners, **numbers, **flags, BLOCK=call.BLOCK)
     # delta = -1.5; z' = z + delta; y' = y + (z - y) / 2 + delta / 4
     assert z.tolist() == [0.5] * n + [2.0] * 9
     assert y.tolist() == [1.125] * n + [1.0] * 9
@@ -207,23 +207,23 @@ def test_offsets_are_64_bits_wide(aligned):
 def test_what_is_no_step_is_refused():
     one = {"y": [torch.ones(1)]}
     with pytest.raises(ValueError, match=r"kind and y_type must be those of a step, got .*RECOVER"):
-        launch.run(Kind.RECOVER, one, ())
+        call.launch(Kind.RECOVER, Element.AS_Z, Element.AS_Z, one, ())
     with pytest.raises(ValueError, match=r"got .*BFLOAT16"):
-        launch.run(Kind.SGD, one, (), Element.BFLOAT16)
+        call.launch(Kind.SGD, Element.BFLOAT16, Element.AS_Z, one, ())
 
 
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sftorch.kernels import launch, triton_step as kernel
+from sftorch.kernels import call, triton_step as kernel
 flags = dict.fromkeys(("HAS_M", "AT_Z", "TO_X", "HALVES", "NARROW_G"), False)
-constants = flags | {"HAS_V": True, "SCALED": True, "BLOCK": launch.BLOCK}
+constants = flags | {"HAS_V": True, "SCALED": True, "BLOCK": call.BLOCK}
 types = {"table": "*i64", "owners": "*i32"} | dict.fromkeys(constants, "constexpr")
 signature = {name: types.get(name, "fp32") for name in kernel.step.arg_names}
 places = {name: place for place, name in enumerate(kernel.step.arg_names)}
 source = ASTSource(kernel.step, signature, {(places[name],): value for name, value in constants.items()})
-options = {"num_warps": launch.WARPS, "enable_fp_fusion": False}
+options = {"num_warps": call.WARPS, "enable_fp_fusion": False}
 print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 """
 

@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 from sfcore.checks import HyperparameterError
-from sftorch.trainers._unwrap import unwrap
+from sftorch.trainers import unwrap
 
 __all__ = ["ScheduleFreeMixin", "ScheduleFreeTrainer"]
 

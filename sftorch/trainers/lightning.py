@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 from sftorch.state.modes import TrainEvalOptimizer
-from sftorch.trainers._unwrap import unwrap
+from sftorch.trainers import unwrap
 
 __all__ = ["ScheduleFreeCallback"]
 

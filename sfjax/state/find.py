@@ -13,8 +13,10 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from sfjax import _iterates, _scalars
-from sfjax.schedule_free import ScheduleFreeState
+from sfcore.averaging import effective_lr
+from sfjax.law.iterates import recover_x, recover_z
+from sfjax.state import forms
+from sfjax.state.forms import ScheduleFreeState
 
 
 def find_states(opt_state: Any) -> list[ScheduleFreeState]:
@@ -32,7 +34,8 @@ def find_states(opt_state: Any) -> list[ScheduleFreeState]:
         >>> len(sfjax.find_states(tx.init(jnp.ones(3))))
         1
     """
-    return [node for node in jax.tree.leaves(_pure(opt_state), is_leaf=_is_state) if _is_state(node)]
+    nodes = jax.tree.leaves(_pure(opt_state), is_leaf=lambda node: isinstance(node, ScheduleFreeState))
+    return [node for node in nodes if isinstance(node, ScheduleFreeState)]
 
 
 def find_state(opt_state: Any) -> ScheduleFreeState:
@@ -88,10 +91,9 @@ def schedule_free_eval_params(state: Any, params: Any, dtype: DTypeLike | None =
         [1.0, 1.0, 1.0]
     """
 
-    def recover(y: Any, stored: Any, beta: Any, rest: Any) -> Any:
-        return _iterates.recover_x(y, stored, beta, rest).astype(y.dtype if dtype is None else dtype)
-
-    return _overlay(_require(state), params, recover)
+    return _overlay(
+        _require(state), params, recover_x, lambda x, p: x.astype(p.dtype if dtype is None else dtype)
+    )
 
 
 def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
@@ -108,7 +110,7 @@ def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
         >>> params = jnp.ones(3)
         >>> x, y, z = sfjax.iterates(sfjax.schedule_free_sgd(0.1).init(params), params)
     """
-    z = _overlay(_require(state), params, _iterates.recover_z)
+    z = _overlay(_require(state), params, recover_z)
     return schedule_free_eval_params(state, params), params, z
 
 
@@ -132,22 +134,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         ['c', 'effective_lr', 'lr', 'lr_max', 'step', 'weight_sum']
     """
     state = find_state(opt_state)
-    return {
-        "lr": state.lr,
-        "lr_max": state.lr_max,
-        "c": state.c,
-        "weight_sum": state.weight_sum,
-        "step": state.step,
-        "effective_lr": _scalars.effective_lr(state.lr, state.c, state.b1),
-    }
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, ScheduleFreeState)
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+    told = {name: getattr(state, name) for name in ("lr", "lr_max", "c", "weight_sum", "step")}
+    return told | {"effective_lr": effective_lr(state.lr, state.c, state.b1)}
 
 
 def _pure(tree: Any) -> Any:
@@ -186,8 +174,28 @@ def _kinds(opt_state: Any) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[..., Any]) -> Any:
-    """Returns params with the leaves that states hold recovered; a state has MaskedNode for the others."""
+def _overlay(
+    states: list[ScheduleFreeState],
+    params: Any,
+    recover: Callable[[Any, Any, Any], Any],
+    cast: Callable[[Any, Any], Any] = lambda found, p: found,
+) -> Any:
+    """Returns params with what (y, the buffer beside it, beta) give for the leaves that states hold.
+
+    A state has MaskedNode for the others; `cast` takes what was found, and the parameter.
+    """
+
+    def found(p: Any, stored: Any, rest: Any, beta: Any) -> Any:
+        if isinstance(stored, optax.MaskedNode):
+            return p
+        shape = getattr(p, "shape", type(p).__name__)
+        if shape != stored.shape:
+            raise ValueError(
+                f"params must have the shapes that tx.init got, got {shape} for {stored.shape}: "
+                "pass what the last update left"
+            )
+        return cast(recover(*forms.opened(p, stored, rest), beta), p)
+
     new = _pure(params)
     for state in states:
         if state.b1.ndim:
@@ -195,10 +203,8 @@ def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[...
                 f"state must be of one run, got the shape {state.b1.shape} of runs: "
                 "call jax.vmap(sfjax.schedule_free_eval_params)(state, params)"
             )
-        stored, tree = jax.tree.flatten(_unflattened(state.z, new), is_leaf=_is_masked)
-        rests = [None] * len(stored)
-        if state.y_rest is not None:
-            rests = tree.flatten_up_to(_unflattened(state.y_rest, new))
+        z, rest = (_unflattened(tree, new) for tree in (state.z, state.y_rest))
+        stored, tree = jax.tree.flatten(z, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
         try:
             below = tree.flatten_up_to(new)
         except ValueError as error:
@@ -206,22 +212,10 @@ def _overlay(states: list[ScheduleFreeState], params: Any, recover: Callable[...
                 f"params must have the tree that tx.init got, got {jax.tree.structure(new)} for {tree}: "
                 "pass what the last update left (with flax.nnx, nnx.state(model, nnx.Param))"
             ) from error
+        rests = [None] * len(stored) if rest is None else tree.flatten_up_to(rest)
         columns = zip(below, stored, rests, strict=True)
-        new = tree.unflatten(
-            y if _is_masked(s) else recover(_same_shape(y, s), s, state.b1, rest) for y, s, rest in columns
-        )
+        new = tree.unflatten(found(*leaves, state.b1) for leaves in columns)
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(new))
-
-
-def _same_shape(y: Any, stored: Any) -> Any:
-    """Returns y; raises ValueError unless it is an array of stored's shape."""
-    shape = getattr(y, "shape", type(y).__name__)
-    if shape != stored.shape:
-        raise ValueError(
-            f"params must have the shapes that tx.init got, got {shape} for {stored.shape}: "
-            "pass what the last update left"
-        )
-    return y
 
 
 def _unflattened(z: Any, params: Any) -> Any:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sfjax import _halves
-from sfjax._iterates import Coefficients
+from sfjax.law.iterates import as_held
+from sfjax.law.scalars import Next
+from sfjax.state import forms
 
-NARROW, REST = jnp.bfloat16, jnp.int16
 GAP, MOMENTS = range(2)
 
 
@@ -31,18 +31,18 @@ class Draw(NamedTuple):
 
 
 def advance(
-    p: jax.Array, gap: jax.Array, delta: jax.Array, k: Coefficients, rest: jax.Array, draw: Draw
+    p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, draw: Draw
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Takes one step; the arguments and results are those of `_iterates.advance`, with the gap for z."""
-    y, old = _halves.whole(p, rest).astype(jnp.float32), gap.astype(jnp.float32)
-    c, keep, stretch, beta = (s.astype(jnp.float32) for s in (k.c, k.keep, k.stretch, k.beta))
+    """Takes one step of a parameter; returns its update, the new gap and the new rest."""
+    y, old, delta = (leaf.astype(jnp.float32) for leaf in (y, gap, delta))
+    c, keep, stretch, beta = (s.astype(jnp.float32) for s in (k.c, k.keep, k.stretch, k.clock.b1))
     moved = stretch * old  # to another beta, by which y moves so that x stays
-    w = moved + beta * delta.astype(jnp.float32)
-    y = y + ((old - moved) + c * moved + keep * delta.astype(jnp.float32))  # S7 S9*
-    update, rest = _halves.split(y, p)
+    w = moved + beta * delta
+    y = y + ((old - moved) + c * moved + keep * delta)  # S7 S9*
+    update, rest = forms.split(y, p)
     # p + update is exact but for long strides, where XLA may keep more bits than p has.
-    held = _halves.as_held(p.astype(jnp.float32) + update.astype(jnp.float32), p.dtype).astype(p.dtype)
-    return update, rounded((1.0 - c) * w, draw, GAP), _halves.packed(held, rest)
+    held = as_held(p.astype(jnp.float32) + update.astype(jnp.float32), p.dtype).astype(p.dtype)
+    return update, rounded((1.0 - c) * w, draw, GAP), forms.packed(held, rest)
 
 
 def rounded(value: jax.Array, draw: Draw, buffer: int) -> jax.Array:
@@ -50,7 +50,7 @@ def rounded(value: jax.Array, draw: Draw, buffer: int) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
     noisy = (bits + (_noise(value.shape, draw, buffer) >> 16)) & jnp.uint32(0xFFFF0000)
     up_or_down = jax.lax.bitcast_convert_type(noisy, jnp.float32)
-    return jnp.where(jnp.isfinite(value), up_or_down, value).astype(NARROW)
+    return jnp.where(jnp.isfinite(value), up_or_down, value).astype(forms.NARROW)
 
 
 def _noise(shape: tuple[int, ...], draw: Draw, buffer: int) -> jax.Array:
@@ -71,24 +71,3 @@ def _mix(word: jax.Array) -> jax.Array:
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
     return word ^ (word >> 16)
-
-
-def narrowed(moments: Any, params: Any, seed: Any, step: jax.Array) -> Any:
-    """Returns a NamedTuple of float32 moments in bfloat16 where a parameter is low."""
-    low = [_halves.is_low(p) for p in jax.tree.leaves(params)]
-
-    def narrow(tree: Any, buffer: int) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        columns = enumerate(zip(leaves, low, strict=True))
-        return structure.unflatten(
-            rounded(leaf, Draw(seed, i, step), buffer) if is_low else leaf for i, (leaf, is_low) in columns
-        )
-
-    return type(moments)(
-        *(None if one is None else narrow(one, MOMENTS + i) for i, one in enumerate(moments))
-    )
-
-
-def widened(moments: Any) -> Any:
-    """Returns moments in at least float32."""
-    return jax.tree.map(lambda m: m.astype(jnp.float32) if m.dtype == NARROW else m, moments)

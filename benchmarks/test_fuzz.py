@@ -1,0 +1,71 @@
+"""The short form of the fuzzer, and that it sees what it looks for."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import fuzz
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_nothing_that_is_read_ends_in_a_traceback_a_wait_or_changed_numbers(tmp_path):
+    # A process of its own, because it forks, which it must not do where JAX has run already.
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "fuzz", "--count", "120"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "fuzz.jsonl").read_text().splitlines()]
+    assert {row["part"]: row["cases"] for row in rows} == dict.fromkeys(fuzz.PARTS, 120)
+    assert all(row.get("refused") or row.get("right") for row in rows)
+
+
+def _raises(draw, folder):
+    def read():
+        raise IndexError("list index out of range")
+
+    return read
+
+
+def _spins(draw, folder):
+    def read():
+        while True:
+            pass
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("case", "outcome"),
+    [
+        (_raises, r"IndexError at test_fuzz.py:\d+: list index out of range"),
+        (_spins, "more than 0.2 s"),
+        (lambda draw, folder: lambda: False, "changed numbers"),
+        (lambda draw, folder: lambda: True, "right"),
+    ],
+)
+def test_each_kind_of_failure_is_seen(case, outcome, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    begin = time.monotonic()
+    found = fuzz.attempt(case, random.Random(0), tmp_path)
+    assert re.fullmatch(outcome, found)
+    assert time.monotonic() - begin < 60
+
+
+def test_a_case_is_made_of_its_number_alone(tmp_path):
+    made = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        fuzz.a_checkpoint(random.Random("checkpoint 0 7"), tmp_path / name)
+        made.append({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()})
+    made = [{name: content for name, content in one.items() if name != "meta.json"} for one in made]
+    assert made[0] == made[1]

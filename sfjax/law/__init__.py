@@ -1,0 +1,1 @@
+"""The equations on scalars and on arrays; nothing here knows of trees, state or storage."""

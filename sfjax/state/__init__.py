@@ -1,0 +1,1 @@
+"""What a user passes in, what the state is, and what it tells; nothing here takes a step."""

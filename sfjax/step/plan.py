@@ -1,0 +1,229 @@
+"""The transformation: S1-S9 over a tree, along a direction of our own (S6) or whatever a base does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sfcore import averaging, checks, laws
+from sfcore.laws import JAX_NAMES, Law
+from sfjax.law import iterates
+from sfjax.law.iterates import wide_dtype
+from sfjax.law.scalars import Clock, Next, as_scalar, first_clock, next_step
+from sfjax.state import arguments, forms
+from sfjax.state.arguments import is_zero
+from sfjax.state.forms import ScheduleFreeState
+from sfjax.step import lean
+
+# Types of state that hold the buffers of a direction, by which a checkpoint knows one.
+STATES: set[type] = {optax.EmptyState}
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+Values = Mapping[str, Any]  # options by canonical name: Python numbers, scalars, and for lr also a schedule
+_NONE_IS_0 = ("weight_decay", "warmup_steps")
+
+
+class Direction(NamedTuple):
+    """What an optimizer does with a gradient.
+
+    Attributes:
+        law: the name of its row in `sfcore.laws`.
+        single: (gradient, buffers by name, *numbers) -> (direction, new buffers by name), of one leaf. All
+            are real and of one dtype, at least float32; a complex leaf comes as its two parts.
+        numbers: (options, t) -> the numbers to call it with; t is the one-based time.
+        state: the NamedTuple of its buffers, which has their names in JAX; optax.EmptyState without any.
+    """
+
+    law: str
+    single: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    numbers: Callable[[Values, jax.Array], tuple[Any, ...]] = lambda values, t: ()
+    state: type = optax.EmptyState
+
+
+def known_options(law: str) -> Callable[[Factory], Factory]:
+    """Makes the factory of a row name a misspelt keyword together with all else that is wrong."""
+
+    def find(given: Mapping[str, Any]) -> list[str]:
+        numbers = {
+            name: value
+            for name, value in given.items()
+            if not isinstance(value, jax.core.Tracer) and not callable(value) and value is not None
+        }
+        return laws.law_of(law).problems("jax", numbers)
+
+    return checks.with_known_options(find, lambda: laws.law_of(law).words("jax"))
+
+
+def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """Returns the Schedule-Free transformation along a direction.
+
+    Args:
+        direction: its row must be in `sfcore.laws.LAWS`.
+        given: to the factory, by name: the row's options by their names in JAX, and mask, state_dtype,
+            precision and seed.
+
+    Raises:
+        HyperparameterError: with every value that is out of range.
+    """
+    STATES.add(direction.state)
+    law, mask = laws.law_of(direction.law), given["mask"]
+    options = {name: given[JAX_NAMES.get(name, name)] for name in law.defaults}
+    options |= {name: 0 for name in _NONE_IS_0 if name in options and options[name] is None}
+    values = arguments.read(law.options, **options)
+    is_lean = arguments.read_precision(given, values["beta"], law)
+    decays = zip("yz", averaging.DECAYS[law.decay_at](values["weight_decay"]), strict=True)
+    pulls = [(at, wd) for at, wd in decays if not is_zero(wd)]
+    fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
+    # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
+    kept = {one.jax for one in law.buffers if not (one.when and is_zero(options[one.when]))}
+    if not kept <= set(fields):
+        raise TypeError(
+            f"{direction.state.__name__} must have the buffers of the law {law.name!r}, got the fields "
+            f"{fields}: name them {sorted(kept)}"
+        )
+
+    def zeros(p: Any) -> Any:
+        return forms.zeros_alike(p, forms.NARROW if is_lean and forms.is_low(p) else wide_dtype(p))
+
+    def init(params: Any) -> Any:
+        return direction.state(*(jax.tree.map(zeros, params) if name in kept else None for name in fields))
+
+    def delta(
+        grads: Any, state: Any, ys: Any, zs: Callable[[], Any], k: Next, extra_args: Any
+    ) -> tuple[Any, Any]:
+        numbers = direction.numbers(values, k.t)
+        leaves, tree = jax.tree.flatten(grads)
+        columns = {name: jax.tree.leaves(one) for name, one in state._asdict().items() if one is not None}
+        masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
+        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulls]
+        deltas = []
+        after: dict[str, list[Any]] = {name: [] for name in columns}
+        for i, g in enumerate(leaves):
+            wide = {name: column[i].astype(g.dtype) for name, column in columns.items()}
+            d, moved = _along(direction, g, wide, numbers)
+            for wd, point in points if masked[i] else ():
+                d = d + jnp.asarray(wd, d.dtype) * point[i].astype(d.dtype)
+            deltas.append(-k.lr_t.astype(d.dtype) * d)  # S6
+            for name, column in columns.items():
+                if column[i].dtype == forms.NARROW:  # the lean form
+                    draw = lean.Draw(given["seed"], i, k.clock.step)
+                    moved[name] = lean.rounded(moved[name], draw, lean.MOMENTS + fields.index(name))
+                after[name].append(moved[name])
+        trees = {name: tree.unflatten(moments) for name, moments in after.items()}
+        return tree.unflatten(deltas), state._replace(**trees)
+
+    return build(init, delta, law, values, given["state_dtype"], is_lean, given["seed"])
+
+
+def _along(direction: Direction, g: jax.Array, buffers: dict[str, jax.Array], numbers: Any) -> Any:
+    """Returns the direction of a leaf and its new buffers."""
+    if jnp.iscomplexobj(g):
+        parts = ((f(g), {name: f(one) for name, one in buffers.items()}) for f in (jnp.real, jnp.imag))
+        return jax.tree.map(jax.lax.complex, *(_along(direction, *part, numbers) for part in parts))
+    return direction.single(g, buffers, *(jnp.asarray(number, g.dtype) for number in numbers))
+
+
+def build(
+    init: Callable[[Any], Any],
+    delta: Callable[..., tuple[Any, Any]],
+    law: Law,
+    values: Values,
+    state_dtype: Any,
+    is_lean: bool = False,
+    seed: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation.
+
+    Args:
+        init: params -> the state of what moves z.
+        delta: (grads, that state, y, z, scalars of the step, extra_args) -> (tree of S6's delta, state).
+            Gradients come in wide dtype, and for parameters of 16 bits y is all of it, in float32; z is a
+            function that returns its tree.
+        law: whose rules the scalars follow.
+        values: as `arguments.read` returns them.
+        state_dtype, seed: as in the factories.
+        is_lean: whether parameters of 16 bits are kept so.
+    """
+    rest_dtype = forms.REST if is_lean else jnp.float32
+    state_dtype = arguments.read_dtype(state_dtype)
+    kept_rests = False
+
+    def first(p: Any) -> Any:
+        if is_lean and forms.is_low(p):
+            return forms.zeros_alike(p, forms.NARROW)
+        dtype = wide_dtype(p) if state_dtype is None else state_dtype
+        if state_dtype is not None and jnp.iscomplexobj(p):
+            dtype = np.promote_types(state_dtype, np.complex64)
+        return jnp.array(p, dtype, copy=True)  # a copy, so that params and state can be donated
+
+    def init_fn(params: Any) -> ScheduleFreeState:
+        nonlocal kept_rests
+        arguments.check_params(params)
+        y_rest = forms.new_rests(params, rest_dtype)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+            wide = forms.abstract_init(lambda p: init_fn(p)._replace(y_rest=None), params)
+            return wide._replace(y_rest=y_rest)
+        # optax.tree.map_params calls this with a placeholder, to match it with a state that was made before.
+        kept_rests = kept_rests or y_rest is not None
+        scalars = {"lr": as_scalar(0.0), "c": as_scalar(0.0), **first_clock(values)._asdict()}
+        return ScheduleFreeState(
+            **forms.on_every_device(scalars, params),
+            base_optimizer_state=init(params),
+            z=jax.tree.map(first, params),
+            y_rest=params if kept_rests and not jax.tree.leaves(params) else y_rest,
+        )
+
+    def update_fn(
+        updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ScheduleFreeState]:
+        held, rests, tree = forms.leaves_of(updates, state, params, is_lean)
+        stored = jax.tree.leaves(state.z)
+        k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
+        whole = list(map(forms.whole, held, rests))
+        ys = tree.unflatten(whole)
+
+        def zs() -> Any:
+            found = map(forms.opened, held, stored, rests)
+            return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
+
+        grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
+        deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, k, extra_args)
+        columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, strict=True)
+        moved = [
+            lean.advance(p, y, buffer, d, k, lean.Draw(seed, i, k.clock.step))
+            if is_lean and rest is not None
+            else _advance(p, y, buffer, d, k, rest)
+            for i, (p, y, buffer, d, rest) in enumerate(columns)
+        ]
+        return tree.unflatten(update for update, _, _ in moved), ScheduleFreeState(
+            lr=k.lr_t,
+            c=k.c,
+            base_optimizer_state=base_state,
+            z=tree.unflatten(z for _, z, _ in moved),
+            y_rest=state.y_rest if state.y_rest is None else tree.unflatten(rest for *_, rest in moved),
+            **k.clock._asdict(),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _advance(
+    p: jax.Array, y: jax.Array, stored: jax.Array, delta: jax.Array, k: Next, rest: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Takes one step of a parameter; returns its update, the new buffer and the new rest or None."""
+    wide = wide_dtype(p, stored)
+    y, buffer, delta = (leaf.astype(wide) for leaf in (y, stored, delta))
+    step, new = iterates.advance(y, buffer, delta, k, stored.dtype)
+    if rest is None:
+        update = step.astype(p.dtype)
+        y_new = (p + update).astype(wide)
+    else:
+        y_new = y + step
+        update, rest = forms.split(y_new, p)
+    if k.will_store_x is not False:
+        new = jnp.where(k.will_store_x, iterates.average(y, buffer, y_new, k), new)
+    return update, new.astype(stored.dtype), rest
