@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ import sftorch
 from sfcore.laws import LAWS
 from sfcore.plan import _sd_scripts as facts
 from sfcore.plan import check
-from sfcore.plan._text import tomllib
+from sfcore.plan._text import as_text, tomllib
 from sfcore.plan._trainers import SD_SCRIPTS
 
 SD, MUSUBI = (os.environ.get(name, "") for name in ("SD_SCRIPTS", "MUSUBI_TUNER"))
@@ -240,7 +241,7 @@ ALONE = [
 
 @needs_sd
 def test_no_stop_of_the_real_code_is_missed_and_nothing_that_runs_is_said_to_stop(monkeypatch):
-    monkeypatch.setattr("sys.stderr", open(os.devnull, "w"))  # noqa: SIM115
+    monkeypatch.setattr("sys.stderr", io.StringIO())
     count, wrong = Counter(), []
     for more in (["--learning_rate", "1e-3"], []):
         for words in [*GRID, *ALONE]:
@@ -257,6 +258,30 @@ def test_no_stop_of_the_real_code_is_missed_and_nothing_that_runs_is_said_to_sto
                 count["stops" if why else "ignored" if codes & IGNORED else "runs"] += 1
     assert not wrong, "\n".join([f"{len(wrong)} wrong, {dict(count)} right", *wrong[:60]])
     assert sum(count.values()) > 5000
+
+
+@needs_sd
+def test_what_a_repair_leaves_without_errors_runs_in_the_real_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.chdir(tmp_path)
+    repaired, wrong = 0, []
+    for words in GRID:
+        plan = check(["train_network.py", "--learning_rate", "1e-3", *words], fix=True)
+        if plan.changes and not plan.errors:
+            repaired += 1
+            why = stops(plan.config[1:], monkeypatch)
+            missing = why.startswith(("ImportError", "ModuleNotFoundError"))  # a package, here
+            wrong += [f"{words} -> {plan.config}: {why}"] if why and not missing else []
+    assert not wrong, "\n".join(wrong[:30])
+    assert repaired > 300
+    story = (
+        'lr_scheduler = "constant"\nlr_warmup_steps = 100\nlearning_rate = 1e-4\n[a]\nmax_train_steps = 999\n'
+    )
+    (tmp_path / "c.toml").write_text(story)
+    assert stops(["--config_file", "c"], monkeypatch).startswith("ValueError")
+    plan = check(["train_network.py", "--config_file", "c"], fix=True)
+    (tmp_path / "c.toml").write_text(as_text(plan.files["c.toml"], ".toml"))
+    assert stops(plan.config[1:], monkeypatch) == ""
 
 
 def arguments(path):
@@ -325,7 +350,7 @@ def test_the_scripts_of_musubi_tuner_are_known_and_all_call_eval():
     assert all("optimizer_eval_fn()" in path.read_text(encoding="utf-8") for path in loops)
 
 
-# (accumulation, updates of the run, a state every so many), of 96 micro-batches an epoch; docs/kohya.md shows them.
+# (accumulation, updates of the run, a state every so many), with 96 micro-batches an epoch; in docs/kohya.md.
 LENGTHS = ((1, 288, 96), (1, 240, 110), (2, 144, 48), (2, 120, 30), (4, 72, 24), (4, 60, 15), (5, 50, 17))
 
 
