@@ -77,13 +77,18 @@ def check_laws(path: object, meta: Meta) -> None:
     Raises:
         CheckpointError: with the names that no row has.
     """
-    names = {str(group.get("optimizer", meta.optimizer)) for group in meta.groups}
+    names = {kind_of(meta, group) for group in meta.groups}
     strange = sorted(name for name in names if not laws.candidates(name))
     if strange:
         raise CheckpointError(
             f"{path} must be of a known law ({', '.join(laws.LAWS)}), got {', '.join(strange)}: register its "
             f"row with sfcore.laws.register, or start from its weights with resume='weights:{path}'"
         )
+
+
+def kind_of(meta: Meta, group: Mapping[str, Any]) -> str:
+    """Returns the name of a saved group's optimizer; in JAX each state may have its own."""
+    return str(group.get("optimizer", meta.optimizer))
 
 
 def of_optimizer(group: int | None, saved: str, configured: str) -> Change:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import numpy as np
 from sfcore import exchange, files, sources, store
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.iterates import says_beta, x_of
-from sfcore.meta import Meta
+from sfcore.meta import Meta, precision_of
 from sfcore.names import UserMap, translate
 from sfcore.sources import Source
 
@@ -111,8 +109,7 @@ def _whole(source: Source) -> Meta:
 
 def _complete(source: Source, meta: Meta) -> None:
     """Fills in the record of a state that came without one."""
-    dtypes = {about["dtype"] for about in meta.parameters.values()}
-    meta.precision = dtypes.pop() if len(dtypes) == 1 else "mixed"
+    meta.precision = precision_of(meta.parameters)
     meta.fingerprints = {"x": fingerprint(x_of(meta, source.state))}
     if meta.weights_hold == "y":
         meta.fingerprints["y"] = fingerprint(of_role(source.state, "y"))
@@ -140,15 +137,7 @@ def _write_inference(source: Source, path: Path) -> Path:
     about = (
         {"format": "pt", "weights_hold": "x"} if source.meta is None else store.about_inference(source.meta)
     )
-    partial = files.aside(path.parent)
-    try:
-        files.make(path.parent)
+    with files.cannot(f"write {path}"), files.partial(path.parent) as partial:
         exchange.write_tensors(partial, x, about)
-        os.rename(partial, path)
-        files.sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {files.why(error)}") from error
-    finally:
-        with suppress(OSError):  # gone, or its folder never came to be
-            partial.unlink()
+        files.rename(partial, path)
     return path

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,8 @@ def of_role(tensors: Mapping[str, np.ndarray], role: str) -> dict[str, np.ndarra
 
 def describe(array: np.ndarray) -> dict[str, Any]:
     """Returns what is recorded of a leaf: dtype, shape and CRC-32 of its bytes."""
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": _crc(array)}
-
-
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(_safetensors.as_bytes(array))
+    crc32 = zlib.crc32(_safetensors.as_bytes(array))
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": crc32}
 
 
 def write_tensors(
@@ -108,12 +106,8 @@ def said_of_weights(path: Path) -> tuple[int | None, list[str]]:
     """
     if path.suffix != ".safetensors":
         return None, []
-    try:
+    with reading(path):
         header = _safetensors.read_metadata(path)
-    except OSError as error:
-        raise CheckpointError(cannot_read(path, error)) from error
-    except _safetensors.Damaged as error:
-        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
     step = header.get("step", "")
     notices = []
     if header.get("weights_hold") == "y":
@@ -133,21 +127,18 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
         CheckpointError: naming the first leaf that is missing or unknown, or has another dtype, shape or
             content.
     """
-    try:
+    with reading(path):
         stored = _safetensors.read(path)
-    except _safetensors.Damaged as error:
-        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
-    except ImportError as error:
-        raise CheckpointError(f"{path} needs the package {error.name}: pip install {error.name}") from error
-    except OSError as error:
-        raise CheckpointError(cannot_read(path, error)) from error
     if record is None:
         return stored
     unknown = set(stored) - set(record)
     missing = set(record) - set(stored)
     if unknown or missing:
         raise CheckpointError(f"{path} is damaged: {_difference(missing, unknown)}; {OLDER}")
-    return {leaf: _checked(path, leaf, stored[leaf], described) for leaf, described in record.items()}
+    found = {leaf: _from_stored(stored[leaf], described["dtype"]) for leaf, described in record.items()}
+    for leaf, array in found.items():
+        check_leaf(path, leaf, array, record[leaf])
+    return found
 
 
 def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
@@ -155,6 +146,19 @@ def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
     found = _safetensors.read_metadata(path)
     if found not in ({}, expected):
         raise CheckpointError(f"{path} is damaged: its header must say {expected}, got {found}; {OLDER}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever keeps a file or folder from being read into a `CheckpointError` with the way out."""
+    try:
+        yield
+    except _safetensors.Damaged as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs the package {error.name}: pip install {error.name}") from error
+    except OSError as error:
+        raise CheckpointError(cannot_read(path, error)) from error
 
 
 def cannot_read(path: Path, error: OSError) -> str:
@@ -174,15 +178,20 @@ def _difference(missing: set[str], unknown: set[str]) -> str:
     return f"it must hold the leaf {leaf!r}, got none of that name" + (f" but {near!r}" if near else "")
 
 
-def _checked(path: Path, leaf: str, stored: np.ndarray, described: Mapping[str, Any]) -> np.ndarray:
-    array = _from_stored(stored, described["dtype"])
-    for what, found in (("dtype", array.dtype.name), ("shape", list(array.shape)), ("crc32", _crc(array))):
+def check_leaf(
+    path: Path,
+    leaf: str,
+    array: np.ndarray,
+    described: Mapping[str, Any],
+    changed: str = "the file was changed after it was written",
+) -> None:
+    """Raises `CheckpointError` unless an array is as its record describes it."""
+    for what, found in describe(array).items():
         if found != described[what]:
             raise CheckpointError(
                 f"{path} is damaged: leaf {leaf!r} must have {what} {described[what]}, got {found}: "
-                f"the file was changed after it was written; {OLDER}"
+                f"{changed}; {OLDER}"
             )
-    return array
 
 
 def _as_stored(leaf: str, array: np.ndarray) -> np.ndarray:

@@ -7,14 +7,26 @@ import os
 import re
 import shutil
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sfcore.exchange import CheckpointError, cannot_read
+from sfcore.exchange import CheckpointError, reading
 
 PARTIAL = ".partial-"
 SET_ASIDE = "set-aside"
+_LEFT = (f"{PARTIAL}*", "*.orbax-checkpoint-tmp*", ".removed")  # the last two by earlier versions, in JAX
 _STEP = re.compile(r"^step_(\d{9,})(?:\.(\d+))?$")
+_in_work: set[str] = set()  # names of what this process is writing, which are no leftovers
+
+
+@contextmanager
+def cannot(what: str) -> Iterator[None]:
+    """Turns what the system refuses into a CheckpointError: what cannot be done, why, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot {what}: {why(error)}") from error
 
 
 def why(error: OSError) -> str:
@@ -29,9 +41,34 @@ def why(error: OSError) -> str:
     return f"{error.strerror or error}. {untouched}"
 
 
-def aside(folder: Path) -> Path:
-    """Returns a new name that no reader looks at; a random one, because process ids come again."""
+@contextmanager
+def partial(folder: Path) -> Iterator[Path]:
+    """Yields a new name in a folder that no reader looks at: fill it, `rename` it, or it goes again."""
+    made = _aside(folder)
+    _in_work.add(made.name)
+    try:
+        make(folder)
+        yield made
+    finally:
+        _in_work.discard(made.name)
+        discard(made)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Returns what saves and removals that were interrupted left in a folder."""
+    found = [path for pattern in _LEFT for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
+    return [path for path in found if path.name not in _in_work]
+
+
+def _aside(folder: Path) -> Path:
+    # A random name, because process ids come again.
     return folder / f"{PARTIAL}{uuid.uuid4().hex}"
+
+
+def rename(path: Path, final: Path) -> None:
+    """Gives something whole its name, which lasts."""
+    os.rename(path, final)
+    sync(final.parent)
 
 
 def make(folder: Path) -> None:
@@ -69,17 +106,17 @@ def next_name(step: int, older: Path | None) -> str:
 
 
 def discard(path: Path) -> None:
-    """Removes a folder, as far as the system lets us; of a link to one, only the link."""
-    if path.is_symlink():
+    """Removes a file or a folder, as far as the system lets us; of a link to one, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with suppress(OSError):
             path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> bool:
     """Removes a checkpoint, if the system lets us; it stops being one before the first file goes."""
-    going = aside(path.parent)
+    going = _aside(path.parent)
     try:
         os.rename(path, going)
     except OSError:
@@ -104,11 +141,14 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     Raises:
         CheckpointError: if it is no folder or cannot be read.
     """
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CheckpointError(cannot_read(folder, error)) from error
-    found = sorted((int(m[1]), int(m[2] or 0), name) for name in names if (m := _STEP.match(name)))
+    found = sorted((int(m[1]), int(m[2] or 0), name) for name in names(folder) if (m := _STEP.match(name)))
     return [(step, folder / name) for step, _, name in found]
+
+
+def names(folder: Path) -> list[str]:
+    """Returns the names in a folder, none if it is not there; raises as `checkpoints`."""
+    with reading(folder):
+        try:
+            return os.listdir(folder)
+        except FileNotFoundError:
+            return []

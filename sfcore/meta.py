@@ -115,7 +115,7 @@ def as_step(value: Any) -> int:
         >>> as_step(np.int64(7))
         7
     """
-    number = _single(value)
+    number = number_in(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise CheckpointError(f"step must be a whole number >= 0, got {value!r}: pass int(...)")
     return number
@@ -133,7 +133,7 @@ def as_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         >>> as_metrics({"loss": np.float32(0.25)})
         {'loss': 0.25}
     """
-    found = {name: _single(value) for name, value in metrics.items()}
+    found = {name: number_in(value) for name, value in metrics.items()}
     bad = [f"{name} = {value!r}" for name, value in found.items() if not _finite(value)]
     if bad:
         raise CheckpointError(
@@ -170,7 +170,13 @@ def as_accumulation(given: Sequence[int], batch_size: int | None) -> dict[str, i
     return found if batch_size is None else found | {"batch_size": batch_size}
 
 
-def _single(value: Any) -> Any:
+def precision_of(parameters: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns `Meta.precision` of `Meta.parameters`."""
+    dtypes = {about["dtype"] for about in parameters.values()}
+    return dtypes.pop() if len(dtypes) == 1 else "mixed"
+
+
+def number_in(value: Any) -> Any:
     """Returns the number in an array or tensor of one element, anything else as it is."""
     try:
         return value.item()

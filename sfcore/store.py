@@ -5,16 +5,20 @@ FOLDER/step_000000100/meta.json              the record (sfcore.meta)
                       inference.safetensors  x and the buffers, plain names: what to ship
 FOLDER/set-aside/...                          newer than a save that came after: another timeline
 FOLDER/.partial-...                          a save or removal that was interrupted; `clean` removes it
+FOLDER/.replaced/...                          one on its way out; `clean` brings it back if no new one came
+
+Other files may lie in such a folder in other places, with the same rules: a `Layout` says what is different.
 """
 
 from __future__ import annotations
 
+import numbers
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +28,8 @@ from sfcore.exchange import OLDER, CheckpointError
 from sfcore.meta import Meta
 
 STATE, INFERENCE, META = "state.safetensors", "inference.safetensors", "meta.json"
-_in_work: set[str] = set()  # names of what this process is writing, which are no leftovers
+REPLACED = ".replaced"
+_placing: set[Path] = set()  # where this process is about to put a checkpoint, whose older one has made way
 
 
 def check_keep(keep_newest: int, keep_best: int) -> None:
@@ -45,56 +50,20 @@ class Skipped(NamedTuple):
     why: str
 
 
-def write(
-    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
-) -> Path:
-    """Writes one checkpoint beside the others and renames it into place; returns its path.
+class Layout(NamedTuple):
+    """What is different from one kind of checkpoint folder to another.
 
-    Everything is on disk (fsync) before the rename, so a kill at any moment leaves the older
-    checkpoints and at most a `.partial-` folder. A checkpoint of the same step is replaced, and is
-    there until the new one is.
-
-    Args:
-        folder: where the checkpoints lie; made if it is not there.
-        meta: the record; its `tensors` are filled in here, in the file and not in this object.
-        state: "ROLE/PARAMETER" -> array.
-        inference: name -> array, x and the buffers.
-
-    Raises:
-        CheckpointError: no permission, disk full, no folder, a metric that is no finite number, a leaf
-            without a role; nothing of the attempt stays.
+    Attributes:
+        checkpoints: folder -> (step, path) of every one, oldest first; a step saved again may come twice.
+        name: (step, path of the one that is replaced or None) -> the name that a checkpoint gets.
+        read_meta: path -> record.
+        verify: path -> content, where every leaf has been held against the record.
     """
-    for leaf in state:
-        exchange.split(leaf)
-    partial = files.aside(folder)
-    _in_work.add(partial.name)
-    try:
-        files.make(folder)
-        partial.mkdir()
-        _fill(partial, meta, state, inference)
-        older = steps(folder).get(meta.step)
-        final = folder / files.next_name(meta.step, older)
-        os.rename(partial, final)
-        files.sync(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write a checkpoint into {folder}: {files.why(error)}") from error
-    finally:
-        _in_work.discard(partial.name)
-        shutil.rmtree(partial, ignore_errors=True)
-    if older is not None:
-        files.remove(older)
-    return final
 
-
-def _fill(
-    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
-) -> None:
-    record = {
-        STATE: exchange.write_tensors(folder / STATE, state),
-        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta)),
-    }
-    files.write_text(folder / META, replace(meta, tensors=record).to_json())
-    files.sync(folder)
+    checkpoints: Callable[[Path], list[tuple[int, Path]]]
+    name: Callable[[int, Path | None], str]
+    read_meta: Callable[[Path], Meta]
+    verify: Callable[[Path], Any]
 
 
 def about_inference(meta: Meta) -> dict[str, str]:
@@ -103,30 +72,24 @@ def about_inference(meta: Meta) -> dict[str, str]:
     return {"format": form, "weights_hold": "x", "step": str(meta.step)}
 
 
-def steps(folder: Path) -> dict[int, Path]:
-    """Returns step -> path of the checkpoints in a folder, oldest first; {} if there is no folder.
-
-    Raises:
-        CheckpointError: if it is no folder or cannot be read.
-    """
-    return dict(files.checkpoints(folder))
-
-
 def read_meta(path: Path) -> Meta:
     """Reads a checkpoint's record.
 
     Raises:
         CheckpointError: if the folder is empty, or the record missing, unreadable, damaged or too new.
     """
-    try:
-        text = (path / META).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path} must be a folder with {META}, got {_found(path)}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path / META} is damaged: it must be JSON ({error}); {OLDER}") from error
-    except OSError as error:
-        raise CheckpointError(exchange.cannot_read(path / META, error)) from error
-    return Meta.from_json(text, path / META)
+    return read_record(path / META, lambda: f"{path} must be a folder with {META}, got {_found(path)}")
+
+
+def read_record(file: Path, missing: Callable[[], str]) -> Meta:
+    """Reads the record in a file of any layout; `missing` says what is there in its place."""
+    with exchange.reading(file):
+        try:
+            return Meta.from_json(file.read_text(encoding="utf-8"), file)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(missing()) from error
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is damaged: it must be JSON ({error}); {OLDER}") from error
 
 
 def _found(path: Path) -> str:
@@ -156,13 +119,97 @@ def read(path: Path, file: str = STATE) -> tuple[Meta, dict[str, np.ndarray]]:
     return meta, tensors
 
 
-def newest(folder: Path) -> Path:
+def _verify(path: Path) -> None:
+    for file in (STATE, INFERENCE):
+        read(path, file)
+
+
+PLAIN = Layout(files.checkpoints, files.next_name, read_meta, _verify)
+
+
+def steps(folder: Path, layout: Layout = PLAIN) -> dict[int, Path]:
+    """Returns step -> path of the checkpoints in a folder, oldest first; {} if there is no folder.
+
+    Raises:
+        CheckpointError: if it is no folder or cannot be read.
+    """
+    return dict(layout.checkpoints(folder))
+
+
+def write(
+    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
+) -> Path:
+    """Writes one checkpoint beside the others and renames it into place; returns its path.
+
+    Everything is on disk (fsync) before the rename, so a kill at any moment leaves the older
+    checkpoints and at most a `.partial-` folder. A checkpoint of the same step is replaced, and is
+    there until the new one is.
+
+    Args:
+        folder: where the checkpoints lie; made if it is not there.
+        meta: the record; its `tensors` are filled in here, in the file and not in this object.
+        state: "ROLE/PARAMETER" -> array.
+        inference: name -> array, x and the buffers.
+
+    Raises:
+        CheckpointError: no permission, disk full, no folder, a metric that is no finite number, a leaf
+            without a role; nothing of the attempt stays.
+    """
+    for leaf in state:
+        exchange.split(leaf)
+    with files.cannot(f"write a checkpoint into {folder}"):
+        return put(folder, meta.step, lambda path: _fill(path, meta, state, inference))
+
+
+def _fill(
+    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
+) -> None:
+    folder.mkdir()
+    record = {
+        STATE: exchange.write_tensors(folder / STATE, state),
+        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta)),
+    }
+    files.write_text(folder / META, replace(meta, tensors=record).to_json())
+    files.sync(folder)
+
+
+def put(folder: Path, step: int, fill: Callable[[Path], None], layout: Layout = PLAIN) -> Path:
+    """Lets a checkpoint be filled where no reader looks, and renames it into place; returns its path.
+
+    Args:
+        folder: where the checkpoints lie; made if it is not there.
+        step: its number. One of the same step counts until the new one is in its place.
+        fill: makes and fills the folder that it gets, synced to the disk.
+        layout: of the folder.
+
+    Raises:
+        OSError: as the system gives it; nothing of the attempt stays.
+    """
+    with files.partial(folder) as new:
+        new.mkdir()
+        fill(new / str(step))
+        older = steps(folder, layout).get(step)
+        final = folder / layout.name(step, older)
+        _placing.add(final)
+        try:
+            if older == final:
+                older = files.move(older, folder / REPLACED)
+            files.rename(new / str(step), final)
+        finally:
+            _placing.discard(final)
+    if older is not None:
+        files.remove(older)
+        _drop_if_empty(folder / REPLACED)
+    return final
+
+
+def newest(folder: Path, layout: Layout = PLAIN) -> Path:
     """Returns the newest checkpoint of a folder.
 
     Raises:
         CheckpointError: if there is none.
     """
-    found = steps(folder)
+    found = steps(folder, layout)
     if not found:
         raise CheckpointError(
             f"{folder} must hold a checkpoint (step_...), got none: check the path, or start anew"
@@ -170,34 +217,95 @@ def newest(folder: Path) -> Path:
     return found[max(found)]
 
 
-def unknown_resume(resume: object) -> CheckpointError:
-    """Returns the error for a `resume` that is no word, no step, and no path that is there."""
-    return CheckpointError(
-        "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is there, "
-        f"got {resume!r}: check the spelling"
-    )
+def at(path: Path) -> Path:
+    """Returns a checkpoint itself, or the newest of a folder of them; raises as `newest`."""
+    return path if (path / META).exists() else newest(path)
 
 
-def latest_good(folder: Path) -> tuple[Path, list[Skipped]]:
+def weights(path: Path) -> tuple[dict[str, np.ndarray], int | None, list[str]]:
+    """Returns weights alone: name -> array, the optimizer steps they were trained for if known, and notices.
+
+    Args:
+        path: a checkpoint or a folder of them, or a safetensors file of anyone's.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    if path.is_dir():
+        meta, arrays = read(at(path), INFERENCE)
+        return arrays, meta.step, []
+    return exchange.read_tensors(path), *exchange.said_of_weights(path)
+
+
+def one_of(path: Path, *layouts: Layout) -> Path:
+    """Returns the newest checkpoint below a path, in the first layout that has any, or the path itself."""
+    return next((newest(path, layout) for layout in layouts if steps(path, layout)), path)
+
+
+class Chosen(NamedTuple):
+    """What a user asks to resume from.
+
+    Attributes:
+        path: the checkpoint; None is a start anew.
+        skipped: newer ones that do not verify.
+        content: what `Layout.verify` returned of it, None if it was not called.
+    """
+
+    path: Path | None
+    skipped: Sequence[Skipped] = ()
+    content: Any = None
+
+
+def choose(folder: Path, resume: Any, layout: Layout = PLAIN) -> Chosen:
+    """Returns the checkpoint that a `resume` means.
+
+    Args:
+        folder: where words and steps are looked for.
+        resume: "auto" the newest, "latest-good" the newest that verifies, both of them None in a folder
+            without any; "none"; a step; the path of a checkpoint, or of a folder of them, also of `PLAIN`.
+        layout: of the folder.
+
+    Raises:
+        CheckpointError: if it is none of these, or none verifies.
+    """
+    if resume == "none":
+        return Chosen(None)
+    found = steps(folder, layout)
+    if resume in ("auto", "latest-good") and not found:
+        return Chosen(None)
+    if resume == "latest-good":
+        return latest_good(folder, layout)
+    if resume == "auto":
+        return Chosen(found[max(found)])
+    if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
+        if resume not in found:
+            raise CheckpointError(f"{folder} must hold step {resume}, got the steps {sorted(found)}")
+        return Chosen(found[int(resume)])
+    if not isinstance(resume, Path) and not (isinstance(resume, str) and Path(resume).exists()):
+        raise CheckpointError(
+            "resume must be 'auto', 'none', 'latest-good', 'weights:PATH', a step or a path that is there, "
+            f"got {resume!r}: check the spelling"
+        )
+    return Chosen(one_of(Path(resume), layout, PLAIN))
+
+
+def latest_good(folder: Path, layout: Layout = PLAIN) -> Chosen:
     """Returns the newest checkpoint that verifies in full, and the newer ones that do not.
 
     Raises:
         CheckpointError: if none verifies, with the reason for each.
     """
-    skipped = []
-    for _, path in reversed(files.checkpoints(folder)):
+    skipped: list[Skipped] = []
+    for _, path in reversed(layout.checkpoints(folder)):
         try:
-            for file in (STATE, INFERENCE):
-                read(path, file)
+            return Chosen(path, skipped, layout.verify(path))
         except CheckpointError as error:
             skipped.append(Skipped(path, str(error)))
-        else:
-            return path, skipped
     why = "\n".join(f"  {s.path.name}: {s.why}" for s in skipped) or "  it holds none"
     raise CheckpointError(f"{folder} must hold a checkpoint that verifies, got none:\n{why}")
 
 
-def set_aside(folder: Path, newer_than: int) -> list[Path]:
+def set_aside(folder: Path, newer_than: int, layout: Layout = PLAIN) -> list[Path]:
     """Moves checkpoints newer than a step to FOLDER/set-aside; returns where they are now.
 
     They are of a run that this one has turned back from. They are kept, but a resume must not take them
@@ -206,28 +314,40 @@ def set_aside(folder: Path, newer_than: int) -> list[Path]:
     Raises:
         CheckpointError: if the folder cannot be read or written to.
     """
-    newer = [path for step, path in files.checkpoints(folder) if step > newer_than]
-    try:
+    newer = [path for step, path in layout.checkpoints(folder) if step > newer_than]
+    with files.cannot(f"move checkpoints in {folder}"):
         return [files.move(path, folder / files.SET_ASIDE) for path in newer]
-    except OSError as error:
-        raise CheckpointError(f"cannot move checkpoints in {folder}: {files.why(error)}") from error
 
 
-def clean(folder: Path) -> list[Path]:
+def clean(folder: Path, layout: Layout = PLAIN) -> list[Path]:
     """Removes what interrupted saves left behind and returns it; call it when no other process saves.
 
-    That is every `.partial-` folder, and the older of two checkpoints of the same step.
+    That is every `.partial-` folder, and the older of two checkpoints of the same step. One that had made
+    way for a new one, which never came, comes back.
     """
-    everything, kept = files.checkpoints(folder), set(steps(folder).values())
-    partial = sorted(folder.glob(f"{files.PARTIAL}*")) if folder.is_dir() else []
-    left = [path for path in partial if path.name not in _in_work]
+    for path in (folder / REPLACED).glob("*"):
+        final = folder / path.name
+        if final not in _placing and not final.exists():
+            os.rename(path, final)
+        elif final not in _placing:
+            files.discard(path)
+    _drop_if_empty(folder / REPLACED)
+    everything, kept = layout.checkpoints(folder), set(steps(folder, layout).values())
+    left = files.leftovers(folder)
     for path in left:
         files.discard(path)
     replaced = [path for _, path in everything if path not in kept]
     return left + [path for path in replaced if files.remove(path)]
 
 
-def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") -> list[Path]:
+def _drop_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def prune(
+    folder: Path, keep_newest: int, keep_best: int, metric: str = "loss", layout: Layout = PLAIN
+) -> list[Path]:
     """Removes all but the newest checkpoints and those of the smallest metric; returns what went.
 
     Args:
@@ -235,6 +355,7 @@ def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") 
         keep_newest: how many of the newest to keep, >= 1.
         keep_best: how many of the smallest metric to keep, >= 0; of equal ones the older.
         metric: a key of `Meta.metrics`; checkpoints without it rank nowhere.
+        layout: of the folder.
 
     Raises:
         CheckpointError: if the numbers are out of range, or the folder cannot be read.
@@ -244,12 +365,12 @@ def prune(folder: Path, keep_newest: int, keep_best: int, metric: str = "loss") 
             f"keep_newest must be >= 1 and keep_best >= 0, got {keep_newest} and {keep_best}: "
             "without the newest there is nothing to resume from"
         )
-    found = steps(folder)
+    found = steps(folder, layout)
     keep = set(list(found)[-keep_newest:])
     scored = []
     for step, path in found.items():
         try:
-            scored.append((read_meta(path).metrics[metric], step))
+            scored.append((layout.read_meta(path).metrics[metric], step))
         except (CheckpointError, KeyError):
             continue
     keep |= {step for _, step in sorted(scored)[:keep_best]}

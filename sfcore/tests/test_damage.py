@@ -156,7 +156,7 @@ def test_latest_good_skips_what_is_damaged_and_says_why(tmp_path):
     (held[4] / store.META).write_text("{")
     shutil.rmtree(held[3])
     held[3].mkdir()
-    path, skipped = store.latest_good(tmp_path)
+    path, skipped, _ = store.latest_good(tmp_path)
     assert path == held[2]
     assert [s.path for s in skipped] == [held[6], held[5], held[4], held[3]]
     for s, word in zip(skipped, ["'z/w'", store.INFERENCE, store.META, "empty folder"], strict=True):
@@ -168,7 +168,7 @@ def test_latest_good_skips_a_newer_format(tmp_path):
     newer = store.write(tmp_path, examples.meta(2), {}, {})
     body = json.loads((newer / store.META).read_text()) | {"format_version": 99}
     (newer / store.META).write_text(json.dumps(body))
-    path, skipped = store.latest_good(tmp_path)
+    path, skipped, _ = store.latest_good(tmp_path)
     assert path.name == "step_000000001"
     assert "upgrade" in skipped[0].why
 

@@ -22,8 +22,7 @@ except ImportError as error:
 from sfcore.changes import Change
 from sfcore.exchange import CheckpointError
 from sfjax.checkpoint._checkpoints import Checkpoints
-from sfjax.checkpoint._export import export_exchange, read
-from sfjax.checkpoint._import import import_exchange
+from sfjax.checkpoint._exchange import export_exchange, import_exchange, read
 from sfjax.checkpoint._importers import import_optax
 from sfjax.checkpoint._restore import Restored
 from sfjax.checkpoint._weights import start_from_weights

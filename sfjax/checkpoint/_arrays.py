@@ -1,82 +1,242 @@
-"""Reads the arrays of an Orbax item leaf by leaf, so that damage is found in the leaf where it is.
+"""Between JAX and a checkpoint: leaves as host arrays or JSON, and back to where the target's leaves lie.
 
-Orbax reads all leaves at once, in tasks: one bad leaf makes it fail without saying which, and leaves the
-other tasks to print their errors. So the layout that it writes today is read with tensorstore alone; Orbax
-itself reads any other.
+Arrays that come straight from the host are not given away in a donating step, which then holds the state
+twice, and have other placement than those a step returns, which compiles it twice. A jitted copy cures both.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sfcore import exchange
-from sfcore.exchange import OLDER, CheckpointError
+from sfcore.exchange import CheckpointError
 
-_ARRAYS = ("np.ndarray", "jax.Array", "scalar")
+OBJECTS = "sfjax.objects"  # the key of Meta.extra under which they lie
+Number = bool | int | float | complex
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """Returns name -> host array of an Orbax item; names are paths in its tree, joined by "/".
+def is_key(leaf: Any) -> bool:
+    """Tells whether a leaf, concrete or abstract, is a typed PRNG key or an array of them."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def is_weak(leaf: Any) -> bool:
+    """Tells whether a leaf, concrete or abstract, has a weak type, as jnp.full(3, 0.5) has."""
+    return bool(getattr(leaf, "weak_type", False))
+
+
+def is_object(leaf: Any) -> bool:
+    """Tells whether a leaf is saved as JSON: text, a NumPy generator, or an iterator that knows its place."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Number):
+        return False
+    return isinstance(leaf, str | bytes | np.random.Generator) or all(
+        callable(getattr(leaf, method, None)) for method in ("get_state", "set_state")
+    )
+
+
+def object_state(name: str, leaf: Any) -> dict[str, Any]:
+    """Returns the JSON of an object leaf.
 
     Raises:
-        CheckpointError: naming the file or the leaf that cannot be read.
+        CheckpointError: if its get_state() gives something that JSON has no form for.
     """
-    layout = _layout(path)
-    keys = [[str(part["key"]) for part in leaf["key_metadata"]] for leaf in layout["tree_metadata"].values()]
-    if not layout.get("use_ocdbt") or not isinstance(layout.get("use_zarr3"), bool):
-        from sfjax.checkpoint import _orbax
-
-        return _orbax.read_arrays(path)
-    import tensorstore
-
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})
-    driver = "zarr3" if layout["use_zarr3"] else "zarr"
-    opened = [
-        tensorstore.open(_spec(path, driver, parts), open=True, read=True, context=context) for parts in keys
-    ]
-    stores = [_done(path, parts, future) for parts, future in zip(keys, opened, strict=True)]
-    reading = [store.read() for store in stores]
-    return {"/".join(parts): _done(path, parts, future) for parts, future in zip(keys, reading, strict=True)}
-
-
-def _layout(path: Path) -> dict[str, Any]:
-    file = path / "_METADATA"
+    state = _state(leaf)
+    if isinstance(state, bytes):
+        return {"bytes": base64.b64encode(state).decode()}
     try:
-        layout = json.loads(file.read_text(encoding="utf-8"))
-        for leaf in layout["tree_metadata"].values():
-            leaf["key_metadata"][0], [part["key"] for part in leaf["key_metadata"]]
-            leaf["value_metadata"]["value_type"]
-    except OSError as error:
-        raise CheckpointError(exchange.cannot_read(file, error)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: it must describe Orbax's tree; {OLDER}") from error
-    # Empty nodes are described too, as "None", "Dict" and so on; there is nothing to read of them.
-    leaves = {
-        k: leaf
-        for k, leaf in layout["tree_metadata"].items()
-        if leaf["value_metadata"]["value_type"] in _ARRAYS
-    }
-    found: dict[str, Any] = layout | {"tree_metadata": leaves}
+        _check_keys(state)
+        return {"json": json.loads(json.dumps(state, default=_listed))}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} must have a state of JSON or bytes, got {type(state).__name__} ({error}): leave it out"
+        ) from error
+
+
+def _check_keys(state: Any) -> None:
+    """Raises TypeError for a dict that JSON would give back with other keys: 0 as "0"."""
+    if isinstance(state, Mapping):
+        for key in state:
+            if not isinstance(key, str):
+                raise TypeError(f"its keys must be text, got {key!r}")
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        for below in state:
+            _check_keys(below)
+
+
+def _listed(value: Any) -> Any:
+    # No more than these: a torch.Generator gives a tensor, and takes no list in its place.
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def set_objects(
+    names: Sequence[str], leaves: Sequence[Any], stored: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Returns object leaves in their saved states; iterators and generators are moved in place, all or none.
+
+    Raises:
+        CheckpointError: if one does not take its state.
+    """
+    before = [_state(leaf) for leaf in leaves]
+    states = [base64.b64decode(one["bytes"]) if "bytes" in one else one["json"] for one in stored]
+    found = []
+    for name, leaf, state in zip(names, leaves, states, strict=True):
+        try:
+            found.append(_with_state(leaf, state))
+        except Exception as error:  # whatever a set_state raises
+            for moved, old in zip(leaves, before[: len(found)], strict=False):
+                _with_state(moved, old)
+            raise CheckpointError(
+                f"{name} must take the state that was saved, got {type(error).__name__}: {error}: pass an "
+                "object of the kind that was saved"
+            ) from error
     return found
 
 
-def _spec(path: Path, driver: str, parts: list[str]) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{path}/"}
-    return {
-        "driver": driver,
-        "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
-        "fill_missing_data_reads": False,  # a missing chunk is damage, not zeros
-    }
+def _state(leaf: Any) -> Any:
+    if isinstance(leaf, str | bytes):
+        return leaf
+    return leaf.bit_generator.state if isinstance(leaf, np.random.Generator) else leaf.get_state()
 
 
-def _done(path: Path, parts: list[str], future: Any) -> Any:
-    try:
-        return future.result()
-    except Exception as error:  # tensorstore raises ValueError and others
-        why = str(error).split(" [", 1)[0].splitlines()[0][:300]
-        name = "/".join(parts)
-        raise CheckpointError(f"{path} is damaged: leaf {name!r} cannot be read ({why}); {OLDER}") from error
+def _with_state(leaf: Any, state: Any) -> Any:
+    if isinstance(leaf, str | bytes):
+        return state
+    if isinstance(leaf, np.random.Generator):
+        leaf.bit_generator.state = state
+    else:
+        leaf.set_state(state)
+    return leaf
+
+
+def array_like(name: str, leaf: Any) -> Any:
+    """Returns a leaf as an array with a plain dtype: keys become their data, numbers arrays of shape ().
+
+    Raises:
+        CheckpointError: for a leaf that is none of these.
+    """
+    if is_key(leaf):
+        return jax.random.key_data(leaf)
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array = np.asarray(leaf) if isinstance(leaf, np.ndarray | Number | np.generic) else None
+    if array is not None and (array.dtype.kind in "biufc" or hasattr(ml_dtypes, array.dtype.name)):
+        return array
+    found = type(leaf).__name__ if array is None else f"dtype {array.dtype}"
+    raise CheckpointError(
+        f"{name} must be an array of numbers, a number, text, or an object with get_state and set_state, "
+        f"got {found}: leave it out of extra_state, or convert it"
+    )
+
+
+def stored_form(leaf: Any) -> tuple[str, tuple[int, ...]]:
+    """Returns (dtype name, shape) that a target leaf has in a checkpoint."""
+    if is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    elif isinstance(leaf, Number):
+        leaf = np.asarray(leaf)
+    return np.dtype(leaf.dtype).name, tuple(leaf.shape)
+
+
+def place(targets: Sequence[Any], arrays: Sequence[np.ndarray], weak: Sequence[bool]) -> list[Any]:
+    """Returns the arrays as the targets' types, on their devices.
+
+    Args:
+        targets: jax.Arrays, `jax.ShapeDtypeStruct`s (without sharding: the default device), PRNG keys,
+            NumPy arrays or Python numbers.
+        arrays: a host array for each, of the right shape and dtype.
+        weak: for each whether it gets a weak type.
+    """
+    placed: list[Any] = [None] * len(targets)
+    shardings = _concrete([sharding_of(target) for target in targets])
+    together: dict[Any, list[int]] = {}
+    for i, (target, array) in enumerate(zip(targets, arrays, strict=True)):
+        if isinstance(target, Number):
+            placed[i] = type(target)(array.item())
+        elif isinstance(target, np.ndarray | np.generic):
+            copied = np.array(array, target.dtype)
+            placed[i] = copied if isinstance(target, np.ndarray) else copied[()]
+        else:
+            sharding = shardings[i]
+            together.setdefault(None if sharding is None else frozenset(sharding.device_set), []).append(i)
+    for indices in together.values():
+        on_device = _owned(
+            [_put(arrays[i], weak[i], shardings[i]) for i in indices], [shardings[i] for i in indices]
+        )
+        for i, leaf in zip(indices, on_device, strict=True):
+            placed[i] = leaf
+    return [_as_key(target, leaf) for target, leaf in zip(targets, placed, strict=True)]
+
+
+def sharding_of(target: Any) -> Any:
+    """Returns the sharding that a target asks for, or None if its placement is JAX's to choose."""
+    if isinstance(target, jax.Array) and not getattr(target, "committed", True):
+        return None
+    sharding = getattr(target, "sharding", None)
+    # A key's data has one axis more; keys are small, so every device of the mesh gets all of them.
+    if sharding is not None and is_key(target) and hasattr(sharding, "spec"):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def _concrete(shardings: list[Any]) -> list[Any]:
+    """Returns shardings with devices for those of an abstract mesh, as jax.eval_shape gives to explicit axes.
+
+    Raises:
+        CheckpointError: if neither the other shardings nor jax.set_mesh say which devices.
+    """
+    meshes = [one.mesh for one in shardings if isinstance(one, NamedSharding)]
+    if all(isinstance(mesh, Mesh) for mesh in meshes):
+        return shardings
+    concrete = [mesh for mesh in [jax.sharding.get_mesh(), *meshes] if isinstance(mesh, Mesh)]
+    devices = {mesh.abstract_mesh: mesh for mesh in concrete}
+
+    def on_devices(sharding: Any) -> Any:
+        if not isinstance(sharding, NamedSharding) or isinstance(sharding.mesh, Mesh):
+            return sharding
+        if sharding.mesh not in devices:
+            raise CheckpointError(
+                f"params must lie on devices, got {sharding.mesh}: pass the arrays themselves as the "
+                "target, or restore within jax.set_mesh(mesh)"
+            )
+        return NamedSharding(devices[sharding.mesh], sharding.spec, memory_kind=sharding.memory_kind)
+
+    return [on_devices(sharding) for sharding in shardings]
+
+
+def _put(array: Any, weak: bool, sharding: Any) -> Any:
+    if weak:  # which only comes from a Python number
+        array = jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
+    return jax.device_put(array, sharding)
+
+
+def _owned(leaves: list[Any], shardings: list[Any]) -> list[Any]:
+    """Returns them in buffers that XLA owns, placed as a jitted step's results are."""
+    copy = jax.jit(lambda tree: [jnp.copy(leaf) for leaf in tree], out_shardings=shardings, donate_argnums=0)
+    copied: list[Any] = copy(leaves)
+    return copied
+
+
+def _as_key(target: Any, leaf: Any) -> Any:
+    if not is_key(target):
+        return leaf
+    spec = jax.random.key_impl(target) if isinstance(target, jax.Array) else _implementation(target.dtype)
+    return jax.random.wrap_key_data(leaf, impl=spec)
+
+
+def _implementation(dtype: Any) -> str:
+    """Returns the name of the implementation of an abstract key's dtype."""
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.random.key(0, impl=name).dtype == dtype:
+            return name
+    raise TypeError(f"extra_state must hold PRNG keys of JAX's own kinds, got {dtype}: pass a concrete key")

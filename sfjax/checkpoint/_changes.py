@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sfcore.changes import Change, carried_sum, effect_of, of_batches, of_optimizer, same
+from sfcore.changes import Change, carried_sum, effect_of, kind_of, of_batches, of_optimizer, same
 from sfcore.exchange import CheckpointError
 from sfcore.laws import JAX_NAMES
 from sfcore.meta import Meta
@@ -56,11 +56,6 @@ def _equal(saved: Any, configured: Any) -> bool:
         # beta may have been read off a float32 state.
         return abs(saved - configured) <= 1e-7 * abs(configured)
     return bool(saved == configured)
-
-
-def kind_of(meta: Meta, group: Mapping[str, Any]) -> str:
-    """Returns the name of a saved group's optimizer."""
-    return str(group.get("optimizer", meta.optimizer))
 
 
 def carry(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,14 +16,14 @@ from jax.typing import ArrayLike
 from sfcore import files, store
 from sfcore.exchange import CheckpointError
 from sfcore.meta import as_metrics, as_step
-from sfjax.checkpoint import _read, _record
-from sfjax.checkpoint._background import Background, finish
-from sfjax.checkpoint._import import import_exchange
+from sfcore.saving import Saving
+from sfjax.checkpoint import _orbax, _record
+from sfjax.checkpoint._arrays import OBJECTS
+from sfjax.checkpoint._exchange import import_exchange
 from sfjax.checkpoint._leaves import beside, named, parameters, whole
 from sfjax.checkpoint._restore import Restored, restore_into
-from sfjax.checkpoint._save import Job, evaluated, on_host
+from sfjax.checkpoint._save import Job, Snapshot, evaluated, on_host
 from sfjax.checkpoint._steps import Steps
-from sfjax.checkpoint._storable import OBJECTS, Snapshot
 from sfjax.checkpoint._weights import start_from_weights
 from sfjax.state.arguments import Configurations, MicroBatches
 from sfjax.state.find import _pure
@@ -33,7 +31,7 @@ from sfjax.state.find import _pure
 _log = logging.getLogger("sfjax.checkpoint")
 
 
-class Checkpoints:
+class Checkpoints(Saving):
     """A folder of checkpoints of one run: the newest stay, and those with the smallest metric.
 
     A save returns as soon as the state is copied to the host; the rest happens in the background.
@@ -71,20 +69,13 @@ class Checkpoints:
         metric: str = "loss",
         background: bool = True,
     ) -> None:
-        store.check_keep(keep_newest, keep_best)
+        super().__init__(folder, keep_newest, keep_best, metric, background, _orbax.LAYOUT, _log)
         if jax.process_count() > 1:
             raise CheckpointError(
                 f"Checkpoints must run in one process, got {jax.process_count()}: use Orbax for several"
             )
-        self.folder, self.metric = Path(folder).absolute(), metric
-        self._keep = (keep_newest, keep_best)
-        self._background = Background(background)
         self._snapshot = Snapshot()
-        self._scores: dict[int, float] = {}
-        self._writer: Any = None
         self._steps = Steps()
-        # A signal may save from another thread (sfcore.preemption) while the main one is in here.
-        self._lock = threading.RLock()
 
     def save(
         self,
@@ -144,24 +135,13 @@ class Checkpoints:
             meta = _record.make(host.tree, hyperparameters, batches, **values)
             meta.to_json()  # what JSON has no form for must not fail later, in the background
             meta.extra = copy.deepcopy(meta.extra)  # the run goes on writing to its lists
-            writer = self._open()
-            self._scores.pop(meta.step, None)  # of the checkpoint that this one replaces
-            if self.metric in meta.metrics:
-                self._scores[meta.step] = meta.metrics[self.metric]
+            with files.cannot(f"write into {self.folder}"):
+                files.make(self.folder)
             # Copied, because the next step may write to them, or delete them if they are donated to it.
             held = {name: np.array(leaf) for name, leaf in given.items()}
             job = Job(meta, host, parameters(x), held)
-            self._background.start(partial(self._write, writer, host.stored, job))
+            self._start(meta.step, partial(job.write, self.folder))
         return self.folder / str(meta.step)
-
-    def _write(self, writer: Any, state: Any, job: Job) -> None:
-        try:
-            writer.save(job.meta.step, state, job.write_meta, job.write_inference)
-        except CheckpointError:
-            # What it should have replaced is back, and ranks by its own metric.
-            self._scores.clear()
-            self._scores.update(_read.scores(self.folder, self.metric))
-            raise
 
     def restore(
         self,
@@ -204,20 +184,18 @@ class Checkpoints:
             start = start_from_weights(resume.removeprefix("weights:"), params, opt_state, **configured)
             return self._watched(start, None)
         configured |= {"batch_size": batch_size, "strict": strict}
-        if resume == "latest-good" and _read.newest(self.folder):
-            saved, skipped = _read.latest_good(self.folder)
-            restored = restore_into(saved, params, opt_state, extra_state, skipped=skipped, **configured)
-            return self._watched(restored, restored.meta.recent)
-        path = None if resume == "none" else _read.choose(self.folder, resume)
+        path, skipped, saved = store.choose(self.folder, resume, _orbax.LAYOUT)
         if path is None:
             _log.info(
                 "starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder
             )
             return None
+        path = path.absolute()
         if (path / store.META).is_file():
             restored = import_exchange(path, params, opt_state, buffers=extra_state, **configured)
         else:
-            restored = restore_into(_read.read(path), params, opt_state, extra_state, **configured)
+            saved = saved or _orbax.read(path)
+            restored = restore_into(saved, params, opt_state, extra_state, skipped=skipped, **configured)
         return self._watched(restored, restored.meta.recent)
 
     def observe(self, params: Any, opt_state: Any, loss: ArrayLike | None = None) -> None:
@@ -249,55 +227,11 @@ class Checkpoints:
         """
         return self._steps.metrics()
 
+    def _free(self) -> None:
+        self._snapshot = Snapshot()
+
     def _watched(self, restored: Restored, recent: Mapping[str, Any] | None) -> Restored:
         changed = {change.name for change in restored.changes}
         fresh = {"clock", "v"} if recent is None else restored.fresh
         self._steps.watch(restored.params, restored.opt_state, recent, changed, fresh)
         return restored
-
-    def wait(self) -> None:
-        """Waits until the last save is on disk.
-
-        Raises:
-            CheckpointError: if it failed; the older checkpoints are untouched.
-        """
-        with self._lock:
-            self._background.wait()
-
-    def close(self) -> None:
-        """Waits, and ends the background threads; a later save starts them again.
-
-        Raises:
-            CheckpointError: if the last save failed.
-        """
-        with self._lock:
-            writer, self._writer = self._writer, None
-            try:
-                self._background.close()
-            finally:
-                if writer is not None:
-                    writer.close()
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except CheckpointError:
-            if error is None:  # it is logged; the one that ends the block matters more
-                raise
-
-    def _open(self) -> Any:
-        if self._writer is None:
-            from sfjax.checkpoint._orbax import Writer
-
-            finish()  # a Writer first cleans its folder, into which another of this process may be saving
-            try:
-                self._writer = Writer(self.folder, *self._keep, self._scores)
-            except OSError as error:
-                raise CheckpointError(f"cannot write into {self.folder}: {files.why(error)}") from error
-            self._scores.update(_read.scores(self.folder, self.metric))
-        return self._writer

@@ -12,11 +12,11 @@ from sfcore import laws
 from sfcore.exchange import of_role
 from sfcore.meta import Meta
 from sfcore.sources import Source, is_item, is_ours, unknown
-from sfjax.checkpoint import _arrays, _export
-from sfjax.checkpoint._importers import shortest
+from sfjax.checkpoint import _exchange, _orbax
+from sfjax.checkpoint._importers import contrib_clock, shortest
 
 _OF_OPTAX = ("z", "nu", "mu", "acc_grads", "trace", "ema")  # trees that have the parameters' names
-# The scalars of optax.contrib's state; its step_count is one ahead of the updates that it finished.
+# The scalars of optax.contrib's state.
 _CONTRIB = ("b1", "weight_sum", "step_count", "max_lr")
 
 
@@ -27,14 +27,14 @@ def read(path: Path) -> Source:
         CheckpointError: if it is damaged or has no Schedule-Free state.
     """
     if is_ours(path):
-        meta, state, inference = _export.read(path)
+        meta, state, inference = _exchange.read(path)
         what = "checkpoint of schedulefree-twin on Orbax, names and layouts of jax"
         return Source(path, what, meta, dict(state), dict(inference), verified=True)
     items = [path] if is_item(path) else [below for below in sorted(path.iterdir()) if is_item(below)]
     arrays: dict[str, np.ndarray] = {}
     for item in items:
         below = {"": "", "default": ""}.get(item.name if item != path else "", f"{item.name}/")
-        arrays |= {below + name: array for name, array in _arrays.read(item).items()}
+        arrays |= {below + name: array for name, array in _orbax.read_arrays(item).items()}
     return _foreign(path, arrays)
 
 
@@ -89,12 +89,7 @@ def _add_state(
 ) -> dict[str, Any]:
     """Adds the leaves of one state; returns its group."""
     assert source.meta is not None
-    clock = {
-        "step": int(arrays[f"{place}step_count"]) - 1,
-        "lr_max": float(arrays[f"{place}max_lr"]),
-        "weight_sum": float(arrays[f"{place}weight_sum"]),
-        "beta": shortest(arrays[f"{place}b1"]),
-    }
+    clock = contrib_clock(_below(arrays, place), shortest(arrays[f"{place}b1"]))
     z = _below(arrays, f"{place}z/")
     for name, array in z.items():
         source.state[f"z/{name}"] = array

@@ -12,10 +12,10 @@ from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax.checkpoint import _record
-from sfjax.checkpoint._leaves import groups, parameters
-from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint._leaves import groups, host_arrays
+from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
-from sfjax.checkpoint._weights import explicit, opening
+from sfjax.checkpoint._weights import opening
 from sfjax.state.arguments import Configurations, MicroBatches
 from sfjax.state.find import _pure
 
@@ -66,10 +66,9 @@ def import_optax(
         >>> float(sfjax.find_state(start.opt_state).b1) > 0.89
         True
     """
-    source, weights = _pure(source_state), _arrays(source_params)
+    source, weights = _pure(source_state), host_arrays(source_params)
     own = groups(params, opt_state)
     given = _record.configured(hyperparameters, own)
-    chosen = explicit(hyperparameters, given)
     contrib = _find(source, _CONTRIB)
     if contrib:
         saved = _from_contrib(contrib, weights, [one.values for one in given])
@@ -80,7 +79,7 @@ def import_optax(
                 f"source_state must hold optax.contrib.schedule_free's state or one of Adam, got {len(adam)} "
                 f"of Adam in {type(source_state).__name__}: pass the whole state, or one part at a time"
             )
-        saved = _from_adam(adam[0], weights, own, list(zip(given, chosen, strict=True)))
+        saved = _from_adam(adam[0], weights, own, given)
     return restore_into(
         saved,
         params,
@@ -98,7 +97,7 @@ def _from_contrib(
     recorded: list[dict[str, Any]] = []
     notices = []
     for index, node in enumerate(found):
-        z = _arrays(node["z"])
+        z = host_arrays(node["z"])
         stored = np.asarray(node["b1"])
         chosen = given[min(index, len(given) - 1)].get("beta") if given else None
         beta = shortest(stored) if chosen is None else chosen
@@ -109,26 +108,32 @@ def _from_contrib(
                 f"optax.contrib kept its scalars in {stored.dtype.name}, where the sum of weights stops "
                 "growing at a few hundred steps: the average is a short one, and goes on from there"
             )
-        clock = {
-            "step": int(np.asarray(node["step_count"])) - 1,
-            "lr_max": float(np.asarray(node["max_lr"])),
-            "weight_sum": float(np.asarray(node["weight_sum"])),
-            "beta": float(beta),
-        }
+        clock = contrib_clock(node, beta)
         arrays |= {f"z/{name}": _wide(leaf) for name, leaf in z.items()}
         base = node["base_optimizer_state"]
         second = (_find(base, _ADAM) or _find(base, _RMS))[:1]
-        arrays |= {f"v/{name}": _wide(leaf) for one in second for name, leaf in _arrays(one["nu"]).items()}
+        for one in second:
+            arrays |= {f"v/{name}": _wide(leaf) for name, leaf in host_arrays(one["nu"]).items()}
         kind, about = laws.recognise(["v"] if second else []), {"beta": float(beta)}
         recorded.append({"optimizer": kind, "hyperparameters": about, "clock": clock, "parameters": list(z)})
     step = max(group["clock"]["step"] for group in recorded)
     return _saved("optax.contrib", step, recorded, arrays, notices)
 
 
+def contrib_clock(state: Mapping[str, Any], beta: float) -> dict[str, Any]:
+    """Returns the clock of a state of optax.contrib, whose step_count is one ahead of its updates."""
+    return {
+        "step": int(np.asarray(state["step_count"])) - 1,
+        "lr_max": float(np.asarray(state["max_lr"])),
+        "weight_sum": float(np.asarray(state["weight_sum"])),
+        "beta": float(beta),
+    }
+
+
 def _from_adam(
     node: Mapping[str, Any], weights: Mapping[str, np.ndarray], own: Any, given: Sequence[Any]
 ) -> Saved:
-    v = _arrays(node["nu"])
+    v = host_arrays(node["nu"])
     unknown = sorted(v.keys() - weights.keys())
     if unknown:
         raise CheckpointError(
@@ -138,11 +143,11 @@ def _from_adam(
     arrays = {f"y/{name}": leaf for name, leaf in weights.items()}
     arrays |= {f"z/{name}": _wide(weights[name]) for name in v}
     arrays |= {f"v/{name}": _wide(leaf) for name, leaf in v.items()}
-    arrays |= {f"m/{name}": _wide(leaf) for name, leaf in _arrays(node["mu"]).items()}
+    arrays |= {f"m/{name}": _wide(leaf) for name, leaf in host_arrays(node["mu"]).items()}
     step = int(np.asarray(node["count"]))
     recorded, notices = [], []
-    for group, (one, choice) in zip(own, given, strict=True):
-        clock, sentence = opening(group.state, one, choice, step)
+    for group, one in zip(own, given, strict=True):
+        clock, sentence = opening(group.state, one, step)
         notices.append(sentence)
         about = {"optimizer": laws.recognise(["v"]), "hyperparameters": {}, "clock": clock | {"step": step}}
         recorded.append(about | {"parameters": group.parameters})
@@ -167,10 +172,6 @@ def _find(tree: Any, names: set[str]) -> list[Mapping[str, Any]]:
     if isinstance(tree, list | tuple):
         return [node for below in tree for node in _find(below, names)]
     return []
-
-
-def _arrays(tree: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in parameters(tree).items()}
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

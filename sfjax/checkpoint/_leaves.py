@@ -14,16 +14,17 @@ A role says what the leaf means wherever it sits, such as "z/Dense_0/kernel":
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfjax.schedule_free import ScheduleFreeState
-from sfjax.state import forms as _halves
+from sfjax.state import forms
 from sfjax.state.find import _pure
 from sfjax.step.plan import STATES
 
@@ -72,6 +73,11 @@ def parameters(tree: Any) -> dict[str, Any]:
     return {name or BARE: leaf for name, leaf in zip(found.names, found.leaves, strict=True)}
 
 
+def host_arrays(tree: Any) -> dict[str, np.ndarray]:
+    """Returns name -> host array of a tree of parameters."""
+    return {name: np.asarray(leaf) for name, leaf in parameters(tree).items()}
+
+
 def beside(buffers: Any, params: Any) -> dict[str, Any]:
     """Returns name -> leaf of buffers, which lie beside the parameters in the inference weights.
 
@@ -98,7 +104,7 @@ def groups(params: Any, opt_state: Any) -> list[Group]:
     """Returns the Schedule-Free states of an optimizer state, concrete or abstract, in tree order."""
     shapes = {name: leaf.shape for name, leaf in parameters(params).items()}
     found = []
-    for path, state in _nodes(opt_state, ScheduleFreeState):
+    for path, state in nodes(opt_state, ScheduleFreeState):
         below = parameters(state.z)
         own = [name for name, z in below.items() if shapes.get(name) == z.shape]
         found.append(Group(_name(path, "opt_state"), state, own))
@@ -118,7 +124,7 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
     for index, group in enumerate(groups(params, opt_state)):
         found += [(f"{group.name}/{field}", f"clock/{index}/{field}") for field in CLOCK]
         rests = parameters(group.state.y_rest)
-        lean = [name for name, rest in rests.items() if _halves.is_lean(rest)]
+        lean = [name for name, rest in rests.items() if forms.is_lean(rest)]
         per_parameter(f"{group.name}/z", group.state.z, "stored", lean)
         per_parameter(f"{group.name}/y_rest", group.state.y_rest, "rest")
         base, prefix = group.state.base_optimizer_state, f"{group.name}/base_optimizer_state"
@@ -127,7 +133,7 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
                 per_parameter(f"{prefix}/{field}", getattr(base, field), role)
         else:
             found += [(place, f"base/{index}/{name}") for name, place, _ in _placed(prefix, base)]
-    for path, steps in _nodes(opt_state, optax.MultiStepsState):
+    for path, steps in nodes(opt_state, optax.MultiStepsState):
         prefix = _name(path, "opt_state")
         per_parameter(f"{prefix}/acc_grads", steps.acc_grads, "grad")
         found += [(f"{prefix}/{field}", f"accumulation/{field}") for field in ("mini_step", "gradient_step")]
@@ -154,13 +160,18 @@ def held(base: Any) -> dict[str, str]:
     return {field: known[field] for field in fields}
 
 
+def in_full(leaves: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Returns y of a parameter from role -> array, with its rest if it has 16 bits and one."""
+    return np.asarray(forms.whole(leaves[f"y/{name}"], leaves.get(f"rest/{name}")))
+
+
 def injected(opt_state: Any) -> set[str]:
     """Returns the arguments that optax.inject_hyperparams holds in its state; those of schedules stay out."""
-    nodes = _nodes(opt_state, optax.InjectStatefulHyperparamsState)
-    return {name for _, node in nodes for name in node.hyperparams if name not in node.hyperparams_states}
+    found = [node for _, node in nodes(opt_state, optax.InjectStatefulHyperparamsState)]
+    return {name for node in found for name in node.hyperparams if name not in node.hyperparams_states}
 
 
-def _nodes(tree: Any, kind: type) -> list[tuple[Any, Any]]:
+def nodes(tree: Any, kind: type) -> list[tuple[Any, Any]]:
     """Returns (path, node) of every outermost node of a kind."""
 
     def is_kind(node: Any) -> bool:

@@ -1,31 +1,224 @@
-"""Writes and reads one checkpoint with Orbax: state, record and inference weights, all or nothing.
+"""The folder of a JAX run: what lies where, and how one checkpoint is written and read with Orbax.
+
+FOLDER/100/meta/metadata                        the record (sfcore.meta), JSON
+           state/...                            everything a resume needs (Orbax, tensorstore)
+           inference/inference.safetensors      x, plain names: what to ship
+
+What comes and goes beside them, and when, is `sfcore.store`'s.
 
 State goes in as host arrays, so that the number of devices leaves no trace in the checkpoint. Record and
 inference weights are written by functions, so that hashing goes on while tensorstore writes.
+
+Orbax reads all leaves at once, in tasks: one bad leaf makes it fail without saying which, and leaves the
+other tasks to print their errors. So the layout that it writes today is read with tensorstore alone, leaf by
+leaf; Orbax itself reads any other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import logging
-import shutil
+import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
-from sfcore import files
+from sfcore import exchange, files, store
 from sfcore.exchange import OLDER, CheckpointError
-from sfjax.checkpoint import _folder
+from sfcore.meta import Meta
 from sfjax.checkpoint._leaves import named
 
-_log = logging.getLogger("sfjax.checkpoint")
+STATE, META, INFERENCE = "state", "meta", "inference"
+META_FILE, INFERENCE_FILE = "metadata", "inference.safetensors"
+_ARRAYS = ("np.ndarray", "jax.Array", "scalar")
 Write = Callable[[Path], None]
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        path: where it was read.
+        meta: its record.
+        arrays: name -> host array.
+        roles: name -> role (see `_leaves`), of the leaves that have one.
+    """
+
+    path: Path
+    meta: Meta
+    arrays: dict[str, np.ndarray]
+    roles: dict[str, str]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Role -> name."""
+        return {role: name for name, role in self.roles.items()}
+
+    @property
+    def leaves(self) -> dict[str, np.ndarray]:
+        """Role -> host array."""
+        return {role: self.arrays[name] for name, role in self.roles.items()}
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Returns (step, path) of every one; one whose replacement was never finished counts, where it lies."""
+    return sorted((_numbered(folder / store.REPLACED) | _numbered(folder)).items())
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    own = [name for name in files.names(folder) if name.isdecimal() and str(int(name)) == name]
+    return {int(name): folder / name for name in own if (folder / name).is_dir()}
+
+
+def is_ours(path: Path) -> bool:
+    """Tells whether a path is one Orbax checkpoint of this package."""
+    return (path / META / META_FILE).is_file()
+
+
+def read_meta(path: Path) -> Meta:
+    """Reads the record of a checkpoint.
+
+    Raises:
+        CheckpointError: if the folder is missing or empty, or the record missing, damaged or too new.
+    """
+    file = path / META / META_FILE
+    return store.read_record(file, lambda: f"{file} is missing: {_found(path)}")
+
+
+def _found(path: Path) -> str:
+    if not path.exists():
+        return f"there is no {path.name} in {path.parent}, so check the path"
+    if path.is_dir() and not any(path.iterdir()):
+        return f"the folder is empty, so {OLDER}"
+    return f"the folder holds other files, so it is no checkpoint of ours, or it is damaged: {OLDER}"
+
+
+def read(path: Path) -> Saved:
+    """Reads and verifies the state of a checkpoint.
+
+    Raises:
+        CheckpointError: naming file and leaf of the first difference from the record.
+    """
+    meta = read_meta(path)
+    record = _recorded(path, meta, STATE)
+    arrays = _verified(path / STATE, record)
+    roles = {name: about["role"] for name, about in record.items() if "role" in about}
+    return Saved(path, meta, arrays, roles)
+
+
+def read_inference(path: Path, meta: Meta) -> dict[str, np.ndarray]:
+    """Reads and verifies the weights x of a checkpoint.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    record = _recorded(path, meta, INFERENCE_FILE)
+    return exchange.read_tensors(path / INFERENCE / INFERENCE_FILE, record)
+
+
+def _verify(path: Path) -> Saved:
+    saved = read(path)
+    read_inference(path, saved.meta)
+    return saved
+
+
+LAYOUT = store.Layout(_checkpoints, lambda step, older: str(step), read_meta, _verify)
+
+
+def _recorded(path: Path, meta: Meta, item: str) -> Mapping[str, Any]:
+    if item not in meta.tensors:
+        raise CheckpointError(f"{path} must have a record of {item}, got {sorted(meta.tensors)}; {OLDER}")
+    record: Mapping[str, Any] = meta.tensors[item]
+    return record
+
+
+def _verified(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is missing: check the path, or {OLDER}")
+    found, arrays = read_arrays(path), {}
+    for name, about in record.items():
+        if 0 in about["shape"]:  # of which nothing is stored
+            dtype = np.dtype(getattr(ml_dtypes, about["dtype"], about["dtype"]))
+            found.setdefault(name, np.zeros(about["shape"], dtype))
+        if name not in found:
+            raise CheckpointError(f"{path} is damaged: it must hold the leaf {name!r}, got none; {OLDER}")
+        arrays[name] = found.pop(name)
+        exchange.check_leaf(path, name, arrays[name], about, "the files were changed after they were written")
+    if found:
+        raise CheckpointError(
+            f"{path} is damaged: it must hold the leaves of its record only, got {min(found)!r}; {OLDER}"
+        )
+    return arrays
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns name -> host array of an Orbax item; names are paths in its tree, joined by "/".
+
+    Raises:
+        CheckpointError: naming the file or the leaf that cannot be read.
+    """
+    layout = _layout(path)
+    keys = [[str(part["key"]) for part in leaf["key_metadata"]] for leaf in layout["tree_metadata"].values()]
+    if not layout.get("use_ocdbt") or not isinstance(layout.get("use_zarr3"), bool):
+        return _read_by_orbax(path)
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})
+    driver = "zarr3" if layout["use_zarr3"] else "zarr"
+    opened = [
+        tensorstore.open(_spec(path, driver, parts), open=True, read=True, context=context) for parts in keys
+    ]
+    stores = [_done(path, parts, future) for parts, future in zip(keys, opened, strict=True)]
+    reading = [one.read() for one in stores]
+    return {"/".join(parts): _done(path, parts, future) for parts, future in zip(keys, reading, strict=True)}
+
+
+def _layout(path: Path) -> dict[str, Any]:
+    file = path / "_METADATA"
+    try:
+        with exchange.reading(file):
+            layout = json.loads(file.read_text(encoding="utf-8"))
+        leaves = {}
+        for name, leaf in layout["tree_metadata"].items():
+            leaf["key_metadata"][0], [part["key"] for part in leaf["key_metadata"]]
+            # Empty nodes are described too, as "None", "Dict" and so on; there is nothing to read of them.
+            if leaf["value_metadata"]["value_type"] in _ARRAYS:
+                leaves[name] = leaf
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: it must describe Orbax's tree; {OLDER}") from error
+    return {**layout, "tree_metadata": leaves}
+
+
+def _spec(path: Path, driver: str, parts: list[str]) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{path}/"}
+    return {
+        "driver": driver,
+        "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
+        "fill_missing_data_reads": False,  # a missing chunk is damage, not zeros
+    }
+
+
+def _done(path: Path, parts: list[str], future: Any) -> Any:
+    try:
+        return future.result()
+    except Exception as error:  # tensorstore raises ValueError and others
+        why = str(error).split(" [", 1)[0].splitlines()[0][:300]
+        name = "/".join(parts)
+        raise CheckpointError(f"{path} is damaged: leaf {name!r} cannot be read ({why}); {OLDER}") from error
+
+
+def _read_by_orbax(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            found = named(reader.restore(path))
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
+    return dict(zip(found.names, map(np.asarray, found.leaves), strict=True))
 
 
 class _Held(np.ndarray):
@@ -52,105 +245,47 @@ class _Late(ocp.JsonCheckpointHandler):
         args.item(Path(directory))
 
 
-class _KeepBest:
-    """Orbax preservation policy: the checkpoints of the smallest scores; those without rank nowhere."""
-
-    def __init__(self, count: int, scores: Mapping[int, float]):
-        self.count, self.scores = count, scores
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        scored = sorted((self.scores[c.step], c.step) for c in checkpoints if c.step in self.scores)
-        best = {step for _, step in scored[: self.count]}
-        return [c.step in best for c in checkpoints]
-
-
-class Writer:
-    """Saves into one folder.
+def write(folder: Path, step: int, state: Any, meta: Write, inference: Write) -> Path:
+    """Writes one checkpoint, whole or not at all; returns its path.
 
     Args:
         folder: an absolute path; made if it is not there.
-        keep_newest, keep_best: how many checkpoints stay.
-        scores: step -> metric, filled in by the owner before each save; the smallest are best.
+        step: its number; one that is there already is replaced.
+        state: tree of host arrays that do not change meanwhile.
+        meta, inference: write their item's files into the folder that they get.
+
+    Raises:
+        CheckpointError: if it failed; what it left is removed.
     """
+    # Orbax stores no empty arrays.
+    held = jax.tree.map(lambda leaf: leaf.view(_Held) if leaf.size else None, state)
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(held),
+        meta=ocp.args.JsonSave(meta),
+        inference=ocp.args.JsonSave(inference),
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in (META, INFERENCE):
+        registry.add(item, ocp.args.JsonSave, _Late())
 
-    def __init__(self, folder: Path, keep_newest: int, keep_best: int, scores: Mapping[int, float]):
-        self.folder = folder
-        self._keep = (keep_newest, _KeepBest(keep_best, scores))
-        files.make(folder)
-        _folder.clean(folder)
-        self._manager = self._open()
+    def fill(path: Path) -> None:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=registry)) as saver:
+            try:
+                saver.save(path, args=items)
+            except BaseException:
+                _join_threads()
+                raise
 
-    def _open(self) -> ocp.CheckpointManager:
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for item in (_folder.META, _folder.INFERENCE):
-            registry.add(item, ocp.args.JsonSave, _Late())
-        keep_newest, best = self._keep
-        policies = ocp.checkpoint_managers
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_newest), best]),
-            # The whole save runs in a thread of ours, which holds the run up for less time.
-            enable_async_checkpointing=False,
-            # A rename, so that a kill never leaves half a checkpoint among the whole ones.
-            todelete_subdir=_folder.REMOVED,
-            # Orbax's own files may be damaged, which must not keep a run from saving.
-            lightweight_initialize=True,
-            save_root_metadata=False,
-        )
-        return ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
-
-    def _reopen(self) -> None:
-        """Makes Orbax look at the folder again; its reload() would trip over damaged checkpoints."""
-        self._manager.close()
-        self._manager = self._open()
-
-    def save(self, step: int, state: Any, meta: Write, inference: Write) -> None:
-        """Saves one checkpoint; when it returns, everything is on disk and what is superfluous is gone.
-
-        Args:
-            step: its number; one that is there already is replaced, newer ones are set aside.
-            state: tree of host arrays that do not change meanwhile.
-            meta, inference: write their item's files into the folder that they get.
-
-        Raises:
-            CheckpointError: if it failed; what it left is removed.
-        """
-        try:
-            replaced, aside = _folder.make_way(self.folder, step)
-            if replaced or aside:
-                self._reopen()
-            self._manager.save(
-                step,
-                force=True,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(jax.tree.map(lambda leaf: leaf.view(_Held), state)),
-                    meta=ocp.args.JsonSave(meta),
-                    inference=ocp.args.JsonSave(inference),
-                ),
-            )
-        except Exception as error:
-            raise self._failed(step, error) from error
-        for path in aside:
-            _log.warning("%s is newer than step %d, where this run is: it was set aside", path, step)
-        files.sync(self.folder)
-        for name in (_folder.REPLACED, _folder.REMOVED):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-
-    def close(self) -> None:
-        """Ends Orbax's threads."""
-        self._manager.close()
-
-    def _failed(self, step: int, error: Exception) -> CheckpointError:
-        _log.error("the save of step %d failed: %s", step, error)
-        _join_threads()
-        _folder.clean(self.folder)
-        self._reopen()
-        if isinstance(error, CheckpointError):
-            return error
+    try:
+        return store.put(folder, step, fill, LAYOUT)
+    except CheckpointError:
+        raise
+    except Exception as error:
         cause: BaseException = error
         while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
             cause = cause.__cause__ or cause.__context__ or cause
         why = files.why(cause if isinstance(cause, OSError) else _of_the_system(str(error)))
-        return CheckpointError(f"cannot write the checkpoint of step {step} into {self.folder}: {why}")
+        raise CheckpointError(f"cannot write the checkpoint of step {step} into {folder}: {why}") from error
 
 
 def _join_threads() -> None:
@@ -169,17 +304,3 @@ def _of_the_system(message: str) -> OSError:
     if "Permission denied" in message or "Read-only file system" in message:
         return OSError(errno.EACCES, message)
     return OSError(message)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Returns name -> host array of an Orbax item of any layout; names are paths in its tree.
-
-    Raises:
-        CheckpointError: if Orbax cannot read it.
-    """
-    try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            found = named(reader.restore(path))
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
-    return dict(zip(found.names, map(np.asarray, found.leaves), strict=True))

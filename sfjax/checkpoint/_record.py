@@ -7,23 +7,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 
 from sfcore import laws
 from sfcore.checks import HyperparameterError, hint
-from sfcore.exchange import describe
 from sfcore.laws import LAWS
-from sfcore.meta import Meta, as_accumulation
-from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, parameters
+from sfcore.meta import Meta, as_accumulation, precision_of
+from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, nodes, parameters
 from sfjax.step.plan import STATES
 
 _PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
-def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
-    """Returns (optimizer, name -> JSON value) of what a user gave as hyperparameters.
+class Configured(NamedTuple):
+    """What is known of the configuration of one Schedule-Free state.
+
+    Attributes:
+        optimizer: the name of its law, or "adamw or radam" where nobody said which.
+        values: canonical hyperparameters, as far as they were given.
+        chosen: those that a start from weights alone must leave as they are.
+    """
+
+    optimizer: str
+    values: dict[str, Any]
+    chosen: dict[str, Any]
+
+
+def canonical(hyperparameters: Any) -> Configured:
+    """Returns what a user gave as hyperparameters, with "" for an optimizer that is not told.
 
     Args:
         hyperparameters: a dataclass of `sfcore.hyperparameters`; a dict of its fields, with the
@@ -33,10 +45,13 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
         HyperparameterError: for a name that no optimizer has.
     """
     if hyperparameters is None:
-        return None, {}
+        return Configured("", {}, {})
     if is_dataclass(hyperparameters):
-        optimizer = next((law.name for law in LAWS.values() if type(hyperparameters) is law.options), None)
-        return optimizer, {name: _plain(value) for name, value in asdict(hyperparameters).items()}  # type: ignore[arg-type]
+        optimizer = next((law.name for law in LAWS.values() if type(hyperparameters) is law.options), "")
+        values = {name: _plain(value) for name, value in asdict(hyperparameters).items()}  # type: ignore[arg-type]
+        # It has every field, so its 0 is no choice.
+        unset = {("prior_steps", 0), ("warmup_steps", 0)}
+        return Configured(optimizer, values, {k: v for k, v in values.items() if (k, v) not in unset})
     values = dict(hyperparameters)
     optimizer = values.pop("optimizer", None)
     known = {name for law in LAWS.values() for name in law.defaults}
@@ -47,25 +62,14 @@ def canonical(hyperparameters: Any) -> tuple[str | None, dict[str, Any]]:
         raise HyperparameterError(
             [f"hyperparameters must be named {', '.join(sorted(known))}, got {one}" for one in wrong]
         )
-    return optimizer, {name: _plain(value) for name, value in values.items()}
+    values = {name: _plain(value) for name, value in values.items()}
+    return Configured(optimizer or "", values, values)
 
 
 def _plain(value: Any) -> Any:
     if callable(value):
         return "schedule"
     return value.item() if hasattr(value, "item") else value
-
-
-class Configured(NamedTuple):
-    """What is known of the configuration of one Schedule-Free state.
-
-    Attributes:
-        optimizer: the name of its law, or "adamw or radam" where nobody said which.
-        values: canonical hyperparameters, as far as they were given.
-    """
-
-    optimizer: str
-    values: dict[str, Any]
 
 
 def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
@@ -90,8 +94,8 @@ def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
             ]
         )
     return [
-        Configured(kind or _told_by(group.state), values)
-        for group, (kind, values) in zip(own, given, strict=True)
+        one._replace(optimizer=one.optimizer or _told_by(group.state))
+        for group, one in zip(own, given, strict=True)
     ]
 
 
@@ -147,18 +151,17 @@ def make(tree: Any, hyperparameters: Any, accumulation: Mapping[str, int], **val
         )
     ]
     clocks = {name: group["clock"] for group in of_groups for name in group["parameters"]}
-    arrays = parameters(tree["params"])
-    dtypes = {array.dtype.name for array in arrays.values()}
+    about = {
+        name: {"shape": list(array.shape), "dtype": array.dtype.name, "clock": clocks.get(name)}
+        for name, array in parameters(tree["params"]).items()
+    }
     return Meta(
         framework="jax",
         optimizer="+".join(dict.fromkeys(group["optimizer"] for group in of_groups)),
         groups=of_groups,
-        parameters={
-            name: {"shape": list(array.shape), "dtype": array.dtype.name, "clock": clocks.get(name)}
-            for name, array in arrays.items()
-        },
+        parameters=about,
         accumulation=dict(accumulation),
-        precision=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        precision=precision_of(about),
         weights_hold="y",
         versions=versions(),
         **values,
@@ -179,16 +182,11 @@ def accumulated(opt_state: Any, given: Any, batch_size: int | None = None) -> di
     """
     if isinstance(given, Sequence):
         return as_accumulation(given, batch_size)
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_multi_steps)
-    positions = [int(np.asarray(node.mini_step)) for node in nodes if _is_multi_steps(node)]
+    positions = [int(np.asarray(node.mini_step)) for _, node in nodes(opt_state, optax.MultiStepsState)]
     unknown = 0 if positions else 1
     steps = unknown if given is None else int(given)
     found = {"steps": steps, "position": positions[0] if positions else 0}
     return found if batch_size is None else found | {"batch_size": batch_size}
-
-
-def _is_multi_steps(node: Any) -> bool:
-    return isinstance(node, optax.MultiStepsState)
 
 
 def versions() -> dict[str, str]:
@@ -200,8 +198,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def of_arrays(arrays: Mapping[str, np.ndarray], about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns leaf -> what `sfcore.exchange.describe` says, and what else is known of it."""
-    return {name: describe(array) | dict(about.get(name, {})) for name, array in arrays.items()}

@@ -1,29 +1,49 @@
-"""From a verified checkpoint to trees on devices, with a word about everything that is not as it was."""
+"""From a verified checkpoint to trees on devices, with a word about everything that is not as it was.
+
+Every leaf of the target gets what the checkpoint holds for it: by role, else by name.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from sfcore.changes import DROPPED, Change, at_last_update, check_laws, refuse
+from sfcore import changes, laws
+from sfcore.changes import DROPPED, Change, at_last_update, check_laws, effect_of, refuse
 from sfcore.exchange import CheckpointError
+from sfcore.iterates import beta_of
 from sfcore.meta import Meta
 from sfcore.store import Skipped
-from sfjax.checkpoint import _changes, _record
-from sfjax.checkpoint._leaves import groups, injected, named, roles, whole
-from sfjax.checkpoint._place import place
-from sfjax.checkpoint._read import Saved
-from sfjax.checkpoint._reconcile import Fit, fit, saved_group
-from sfjax.checkpoint._storable import OBJECTS, is_object, set_objects
+from sfjax.checkpoint import _changes, _orbax, _record
+from sfjax.checkpoint._arrays import OBJECTS, array_like, is_object, is_weak, place, set_objects, stored_form
+from sfjax.checkpoint._leaves import (
+    CLOCK,
+    ONE_VECTOR,
+    Group,
+    Named,
+    groups,
+    in_full,
+    injected,
+    named,
+    roles,
+    whole,
+)
+from sfjax.checkpoint._orbax import Saved
+from sfjax.checkpoint._record import Configured, clock_from
+from sfjax.state import forms
 from sfjax.state.arguments import Configurations, MicroBatches
 
 _log = logging.getLogger("sfjax.checkpoint")
+_ACCUMULATION = ("grad", "accumulation")
+_INTS = {"int64", "uint64"}
+_SHARED = ("step", "lr_max", "weight_sum")
 
 
 @dataclass(frozen=True)
@@ -100,10 +120,10 @@ def restore_into(
     result = fit(saved, target, roles(params, opt_state), own, configured)
     if result.problems:
         raise CheckpointError(f"{saved.path} does not fit the program:\n  " + "\n  ".join(result.problems))
-    before = [saved.meta.groups[saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
+    before = [saved.meta.groups[_saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
     pairs = list(zip(before, configured, strict=True))
-    changes = _changes.compare(saved.meta, pairs, batches, injected(opt_state))
-    differences = [*differences, *map(str, changes), *dropped, *result.differences]
+    table = _changes.compare(saved.meta, pairs, batches, injected(opt_state))
+    differences = [*differences, *map(str, table), *dropped, *result.differences]
     if strict:
         refuse(saved.path, differences)
     notices = [f"resuming at step {saved.meta.step} from {saved.path}"]
@@ -121,7 +141,7 @@ def restore_into(
         meta,
         saved.path,
         notices,
-        changes,
+        table,
         list(skipped),
         frozenset(result.fresh),
     )
@@ -163,21 +183,260 @@ def concrete_beta(state: Any) -> dict[str, Any]:
 
 def _assemble(target: Any, result: Fit) -> Any:
     """Returns the target's tree with its new leaves; objects are moved last, when nothing else can fail."""
-    arrays = [i for i, leaf in enumerate(target.leaves) if not is_object(leaf)]
-    placed = place(
-        [target.leaves[i] for i in arrays],
-        [result.values[i] for i in arrays],
-        [result.weak[i] for i in arrays],
-    )
     leaves = list(target.leaves)
-    for i, leaf in zip(arrays, placed, strict=True):
-        leaves[i] = leaf
-    objects = [i for i, leaf in enumerate(target.leaves) if is_object(leaf)]
-    moved = set_objects(
-        [target.names[i] for i in objects],
-        [target.leaves[i] for i in objects],
-        [result.values[i] for i in objects],
-    )
-    for i, leaf in zip(objects, moved, strict=True):
+    objects = [i for i, leaf in enumerate(leaves) if is_object(leaf)]
+    arrays = [i for i, leaf in enumerate(leaves) if not is_object(leaf)]
+
+    def those(values: Sequence[Any], where: Sequence[int]) -> list[Any]:
+        return [values[i] for i in where]
+
+    placed = place(those(leaves, arrays), those(result.values, arrays), those(result.weak, arrays))
+    moved = set_objects(those(target.names, objects), those(leaves, objects), those(result.values, objects))
+    for i, leaf in zip(arrays + objects, placed + moved, strict=True):
         leaves[i] = leaf
     return target.tree.unflatten(leaves)
+
+
+@dataclass
+class Fit:
+    """What becomes of each target leaf.
+
+    Attributes:
+        values: a leaf each: a host array, or the JSON of an object.
+        weak: for each leaf whether it has a weak type, as a Python number has.
+        differences: sentences about what is not as it was saved.
+        problems: sentences about what makes a resume impossible.
+        fresh: buffers that start anew, by role: "v", "m".
+    """
+
+    values: list[Any] = field(default_factory=list)
+    weak: list[bool] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    fresh: set[str] = field(default_factory=set)
+
+    def differs(self, sentence: str | None) -> None:
+        if sentence and sentence not in self.differences:
+            self.differences.append(sentence)
+
+
+def fit(
+    saved: Saved,
+    target: Named,
+    roles: Mapping[str, str],
+    own: Sequence[Group],
+    configured: Sequence[Configured],
+) -> Fit:
+    """Matches a checkpoint with the target that it is restored into.
+
+    Args:
+        saved: the checkpoint, verified.
+        target: what is restored into, concrete or abstract.
+        roles, own: `_leaves.roles` and `_leaves.groups` of the target.
+        configured: one for each of `own`.
+    """
+    saved, differences = _in_form_of(saved, target, roles)
+    result = Fit(differences=differences)
+    by_role = saved.names | _stored(saved)
+    clocks = _clocks(saved, own, by_role, roles, configured, result)
+    used: set[str] = set()
+    recorded = saved.meta.tensors.get(_orbax.STATE, {})
+    vectors = {f"{group.name}/z" for group in own if not group.parameters}
+    for name, leaf in zip(target.names, target.leaves, strict=True):
+        role = roles.get(name)
+        if role in clocks:
+            result.values.append(clocks[role])
+            result.weak.append(False)
+            continue
+        source = by_role.get(_source_role(role, saved, own))
+        if source is None and name in saved.arrays and (role is None or name not in saved.roles):
+            source = name
+        if source is not None:
+            used.add(source)
+        elif name in vectors:  # not to be begun anew: it belongs to parameters that come from elsewhere
+            result.problems.append(f"{name} must be a tree like params, got {ONE_VECTOR}")
+        result.values.append(_value(name, leaf, role, source, saved, result))
+        # As it was saved: a parameter loses its weak type in its first update, and rounds less from then on.
+        result.weak.append(recorded.get(source, {}).get("weak", False) if source else is_weak(leaf))
+    _leftovers(saved, used, result)
+    return result
+
+
+def _stored(saved: Saved) -> dict[str, str]:
+    """Returns "stored/NAME" -> the leaf that a state keeps as its buffer: x where beta is 0, else z."""
+    found = {}
+    for group in saved.meta.groups:
+        first, second = ("x", "z") if beta_of(group) == 0 else ("z", "x")
+        mine = set(group["parameters"])
+        for name, role in saved.roles.items():
+            kind, _, parameter = role.partition("/")
+            if parameter in mine and (
+                kind == first or (kind == second and f"stored/{parameter}" not in found)
+            ):
+                found[f"stored/{parameter}"] = name
+    return found
+
+
+def _source_role(role: str | None, saved: Saved, own: Sequence[Group]) -> str:
+    """Returns a role under the number that its group has in the checkpoint."""
+    kind, _, rest = (role or "").partition("/")
+    if kind != "base":
+        return role or ""
+    index, _, path = rest.partition("/")
+    return f"base/{_saved_group(saved.meta, own, int(index))}/{path}"
+
+
+def _saved_group(meta: Meta, own: Sequence[Group], index: int) -> int | None:
+    """Returns the number of the saved group of own[index]'s parameters, None if they had several clocks."""
+    mine = set(own[index].parameters)
+    owners = [i for i, one in enumerate(meta.groups) if set(one["parameters"]) & mine]
+    if not owners and len(meta.groups) == 1:
+        return 0
+    if not mine:  # a label of optax.partition that no parameter has: a clock that moves nothing
+        return index if index < len(meta.groups) and not meta.groups[index]["parameters"] else 0
+    clocks = {(beta_of(meta.groups[i]), *(meta.groups[i]["clock"][key] for key in _SHARED)) for i in owners}
+    return owners[0] if len(clocks) == 1 else None
+
+
+def _clocks(
+    saved: Saved,
+    own: Sequence[Group],
+    by_role: Mapping[str, str],
+    roles: Mapping[str, str],
+    configured: Sequence[Configured],
+    result: Fit,
+) -> dict[str, np.ndarray]:
+    """Returns role -> scalar of every target clock, carried over to the configured optimizer."""
+    found = {}
+    wanted = set(roles.values())
+    for index, (group, one) in enumerate(zip(own, configured, strict=True)):
+        source = _saved_group(saved.meta, own, index)
+        if source is None:
+            result.problems.append(
+                f"{group.name} must take its parameters from one Schedule-Free state of the checkpoint, "
+                f"got several of its {len(saved.meta.groups)}: restore with the partition that was saved"
+            )
+            continue
+        exact = {field: by_role.get(f"clock/{source}/{field}") for field in CLOCK}
+        scalars = {field: saved.arrays[name] for field, name in exact.items() if name is not None}
+        clock = dict(saved.meta.groups[source]["clock"])
+        clock["beta"] = beta_of(saved.meta.groups[source])
+        always = {b.role for law in laws.candidates(one.optimizer) for b in law.buffers if not b.when}
+        anew = clock["step"] > 0 and any(
+            f"{role}/{name}" in wanted and f"{role}/{name}" not in by_role
+            for role in always
+            for name in group.parameters
+        )
+        old = saved.meta.groups[source]
+        same_units = changes.comparable(changes.kind_of(saved.meta, old), one.optimizer)
+        try:
+            carried = _changes.carry(clock, old["hyperparameters"], one.values, same_units)
+        except CheckpointError as error:
+            result.problems.append(str(error))
+            carried = clock
+        new_units, clock = carried != clock, carried
+        if anew:  # their bias correction must start at t = 1
+            clock["step"] = 0
+        if new_units or anew or len(scalars) < len(CLOCK):
+            scalars = clock_from(clock, group.state.weight_sum.dtype)
+        for name, array in scalars.items():
+            form = stored_form(getattr(group.state, name))
+            if form != (array.dtype.name, array.shape):
+                result.problems.append(_unlike(f"{group.name}/{name}", form, array))
+            found[f"clock/{index}/{name}"] = array
+    return found
+
+
+def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Saved, result: Fit) -> Any:
+    objects = saved.meta.extra.get(OBJECTS, {})
+    if is_object(leaf):
+        if name not in objects:
+            result.problems.append(f"{name} must be in the checkpoint, got none of that name: leave it out")
+        return objects.get(name)
+    if source is not None:
+        array, form = saved.arrays[source], stored_form(leaf)
+        # NumPy holds a Python int from 2^63 on, such as a seed, in uint64 and any other in int64.
+        dtype = (
+            form[0] if isinstance(leaf, int) and {form[0], array.dtype.name} <= _INTS else array.dtype.name
+        )
+        if form != (dtype, array.shape):
+            result.problems.append(_unlike(name, form, array))
+        return array
+    kind = (role or "").partition("/")[0]
+    if kind == "rest":  # earlier versions had none: y was what the parameters held
+        return np.zeros(leaf.shape, leaf.dtype)
+    buffer = laws.roles().get(kind)
+    if buffer or kind in _ACCUMULATION:
+        if buffer:
+            result.fresh.add(kind)
+            result.differs(f"the {buffer.doc} {kind} starts anew")
+        elif saved.meta.accumulation["position"]:
+            result.differs("the accumulation starts anew")
+        return np.zeros(leaf.shape, leaf.dtype)
+    if (
+        isinstance(leaf, jax.ShapeDtypeStruct)
+        or kind in ("y", "stored", "gap")
+        or name.startswith("extra_state")
+    ):
+        advice = "pass tx.init(params) itself" if name.startswith("opt_state") else "leave it out"
+        result.problems.append(f"{name} must be in the checkpoint, got none of that name: {advice}")
+        return None
+    result.differs(f"{name} is not in the checkpoint and starts anew")
+    return np.array(array_like(name, leaf))  # a copy: the target's own buffer is not ours to give away
+
+
+def _unlike(name: str, form: tuple[str, tuple[int, ...]], array: np.ndarray) -> str:
+    dtype, shape = form
+    if shape != array.shape:
+        return f"{name} must have the shape {shape} of the program, got {array.shape}: build the same model"
+    advice = "enable jax_enable_x64 as it was" if "64" in array.dtype.name else "restore as it was saved"
+    return (
+        f"{name} must have the dtype {dtype} of the program, got {array.dtype.name}: {advice}, convert after"
+    )
+
+
+def _leftovers(saved: Saved, used: set[str], result: Fit) -> None:
+    """Says what of the checkpoint is not used; parameters without a place are a problem."""
+    buffers = laws.roles()
+    split = {name: saved.roles.get(name, "").partition("/")[::2] for name in saved.arrays}
+    # Where beta is 0 there may be both z and x, and the parameters are z.
+    placed = {parameter for name, (kind, parameter) in split.items() if kind in ("z", "x") and name in used}
+    for name, (kind, parameter) in split.items():
+        if name in used or kind == "clock" or (kind in ("z", "x") and parameter in placed):
+            continue
+        if kind in ("y", "z", "x", "gap"):
+            result.problems.append(f"the checkpoint's {name} must have a place in the program, got none")
+        elif kind in buffers:
+            result.differs(f"the {buffers[kind].doc} {kind} is not used and is dropped")
+        elif kind in _ACCUMULATION:
+            if saved.meta.accumulation["position"]:
+                result.differs("micro-batches that were accumulated are dropped")
+        elif not name.startswith("extra_state"):
+            result.differs(f"the checkpoint's {name} is not used")
+
+
+def _in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[Saved, list[str]]:
+    """Returns a checkpoint in the precision of its target, and a sentence if that is another."""
+    narrow, buffers = np.dtype(forms.NARROW), laws.roles()
+    arrays, found = dict(saved.arrays), dict(saved.roles)
+    by_role, leaves = saved.names, saved.leaves
+    changed = False
+    for leaf_name, leaf in zip(target.names, target.leaves, strict=True):
+        kind, _, parameter = roles.get(leaf_name, "").partition("/")
+        source = by_role.get(f"{kind}/{parameter}")
+        if kind in buffers and source and {arrays[source].dtype, leaf.dtype} == {narrow, np.dtype("f4")}:
+            arrays[source], changed = arrays[source].astype(leaf.dtype), True
+        elif kind == "rest" and source and arrays[source].dtype != leaf.dtype:
+            convert = forms.packed if leaf.dtype == forms.REST else forms.unpacked
+            halves = (jnp.asarray(leaves[f"{half}/{parameter}"]) for half in ("y", "rest"))
+            arrays[source] = np.asarray(convert(*halves))
+        other = {"gap": "z", "stored": "gap"}.get(kind)
+        if other is None or source or f"{other}/{parameter}" not in by_role:
+            continue
+        name = by_role[f"{other}/{parameter}"]
+        y, buffer = in_full(leaves, parameter).astype(np.float32), saved.arrays[name].astype(np.float32)
+        arrays[name] = (buffer - y if kind == "gap" else y + buffer).astype(leaf.dtype)
+        found[name] = f"{'gap' if kind == 'gap' else 'z'}/{parameter}"
+        changed = True
+    notices = [f"precision: {effect_of('precision')}"] if changed else []
+    return saved._replace(arrays=arrays, roles=found), notices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import numpy as np
 
 from sfcore import exchange, files, store
 from sfcore.meta import Meta
-from sfjax.checkpoint import _folder, _record
+from sfjax.checkpoint import _orbax
+from sfjax.checkpoint._arrays import array_like, is_key, is_object, is_weak, object_state
 from sfjax.checkpoint._leaves import Named, groups, parameters, roles
-from sfjax.checkpoint._storable import Snapshot, array_like, is_key, is_object, is_weak, object_state
 from sfjax.state.find import schedule_free_eval_params
 
 
@@ -25,6 +25,41 @@ def evaluated(opt_state: Any, params: Any) -> Any:
     return schedule_free_eval_params(opt_state, params)
 
 
+class Snapshot:
+    """Host copies of device arrays, in memory that is used again from save to save.
+
+    Fresh memory costs more than the copy: 165 ms against 24 ms for 200 MB, measured on two CPU cores,
+    because its pages are made on first touch. So the host keeps one copy of the state.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[np.ndarray] = []
+
+    def take(self, leaves: Sequence[Any]) -> list[np.ndarray]:
+        """Returns copies of arrays; the caller has finished with those taken before.
+
+        Arrays of an accelerator arrive in memory of their own. Those of a CPU are views of memory that the
+        next step may be allowed to overwrite, so they are copied.
+        """
+        for leaf in leaves:
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
+        buffers = self._buffers + [np.empty(0)] * (len(leaves) - len(self._buffers))
+        taken = [self._copy(leaf, buffer) for leaf, buffer in zip(leaves, buffers, strict=False)]
+        self._buffers = taken
+        return taken
+
+    @staticmethod
+    def _copy(leaf: Any, buffer: np.ndarray) -> np.ndarray:
+        host = np.asarray(leaf)
+        if isinstance(leaf, jax.Array) and not any(device.platform == "cpu" for device in leaf.devices()):
+            return host
+        if buffer.shape != host.shape or buffer.dtype != host.dtype or not buffer.flags.writeable:
+            return np.array(host)
+        np.copyto(buffer, host)
+        return buffer
+
+
 @dataclass
 class Host:
     """A run on the host.
@@ -32,14 +67,12 @@ class Host:
     Attributes:
         arrays: name -> array, of every leaf that is one.
         tree: the tree of these; None for leaves that are objects.
-        stored: the tree as Orbax gets it: None for empty arrays too, which it does not hold.
         about: name -> what the record says of a leaf beside its content.
         objects: name -> JSON, of leaves that are no arrays.
     """
 
     arrays: dict[str, np.ndarray]
     tree: Any
-    stored: Any
     about: dict[str, dict[str, Any]]
     objects: dict[str, Any] = field(default_factory=dict)
 
@@ -61,8 +94,7 @@ def on_host(flat: Named, snapshot: Snapshot) -> Host:
             about[name] = {"key": str(jax.random.key_impl(leaves[name]))}
         elif is_weak(leaves[name]):
             about[name] = about.get(name, {}) | {"weak": True}
-    held = [arrays[name] if name in arrays and arrays[name].size else None for name in flat.names]
-    return Host(arrays, tree, flat.pure.unflatten(held), about, objects)
+    return Host(arrays, tree, about, objects)
 
 
 def recorded_roles(params: Any, opt_state: Any) -> dict[str, dict[str, Any]]:
@@ -94,21 +126,28 @@ class Job:
     x: Mapping[str, Any]
     buffers: Mapping[str, Any]
 
+    def write(self, folder: Path) -> Path:
+        """Writes the checkpoint into the folder of its run; returns its path."""
+        return _orbax.write(folder, self.meta.step, self.host.tree, self.write_meta, self.write_inference)
+
     def write_meta(self, folder: Path) -> None:
         """Writes the record into a folder."""
         x = {name: np.asarray(leaf) for name, leaf in self.x.items()}
         buffers = {name: np.asarray(leaf) for name, leaf in self.buffers.items()}
         self.meta.tensors = {
-            _folder.STATE: _record.of_arrays(self.host.arrays, self.host.about),
-            _folder.INFERENCE_FILE: _record.of_arrays(x | buffers, {}),
+            _orbax.STATE: {
+                name: exchange.describe(array) | self.host.about.get(name, {})
+                for name, array in self.host.arrays.items()
+            },
+            _orbax.INFERENCE_FILE: {name: exchange.describe(array) for name, array in (x | buffers).items()},
         }
         y = parameters(self.host.tree["params"])
         self.meta.fingerprints = {"x": exchange.fingerprint(x), "y": exchange.fingerprint(y)}
-        files.write_text(folder / _folder.META_FILE, self.meta.to_json())
+        files.write_text(folder / _orbax.META_FILE, self.meta.to_json())
 
     def write_inference(self, folder: Path) -> None:
         """Writes the inference weights into a folder, and for Orbax's sake a word about them as JSON."""
         leaves = {name: np.asarray(leaf) for name, leaf in {**self.x, **self.buffers}.items()}
-        exchange.write_tensors(folder / _folder.INFERENCE_FILE, leaves, store.about_inference(self.meta))
-        about = {"weights_hold": "x", "step": self.meta.step, "file": _folder.INFERENCE_FILE}
-        files.write_text(folder / _folder.META_FILE, json.dumps(about))
+        exchange.write_tensors(folder / _orbax.INFERENCE_FILE, leaves, store.about_inference(self.meta))
+        about = {"weights_hold": "x", "step": self.meta.step, "file": _orbax.INFERENCE_FILE}
+        files.write_text(folder / _orbax.META_FILE, json.dumps(about))

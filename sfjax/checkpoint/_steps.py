@@ -17,7 +17,7 @@ import numpy as np
 from sfcore import samples
 from sfcore.samples import Restart, Sample
 from sfcore.watch import WATCHED_STEPS
-from sfjax.law import iterates as _iterates
+from sfjax.law import iterates
 from sfjax.state.find import _overlay, _pure, _require
 
 _log = logging.getLogger("sfjax.checkpoint")
@@ -102,7 +102,7 @@ class Steps:
 @jax.jit
 def _look(params: Any, opt_state: Any, loss: Any, has_loss: Any) -> Rows:
     states = _require(opt_state)
-    recover = (_iterates.recover_x, _iterates.recover_z)
+    recover = (iterates.recover_x, iterates.recover_z)
     x, z = (_entries(_overlay(states, params, one)) for one in recover)
     newest = [jnp.stack([getattr(state, name) for state in states]).max() for name in ("step", "c", "lr")]
     step, c, lr = newest

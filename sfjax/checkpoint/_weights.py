@@ -7,26 +7,25 @@ when it is built; or `start_from_weights` puts it into the state of one that is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import is_dataclass
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from sfcore import averaging, checks, exchange, restart, store
+from sfcore import averaging, checks, restart, store
 from sfcore import hyperparameters as kinds
 from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import weighed
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
-from sfjax.checkpoint import _folder, _read, _record
-from sfjax.checkpoint._leaves import groups, parameters
-from sfjax.checkpoint._read import Saved
+from sfjax.checkpoint import _orbax, _record
+from sfjax.checkpoint._leaves import groups, host_arrays, parameters
+from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
-from sfjax.state import forms as _halves
+from sfjax.state import forms
 from sfjax.state.arguments import Configurations, MicroBatches
 
 NO_STATE = "no optimizer state: starting from x"
@@ -75,29 +74,29 @@ def start_from_weights(
         >>> start.params["w"].tolist(), bool(sfjax.find_state(start.opt_state).weight_sum > 0)
         ([1.0, 1.0, 1.0], True)
     """
-    path = Path(weights).absolute() if isinstance(weights, str | Path) else Path("weights")
-    found, known = (
-        read_weights(path) if isinstance(weights, str | Path) else (_plain(parameters(weights)), None)
-    )
+    if isinstance(weights, str | Path):
+        path = Path(weights).absolute()
+        found, known, said = read(path)
+    else:
+        path, found, known, said = Path("weights"), host_arrays(weights), None, []
     trained_steps = known if trained_steps is None else trained_steps
-    notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1]]
+    notices = [f"{path}: {NO_STATE}", *said]
     targets = parameters(params)
     own = groups(params, opt_state)
     found, notices_of_rest = with_frozen(found, targets, {name for group in own for name in group.parameters})
     x, more = fitted(path, found, targets)
     notices += notices_of_rest + more
     given = _record.configured(hyperparameters, own)
-    chosen = explicit(hyperparameters, given)
     arrays = {f"y/{name}": leaf for name, leaf in x.items()}
     recorded = []
-    for group, (kind, values), choice in zip(own, given, chosen, strict=True):
+    for group, one in zip(own, given, strict=True):
         buffers, rests = parameters(group.state.z), parameters(group.state.y_rest)
         for name in group.parameters:  # the lean buffer is bfloat16, which is not enough for z itself
-            wide = np.float32 if _halves.is_lean(rests.get(name)) else buffers[name].dtype
+            wide = np.float32 if forms.is_lean(rests.get(name)) else buffers[name].dtype
             arrays[f"z/{name}"] = x[name].astype(wide)
-        clock, sentence = opening(group.state, Configured(kind, values), choice, trained_steps)
+        clock, sentence = opening(group.state, one, trained_steps)
         notices.append(sentence)
-        about = {"optimizer": kind, "hyperparameters": values, "clock": clock}
+        about = {"optimizer": one.optimizer, "hyperparameters": one.values, "clock": clock}
         recorded.append(about | {"parameters": group.parameters})
     meta = Meta(framework="jax", optimizer="+".join(one.optimizer for one in given), step=0, groups=recorded)
     saved = Saved(path, meta, arrays, {name: name for name in arrays})
@@ -108,21 +107,13 @@ def start_from_weights(
     return Restored(started.params, started.opt_state, None, meta, path, notices)
 
 
-def read_weights(path: Path) -> tuple[dict[str, np.ndarray], int | None]:
-    """Returns name -> array of a safetensors file or of the inference weights of a checkpoint, and its step.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    if not path.is_dir():
-        return exchange.read_tensors(path), exchange.said_of_weights(path)[0]
-    if _read.is_ours(path) or _folder.steps(path):
-        one = path if _read.is_ours(path) else _read.newest(path) or path
-        meta = _read.read_meta(one)
-        return _read.read_inference(one, meta), meta.step
-    one = path if (path / store.META).exists() else store.newest(path)
-    meta, weights = store.read(one, store.INFERENCE)
-    return weights, meta.step
+def read(path: Path) -> tuple[dict[str, np.ndarray], int | None, list[str]]:
+    """Returns what `sfcore.store.weights` does, also of an Orbax checkpoint or a folder of them."""
+    one = store.one_of(path, _orbax.LAYOUT) if path.is_dir() else path
+    if not _orbax.is_ours(one):
+        return store.weights(path)
+    meta = _orbax.read_meta(one)
+    return _orbax.read_inference(one, meta), meta.step, []
 
 
 def with_frozen(
@@ -178,33 +169,12 @@ def fitted(
     return {name: found[name].astype(target.dtype) for name, target in targets.items()}, notices
 
 
-def _plain(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
-
-
-def explicit(hyperparameters: Any, given: Sequence[Configured]) -> list[dict[str, Any]]:
-    """Returns what a user has chosen for each state; a dataclass has every field, so its 0 is no choice."""
-    several = hyperparameters if isinstance(hyperparameters, list | tuple) else [hyperparameters] * len(given)
-    unset = {("prior_steps", 0), ("warmup_steps", 0)}
-    return [
-        {
-            name: value
-            for name, value in one.values.items()
-            if not (is_dataclass(what) and (name, value) in unset)
-        }
-        for what, one in zip(several, given, strict=True)
-    ]
-
-
-def opening(
-    state: Any, configured: Configured, chosen: Mapping[str, Any], trained_steps: int | None
-) -> tuple[dict[str, Any], str]:
+def opening(state: Any, configured: Configured, trained_steps: int | None) -> tuple[dict[str, Any], str]:
     """Returns the clock to begin with, and the sentence about it.
 
     Args:
         state: the target's, of `tx.init`.
         configured: what is known of its configuration.
-        chosen: from `explicit`.
         trained_steps: of the weights, if it is known.
 
     Raises:
@@ -224,7 +194,7 @@ def opening(
         words = "the weights count as the prior_steps that the transformation was built with"
         return clock | {"weight_sum": built}, words
     kind = LAWS[configured.optimizer].options if configured.optimizer in LAWS else kinds.ScheduleFree
-    policy = restart.weights_only_policy(chosen, kind, trained_steps=trained_steps)
+    policy = restart.weights_only_policy(configured.chosen, kind, trained_steps=trained_steps)
     checks.check(kind, {"prior_steps": policy["prior_steps"]})
     count = int(policy["prior_steps"])
     if count == 0:
@@ -236,7 +206,7 @@ def opening(
             f"got lr = {lr!r}, r = {r!r}: or build the transformation with prior_steps={count}"
         )
     words = f"the weights count as the average of {count} earlier steps (prior_steps)"
-    if policy.get("warmup_steps") and "warmup_steps" not in chosen:
+    if policy.get("warmup_steps") and "warmup_steps" not in configured.chosen:
         words += f"; build the transformation with warmup_steps={policy['warmup_steps']} as well"
     power = weighed(values)["weight_lr_power"]
     return clock | {"weight_sum": averaging.prior_weight(count, float(lr), power)}, words

@@ -231,14 +231,13 @@ def test_a_kill_inside_a_background_save_leaves_the_previous_step(tmp_path: Path
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "saving\n"
-    partial = tmp_path / "2.orbax-checkpoint-tmp"
     deadline = time.monotonic() + 30
-    while not list(partial.glob("state*/**/*ocdbt")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".partial-*/**/state*/**/*ocdbt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    assert partial.exists()
+    assert list(tmp_path.glob(".partial-*"))
     params, opt_state = _state()
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(params, opt_state)

@@ -20,13 +20,13 @@ import sfjax
 from sfjax.checkpoint import (
     CheckpointError,
     Checkpoints,
+    _orbax,
     export_exchange,
     import_exchange,
     read,
     start_from_weights,
 )
 from sfjax.checkpoint._leaves import named
-from sfjax.checkpoint._orbax import Writer
 from sfjax.tests.checkpoint_runs import begin, go, saved, snapshot, transformation
 from sfjax.tests.runs import assert_same
 
@@ -259,8 +259,8 @@ def test_a_save_after_an_interrupted_wait_does_not_reach_the_one_in_flight(
 ) -> None:
     # A test run that was started in the background ignores SIGINT.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    going_on, write = threading.Event(), Writer.save
-    monkeypatch.setattr(Writer, "save", lambda *arguments: going_on.wait(60) and write(*arguments))
+    going_on, write = threading.Event(), _orbax.write
+    monkeypatch.setattr(_orbax, "write", lambda *arguments: going_on.wait(60) and write(*arguments))
     tx, params = transformation("sgd"), begin()
     later = jax.tree.map(lambda p: p + 1, params)
     with Checkpoints(tmp_path) as checkpoints:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import sfjax
 from sfjax.checkpoint import CheckpointError, Checkpoints
-from sfjax.checkpoint._place import place
+from sfjax.checkpoint._arrays import place
 from sfjax.tests.checkpoint_runs import begin, saved, transformation
 
 

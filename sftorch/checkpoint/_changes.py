@@ -10,7 +10,6 @@ from sfcore.changes import Change, carried_sum, comparable, effect_of, of_optimi
 from sfcore.hyperparameters import NEXT
 from sfcore.meta import Meta
 from sftorch.checkpoint import _arrays
-from sftorch.checkpoint._record import kind_of
 from sftorch.law.scalars import Clock
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 
@@ -36,14 +35,14 @@ def saved_groups(
 def compare(optimizer: ScheduleFreeOptimizer, meta: Meta, groups: list[dict[str, Any]]) -> list[Change]:
     """Returns the table: the optimizer, then group by group what its user configured otherwise."""
     found = []
-    if meta.optimizer != kind_of(optimizer):
-        found.append(of_optimizer(None, meta.optimizer, kind_of(optimizer)))
+    if meta.optimizer != optimizer.law.name:
+        found.append(of_optimizer(None, meta.optimizer, optimizer.law.name))
     if len(groups) != len(meta.groups):
         effect = "each group goes on from the clock of its first parameter's former group"
         found.append(Change("parameter groups", None, len(meta.groups), len(groups), effect))
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         found += of_group(optimizer, index, group, saved, meta.optimizer)
-        if meta.optimizer == kind_of(optimizer) == "wrapper":
+        if meta.optimizer == optimizer.law.name == "wrapper":
             found += _base(optimizer, index, group, saved)
     return found
 
@@ -80,7 +79,7 @@ def of_group(
         del values["beta"]
     rows = [Change(k, index, old[k], v, effect_of(k)) for k, v in values.items() if old.get(k, v) != v]
     before, now, scheduled = lrs(optimizer, group, saved)
-    if before != now and comparable(saved_kind, kind_of(optimizer)):
+    if before != now and comparable(saved_kind, optimizer.law.name):
         effect = f"{effect_of('lr')}; {_SCHEDULED}" if scheduled else effect_of("lr")
         rows.insert(0, Change("lr", index, before, now, effect))
     return rows
@@ -117,7 +116,7 @@ def scheduled_beta(
     """Returns the option with the saved beta where OneCycleLR or CyclicLR drives both, {} otherwise."""
     options = options_of(saved)
     driven = all("base_momentum" in one for one in (options, group))  # which these two leave there
-    if not driven or kind_of(optimizer) == "wrapper":  # whose base's momentum they drive
+    if not driven or optimizer.law.name == "wrapper":  # whose base's momentum they drive
         return {}
     if "betas" in group and "betas" in options:
         return {"betas": (options["betas"][0], *group["betas"][1:])}
@@ -156,17 +155,21 @@ def base_options(
 
 
 def carry(
-    clock: Clock, saved: Mapping[str, Any], values: Mapping[str, Any], same_units: bool, new_v: bool
+    clock: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    values: Mapping[str, Any],
+    same_units: bool,
+    new_v: bool,
 ) -> Clock:
     """Returns the clock that a parameter or group goes on with under the configured hyperparameters.
 
     Args:
-        clock: as saved.
+        clock: as saved: step, lr_max, weight_sum, and more or not.
         saved: the saved hyperparameters.
         values: the configured ones.
         same_units: False if the lr of the saved optimizer means something else.
         new_v: the second moment starts at 0, so its bias correction must start at t = 1.
     """
     new_lr = None if same_units else values["lr"]
-    lr_max, weight_sum = carried_sum(clock._asdict(), saved, values, new_lr)
-    return Clock(0 if new_v else clock.step, lr_max, weight_sum)
+    lr_max, weight_sum = carried_sum(clock, saved, values, new_lr)
+    return Clock(0 if new_v else clock["step"], lr_max, weight_sum)

@@ -8,24 +8,21 @@ FOLDER/step_000000100/state.safetensors      y, z, moments, buffers, gradients, 
 from __future__ import annotations
 
 import logging
-import numbers
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from sfcore import store
 from sfcore.changes import check_laws, of_batches, refuse
-from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
+from sfcore.saving import Saving
 from sfcore.store import Skipped
 from sftorch import _rng
 from sftorch.checkpoint import _arrays, _restore, _weights
 from sftorch.checkpoint._record import MODEL_EXTRA, capture, trained_by_others
-from sftorch.checkpoint._save import Writer
+from sftorch.checkpoint._save import Snapshot, write
 from sftorch.checkpoint._steps import steps_of
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 
@@ -50,7 +47,7 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
-class Checkpoints:
+class Checkpoints(Saving):
     """Saves and restores runs in a folder; a context manager that waits for the last save.
 
     Args:
@@ -87,11 +84,8 @@ class Checkpoints:
         metric: str = "loss",
         background: bool = True,
     ):
-        store.check_keep(keep_newest, keep_best)
-        self.folder = Path(folder).absolute()  # a save in the background must not follow a chdir
-        self._writer = Writer(self.folder, (keep_newest, keep_best, metric), background)
-        # A signal may save from another thread (sfcore.preemption) while the main one is in here.
-        self._lock = threading.RLock()
+        super().__init__(folder, keep_newest, keep_best, metric, background, store.PLAIN, _log)
+        self._snapshot = Snapshot()
         self._warned = False
 
     def save(
@@ -131,7 +125,7 @@ class Checkpoints:
         """
         _check_optimizer(optimizer)
         with self._lock:
-            self._writer.wait()
+            self._background.wait()
             own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
             place = {
                 "step": as_step(own if step is None else step),
@@ -142,7 +136,13 @@ class Checkpoints:
             }
             captured = capture(model, optimizer, place, extra or {})
             captured.arrays.update(_rng.capture())
-            self._writer.write(captured)
+            leaves = self._snapshot.take(captured.tensors, to_keep=self._background.is_used)
+
+            def save() -> Path:
+                self._snapshot.wait()
+                return write(self.folder, captured, leaves)
+
+            self._start(captured.meta.step, save)
             self._warn_of(trained_by_others(model, optimizer))
 
     def _warn_of(self, others: Sequence[str]) -> None:
@@ -200,15 +200,15 @@ class Checkpoints:
         _check_optimizer(optimizer)
         self.wait()
         if isinstance(resume, str) and resume.startswith("weights:"):
-            path = Path(resume.removeprefix("weights:"))
-            restored = Restored(path, None, _weights.start(path, model, optimizer, prior_steps), [], {})
+            weights = Path(resume.removeprefix("weights:"))
+            started = _weights.start(weights, model, optimizer, prior_steps)
+            restored = Restored(weights, None, started, [], {})
             steps_of(optimizer).watch(optimizer, None, fresh=("clock", "v"))
             return self._report(restored)
-        found, skipped = self._find(resume)
+        path, skipped, _ = store.choose(self.folder, resume)
         steps = steps_of(optimizer)  # sees the steps from here on, also of a run that starts anew
-        if found is None:
+        if path is None:
             return None
-        path = found
         meta, arrays = store.read(path)
         check_laws(path, meta)
         plan, changes = _restore.plan(path, meta, arrays, model, optimizer)
@@ -225,7 +225,7 @@ class Checkpoints:
         notices += _rng.restore(arrays) if rng else []
         changed = {change.name for change in changes}
         steps.watch(optimizer, meta.recent, changed, plan.fresh)
-        return self._report(Restored(path, meta, notices, skipped, _arrays.decode(extra, arrays)))
+        return self._report(Restored(path, meta, notices, list(skipped), _arrays.decode(extra, arrays)))
 
     def observe(self, optimizer: ScheduleFreeOptimizer, loss: float | Tensor) -> None:
         """Notes the loss of a micro-batch, for the watch over the first steps after a restart.
@@ -244,54 +244,8 @@ class Checkpoints:
         """
         steps_of(optimizer).add_loss(loss)
 
-    def wait(self) -> Path | None:
-        """Waits for the save in flight; returns the path of the last one.
-
-        Raises:
-            CheckpointError: if it failed.
-        """
-        with self._lock:
-            return self._writer.wait()
-
-    def close(self) -> None:
-        """Waits for the save in flight and frees the copies.
-
-        Raises:
-            CheckpointError: if it failed.
-        """
-        with self._lock:
-            self._writer.close()
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except CheckpointError:
-            if error is None:  # it is logged; the error that ends the block matters more
-                raise
-
-    def _find(self, resume: str | int | Path) -> tuple[Path | None, list[Skipped]]:
-        if resume == "none":
-            return None, []
-        found = store.steps(self.folder)
-        if resume in ("auto", "latest-good") and not found:
-            return None, []
-        if resume == "latest-good":
-            return store.latest_good(self.folder)
-        if resume == "auto":
-            return found[max(found)], []
-        if isinstance(resume, numbers.Integral) and not isinstance(resume, bool):
-            if resume not in found:
-                raise CheckpointError(f"{self.folder} must hold step {resume}, got the steps {sorted(found)}")
-            return found[int(resume)], []
-        if not isinstance(resume, Path) and not (isinstance(resume, str) and Path(resume).exists()):
-            raise store.unknown_resume(resume)
-        path = Path(resume)
-        return (store.newest(path) if store.steps(path) else path), []
+    def _free(self) -> None:
+        self._snapshot = Snapshot()
 
     def _report(self, restored: Restored) -> Restored:
         step = "" if restored.meta is None else f" at step {restored.meta.step}"

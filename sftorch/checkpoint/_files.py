@@ -10,9 +10,10 @@ import numpy as np
 
 from sfcore import laws
 from sfcore.iterates import widened
-from sfcore.meta import Meta
+from sfcore.meta import Meta, number_in
 from sfcore.sources import Source, unknown
 from sftorch.checkpoint import _arrays, _importers, _weights
+from sftorch.checkpoint._record import roles
 from sftorch.state import forms, prints
 
 _LIGHTNING = "optimizer_states"  # a list
@@ -33,9 +34,8 @@ def read(path: Path) -> Source:
         raise unknown(
             path, f"several state dicts of one kind, {', '.join(names)}: save each in a file of its own"
         )
-    weights = {
-        name: _to_numpy(value) for name, value in next(iter(models.values()), {}).items() if _is_tensor(value)
-    }
+    model: Mapping[str, Any] = next(iter(models.values()), {})
+    weights = {name: _arrays.to_numpy(value) for name, value in model.items() if _is_tensor(value)}
     if not optimizers:
         if not weights:
             raise unknown(path, f"a torch file without a state dict ({_keys(content)})")
@@ -84,12 +84,7 @@ def _keys(content: Any) -> str:
     return f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
-    return _arrays.to_numpy(tensor)
-
-
 def _of_optimizer(path: Path, state_dict: Mapping[str, Any], weights: dict[str, np.ndarray]) -> Source:
-
     try:
         found = _importers.recognise(_with_note(state_dict))
     except ValueError as error:
@@ -150,7 +145,6 @@ def _names(
 
 def _are_its_own(found: Any, names: Mapping[Any, str], weights: Mapping[str, np.ndarray]) -> bool:
     """Tells whether weights are those that a state was saved with, as far as it has prints of them."""
-
     own = f"{found.holds}_print"
     printed = {
         name: found.states[index][own]
@@ -172,36 +166,30 @@ def _group(found: Any, group: Mapping[str, Any], names: Mapping[Any, str]) -> di
     values = law.of_torch_group(options)
     if not _says_beta(found):
         values.pop("beta", None)
-    clock = {
-        name: float(value) if name != "step" else int(value)
-        for name, value in group["clock"]._asdict().items()
-    }
+    step, lr_max, weight_sum = group["clock"]
+    clock = {"step": int(step), "lr_max": float(lr_max), "weight_sum": float(weight_sum)}
     if options.get("y_beta") is not None:
         clock["beta"] = options["y_beta"]
     return {
-        "hyperparameters": {name: _number(value) for name, value in values.items()},
+        "hyperparameters": {name: number_in(value) for name, value in values.items()},
         "clock": clock,
         "parameters": [names[index] for index in group["params"]],
     }
-
-
-def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
 
 
 def _add_parameter(
     source: Source, name: str, values: Mapping[str, Any], clock: Any, weights: Mapping[str, np.ndarray]
 ) -> None:
     """Adds a parameter's leaves, and its entry in the record."""
-    kept = {"z": "z", "gap": "gap", "x": "x"} | {one.torch: role for role, one in laws.roles().items()}
-    state = {f"{role}/{name}": _to_numpy(values[key]) for key, role in kept.items() if key in values}
+    kept = {role: values[key] for key, role in roles().items() if key in values}
+    state = {f"{role}/{name}": _arrays.to_numpy(value) for role, value in kept.items()}
     held = weights.get(name) if source.named else None
     own = None
     if "z" in values or "gap" in values:
-        own = {key: _number(values[key]) for key in ("step", "lr_max", "weight_sum") if key in values}
+        own = {key: number_in(values[key]) for key in ("step", "lr_max", "weight_sum") if key in values}
         own = clock._asdict() | own
         if "y" in values:  # put aside by eval(), so that what the weights hold is x
-            held = _to_numpy(values["y"])
+            held = _arrays.to_numpy(values["y"])
     if held is not None:
         state[f"y/{name}"] = _in_full(source, held, values)
         state = widened(state)
@@ -216,7 +204,7 @@ def _in_full(source: Source, held: np.ndarray, values: Mapping[str, Any]) -> np.
     assert source.meta is not None
     holds_x = source.meta.weights_hold == "x" and "y" not in values
     rest = values.get("x_rest" if holds_x else "y_rest")
-    return held if rest is None else _to_numpy(forms.join(_arrays.to_tensor(held), rest))
+    return held if rest is None else _arrays.to_numpy(forms.join(_arrays.to_tensor(held), rest))
 
 
 def _note(source: Source, found: Any, has_weights: bool) -> None:

@@ -14,12 +14,10 @@ from sfcore.changes import comparable, of_optimizer
 from sfcore.checks import HyperparameterError
 from sfcore.hyperparameters import weighed
 from sftorch.checkpoint import _changes, _weights
-from sftorch.checkpoint._record import CLOCK, kind_of
 from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
-from sftorch.state.groups import new_books
 from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer
 
 
@@ -68,12 +66,16 @@ def recognise(state_dict: Mapping[str, Any]) -> Source:
     if "weight_sum" in first and "step" in first:
         return _schedule_free("pytorch_optimizer", _kind(first, states), groups, states, "step")
     if "betas" in first and "weight_sum" not in first and any("exp_avg_sq" in s for s in states.values()):
-        plain = [{"params": g["params"], "options": g, "clock": Clock(0, 0.0, 0.0)} for g in groups]
+        plain = [_group(group, Clock(0, 0.0, 0.0)) for group in groups]
         return Source("torch.optim.AdamW", "plain", plain, states, "y")
     raise ValueError(
         "state_dict must be of schedulefree, pytorch_optimizer's ScheduleFree* or torch.optim.AdamW, got the "
         f"options {sorted(first)}: start from the weights with Checkpoints.restore(resume='weights:PATH')"
     )
+
+
+def _group(options: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+    return {"params": options["params"], "options": options, "clock": clock}
 
 
 def _books(group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -85,10 +87,7 @@ def _ours(groups: Any, states: Any) -> Source:
     """Returns the state dict of another of our classes."""
     kind = "wrapper" if "schedule_free" in groups[0] else _kind(groups[0], states)
     merged = [group | _books(group) for group in groups]
-    clocks = [Clock(g["k"], g["lr_max"], g["weight_sum"]) for g in merged]
-    found = [
-        {"params": g["params"], "options": g, "clock": clock} for g, clock in zip(merged, clocks, strict=True)
-    ]
+    found = [_group(g, Clock(g["k"], g["lr_max"], g["weight_sum"])) for g in merged]
     base = {index: values["base"] for index, values in states.items() if "base" in values}
     return Source("sftorch", kind, found, states, groups[0][HOLD], base)
 
@@ -112,15 +111,8 @@ def _kind(options: Mapping[str, Any], states: Mapping[Any, Mapping[str, Any]]) -
 
 
 def _schedule_free(program: str, kind: str, groups: Any, states: Any, counter: str) -> Source:
-    found = [
-        # lr_max is -1 before the first step in both programs.
-        {
-            "params": g["params"],
-            "options": g,
-            "clock": Clock(g[counter], max(g["lr_max"], 0.0), g["weight_sum"]),
-        }
-        for g in groups
-    ]
+    # lr_max is -1 before the first step in both programs.
+    found = [_group(g, Clock(g[counter], max(g["lr_max"], 0.0), g["weight_sum"])) for g in groups]
     base = {}
     if kind == "wrapper":
         base = {i: {k: v for k, v in values.items() if k != "z"} for i, values in states.items()}
@@ -216,7 +208,7 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
     notices = [f"{source.program}'s state is carried over"]
     rows = zip(packed["param_groups"], source.groups, optimizer.param_groups, strict=True)
     for number, (group, saved, live) in enumerate(rows):
-        carried = _Group(optimizer, source, number, saved, live)
+        carried = _Carried(optimizer, source, number, saved, live)
         notices += carried.notices()
         notices += carried.fill(group)
         for index, old, p in zip(group["params"], saved["params"], live["params"], strict=True):
@@ -227,7 +219,7 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
 
 
 @dataclass
-class _Group:
+class _Carried:
     optimizer: ScheduleFreeOptimizer
     source: Source
     number: int
@@ -244,8 +236,8 @@ class _Group:
             return [*found, first + kept]
         like = {"hyperparameters": self._hyperparameters()}
         rows = _changes.of_group(self.optimizer, self.number, self.live, like, self.source.kind)
-        if self.source.kind != kind_of(self.optimizer):
-            rows.insert(0, of_optimizer(None, self.source.kind, kind_of(self.optimizer)))
+        if self.source.kind != self.optimizer.law.name:
+            rows.insert(0, of_optimizer(None, self.source.kind, self.optimizer.law.name))
         return found + [str(row) for row in rows]
 
     def _hyperparameters(self) -> dict[str, Any]:
@@ -266,19 +258,12 @@ class _Group:
 
     def fill(self, group: dict[str, Any]) -> list[str]:
         """Writes the clock and what the weights hold into the packed group; returns notices."""
-        books = self.optimizer._books(group)
         group[state_dict.HOLD] = self.source.holds
         if self.source.kind == "plain":
-            prior, notices = _weights.protect(self.optimizer, self.number, group)
-            books |= new_books() | {
-                "prior_weight": prior,
-                "weight_sum": prior,
-                "train_mode": books["train_mode"],
-            }
-            return notices
-        after = self._carry(self.saved["clock"], False)
-        books |= {"k": after.step, "lr_max": after.lr_max, "weight_sum": after.weight_sum}
-        books["y_beta"] = self._saved_beta()
+            return _weights.open_books(self.optimizer, self.number, group)
+        after = self._carry(self.saved["clock"]._asdict(), False)
+        clock = {"k": after.step, "lr_max": after.lr_max, "weight_sum": after.weight_sum}
+        self.optimizer._books(group).update(clock, y_beta=self._saved_beta())
         return []
 
     def state(
@@ -293,9 +278,8 @@ class _Group:
         found: dict[str, Any] = {name: theirs[name] for name in kept if name in theirs}
         needed = self.optimizer._buffers(self.live)
         found |= self._buffers(theirs, needed, p)
-        clock = self.saved["clock"]
-        if "step" in theirs:  # ours has a clock for each parameter
-            clock = Clock(*(theirs[name] for name in CLOCK))
+        # Ours has a clock for each parameter.
+        clock = theirs if "step" in theirs else self.saved["clock"]._asdict()
         found |= self._carry(clock, "exp_avg_sq" in needed and "exp_avg_sq" not in theirs)._asdict()
         if isinstance(self.optimizer, ScheduleFreeWrapper) and self.source.kind == "wrapper":
             found["base"] = dict(base)
@@ -319,9 +303,9 @@ class _Group:
         wide = torch.promote_types(p.dtype, torch.float32)
         return {name: theirs[name] if name in theirs else torch.zeros_like(p, dtype=wide) for name in needed}
 
-    def _carry(self, clock: Clock, new_v: bool) -> Clock:
+    def _carry(self, clock: Mapping[str, Any], new_v: bool) -> Clock:
         values, _ = self.optimizer._values(self.live)
-        same = comparable(self.source.kind, kind_of(self.optimizer))
+        same = comparable(self.source.kind, self.optimizer.law.name)
         return _changes.carry(clock, self._hyperparameters(), values, same, new_v)
 
 

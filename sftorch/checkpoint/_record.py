@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import sfcore
 from sfcore import laws
 from sfcore.exchange import CheckpointError
-from sfcore.meta import Meta
+from sfcore.meta import Meta, number_in, precision_of
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._steps import steps_of
 from sftorch.law.parts import is_divided
+from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, state_dict
 from sftorch.state.groups import new_books
@@ -26,7 +27,6 @@ from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 # The rest of a 16-bit y, or of x where the parameters hold that: joined on the way to the file.
 REST = "rest"
-CLOCK = ("step", "lr_max", "weight_sum")
 MODEL_EXTRA = "model_extra_state"
 
 
@@ -77,11 +77,6 @@ class Capture(NamedTuple):
     inference: dict[str, str]
     meta: Meta
     recent: Callable[[], dict[str, Any]]
-
-
-def kind_of(optimizer: ScheduleFreeOptimizer) -> str:
-    """Returns the name of an optimizer's law."""
-    return optimizer.law.name
 
 
 def roles() -> dict[str, str]:
@@ -180,15 +175,19 @@ def capture(
         recorded[MODEL_EXTRA] = _arrays.encode(others, tensors, f"extra/{MODEL_EXTRA}")
     for leaf, tensor in tensors.items():
         _arrays.check_dense(tensor, leaf)
-    dtypes = {about["dtype"] for about in parameters.values()}
     meta = Meta(
         framework="torch",
-        optimizer=kind_of(optimizer),
+        optimizer=optimizer.law.name,
         groups=[_group(optimizer, group, names) for group in optimizer.param_groups],
         parameters=parameters,
-        precision=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        precision=precision_of(parameters),
         weights_hold="y" if isinstance(optimizer, TrainEvalOptimizer) else "x",
-        versions=_versions(),
+        versions={
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+            "schedulefree-twin": sfcore.__version__,
+        },
         extra=recorded,
         **place,
     )
@@ -208,7 +207,7 @@ def _parameters(
             tensors[f"y/{name}"] = state.get("y", p)
             about: dict[str, Any] = {"shape": list(p.shape), "dtype": _arrays.name_of(p.dtype), "clock": None}
             if forms.has_started(state):
-                about["clock"] = {key: state[key] for key in CLOCK}
+                about["clock"] = {key: state[key] for key in Clock._fields}
                 tensors |= {f"{role}/{name}": state[key] for key, role in kept.items() if key in state}
                 if strange := laws.unnamed(state):
                     raise CheckpointError(
@@ -220,7 +219,8 @@ def _parameters(
             if base.get(p):
                 about["base"] = _arrays.encode(base[p], tensors, f"base/{name}")
             parameters[name] = about
-            beta = _beta_of_y(optimizer, group) if about["clock"] else None
+            holds_y = about["clock"] and isinstance(optimizer, TrainEvalOptimizer)
+            beta = optimizer._y_beta(group) if holds_y else None
             averages.append(Average(name, beta, p.dtype))
     return parameters, averages
 
@@ -232,11 +232,6 @@ def _note_kinds(model: nn.Module, parameters: Mapping[str, dict[str, Any]]) -> N
             name = f"{path}.{leaf}" if path else leaf
             if name in parameters:
                 parameters[name]["kind"] = type(module).__name__
-
-
-def _beta_of_y(optimizer: ScheduleFreeOptimizer, group: dict[str, Any]) -> float | None:
-    """Returns the beta that built the group's y, None where the parameters hold x."""
-    return optimizer._y_beta(group) if isinstance(optimizer, TrainEvalOptimizer) else None
 
 
 def _model_entries(
@@ -267,7 +262,7 @@ def _group(
     # A wrapper's books lie apart, because a base may use their names: Prodigy has a "k".
     ours = new_books().keys() if books is group else {"schedule_free"}
     options = {
-        key: _number(value)
+        key: number_in(value)
         for key, value in group.items()
         if key not in ours and key not in ("params", "param_names")
     }
@@ -278,7 +273,7 @@ def _group(
         defaults = {k: v for k, v in optimizer.base.defaults.items() if _is_plain(v)}
         own["base_defaults"] = _arrays.encode(defaults, {}, "defaults")
     return {
-        "hyperparameters": {key: _number(value) for key, value in values.items()},
+        "hyperparameters": {key: number_in(value) for key, value in values.items()},
         "clock": {
             "step": books["k"],
             "lr_max": books["lr_max"],
@@ -295,18 +290,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _number(value: Any) -> Any:
-    """Returns a one-element tensor or a NumPy scalar as the Python number that it is."""
-    single = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
-    return value.item() if single else value
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "schedulefree-twin": sfcore.__version__,
-    }

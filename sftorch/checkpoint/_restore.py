@@ -18,16 +18,13 @@ from sfcore.iterates import beta_of
 from sfcore.meta import Meta
 from sftorch.checkpoint import _arrays, _changes
 from sftorch.checkpoint._record import (
-    CLOCK,
     MODEL_EXTRA,
     is_extra_state,
-    kind_of,
     parameter_names,
     put_extra_state,
     roles,
     unwrapped,
 )
-from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms
 from sftorch.state.groups import new_books
@@ -104,10 +101,9 @@ class Saved:
         held = self._converted(state, held)
         needed = self.optimizer._buffers(self.group)
         anew = bool(self.fresh() & {one.role for one in self.optimizer.law.buffers if not one.when})
-        same = comparable(self.meta.optimizer, kind_of(self.optimizer))
+        same = comparable(self.meta.optimizer, self.optimizer.law.name)
         values = _changes.values_of(self.optimizer, self.group, self.saved)
-        before = Clock(*(clock[key] for key in CLOCK))
-        after = _changes.carry(before, self.saved["hyperparameters"], values, same, anew)
+        after = _changes.carry(clock, self.saved["hyperparameters"], values, same, anew)
         value, rest = (held, None) if held.dtype == self.p.dtype else forms.split(held, self.p.dtype)
         rests = {} if rest is None else {self.optimizer._rest: rest}
         kept = "gap" if "gap" in state else "z"
@@ -269,8 +265,8 @@ def _plan_group(
     old, clock, about = saved["hyperparameters"], saved["clock"], saved.get("torch", {})
     books = {"scheduled_lr": clock.get("lr", 0.0), "c": clock.get("c", 0.0)}
     books |= {k: v for k, v in about.get("books", {}).items() if k in new_books()}
-    same = changes.comparable(meta.optimizer, kind_of(optimizer))
-    _, lr_max, weight_sum = _changes.carry(Clock(*(clock[key] for key in CLOCK)), old, values, same, False)
+    same = changes.comparable(meta.optimizer, optimizer.law.name)
+    _, lr_max, weight_sum = _changes.carry(clock, old, values, same, False)
     books |= {"k": clock["step"], "lr_max": lr_max, "weight_sum": weight_sum}
     books["prior_steps"] = values["prior_steps"]
     if not isinstance(optimizer, TrainEvalOptimizer):
@@ -309,15 +305,9 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
     optimizer._forget_step()
     for live, value in new.copies:
         live.copy_(value)
-    for p, state in new.states.items():
-        optimizer.state.pop(p, None)
-        if state:
-            optimizer.state[p] = state
+    _put_states(optimizer, new.states)
     if isinstance(optimizer, ScheduleFreeWrapper):
-        for p, state in new.base_states.items():
-            optimizer.base.state.pop(p, None)
-            if state:
-                optimizer.base.state[p] = state
+        _put_states(optimizer.base, new.base_states)
         optimizer._show_base_state()
     for p, gradient in new.gradients.items():
         p.grad = gradient
@@ -330,6 +320,13 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
                 group[key] = value
     _put_entries(unwrapped(model), new.model_extra)
     optimizer._is_half_restored = False
+
+
+def _put_states(optimizer: torch.optim.Optimizer, states: Mapping[Tensor, dict[str, Any]]) -> None:
+    for p, state in states.items():
+        optimizer.state.pop(p, None)
+        if state:
+            optimizer.state[p] = state
 
 
 def _put_entries(model: nn.Module, entries: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import checks, exchange, store
+from sfcore import checks, store
 from sfcore.exchange import CheckpointError, cannot_read
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sfcore.sources import unknown
@@ -43,8 +43,8 @@ def load(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: torch cannot read it ({why})") from error
 
 
-def read(path: Path) -> tuple[dict[str, Any], int | None]:
-    """Returns name -> tensor, on the CPU, and the optimizer steps they were trained for if a file says so.
+def read(path: Path) -> tuple[dict[str, Any], int | None, list[str]]:
+    """Returns what `sfcore.store.weights` does, as tensors on the CPU.
 
     What torch.save wrote may have modules' extra state beside the tensors.
 
@@ -55,12 +55,9 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
     Raises:
         CheckpointError: if it cannot be read or holds no weights.
     """
-    if path.is_dir():
-        found = path if (path / store.META).exists() else store.newest(path)
-        meta, arrays = store.read(found, store.INFERENCE)
-        return _tensors(arrays), meta.step
-    if path.suffix == ".safetensors":
-        return _tensors(exchange.read_tensors(path)), exchange.said_of_weights(path)[0]
+    if path.is_dir() or path.suffix == ".safetensors":
+        arrays, trained, notices = store.weights(path)
+        return {name: _arrays.to_tensor(array) for name, array in arrays.items()}, trained, notices
     loaded = load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -70,11 +67,7 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
             f"{path} must hold a model's state dict, got {type(loaded).__name__}: save model.state_dict()"
         )
     entries = {str(name): value for name, value in loaded.items()}
-    return {n: value for n, value in entries.items() if isinstance(value, Tensor) or is_extra_state(n)}, None
-
-
-def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: _arrays.to_tensor(array) for name, array in arrays.items()}
+    return {n: v for n, v in entries.items() if isinstance(v, Tensor) or is_extra_state(n)}, None, []
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -96,13 +89,10 @@ def _named_as(live: Mapping[str, Tensor], weights: dict[str, Any]) -> dict[str, 
 def check(
     path: Path, weights: Mapping[str, Tensor], model: nn.Module, held: Set[Tensor]
 ) -> dict[str, Tensor]:
-    """Returns entry -> live tensor of what the file has; checks names and shapes, every problem at once.
+    """Returns entry -> live tensor of what the file has, which are all of `held`.
 
-    Args:
-        path: of the file, for the error.
-        weights: what it holds.
-        model: the live one.
-        held: the optimizer's parameters, which the file must have.
+    Raises:
+        CheckpointError: with every name and shape that does not fit.
     """
     live = _tensors_of(model)
     absent = live.keys() - weights.keys() - _spared(live, weights, held)
@@ -167,11 +157,11 @@ def start(
     """
     if prior_steps is not None:
         checks.check(optimizer.law.options, {"prior_steps": prior_steps})
-    weights, trained = read(path)
+    weights, trained, said = read(path)
     weights = _named_as(_tensors_of(model), weights)
     extra = {name: weights.pop(name) for name in list(weights) if is_extra_state(name)}
     live = check(path, weights, model, set(optimizer._params()))
-    notices = [f"{path}: {NO_STATE}", *exchange.said_of_weights(path)[1], *_left(model, live)]
+    notices = [f"{path}: {NO_STATE}", *said, *_left(model, live)]
     cast = {n: weights[n].dtype for n, value in live.items() if weights[n].dtype != value.dtype}
     if cast:
         name = next(iter(cast))
@@ -204,52 +194,43 @@ def empty(
     notices = [
         notice
         for index, group in enumerate(optimizer.param_groups)
-        for notice in _open(optimizer, index, group, given, trained)
+        for notice in open_books(optimizer, index, group, given, trained)
     ]
     optimizer._is_half_restored = False
     return notices
 
 
-def _open(
-    optimizer: ScheduleFreeOptimizer,
-    index: int,
-    group: dict[str, Any],
-    given: dict[str, int],
-    trained: int | None,
-) -> list[str]:
-    books = optimizer._books(group)
-    prior, notices = protect(optimizer, index, group, given, trained)
-    kept = {"train_mode": books["train_mode"], "prior_weight": prior, "weight_sum": prior}
-    books.update(new_books() | kept)
-    return notices
-
-
-def protect(
+def open_books(
     optimizer: ScheduleFreeOptimizer,
     index: int,
     group: dict[str, Any],
     given: Mapping[str, int] | None = None,
     trained: int | None = None,
-) -> tuple[float, list[str]]:
-    """Sets a group's prior_steps and warmup_steps by the policy; returns the prior weight, and notices.
+) -> list[str]:
+    """Begins a group's clock, with prior_steps and warmup_steps as the policy says; returns notices.
 
     What is given, and what differs from the optimizer's default, was asked for and stays.
     """
+    books, prior, notices = optimizer._books(group), 0.0, []
     values, _ = optimizer._values(group)
     usual = {field.name: field.default for field in fields(optimizer.law.options)}
     asked = {name: value for name, value in values.items() if value != usual[name]} | dict(given or {})
     lr = full_lr(group, values)
     if lr == 0:
-        return 0.0, [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
-    notices = []
-    for name, value in weights_only_policy(asked, optimizer.law.options, trained_steps=trained).items():
-        if name in values and value != values[name]:
-            (group if name in group else optimizer._books(group))[name] = value
-            notices.append(
-                f"group {index}: {name} is set to {value} for a start from weights; pass another to change it"
-            )
-    values, _ = optimizer._values(group)
-    return scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"]), notices
+        notices = [f"group {index}: lr is 0, so the loaded weights cannot be weighed; pass the full lr"]
+    else:
+        for name, value in weights_only_policy(asked, optimizer.law.options, trained_steps=trained).items():
+            if name in values and value != values[name]:
+                (group if name in group else books)[name] = value
+                notices.append(
+                    f"group {index}: {name} is set to {value} for a start from weights; "
+                    "pass another to change it"
+                )
+        values, _ = optimizer._values(group)
+        prior = scalars.prior_weight(values["prior_steps"], values["r"], lr, values["weight_lr_power"])
+    kept = {"train_mode": books["train_mode"], "prior_weight": prior, "weight_sum": prior}
+    books.update(new_books() | kept)
+    return notices
 
 
 def full_lr(group: Mapping[str, Any], values: Mapping[str, Any]) -> float:

@@ -321,6 +321,6 @@ class TestCheckpoints:
         y = torch.cat([forms.joined(p.detach(), optimizer.state[p]).flatten() for p in model.parameters()])
         assert found["norms"]["y"] == pytest.approx(y.norm().item(), rel=1e-6)
         target, _ = convert.convert(tmp_path / "run.pt", tmp_path / "x.safetensors", "inference")
-        x, _ = sftorch.checkpoint._weights.read(target)
+        x, _, _ = sftorch.checkpoint._weights.read(target)
         assert {value.dtype for value in x.values()} == {torch.bfloat16}
         assert all(torch.equal(x[k], v) for k, v in optimizer.eval_state_dict(model).items())

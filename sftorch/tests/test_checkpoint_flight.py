@@ -50,7 +50,7 @@ def test_a_save_interrupted_while_its_thread_starts_leaves_later_ones_possible(t
         patch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(model, optimizer, step=1)
-    assert checkpoints._writer._idle.wait(60)  # or everything after it would hang
+    assert checkpoints._background._idle.wait(60)  # or everything after it would hang
     checkpoints.save(model, optimizer, step=2)
     assert checkpoints.wait() == store.steps(tmp_path)[2]
     checkpoints.close()

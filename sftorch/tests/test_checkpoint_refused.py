@@ -74,7 +74,7 @@ def test_an_error_of_the_thread_is_logged_and_raised_by_the_next_save_once(saved
     with monkeypatch.context() as patch:
         patch.setattr("sfcore.store.write", lambda *args: 1 / 0)
         checkpoints.save(model, optimizer, step=9)
-        checkpoints._writer._idle.wait()
+        checkpoints._background._idle.wait()
     assert any("the save of step 9 failed: ZeroDivisionError" in message for message in caplog.messages)
     with pytest.raises(CheckpointError, match="the save of step 9 failed"):
         checkpoints.save(model, optimizer, step=10)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file, save_model
 
 import sftorch
+from sfcore import store
 from sfcore.checks import HyperparameterError
 from sfcore.restart import WEIGHTS_ONLY
 from sftorch.checkpoint import CheckpointError, Checkpoints
@@ -27,7 +28,7 @@ def trained(tmp_path):
 def write(form, model, folder):
     """Returns a path or folder that holds the weights in some form."""
     if form in ("folder", "checkpoint"):
-        return folder / "run" if form == "folder" else Checkpoints(folder / "run")._find("auto")[0]
+        return folder / "run" if form == "folder" else store.newest(folder / "run")
     if form == "safetensors":
         save_file(model.state_dict(), folder / "w.safetensors")
         return folder / "w.safetensors"

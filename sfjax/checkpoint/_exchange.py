@@ -1,4 +1,9 @@
-"""From the framework-free store: a run goes on in JAX that came from the torch twin, or from JAX."""
+"""From and to the framework-free store, where a run of JAX and one of the torch twin take each other over.
+
+The store holds y, z, v, m of every parameter by role and name, and x where beta is 0. y is in full: float32
+where a parameter has 16 bits. Gradients of an unfinished accumulation stay behind, because the frameworks
+scale them differently: the position in the data goes back to the last update.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +18,122 @@ import numpy as np
 from sfcore import laws, store
 from sfcore import names as _names
 from sfcore.changes import LEFT_BEHIND, at_last_update
-from sfcore.exchange import CheckpointError, of_role
+from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.iterates import beta_of, widened
-from sfcore.meta import Meta
+from sfcore.meta import Meta, as_metrics, as_step
 from sfcore.names import NameMap
-from sfcore.names.translate import renamed
-from sfjax.checkpoint._leaves import parameters
-from sfjax.checkpoint._place import place
-from sfjax.checkpoint._read import Saved
+from sfcore.names.translate import renamed, translate
+from sfjax.checkpoint import _orbax, _record
+from sfjax.checkpoint._arrays import array_like, is_weak, place, stored_form
+from sfjax.checkpoint._leaves import ONE_VECTOR, beside, host_arrays, in_full, named, parameters, whole
+from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
-from sfjax.checkpoint._storable import is_weak, stored_form
+from sfjax.checkpoint._save import evaluated, recorded_roles
 from sfjax.state.arguments import Configurations, MicroBatches
+from sfjax.state.find import _pure
+
+
+def export_exchange(
+    folder: str | Path,
+    params: Any,
+    opt_state: Any,
+    *,
+    step: int,
+    hyperparameters: Configurations | None = None,
+    names: NameMap | None = None,
+    buffers: Any = None,
+    epoch: int = 0,
+    position: int = 0,
+    accumulation: MicroBatches | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes one checkpoint of the framework-free store; returns its path, FOLDER/step_....
+
+    Args:
+        folder: where it goes, beside others or not.
+        params, opt_state, step, hyperparameters, epoch, position, accumulation, metrics, extra: as for
+            `Checkpoints.save`. The torch twin needs hyperparameters.
+        names: from `sfcore.names`, to write torch's names and layouts; JAX's own by default, which the twin
+            can turn into its own as well.
+        buffers: model state without gradient, such as batch statistics.
+
+    Raises:
+        CheckpointError: if it cannot be written, or a buffer has the name of a parameter; nothing of the
+            attempt stays.
+        NamesError: if `names` does not fit (a CheckpointError).
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, sfjax
+        >>> from sfjax.checkpoint import export_exchange, import_exchange
+        >>> tx = sfjax.schedule_free_sgd(0.1)
+        >>> params = {"w": jnp.ones(3)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_exchange(folder, params, tx.init(params), step=0)
+        ...     back = import_exchange(path, params, tx.init(params))
+        >>> back.params["w"].tolist()
+        [1.0, 1.0, 1.0]
+    """
+    flat = named(whole(_pure(params), _pure(opt_state)))
+    arrays = [np.asarray(array_like(*one)) for one in zip(flat.names, flat.leaves, strict=True)]
+    tree = flat.pure.unflatten(arrays)
+    values = {
+        "step": as_step(step),
+        "epoch": epoch,
+        "position": position,
+        "metrics": as_metrics(metrics or {}),
+        "extra": dict(extra or {}),
+    }
+    batches = _record.accumulated(tree["opt_state"], accumulation)
+    meta, _ = at_last_update(_record.make(tree, hyperparameters, batches, **values), LEFT_BEHIND)
+    if meta.parameters and not any(group["parameters"] for group in meta.groups):
+        raise CheckpointError(f"opt_state must hold z as a tree like params, got {ONE_VECTOR}")
+    leaves = dict(zip(flat.names, arrays, strict=True))
+    about = recorded_roles(tree["params"], tree["opt_state"])
+    state = _portable({one["role"]: leaves[name] for name, one in about.items()})
+    state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in beside(buffers, params).items()}
+    inference = host_arrays(evaluated(_pure(opt_state), _pure(params)))
+    meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}
+    inference |= of_role(state, "buffer")
+    if names is not None:
+        meta, state, inference, _ = translate(meta, state, inference, "torch", names)
+    return store.write(Path(folder), meta, state, inference)
+
+
+def _portable(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns role -> array as any optimizer has them: y in full, z for every parameter, no lean form."""
+    held = {"y", "gap", "x", "z", "base", *laws.roles()}
+    found = {role: array for role, array in leaves.items() if role.partition("/")[0] in held}
+    found = widened(found | {f"y/{name}": in_full(leaves, name) for name in of_role(leaves, "y")})
+    # Where there is an x, the parameters are z; the twin keeps z in a buffer of its own.
+    for name, x in of_role(leaves, "x").items():
+        found[f"z/{name}"] = found[f"y/{name}"].astype(x.dtype)
+    return found
+
+
+def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns (record, ROLE/NAME -> array, inference weights) of one Orbax checkpoint, verified, on the host.
+
+    Args:
+        path: FOLDER/STEP, as `Checkpoints.save` returned it.
+
+    Raises:
+        CheckpointError: naming file and leaf if it is damaged.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, sfjax
+        >>> from sfjax.checkpoint import Checkpoints, read
+        >>> tx, params = sfjax.schedule_free_sgd(0.1), {"w": jnp.ones(3)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Checkpoints(folder) as checkpoints:
+        ...         path = checkpoints.save(0, params, tx.init(params))
+        ...     meta, state, inference = read(path)
+        >>> sorted(state), sorted(inference)
+        (['y/w', 'z/w'], ['w'])
+    """
+    saved = _orbax.read(Path(path).absolute())
+    state = _portable(saved.leaves)
+    return saved.meta, state, _orbax.read_inference(saved.path, saved.meta)
 
 
 def import_exchange(
@@ -59,20 +169,21 @@ def import_exchange(
         ...     import_exchange(path, params, tx.init(params)).meta.step
         7
     """
-    folder = Path(path).absolute()
-    folder = folder if (folder / store.META).exists() else store.newest(folder)
+    folder = store.at(Path(path).absolute())
     meta, stored = store.read(folder)
     arrays = widened(stored)
-    jax_shapes = {name: tuple(leaf.shape) for name, leaf in parameters(params).items()}
-    jax_shapes |= {name: tuple(leaf.shape) for name, leaf in parameters(buffers or {}).items()}
     if meta.framework == "torch":
-        found = names if isinstance(names, NameMap) else _names.between(jax_shapes, _shapes(arrays), names)
+        leaves = parameters(params) | parameters(buffers or {})
+        ours = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        stored = of_role(arrays, "buffer") | of_role(arrays, "y")
+        theirs = {name: array.shape for name, array in stored.items()}
+        found = names if isinstance(names, NameMap) else _names.between(ours, theirs, names)
         arrays = renamed(arrays, found.to_jax)
         meta = _jax_names(meta, found)
     meta, differences = _one_clock(meta)
     meta, left = at_last_update(meta, LEFT_BEHIND)
     arrays = _as_training(meta, arrays, set(parameters(params)))
-    arrays |= _halves(meta, arrays, parameters(params))
+    arrays |= _in_halves(meta, arrays, parameters(params))
     held = {"y", "rest", "x", "z", *laws.roles(), "base"}
     state = {leaf: array for leaf, array in arrays.items() if leaf.partition("/")[0] in held}
     saved = Saved(folder, meta, state, {leaf: leaf for leaf in state})
@@ -89,10 +200,6 @@ def import_exchange(
     if buffers is None:
         return restored
     return replace(restored, extra_state=_buffers(folder, arrays, buffers))
-
-
-def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for role in ("buffer", "y") for name, array in of_role(arrays, role).items()}
 
 
 def _jax_names(meta: Meta, names: NameMap) -> Meta:
@@ -150,7 +257,7 @@ def _as_training(meta: Meta, arrays: dict[str, np.ndarray], wanted: set[str]) ->
     return arrays
 
 
-def _halves(
+def _in_halves(
     meta: Meta, arrays: Mapping[str, np.ndarray], targets: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Returns y and its rest of every parameter of 16 bits whose y the store holds in float32."""

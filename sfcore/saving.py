@@ -1,0 +1,189 @@
+"""The saves of one run: one at a time, in the background or not, and what of the folder stays after each."""
+
+from __future__ import annotations
+
+import concurrent.futures.thread  # noqa: F401 - its hook at exit must be registered before the one below
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from sfcore import store
+from sfcore.exchange import CheckpointError
+from sfcore.store import Layout
+
+Self = TypeVar("Self", bound="Saving")
+
+
+class Background:
+    """One piece of work at a time in a thread, done before the program ends; its error waits to be asked for.
+
+    Args:
+        name: of the thread.
+        enabled: False does the work at once, in the caller's thread.
+    """
+
+    def __init__(self, name: str, enabled: bool):
+        self._name, self._enabled = name, enabled
+        # Not join(), which in Python 3.11 takes a thread for ended once Ctrl-C has interrupted it.
+        self._idle = threading.Event()
+        self._idle.set()
+        self._error: BaseException | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """False where the work is done at once."""
+        # Nobody waits for a thread that is started while the program ends, in a function of atexit.
+        return self._enabled and threading.main_thread().is_alive()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Starts the work; the caller has waited for what was started before."""
+        if not self.is_used:
+            work()
+            return
+        claim = threading.Lock()
+
+        def run() -> None:
+            if claim.acquire(blocking=False):
+                try:
+                    work()
+                except BaseException as error:
+                    self._error = error
+                finally:
+                    self._end()
+
+        try:
+            self._idle.clear()
+            _unfinished.add(self._idle)
+            # No daemon: a program that ends normally waits for its last save.
+            threading.Thread(target=run, name=self._name).start()
+        except BaseException:  # no more threads, or Ctrl-C, which leaves open whether there is one now
+            if claim.acquire(blocking=False):
+                self._end()
+            raise
+
+    def wait(self) -> None:
+        """Waits for the work; raises its error, once."""
+        self._idle.wait()  # a Ctrl-C in here leaves it to be waited for
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _end(self) -> None:
+        _unfinished.discard(self._idle)
+        self._idle.set()
+
+
+# What is waited for when nobody holds the Background that started it any more.
+_unfinished: set[threading.Event] = set()
+
+
+def finish() -> None:
+    """Waits for whatever any Background of this process is at."""
+    for idle in list(_unfinished):
+        idle.wait()  # an error is logged where it happens
+
+
+# Python accepts no new threads, such as Orbax starts, once the main one has ended, and atexit comes after
+# that: a save in flight would fail. This hook, which concurrent.futures itself uses, comes before.
+if hasattr(threading, "_register_atexit"):
+    threading._register_atexit(finish)
+# A fork has no thread that would finish the work, and would wait for it forever when it ends.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unfinished.clear)
+
+
+class Saving:
+    """What `Checkpoints` of both twins do alike.
+
+    Args:
+        folder, keep_newest, keep_best, metric, background: as for `Checkpoints`.
+        layout: of the folder.
+        log: of the package; its name is that of the thread too.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep_newest: int,
+        keep_best: int,
+        metric: str,
+        background: bool,
+        layout: Layout,
+        log: logging.Logger,
+    ):
+        store.check_keep(keep_newest, keep_best)
+        self.folder = Path(folder).absolute()  # a save in the background must not follow a chdir
+        self.metric = metric
+        self._keep, self._layout, self._log = (keep_newest, keep_best), layout, log
+        self._background = Background(log.name, background)
+        # A signal may save from another thread (sfcore.preemption) while the main one is in here.
+        self._lock = threading.RLock()
+        self._cleaned = False
+        self._path: Path | None = None
+
+    def wait(self) -> Path | None:
+        """Waits until the last save is on disk; returns its path.
+
+        Raises:
+            CheckpointError: if it failed; the older checkpoints are untouched.
+        """
+        with self._lock:
+            self._background.wait()
+            return self._path
+
+    def close(self) -> None:
+        """Waits, and frees the copies on the host; a later save makes them again.
+
+        Raises:
+            CheckpointError: if the last save failed.
+        """
+        with self._lock:
+            try:
+                self._background.wait()
+            finally:
+                self._free()
+
+    def _free(self) -> None:
+        """Frees what is kept from save to save."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None:  # it is logged; the one that ends the block matters more
+                raise
+
+    def _clean(self) -> None:
+        """Removes leftovers, once: not at construction, because another process may be saving until then."""
+        if not self._cleaned:
+            store.clean(self.folder, self._layout)
+            self._cleaned = True
+
+    def _start(self, step: int, write: Callable[[], Path]) -> None:
+        """Starts a save of a step; `write` writes it and returns its path."""
+        self._background.start(lambda: self._save(step, write))
+
+    def _save(self, step: int, write: Callable[[], Path]) -> None:
+        try:
+            self._clean()
+            for newer in store.set_aside(self.folder, step, self._layout):
+                self._log.warning(
+                    "%s is newer than step %d, where this run is: it was set aside", newer, step
+                )
+            self._path = write()
+            store.prune(self.folder, *self._keep, self.metric, self._layout)
+        except CheckpointError as error:
+            self._log.error("%s", error)
+            raise
+        except Exception as error:
+            self._log.error("the save of step %d failed: %r", step, error)
+            raise CheckpointError(f"the save of step {step} failed: {error!r}") from error
