@@ -67,7 +67,7 @@ def ship_x(model: nn.Module, optimizer: TrainEvalOptimizer) -> XShipped:
 
 
 class XShipped:
-    """What `ship_x` returns."""
+    """What `ship_x` returns: `remove()` ends it, and so does the end of a `with` block over it."""
 
     def __init__(self, model: nn.Module, optimizer: TrainEvalOptimizer):
         if not isinstance(model, nn.Module):
