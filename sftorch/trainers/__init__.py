@@ -59,8 +59,8 @@ def flat_metrics(optimizer: object) -> dict[str, float]:
 
     Returns:
         "schedule_free/NAME" for each name of `optimizer.metrics(distance=True)`, of the first group: lr (with
-        warm-up), lr_max, effective_lr, c, weight_sum, step, and after a restart restart_steps, restart_moved and
-        restart_jump; of later groups "schedule_free/GROUP/NAME". x_z_distance is that of all groups together.
+        warm-up), lr_max, effective_lr, c, weight_sum, step, and after a restart restart_steps, restart_moved
+        and restart_jump; of later groups "schedule_free/GROUP/NAME". x_z_distance is that of all together.
 
     Raises:
         TypeError: as `unwrap`.
