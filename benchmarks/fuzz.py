@@ -401,14 +401,18 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m benchmarks fuzz", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="default: all")
-    parser.add_argument("--count", type=int, default=1000, help="cases of each part; default: 1000")
+    parser.add_argument(
+        "--count", action="append", default=[], help="cases of each part, or PART=N; default: 1000"
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first case; default: 0")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/fuzz.jsonl")
     arguments = parser.parse_args(argv)
+    named = [one.rpartition("=") for one in arguments.count]
+    counts = {"all": "1000"} | {part or "all": number for part, _, number in named}
     good = True
     for part in arguments.part or PARTS:
-        found = fuzz(part, arguments.count, arguments.seed, arguments.first)
+        found = fuzz(part, int(counts.get(part, counts["all"])), arguments.seed, arguments.first)
         print(json.dumps({"part": part, **found}, indent=1))
         if arguments.out:
             row = {"part": part, "seed": arguments.seed, **found}

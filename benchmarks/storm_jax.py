@@ -41,6 +41,10 @@ def build(one: Program, seed: int) -> tuple[Any, Any, Any]:
 
 def run(one: Program, folder: Path, again: bool) -> str:
     """Runs a program in a folder; returns a digest of its end."""
+    # What a run before this one has compiled; most of a short run is that.
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     with Checkpoints(folder, background=one.background, keep_newest=one.keep_newest) as checkpoints:
         return until_done(lambda: _run(one, checkpoints), again)
 

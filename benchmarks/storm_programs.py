@@ -1,7 +1,7 @@
 """Random training programs, cut at random moments and lines, which must end in the bits of the uncut run.
 
-Cuts: "kill" is SIGKILL at any moment; "moment" KeyboardInterrupt at any moment, which ends the process; "line"
-the same at any line of ours; "again" at any line of ours, after which the same process restores and goes on.
+Cuts: "kill" is SIGKILL at any moment; "moment" is KeyboardInterrupt at any moment, which ends the process;
+"line" the same at any line of ours; "again" likewise, but the same process restores and goes on.
 """
 
 from __future__ import annotations
@@ -192,15 +192,22 @@ def storm(
         draw = random.Random(f"{framework} {seed} {number}")
         one, drawn = program(draw)
         options.update(drawn.values())
-        calm, stormy = folder / f"{number}-calm", folder / f"{number}-storm"
-        code, said = attempt(run, one, calm, "count", 0, 0)
-        wrong = [] if code == ENDED else [f"the uncut run failed: {said}"]
-        if not wrong:
-            digest, seconds, lines = said.split()
-            wrong = _cut(run, one, draw, stormy, digest, float(seconds), int(lines), cuts)
+        calm, warm, stormy = (folder / f"{number}-{name}" for name in ("calm", "warm", "storm"))
+        # Twice: the first compiles, and counts lines; the second takes as long as those that are cut.
+        codes, said = zip(
+            attempt(run, one, calm, "count", 0, 0), attempt(run, one, warm, "none", 0, 0), strict=True
+        )
+        ends = [one.split() for one in said]
+        if set(codes) != {ENDED}:
+            wrong = [f"the uncut run failed: {said}"]
+        elif ends[0][0] != ends[1][0]:
+            wrong = ["the uncut run has other bits the second time"]
+        else:
+            digest, seconds, lines = ends[0][0], float(ends[1][1]), int(ends[0][2])
+            wrong = _cut(run, one, draw, stormy, digest, seconds, lines, cuts)
         problems += [f"{framework} --seed {seed} --first {number}: {one}: {what}" for what in wrong]
-        shutil.rmtree(calm, ignore_errors=True)
-        shutil.rmtree(stormy, ignore_errors=True)
+        for place in (calm, warm, stormy):
+            shutil.rmtree(place, ignore_errors=True)
     return {
         "programs": len(numbers),
         "cuts": dict(sorted(cuts.items())),
