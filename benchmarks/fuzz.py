@@ -409,10 +409,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/fuzz.jsonl")
     arguments = parser.parse_args(argv)
     named = [one.rpartition("=") for one in arguments.count]
-    counts = {"all": "1000"} | {part or "all": number for part, _, number in named}
+    counts = {part: int(number) for part, _, number in named}  # "" for all
     good = True
     for part in arguments.part or PARTS:
-        found = fuzz(part, int(counts.get(part, counts["all"])), arguments.seed, arguments.first)
+        found = fuzz(part, counts.get(part, counts.get("", 1000)), arguments.seed, arguments.first)
         print(json.dumps({"part": part, **found}, indent=1))
         if arguments.out:
             row = {"part": part, "seed": arguments.seed, **found}

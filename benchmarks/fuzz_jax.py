@@ -43,7 +43,7 @@ def trained(name: str, seed: int, steps: int = 0) -> tuple[Any, Any, Any]:
     params = {"w": jnp.full((3, 2), 0.5 + seed, dtype), "b": jnp.arange(2, dtype=dtype)}
     tx = MAKERS[name]()
     state = tx.init(params)
-    extra = {"key": jax.random.key(seed), "numpy": np.random.default_rng(seed), "epoch": seed}
+    extra: dict[str, Any] = {"key": jax.random.key(seed), "numpy": np.random.default_rng(seed), "epoch": seed}
     for _ in range(steps):
         grads = jax.tree.map(lambda leaf: leaf * extra["numpy"].random(), params)
         updates, state = tx.update(grads, state, params)

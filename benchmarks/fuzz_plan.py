@@ -17,7 +17,7 @@ from sfcore import __main__ as program
 from sfcore.exchange import CheckpointError
 from sfcore.plan import ConfigError, check, field_states, text
 
-SOURCES = ("own", "sd-scripts", "kohya", "hf", None)
+SOURCES: tuple[Any, ...] = ("own", "sd-scripts", "kohya", "hf", None)
 ODD: tuple[Callable[[random.Random], Any], ...] = (
     lambda draw: draw.choice([None, True, False, float("nan"), float("inf"), -0.0, 1e308, 1e-320]),
     lambda draw: draw.choice([10**400, -(10**30), 2**63, 10**4000]),
@@ -40,7 +40,7 @@ NAMES = (
     "inverse_sqrt", "warmup_stable_decay", "adafactor", "piecewise_constant", "CosineAnnealingLR", "cosin",
 )  # fmt: skip
 WORDS = sorted(
-    {name for source in SOURCES[:-1] for name in field_states({}, source=source)}
+    {name for source in SOURCES for name in field_states({}, source=source)}
     | {"betas", "momentum", "optimizer_args", "optim_args", "additional_parameters", "lr_scheduler_args"}
     | {"lr_scheduler_kwargs", "network_args", "config_file", "full_bf16", "unet_lr", "samples", "devices"}
     | {"prior_steps", "warmup_steps", "r", "weight_lr_power", "batchnorm", "param_dtype", "weights", "lr"}

@@ -278,16 +278,13 @@ def a_restore(draw: random.Random, folder: Path) -> Reading:
     run = folder / "run"
     shutil.copytree(_made[0] / f"run {name}", run)
     newest = store.newest(run)
-    resume = draw.choice(
-        ["auto", "auto", "latest-good", 1, newest, f"weights:{newest / store.INFERENCE}", f"weights:{newest}"]
-    )
-    whole = started = None
-    if str(resume).startswith("weights:"):
-        whole, started = trained(name, 1)
-        Checkpoints(run).restore(whole, started, resume=resume)
-        right = {None: digest(whole, started)}
-    else:
-        right = dict(expected(name))
+    weights = [f"weights:{newest / store.INFERENCE}", f"weights:{newest}"]
+    resume: Any = draw.choice(["auto", "auto", "latest-good", 1, newest, *weights])
+    right: dict[Any, str] = {**expected(name)}
+    if resume in weights:
+        other, started = trained(name, 1)
+        Checkpoints(run).restore(other, started, resume=resume)
+        right = {None: digest(other, started)}
     fuzz.rummage(draw, run)
     model, optimizer = trained(name, 1)
     before = digest(model, optimizer)

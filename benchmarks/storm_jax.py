@@ -35,8 +35,11 @@ def build(one: Program, seed: int) -> tuple[Any, Any, Any]:
     """Returns parameters, state, and a jitted micro-step that draws its batch and dropout from a key."""
     lean = one.precision == "lean"
     exact_jax.MAKERS["program"] = lambda: MAKERS["lean" if lean else one.optimizer](one)
-    precision = "bfloat16" if lean else one.precision
-    return exact_jax.build(dataclasses.replace(one, optimizer="program", precision=precision), seed)
+    named: Any = dataclasses.replace(
+        one, optimizer="program", precision="bfloat16" if lean else one.precision
+    )
+    found: tuple[Any, Any, Any] = exact_jax.build(named, seed)
+    return found
 
 
 def run(one: Program, folder: Path, again: bool) -> str:

@@ -194,16 +194,14 @@ def storm(
         options.update(drawn.values())
         calm, warm, stormy = (folder / f"{number}-{name}" for name in ("calm", "warm", "storm"))
         # Twice: the first compiles, and counts lines; the second takes as long as those that are cut.
-        codes, said = zip(
-            attempt(run, one, calm, "count", 0, 0), attempt(run, one, warm, "none", 0, 0), strict=True
-        )
-        ends = [one.split() for one in said]
-        if set(codes) != {ENDED}:
-            wrong = [f"the uncut run failed: {said}"]
-        elif ends[0][0] != ends[1][0]:
+        ended, first = attempt(run, one, calm, "count", 0, 0)
+        again, second = attempt(run, one, warm, "none", 0, 0)
+        if ended != ENDED or again != ENDED:
+            wrong = [f"the uncut run failed: {first if ended != ENDED else second}"]
+        elif first.split()[0] != second.split()[0]:
             wrong = ["the uncut run has other bits the second time"]
         else:
-            digest, seconds, lines = ends[0][0], float(ends[1][1]), int(ends[0][2])
+            digest, seconds, lines = first.split()[0], float(second.split()[1]), int(first.split()[2])
             wrong = _cut(run, one, draw, stormy, digest, seconds, lines, cuts)
         problems += [f"{framework} --seed {seed} --first {number}: {one}: {what}" for what in wrong]
         for place in (calm, warm, stormy):

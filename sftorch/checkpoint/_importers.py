@@ -228,10 +228,11 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
         )
         if books.get("y_beta") is not None and not 0 <= books["y_beta"] <= 1:
             problems.append(f"group {number} must have a beta from 0 to 1, got {books['y_beta']}")
-        for index, old, p in zip(group["params"], saved["params"], live["params"], strict=True):
+        places = zip(group["params"], saved["params"], live["params"], strict=True)
+        for place, (index, old, p) in enumerate(places):
             values = carried.state(source.states.get(old, {}), source.base.get(old, {}), group, p)
             if values:
-                problems += _odd_values(f"the state of parameter {old!r}", values, p)
+                problems += _odd_values(f"parameter {place} of group {number}", values, p)
                 state[index] = values
     if problems:
         raise ValueError(
@@ -262,8 +263,8 @@ def _odd_values(where: str, values: Mapping[str, Any], p: Tensor) -> list[str]:
             if not is_dense:
                 found.append(f"{where} must have a dense tensor as {name}, got {type(value).__name__}")
             elif value.shape != p.shape:
-                shapes = f"{tuple(p.shape)} in {name}, got {tuple(value.shape)}"
-                found.append(f"{where} must have the shape {shapes}")
+                kept = "" if name in ("z", "gap") else f" in {name}"
+                found.append(f"{where} must have shape {tuple(p.shape)}{kept}, got {tuple(value.shape)}")
             elif name not in forms.RESTS and _kind_of_numbers(value) != _kind_of_numbers(p):
                 found.append(f"{where} must have numbers like the parameter's in {name}, got {value.dtype}")
     return found
