@@ -14,6 +14,7 @@ from sfcore.meta import Meta, number_in
 from sfcore.sources import Source, unknown
 from sftorch.checkpoint import _arrays, _importers, _unpickle
 from sftorch.checkpoint._record import roles
+from sftorch.law.scalars import Clock
 from sftorch.state import forms, prints
 
 _LIGHTNING = "optimizer_states"  # a list
@@ -182,8 +183,8 @@ def _add_parameter(
     held = weights.get(name) if source.named else None
     own = None
     if "z" in values or "gap" in values:
-        own = {key: number_in(values[key]) for key in ("step", "lr_max", "weight_sum") if key in values}
-        own = clock._asdict() | own
+        own = clock._asdict() | {key: values[key] for key in Clock._fields if key in values}
+        own = {key: (int if key == "step" else float)(value) for key, value in own.items()}
         if "y" in values:  # put aside by eval(), so that what the weights hold is x
             held = _arrays.to_numpy(values["y"])
     if held is not None:

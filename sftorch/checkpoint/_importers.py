@@ -254,13 +254,15 @@ def _odd_clock(where: str, clock: Clock) -> list[str]:
 def _odd_values(where: str, values: Mapping[str, Any], p: Tensor) -> list[str]:
     """Returns what is wrong with a parameter's state, in sentences; a base knows its own."""
     found = _odd_clock(where, Clock(*(values[name] for name in Clock._fields)))
+    for name, value in values.get("base", {}).items():
+        if isinstance(value, Tensor) and not _is_dense(value):
+            found.append(f"{where} must have a dense tensor as {name} of its base")
     for name, value in values.items():
         if name in state_dict.PRINTS:
             if type(value) is not int:
                 found.append(f"{where} must have a whole number as {name}, got {type(value).__name__}")
         elif name not in Clock._fields and name != "base":
-            is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-            if not is_dense:
+            if not _is_dense(value):
                 found.append(f"{where} must have a dense tensor as {name}, got {type(value).__name__}")
             elif value.shape != p.shape:
                 kept = "" if name in ("z", "gap") else f" in {name}"
@@ -268,6 +270,11 @@ def _odd_values(where: str, values: Mapping[str, Any], p: Tensor) -> list[str]:
             elif name not in forms.RESTS and _kind_of_numbers(value) != _kind_of_numbers(p):
                 found.append(f"{where} must have numbers like the parameter's in {name}, got {value.dtype}")
     return found
+
+
+def _is_dense(value: Any) -> bool:
+    is_strided = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_strided and not value.is_meta and not value.is_quantized
 
 
 def _kind_of_numbers(tensor: Tensor) -> tuple[bool, bool]:
