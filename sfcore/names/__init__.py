@@ -10,12 +10,15 @@ recurrent cells need a map.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sfcore import checks
+from sfcore.checks import Rule
 from sfcore.names import _derive, _flax, _guess, _map
 from sfcore.names._flax import Pair, Shape
 from sfcore.names._map import NamesError
@@ -24,6 +27,23 @@ __all__ = ["NameMap", "NamesError", "Pair", "between", "to_jax", "to_torch"]
 
 Shapes = Mapping[str, Shape]
 UserMap = Path | str | Mapping[str, Any] | None
+USER_MAP = checks.optional(
+    checks.kind_of("a JSON file or its content", (str, Path, Mapping), 'such as {"Dense_0": "fc1"}')
+)
+_PAIRS = Rule(
+    "a list of sfcore.names.Pair",
+    lambda v: isinstance(v, Collection) and all(isinstance(one, Pair) for one in v),
+    "sfcore.names.between makes them",
+)
+_SHAPES = Rule(
+    "name -> shape",
+    lambda v: isinstance(v, Mapping) and all(map(_is_shape, v.values())),
+    "such as {name: array.shape}",
+)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, Integral) for size in value)
 
 
 class NameMap:
@@ -45,6 +65,7 @@ class NameMap:
     """
 
     def __init__(self, pairs: Sequence[Pair]):
+        checks.require(TypeError, pairs=(_PAIRS, pairs))
         self.pairs = tuple(pairs)
         self._by_jax = {pair.jax: pair for pair in pairs}
         self._by_torch: dict[str, list[Pair]] = {}
@@ -68,12 +89,13 @@ class NameMap:
         Raises:
             NamesError: with every name that the map lacks, every other shape, every missing part.
         """
+        checks.require(TypeError, arrays=(checks.MAPPING, arrays))
         problems = [_problem("jax", n, self._jax_shape(n), np.shape(array)) for n, array in arrays.items()]
         wanted = dict.fromkeys(self._by_jax[name].torch for name in arrays if name in self._by_jax)
         for name in wanted:
             parts = [pair.jax for pair in self._by_torch[name]]
             missing = [part for part in parts if part not in arrays]
-            dtypes = {str(arrays[part].dtype) for part in parts if part in arrays}
+            dtypes = {str(np.asarray(arrays[part]).dtype) for part in parts if part in arrays}
             if missing:
                 problems.append(f"torch leaf {name!r} needs {', '.join(parts)}, got no {', '.join(missing)}")
             if len(dtypes) > 1:
@@ -87,6 +109,7 @@ class NameMap:
         Raises:
             NamesError: with every name that the map lacks, and every other shape.
         """
+        checks.require(TypeError, arrays=(checks.MAPPING, arrays))
         arrays = {name: array for name, array in arrays.items() if not _flax.torch_only(name)}
         _refuse([_problem("torch", n, self._torch_shape(n), np.shape(array)) for n, array in arrays.items()])
         found = {}
@@ -164,6 +187,7 @@ def between(jax: Shapes, torch: Shapes, user: UserMap = None) -> NameMap:
         >>> names.between(jax, {"0.weight": (8, 4), "2.weight": (2, 8)}).torch_name("Dense_1/kernel")
         '2.weight'
     """
+    checks.require(TypeError, jax=(_SHAPES, jax), torch=(_SHAPES, torch), user=(USER_MAP, user))
     return NameMap(_derive.between(jax, torch, _map.read(user)))
 
 
@@ -177,6 +201,7 @@ def to_torch(jax: Shapes, user: UserMap = None) -> NameMap:
     Raises:
         NamesError: with every leaf whose layout in torch cannot be told.
     """
+    checks.require(TypeError, jax=(_SHAPES, jax), user=(USER_MAP, user))
     return NameMap(_guess.to_torch(jax, _map.read(user)))
 
 
@@ -197,4 +222,10 @@ def to_jax(torch: Shapes, user: UserMap = None, kinds: Mapping[str, str] | None 
         >>> names.to_jax({"fc.weight": (3, 2), "fc.bias": (3,)}).jax_names("fc.weight")
         ['fc/kernel']
     """
+    checks.require(
+        TypeError,
+        torch=(_SHAPES, torch),
+        user=(USER_MAP, user),
+        kinds=(checks.optional(checks.MAPPING), kinds),
+    )
     return NameMap(_guess.to_jax(torch, _map.read(user), kinds or {}))

@@ -25,7 +25,7 @@ from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfjax.schedule_free import ScheduleFreeState
 from sfjax.state import forms
-from sfjax.state.find import _pure
+from sfjax.state.find import _pure, _require
 from sfjax.step.plan import STATES
 
 CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
@@ -92,6 +92,19 @@ def beside(buffers: Any, params: Any) -> dict[str, Any]:
             'put them under a key of their own, such as {"batch_stats": buffers}'
         )
     return found
+
+
+def check_trees(params: Any, opt_state: Any) -> None:
+    """Raises unless params are arrays, or say what arrays will be, beside the Schedule-Free states of any."""
+    states = _require(opt_state)
+    leaves = jax.tree_util.tree_leaves_with_path(_pure(params))
+    wrong = [(path, leaf) for path, leaf in leaves if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))]
+    wrong += [] if leaves or not jax.tree.leaves([state.z for state in states]) else [((), params)]
+    for path, leaf in wrong:
+        raise TypeError(
+            f"params must be arrays, got {leaf!r} at params{jax.tree_util.keystr(path)}: pass the tree that "
+            "tx.init got"
+        )
 
 
 def whole(params: Any, opt_state: Any, extra_state: Any = None) -> dict[str, Any]:

@@ -16,12 +16,13 @@ import numpy as np
 
 from sfcore import averaging, checks, restart, store
 from sfcore import hyperparameters as kinds
+from sfcore.checks import HyperparameterError
 from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import weighed
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax.checkpoint import _orbax, _record
-from sfjax.checkpoint._leaves import groups, host_arrays, parameters
+from sfjax.checkpoint._leaves import check_trees, groups, host_arrays, parameters
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
@@ -74,6 +75,9 @@ def start_from_weights(
         >>> start.params["w"].tolist(), bool(sfjax.find_state(start.opt_state).weight_sum > 0)
         ([1.0, 1.0, 1.0], True)
     """
+    check_trees(params, opt_state)
+    _record.check_configured(hyperparameters, accumulation)
+    checks.require(HyperparameterError, trained_steps=(checks.optional(checks.STEPS), trained_steps))
     if isinstance(weights, str | Path):
         path = Path(weights).absolute()
         found, known, said = read(path)
