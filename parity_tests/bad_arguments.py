@@ -7,10 +7,6 @@ the others, and everything that must be as it was afterwards. Hyperparameters ar
 from __future__ import annotations
 
 import importlib
-import inspect
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +25,6 @@ import sfjax.nnx
 import sftorch
 import sftorch.checkpoint
 from sfcore import exchange, laws, names, preemption, watch
-from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 
 NAN, INF = float("nan"), float("inf")

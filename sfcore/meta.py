@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def as_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def as_accumulation(given: Sequence[int], batch_size: int | None) -> dict[str, int]:
+def as_accumulation(given: Iterable[int], batch_size: int | None) -> dict[str, int]:
     """Returns `Meta.accumulation`.
 
     Args:

@@ -12,7 +12,6 @@ from sfcore import checks
 from sfjax.checkpoint import Checkpoints, Restored
 from sfjax.state.find import _require
 
-
 CHECKPOINTS = checks.kind_of("sfjax.checkpoint.Checkpoints", Checkpoints, "make them of the run's folder")
 
 

@@ -29,6 +29,7 @@ from sfjax.checkpoint._arrays import array_like, is_weak, place, stored_form
 from sfjax.checkpoint._leaves import (
     ONE_VECTOR,
     beside,
+    check_arrays,
     check_trees,
     host_arrays,
     in_full,
@@ -188,6 +189,7 @@ def import_exchange(
     """
     checks.require(TypeError, path=(checks.PATH, path), names=(_NAMES, names), strict=(checks.FLAG, strict))
     check_trees(params, opt_state)
+    check_arrays("buffers", buffers, "pass the tree that they shall be like", or_numbers=True)
     _record.check_configured(hyperparameters, accumulation, batch_size)
     folder = store.at(Path(path).absolute())
     meta, stored = store.read(folder)

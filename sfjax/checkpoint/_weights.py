@@ -22,7 +22,7 @@ from sfcore.hyperparameters import weighed
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax.checkpoint import _orbax, _record
-from sfjax.checkpoint._leaves import check_trees, groups, host_arrays, parameters
+from sfjax.checkpoint._leaves import check_arrays, check_trees, groups, host_arrays, parameters
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
@@ -82,6 +82,7 @@ def start_from_weights(
         path = Path(weights).absolute()
         found, known, said = read(path)
     else:
+        check_arrays("weights", weights, "pass a tree like params, or a path", or_none=False)
         path, found, known, said = Path("weights"), host_arrays(weights), None, []
     trained_steps = known if trained_steps is None else trained_steps
     notices = [f"{path}: {NO_STATE}", *said]

@@ -154,6 +154,17 @@ def check_params(params: Any) -> None:
             )
 
 
+def check_mask(mask: Any) -> None:
+    """Raises TypeError unless this is None, a function, or has nothing but bools in it."""
+    if callable(mask):
+        return
+    for leaf in jax.tree.leaves(mask):
+        if getattr(leaf, "dtype", type(leaf)) not in (bool, np.bool_):
+            raise TypeError(
+                f"mask must be a tree of bools, a function of params or None, got {leaf!r} in it: True decays"
+            )
+
+
 def decay_mask(mask: Any, params: Any) -> Any:
     """Returns a tree of bools of params' tree, from a tree or prefix of it, or a function of params."""
     mask = mask(params) if callable(mask) else mask

@@ -20,7 +20,6 @@ from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
 from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer, check_optimizer
 
-
 _STATE_DICT = Rule(
     "a state dict", checks.MAPPING.holds, "pass the entry of the file that holds the optimizer"
 )
@@ -54,7 +53,8 @@ def recognise(state_dict: Mapping[str, Any]) -> Source:
     """
     if "schedulefree_state" in state_dict:
         return _pytorch_optimizer_wrapper(state_dict)
-    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    groups: Any = state_dict.get("param_groups")
+    states: Any = state_dict.get("state")
     are_there = isinstance(groups, list) and groups and isinstance(states, Mapping)
     if not are_there or not all(isinstance(one, Mapping) and "params" in one for one in groups):
         raise ValueError(

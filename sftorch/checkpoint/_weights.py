@@ -149,7 +149,8 @@ def start(
         path: as for `read`.
         model: built as the saved one was.
         optimizer: over its parameters.
-        prior_steps: checked, in place of the policy's; None leaves it to the optimizer's own, and then the policy.
+        prior_steps: checked already, in place of the policy's; None leaves it to the optimizer's own, and
+            then the policy.
 
     Raises:
         CheckpointError: if the weights cannot be read or do not fit; nothing has changed then.
