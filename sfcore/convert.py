@@ -49,7 +49,9 @@ def convert(src: str | Path, dst: str | Path, to: str, user: UserMap = None) -> 
     """
     checks.require(TypeError, src=(checks.PATH, src), dst=(checks.PATH, dst), user=(USER_MAP, user))
     if to not in TARGETS:
-        raise CheckpointError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
+        raise CheckpointError(
+            f"to must be one of {', '.join(TARGETS)}, got {to!r}: inference is what to ship"
+        )
     source = sources.load(Path(src))
     if to == "inference":
         if user is not None:

@@ -51,7 +51,10 @@ def split(leaf: str) -> tuple[str, str]:
     checks.require(TypeError, leaf=(checks.TEXT, leaf))
     role, slash, parameter = leaf.partition("/")
     if not slash or role not in roles():
-        raise CheckpointError(f"leaf {leaf!r} must be named ROLE/NAME with ROLE one of {', '.join(roles())}")
+        raise CheckpointError(
+            f"leaf {leaf!r} must be named ROLE/NAME with ROLE one of {', '.join(roles())}, got "
+            f"{leaf!r}: such as y/NAME"
+        )
     return role, parameter
 
 

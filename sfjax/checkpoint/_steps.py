@@ -50,7 +50,7 @@ class Steps:
         params, opt_state = _pure(params), _pure(opt_state)
         try:
             row = _look(params, opt_state, jnp.nan if loss is None else loss, loss is not None)
-        except TypeError:  # not looked at in every step
+        except (TypeError, ValueError):  # arguments are not looked at in every step
             check_trees(params, opt_state)
             checks.require(TypeError, loss=(checks.optional(checks.LOSS), loss))
             raise
