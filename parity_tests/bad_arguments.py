@@ -265,23 +265,23 @@ def shown(value: Any) -> list[str]:
 
 # What is wrong for an argument of a kind. None is added where it is not the default.
 OBJECT = object()
-NO_COUNT = ("x", -1, 0.5, NAN, INF, True, [], (1, 2), b"1")
-NO_NUMBER = ("x", [], {}, 1j, True)
-NO_SECONDS = ("x", -1, NAN, [], True)
-NO_FLAG = (3, "no", [], NAN)
-NO_TEXT = (3, NAN, [], b"x")
-NO_PATH = (3, -1, NAN, [], {})
-NO_MAPPING = (3, "x", [], NAN, [("a", 1)])
-NO_FUNCTION = (3, "x", [], NAN)
-NO_NAMES = (3, "x", NAN)
-NO_ITERABLE = (3, "x", NAN)
-NO_OBJECT = (None, 3, "x", [], NAN, OBJECT)
-NO_ARRAYS = ("x", {"w": "x"}, OBJECT)
-NO_STATE = (None, 3, "x", [], {}, NAN)
-NO_LOSS = ("x", [], np.ones(2), {})
-NO_PAIR = (4, "ab", (4, 4), (4, None), (4, -1), (4, 1, 2), (NAN, 0), (0, 0), None)
-NO_BATCHES = ("x", -1, 2.5, NAN, (4, 4), [1, 2, 3])
-NO_CONFIGURATION = (
+NO_COUNT: tuple[Any, ...] = ("x", -1, 0.5, NAN, INF, True, [], (1, 2), b"1")
+NO_NUMBER: tuple[Any, ...] = ("x", [], {}, 1j, True)
+NO_SECONDS: tuple[Any, ...] = ("x", -1, NAN, [], True)
+NO_FLAG: tuple[Any, ...] = (3, "no", [], NAN)
+NO_TEXT: tuple[Any, ...] = (3, NAN, [], b"x")
+NO_PATH: tuple[Any, ...] = (3, -1, NAN, [], {})
+NO_MAPPING: tuple[Any, ...] = (3, "x", [], NAN, [("a", 1)])
+NO_FUNCTION: tuple[Any, ...] = (3, "x", [], NAN)
+NO_NAMES: tuple[Any, ...] = (3, "x", NAN)
+NO_ITERABLE: tuple[Any, ...] = (3, "x", NAN)
+NO_OBJECT: tuple[Any, ...] = (None, 3, "x", [], NAN, OBJECT)
+NO_ARRAYS: tuple[Any, ...] = ("x", {"w": "x"}, OBJECT)
+NO_STATE: tuple[Any, ...] = (None, 3, "x", [], {}, NAN)
+NO_LOSS: tuple[Any, ...] = ("x", [], np.ones(2), {})
+NO_PAIR: tuple[Any, ...] = (4, "ab", (4, 4), (4, None), (4, -1), (4, 1, 2), (NAN, 0), (0, 0), None)
+NO_BATCHES: tuple[Any, ...] = ("x", -1, 2.5, NAN, (4, 4), [1, 2, 3])
+NO_CONFIGURATION: tuple[Any, ...] = (
     3,
     "x",
     NAN,
@@ -302,21 +302,25 @@ def rows(function: str, error: type[Exception], **values: Sequence[Any]) -> list
 
 OPTIMIZERS = [f"sftorch.{law.torch}{form}" for law in laws.directed().values() for form in ("", "Closure")]
 FACTORIES = [f"sfjax.{law.jax}" for law in laws.directed().values()]
-KEPT = {"keep_newest": (0, *NO_COUNT, None), "keep_best": (*NO_COUNT, None), "metric": (*NO_TEXT, None)}
-FOLDER = KEPT | {
+KEPT: dict[str, Sequence[Any]] = {
+    "keep_newest": (0, *NO_COUNT, None),
+    "keep_best": (*NO_COUNT, None),
+    "metric": (*NO_TEXT, None),
+}
+FOLDER: dict[str, Sequence[Any]] = KEPT | {
     "folder": (*NO_PATH, None),
     "background": (*NO_FLAG, None),
     "wait_for_writer": (INF, *NO_SECONDS, None),
 }
-PLACE = {
+PLACE: dict[str, Sequence[Any]] = {
     "epoch": (*NO_COUNT, None),
     "position": (*NO_COUNT, None),
     "metrics": (*NO_MAPPING, {"loss": NAN}, {"loss": "x"}, {"loss": None}),
     "extra": NO_MAPPING,
 }
-CONFIGURED = {"hyperparameters": NO_CONFIGURATION}
-TREES = {"params": (None, 3, [], *NO_ARRAYS)}
-STATE = {"opt_state": NO_STATE}
+CONFIGURED: dict[str, Sequence[Any]] = {"hyperparameters": NO_CONFIGURATION}
+TREES: dict[str, Sequence[Any]] = {"params": (None, 3, [], *NO_ARRAYS)}
+STATE: dict[str, Sequence[Any]] = {"opt_state": NO_STATE}
 
 TABLE = [
     *rows(
