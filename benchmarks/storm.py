@@ -70,8 +70,10 @@ def _train(framework: str, steps: int, out: Path, options: list[str]) -> int:
     return 0
 
 
-def storm(framework: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str, object]:
-    """Returns what came of a storm of kills on one framework.
+def storm(
+    framework: str, kills: int, steps: int, seed: int, folder: Path, life: float | None = None
+) -> dict[str, object]:
+    """Returns what came of a storm of kills on one framework; `life` is that of LIFE by default.
 
     Raises:
         RuntimeError: if an attempt failed by itself: something unreadable was left behind.
@@ -84,7 +86,7 @@ def storm(framework: str, kills: int, steps: int, seed: int, folder: Path) -> di
     tqdm.set_lock(threading.RLock())
     with tqdm(total=kills, desc=f"{framework} kills") as bar:
         while killed < kills:
-            code = attempt(framework, steps, stormy, 3, draw.uniform(0, LIFE[framework]))
+            code = attempt(framework, steps, stormy, 3, draw.uniform(0, life or LIFE[framework]))
             if code is None:
                 killed += 1
                 bar.update()
@@ -120,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=100, help="of each framework; default: 100")
     parser.add_argument("--steps", type=int, default=2000, help="of the run; default: 2000")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    parser.add_argument("--life", type=float, help=f"seconds an attempt lives at most; default: {LIFE}")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write DIR/storm.jsonl; default: print only"
     )
@@ -129,10 +132,13 @@ def main(argv: Sequence[str]) -> int:
     for framework in arguments.framework or tuple(LIFE):
         __import__(f"train_{framework}")  # once, here: an attempt is a fork, and starts at once
         with tempfile.TemporaryDirectory() as folder:
-            found = storm(framework, arguments.kills, arguments.steps, arguments.seed, Path(folder))
+            found = storm(
+                framework, arguments.kills, arguments.steps, arguments.seed, Path(folder), arguments.life
+            )
         print(json.dumps({"framework": framework, **found}))
         if arguments.out:
             settings = {"part": framework, "steps": arguments.steps, "seed": arguments.seed}
+            settings |= {"life": arguments.life or LIFE[framework]}
             row = settings | found | {"device": "cpu", "versions": _records.versions()}
             _records.replace_part(arguments.out / "storm.jsonl", framework, [row])
         good = (

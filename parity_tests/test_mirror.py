@@ -139,8 +139,12 @@ def test_metrics_have_the_same_keys_and_are_the_references_numbers(case: str):
         want = {"step": truth.step, "lr_max": truth.lr_max, "c": truth.c, "weight_sum": truth.weight_sum}
         with precision("float64"):
             state = runs["sfjax"].state  # type: ignore[attr-defined]
-            ours = {k: float(np.asarray(v)) for k, v in sfjax.metrics(state).items()}
-        (theirs,) = runs["sftorch foreach"].optimizer.metrics()  # type: ignore[attr-defined]
+            params = runs["sfjax"].params  # type: ignore[attr-defined]
+            ours = {k: float(np.asarray(v)) for k, v in sfjax.metrics(state, params).items()}
+            assert sfjax.metrics(state).keys() | {"x_z_distance"} == ours.keys()
+        (theirs,) = runs["sftorch foreach"].optimizer.metrics(distance=True)  # type: ignore[attr-defined]
+        gaps = [np.linalg.norm(truth.x[name] - truth.z[name]) for name in truth.x]
+        want["x_z_distance"] = float(np.linalg.norm(gaps))
         assert set(ours) == set(theirs) == {*want, "lr", "effective_lr"}
         # RAdam's rho_t is a difference of numbers near 2000, so its rect is right to 1e-12 only.
         assert {k: ours[k] for k in want} == pytest.approx(want, rel=1e-11)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
-from sfcore import __version__, convert, inspection
+from sfcore import __version__, convert, inspection, plan
 from sfcore.exchange import CheckpointError
-from sfcore.plan import _command as plan
+from sfcore.plan import _report
+from sfcore.plan._config import SOURCES, with_settings
+from sfcore.plan._text import as_text, literal, plain
 
 FINE, FOUND, UNUSABLE = 0, 1, 2
 _ABOUT = "Checks a run before it starts, looks at files to resume from, and turns one kind into another."
@@ -38,9 +41,21 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(prog="schedulefree", description=_ABOUT, **shape)
     parser.add_argument("--version", action="version", version=f"schedulefree-twin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    plan.add_arguments(
-        commands.add_parser("plan", help="what a run will do, and what is wrong with it", **shape)
+    ahead = commands.add_parser("plan", help="what a run will do, and what is wrong with it", **shape)
+    ahead.add_argument("config", nargs="?", help="TOML, JSON or .sh file, or a quoted command line")
+    ahead.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="key=value", help="fields beside it"
     )
+    ahead.add_argument("--source", choices=SOURCES, help="what it is written for, if its fields do not tell")
+    ahead.add_argument("--ignore", nargs="+", default=[], metavar="CODE", help="codes that are meant")
+    ahead.add_argument("--fix", action="store_true", help="repair it, and list the changes")
+    ahead.add_argument(
+        "--out", type=Path, metavar="FILE", help="with --fix: write the repaired configuration"
+    )
+    ahead.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    ahead.add_argument("--strict", action="store_true", help="exit code 1 for warnings too")
+    ahead.add_argument("--preview", type=Path, metavar="PNG", help="draw lr and c over the run")
+    ahead.add_argument("--rules", type=Path, metavar="FILE", help="write the page of all rules, and stop")
     look = commands.add_parser("inspect", help="what it is, where it stands, what a resume would do", **shape)
     look.add_argument(
         "path", help="checkpoint, folder of checkpoints, safetensors, torch file, or Orbax folder"
@@ -56,19 +71,48 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, commands.choices
 
 
-def _strict(value: Any) -> Any:
-    """Returns a value without NaN and infinities, which JSON has not: they become text."""
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _plan(chosen: argparse.Namespace) -> int:
+    if chosen.rules:
+        chosen.rules.write_text(_report.page(), encoding="utf-8")
+        print(f"written: {chosen.rules}")
+        return FINE
+    pairs = [item.partition("=") for item in chosen.set]
+    try:
+        if wrong := [name for name, equals, _ in pairs if not equals]:
+            given = ", ".join(wrong)
+            raise plan.ConfigError(f"--set must be key=value, got {given}: write {wrong[0]}=VALUE")
+        facts = {name: literal(text) for name, _, text in pairs}
+        found = plan.check(chosen.config, fix=chosen.fix, source=chosen.source, ignore=chosen.ignore, **facts)
+        if chosen.preview:
+            _report.preview(found, chosen.preview)
+        written = [chosen.preview] if chosen.preview else []
+        written += _write(found, chosen.out) if chosen.out else []
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+    if chosen.json:
+        print(json.dumps(plain(_report.as_dict(found)), indent=1))
+    else:
+        print("\n".join([plan.text(found), *(f"written: {path}" for path in written)]))
+    return FOUND if found.errors or (chosen.strict and found.warnings) else FINE
+
+
+def _write(found: plan.Plan, out: Path) -> list[Path]:
+    """Writes a repaired configuration; with a command line that names a file of settings, that file too."""
+    config, written = found.config, [out]
+    for fields in found.files.values():
+        settings = out.with_suffix(".toml")
+        out = out.with_suffix(".sh") if out == settings else out
+        settings.write_text(as_text(fields, ".toml"), encoding="utf-8")
+        config, written = with_settings(config, settings), [out, settings]
+    out.write_text(as_text(config, out.suffix), encoding="utf-8")
+    return written
 
 
 def _inspect(path: str, as_json: bool) -> None:
     found = inspection.inspect(path)
     if as_json:
-        print(json.dumps(_strict(found), indent=1, default=str))
+        print(json.dumps(plain(found), indent=1))
         return
     from sfcore import _show
 
@@ -93,6 +137,9 @@ def _completion(shell: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a path may hold bytes that are no character
+            stream.reconfigure(errors="backslashreplace")
     chosen = _parser()[0].parse_args(arguments)
     try:
         code = _run(chosen)
@@ -107,9 +154,7 @@ def _run(chosen: argparse.Namespace) -> int:
     if chosen.command == "completion":
         return _completion(chosen.shell)
     if chosen.command == "plan":
-        shown, code = plan.run(chosen)
-        print(shown, file=sys.stderr if code == UNUSABLE else sys.stdout)
-        return code
+        return _plan(chosen)
     source = chosen.path if chosen.command == "inspect" else chosen.src
     try:
         if chosen.command == "inspect":

@@ -1,7 +1,8 @@
 """Schedule-Free optimizers for PyTorch, a drop-in for the `schedulefree` package.
 
 The parameters hold y while training; `optimizer.eval()` puts the average x into them, which is what
-to evaluate, save and ship; `optimizer.train()` puts y back, bit for bit. `sftorch.checkpoint`,
+to evaluate, save and ship; `optimizer.train()` puts y back, bit for bit. `ship_x(model, optimizer)` makes
+`model.state_dict()` give x whatever mode the optimizer is in. `sftorch.checkpoint`,
 `sftorch.recalibrate` and `sftorch.trainers` are imported when they are first used.
 """
 
@@ -30,6 +31,7 @@ from sftorch.in_backward import step_in_backward
 from sftorch.radam import RAdamScheduleFree
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.sgd import SGDScheduleFree
+from sftorch.shipping import ship_x
 
 __all__ = [
     "AdamWScheduleFree",
@@ -39,6 +41,7 @@ __all__ = [
     "SGDScheduleFree",
     "SGDScheduleFreeClosure",
     "ScheduleFreeWrapper",
+    "ship_x",
     "step_in_backward",
 ]
 

@@ -53,6 +53,11 @@ def of_kernel(ndim: int) -> tuple[int, ...]:
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
+def usual(leaf: str, ndim: int) -> tuple[int, ...]:
+    """Returns the order of axes of a leaf of that name and number of axes where nothing else is said."""
+    return of_kernel(ndim) if leaf == "kernel" and ndim > 1 else straight(ndim)
+
+
 def fitting(leaf: str, jax_shape: Shape, torch_shape: Shape) -> tuple[int, ...] | None:
     """Returns the order of axes that makes a JAX leaf fit a torch shape, or None if none does.
 
@@ -89,9 +94,14 @@ _LEAVES = {
 }
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 _STACKED = {"query": 0, "key": 1, "value": 2}
-# Classes of torch whose weight is transposed in another way than a convolution's, or not a kernel at all.
-_NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "InstanceNorm")
-_UNSUPPORTED = ("ConvTranspose", "LSTM", "GRU", "RNN", "PReLU", "Bilinear")
+# Parts of a torch class's name -> what Flax calls its weight; None where that is transposed in another way
+# than a convolution's, or not a kernel at all.
+_WEIGHT_OF: tuple[tuple[tuple[str, ...], str | None], ...] = (
+    (("ConvTranspose", "LSTM", "GRU", "RNN", "PReLU", "Bilinear"), None),
+    (("Embedding",), "embedding"),
+    (("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "InstanceNorm"), "scale"),
+    (("Linear", "Conv"), "kernel"),
+)
 
 
 def jax_paths(name: str) -> tuple[Path, ...]:
@@ -138,31 +148,18 @@ def flax_leaf(leaf: str, shape: Shape, siblings: frozenset[str], kind: str | Non
         siblings: last parts of all leaves of its module, itself included.
         kind: class of its module, such as "Linear", where it is known.
     """
-    for name, flax in (("running_mean", "mean"), ("running_var", "var")):
-        if leaf == name:
-            return flax, ""
     if leaf.startswith("in_proj_"):
         return None, "holds query, key and value in one: map it to the three leaves, with parts"
     if leaf != "weight":
-        return leaf, ""
+        return {"running_mean": "mean", "running_var": "var"}.get(leaf, leaf), ""
     if kind is not None:
-        return _flax_weight_of(kind)
-    return _flax_weight(shape, siblings)
-
-
-def _flax_weight_of(kind: str) -> tuple[str | None, str]:
-    if any(word in kind for word in _UNSUPPORTED):
-        return None, f"belongs to a {kind}, whose layout Flax does not share: map its leaves"
-    if "Embedding" in kind:
-        return "embedding", ""
-    if any(word in kind for word in _NORMS):
-        return "scale", ""
-    if "Linear" in kind or "Conv" in kind:
-        return "kernel", ""
-    return None, f"belongs to a {kind}, of which no layout is known: map its leaves"
-
-
-def _flax_weight(shape: Shape, siblings: frozenset[str]) -> tuple[str | None, str]:
+        for words, flax in _WEIGHT_OF:
+            if any(word in kind for word in words):
+                return (
+                    flax,
+                    "" if flax else f"belongs to a {kind}, whose layout Flax does not share: map its leaves",
+                )
+        return None, f"belongs to a {kind}, of which no layout is known: map its leaves"
     if "running_mean" in siblings or (len(shape) == 1 and shape != (1,)):
         return "scale", ""
     if 3 <= len(shape) <= 5 or (len(shape) == 2 and "bias" in siblings):

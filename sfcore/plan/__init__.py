@@ -4,9 +4,8 @@
 fields to disable; `python -m sfcore plan` does it on the command line. docs/rules.md has every rule.
 """
 
-from sfcore.plan._check import check
+from sfcore.plan._check import check, field_states
 from sfcore.plan._model import Change, ConfigError, FieldState, Plan, Problem
 from sfcore.plan._report import text
-from sfcore.plan._states import field_states
 
 __all__ = ["Change", "ConfigError", "FieldState", "Plan", "Problem", "check", "field_states", "text"]

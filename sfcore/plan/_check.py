@@ -1,17 +1,17 @@
-"""`check`: reads, asks every rule, and repairs if told to."""
+"""`check` reads, asks every rule, and repairs if told to; `field_states` is what a form asks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from sfcore.plan import _check_schedule, _check_values, _check_warmup, _check_wiring, _read, _write
-from sfcore.plan._config import Config
-from sfcore.plan._model import Change, Plan, Problem
-from sfcore.plan._read import ConfigLike, SourceName
+from sfcore.plan import _config, _rules, _sd_rules
+from sfcore.plan._config import SOURCES, Config, ConfigLike, SourceName
+from sfcore.plan._model import Change, FieldState, Plan, Problem
 from sfcore.plan._run import Run
+from sfcore.plan._tables import SHAPE, WARMUP, inner
 
 _ROUNDS = 8  # a repair may lay bare the next problem; none of the rules' chains is longer than 4
 
@@ -49,31 +49,48 @@ def check(
         'constant_with_warmup'
     """
     ignored = frozenset(ignore)
-    found = _read.read(config, source, facts)
-    problems, changes = _problems(found, ignored), []
+
+    def look(found: Config) -> tuple[Problem, ...]:
+        problems = (one for one in _problems(Run(found)) if one.code not in ignored)
+        return tuple(sorted(problems, key=lambda one: one.code))
+
+    found = _config.read(config, source, facts)
+    problems, changes = look(found), []
     for _ in range(_ROUNDS if fix else 0):
         wanted, codes = _merge(problems)
         if not wanted:
             break
         before = found
-        original, left = _write.written(before, wanted)
-        found = _read.read(original, _key(before), left)
+        new = _config.written(before, wanted)
+        # A command line is no named source: it tells itself.
+        named = next((key for key, known in SOURCES.items() if known is before.source), None)
+        found = _config.read(new.original, named, new.facts, new.files)
         changes += _listed(before, found, codes)
-        problems = _problems(found, ignored)
+        problems = look(found)
     return _plan(found, problems, changes)
 
 
-def _key(config: Config) -> SourceName | None:
-    """Returns the name of a source that `read` takes; None for a command line, which tells itself."""
-    return next((key for key, source in _read.SOURCES.items() if source is config.source), None)
+def _computable(problems: Iterable[Problem]) -> bool:
+    """Returns whether what the values come to can be computed: each is of its kind and in its range."""
+    return not any(problem.code in ("SF002", "SF301") for problem in problems)
 
 
-def _problems(config: Config, ignored: frozenset[str]) -> tuple[Problem, ...]:
-    run = Run(config)
-    found = [*config.problems, *_check_values.find(run)]
-    if not any(p.code in ("SF002", "SF301") for p in found):  # the others compute with these values
-        found += [*_check_schedule.find(run), *_check_warmup.find(run), *_check_wiring.find(run)]
-    return tuple(sorted((p for p in found if p.code not in ignored), key=lambda p: p.code))
+def _problems(run: Run) -> Iterator[Problem]:
+    """Yields every problem; after values that nothing can be computed with, none of what follows."""
+    sd = run.config.source.dummy_scheduler
+    found = list(run.config.problems)
+    for look in (*_rules.VALUES, *(_sd_rules.VALUES if sd else ())):
+        found += look(run)
+    yield from found
+    rest: list[Callable[[Run], Iterator[Problem]]] = []
+    if run.kind.schedule_free and not any(one.code == "SF301" for one in found):
+        rest += _rules.SUGGESTIONS
+    if _computable(found):
+        rest += [*_rules.COURSE, *(_sd_rules.COURSE if sd else ())]
+        if run.kind.schedule_free:
+            rest += [*_rules.SURROUNDINGS, *(_sd_rules.SURROUNDINGS if sd else ())]
+    for look in rest:
+        yield from look(run)
 
 
 def _merge(problems: Iterable[Problem]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -82,9 +99,8 @@ def _merge(problems: Iterable[Problem]) -> tuple[dict[str, Any], dict[str, str]]
     codes: dict[str, str] = {}
     for problem in problems:
         if all(wanted.get(field, value) == value for field, value in problem.changes.items()):
-            for field, value in problem.changes.items():
-                wanted[field] = value
-                codes.setdefault(field, problem.code)
+            wanted |= problem.changes
+            codes |= {field: problem.code for field in problem.changes if field not in codes}
     return wanted, codes
 
 
@@ -108,23 +124,96 @@ def _by_name(config: Config) -> dict[str, Any]:
 
 
 def _plan(config: Config, problems: tuple[Problem, ...], changes: Iterable[Change]) -> Plan:
-    run = Run(config)
-    computable = not any(p.code in ("SF002", "SF301") for p in problems)
+    run, known = Run(config), _computable(problems)
     scheduler = config.get("scheduler_class") or config.get("scheduler")
     return Plan(
         source=config.source.title,
         config=config.original,
         facts=config.facts,
+        files=config.files,
         problems=problems,
         changes=tuple(changes),
         optimizer=run.optimizer,
         scheduler=None if scheduler is None else str(scheduler),
-        warmup_steps=run.warmup if computable else 0.0,
-        warmup_owner=run.owner if computable else "nobody",
+        warmup_steps=run.warmup if known else 0.0,
+        warmup_owner=run.owner if known else "nobody",
         total_steps=run.total_steps,
         epochs=run.epochs,
         devices=run.devices,
         accumulation=run.accumulation,
-        lr=run.lr_t if computable else np.empty(0),
-        c=run.c if computable else np.empty(0),
+        resumed=run.resumed if known else None,
+        lr=run.lr_t if known else np.empty(0),
+        c=run.c if known else np.empty(0),
     )
+
+
+def field_states(
+    config: ConfigLike = None,
+    *,
+    before: Mapping[str, FieldState] | None = None,
+    source: SourceName | None = None,
+    **facts: Any,
+) -> dict[str, FieldState]:
+    """Returns for every field that a choice can switch off: on or off, its value, why, and what to restore.
+
+    A form calls it after every change. A disabled field shows and saves `value`; when the choice that
+    disabled it is undone, the field is enabled again with the value it had, which `before` remembers.
+
+    Args:
+        config, source, facts: as for `check`.
+        before: what the call before this one returned; default None: the first.
+
+    Returns:
+        The user's name of the field -> its state.
+
+    Example:
+        >>> from sfcore.plan import field_states
+        >>> form = {"optimizer": "AdamW", "lr_scheduler": "constant", "lr_warmup": 10}
+        >>> off = field_states(form)
+        >>> off["lr_warmup"].enabled, off["lr_warmup"].value, off["lr_warmup"].restore
+        (False, 0, 10)
+        >>> form |= {"lr_scheduler": "cosine", "lr_warmup": off["lr_warmup"].value}
+        >>> field_states(form, before=off)["lr_warmup"].value
+        10
+    """
+    run = Run(_config.read(config, source, facts))
+    states: dict[str, FieldState] = {}
+    for field in _switchable(run):
+        name, reason, given = run.config.name(field), _reason(run, field), run.config.values.get(field)
+        off = (
+            0 if field in WARMUP or field == "warmup_steps" else "constant" if field == "scheduler" else None
+        )
+        earlier = (before or {}).get(name)
+        kept = earlier.restore if earlier and not earlier.enabled and given in (None, off) else given
+        if name not in states or (reason == "" and not states[name].enabled):
+            states[name] = FieldState(not reason, off if reason else kept, reason, kept)
+    return states
+
+
+def _switchable(run: Run) -> Iterator[str]:
+    source = run.config.source
+    arguments = inner() if source.inner or source.bare_is_ours else ()
+    for field in ("scheduler", "scheduler_class", "scheduler_args", *WARMUP, *SHAPE, *arguments):
+        if field in source.fields or field in run.config.places or field in arguments:
+            yield field
+
+
+def _reason(run: Run, field: str) -> str:
+    """Returns why a field is without effect; "" where it has one."""
+    if field == "warmup_steps" and field not in run.kind.uses:
+        return f"{run.kind.name} has no warm-up of its own"
+    if field in inner():
+        return f"{run.kind.name} has no {field}" if field in run.kind.forbids else ""
+    if run.ignored:
+        return f"{run.config.source.title} ignores it with {run.optimizer}, which needs no schedule"
+    setting = "warmup" if field in WARMUP else field
+    if run.scheduler is None or setting in ("scheduler", "scheduler_class"):
+        return ""
+    if setting in (*run.scheduler.needs, *run.scheduler.uses):
+        return ""
+    if setting == "scheduler_args":
+        return f"{run.scheduler_name} takes no arguments"
+    if setting == "warmup" and run.config.source.shares_warmup and "warmup_steps" in run.kind.uses:
+        return ""  # the same field is the optimizer's own
+    verb = "has no" if setting in run.scheduler.forbids else "does not look at"
+    return f"{run.scheduler_name} {verb} {'warm-up' if setting == 'warmup' else setting}"

@@ -92,6 +92,7 @@ class Plan:
         source: where the configuration comes from, in words.
         config: the configuration, repaired with `fix=True`; what `check` takes.
         facts: the keyword arguments given beside it, repaired with `fix=True`.
+        files: path -> fields of the file of settings that a command line names, repaired with `fix=True`.
         problems: every error and every warning, by code.
         changes: what `fix=True` has changed; empty without.
         optimizer, scheduler: the names as given; scheduler is None when there is none.
@@ -99,6 +100,8 @@ class Plan:
         warmup_owner: "optimizer", "scheduler", "both" or "nobody".
         total_steps: optimizer steps of the run, after accumulation; None where it cannot be known.
         epochs, devices, accumulation: None where it is not known; devices and accumulation default to 1.
+        resumed: (micro-batches that a resumed run will train on, those that are left of the run), on each
+            device; None where nothing is resumed, or where it cannot be known.
         lr: float64 of shape (steps,), the step size lr_t of S2; steps is total_steps, 1000 where that is
             unknown and not needed, 0 where it is needed and unknown, and at most 10^7.
         c: float64 of shape (steps,), the averaging weight of S5; empty for other optimizers.
@@ -107,6 +110,7 @@ class Plan:
     source: str
     config: Any
     facts: Mapping[str, Any]
+    files: Mapping[str, Any]
     problems: tuple[Problem, ...]
     changes: tuple[Change, ...]
     optimizer: str
@@ -117,6 +121,7 @@ class Plan:
     epochs: float | None
     devices: int
     accumulation: int
+    resumed: tuple[int, int] | None
     lr: np.ndarray = option(repr=False)
     c: np.ndarray = option(repr=False)
 

@@ -1,12 +1,16 @@
-"""A plan as text, as JSON, and as a picture."""
+"""A plan as text, as JSON, and as a picture, and the page of all rules, made from their own tables."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sfcore.plan._model import Plan
+from sfcore.plan._rules import RULES
+from sfcore.plan._tables import FIELDS, SCHEDULERS, optimizers
+from sfcore.plan._trainers import ALIASES, HF, KOHYA, SD_SCRIPTS
 
 
 def text(plan: Plan) -> str:
@@ -23,6 +27,9 @@ def text(plan: Plan) -> str:
     for name, values in (("lr", plan.lr), ("c", plan.c)):
         if len(values):
             rows.append((f"{name} at step", ", ".join(f"{i + 1}: {values[i]:.3g}" for i in _places(plan))))
+    if plan.resumed:
+        ran, left = plan.resumed
+        rows.append(("resume", f"{ran} micro-batches will be trained on, {left} are left"))
     lines = [f"{name:<13} {value}" for name, value in rows]
     lines += [f"changed       {change}" for change in plan.changes]
     lines += [f"{problem.severity:<13} {problem}" for problem in plan.problems]
@@ -60,6 +67,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "epochs": plan.epochs,
         "devices": plan.devices,
         "accumulation": plan.accumulation,
+        "resumed": plan.resumed and dict(zip(("trained_on", "left"), plan.resumed, strict=True)),
+        "files": dict(plan.files),
         "lr": {str(i + 1): float(plan.lr[i]) for i in shown},
         "c": {str(i + 1): float(plan.c[i]) for i in shown if len(plan.c)},
         "changes": [vars(change) for change in plan.changes],
@@ -99,3 +108,57 @@ def preview(plan: Plan, path: Path) -> None:
     axes.set_xlabel("optimizer step")
     figure.suptitle(f"{plan.optimizer}, {plan.scheduler or 'no scheduler'}")
     figure.savefig(path, dpi=110)
+
+
+_HEAD = """# Rules of the plan checker
+
+Made by `python -m sfcore plan --rules docs/rules.md` from the tables in `sfcore/plan`; a test keeps it equal.
+
+`error`: the run fails, or is not the one that is written down. `warning`: it may be meant. What is meant can
+be ignored: `check(config, ignore=["SF102"])`, `python -m sfcore plan FILE --ignore SF102`.
+"""
+
+
+def page() -> str:
+    """Returns the page of all rules as Markdown.
+
+    Example:
+        >>> from sfcore.plan._report import page
+        >>> "| SF101 | error |" in page()
+        True
+    """
+    rules = [[code, rule.severity, rule.rule, rule.why] for code, rule in RULES.items()]
+    schedulers = [
+        [f"`{name}`", *map(_words, (kind.needs, kind.uses, kind.ignores(), kind.forbids))]
+        for name, kind in SCHEDULERS.items()
+    ]
+    kinds = []
+    for kind in optimizers():
+        schedule = "a constant one, or none" if kind.schedule_free else "any"
+        low, high = (kind.law and kind.law.lr_range) or (0, 0)
+        lr = f"{low:g} to {high:g}: {kind.law.lr_source}" if kind.law and high else "·"
+        kinds.append([kind.name, schedule, _words(kind.uses), _words(kind.forbids), lr])
+    theirs = [{**source.fields, **source.nested} for source in (SD_SCRIPTS, KOHYA, HF)]
+    fields = []
+    for name, field in FIELDS.items():
+        ours = [name, *(alias for alias, of in ALIASES.items() if of == name)]
+        named = [f"`{names[name]}`" if name in names else "·" for names in theirs]
+        fields.append([", ".join(f"`{one}`" for one in ours), *named, field.doc])
+    parts = [
+        _HEAD,
+        _table("Rules", ["code", "severity", "the field must be", "why"], rules),
+        _table("Schedulers", ["scheduler", "needs", "uses", "ignores", "forbids"], schedulers),
+        _table("Optimizers", ["optimizer", "scheduler", "uses", "forbids", "useful lr"], kinds),
+        _table("Fields", ["field", "sd-scripts", "Kohya_SS", "HF", "meaning"], fields),
+    ]
+    return "\n".join(parts)
+
+
+def _table(title: str, head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return f"## {title}\n\n{text}\n"
+
+
+def _words(names: Iterable[str]) -> str:
+    return ", ".join(name.removeprefix("scheduler_") for name in names) or "·"

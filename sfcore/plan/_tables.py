@@ -1,7 +1,6 @@
-"""Which fields every scheduler and every optimizer needs, uses and forbids: data.
+"""What is known of every field, scheduler and optimizer: data, of which rules, forms and a page are made.
 
-The rules, the states of a form's fields and docs/rules.md are all made from these tables. Schedule-Free
-optimizers are the rows of `sfcore.laws`, asked at every call.
+Schedule-Free optimizers are the rows of `sfcore.laws`, asked at every call.
 
 Sources: `get_scheduler_fix` in sd-scripts' library/train_util.py (github.com/kohya-ss/sd-scripts),
 transformers 5.23 `optimization.py` and `trainer_optimizer.py`, diffusers' piecewise_constant.
@@ -9,12 +8,154 @@ transformers 5.23 `optimization.py` and `trainer_optimizer.py`, diffusers' piece
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from sfcore import hyperparameters, laws
+from sfcore import checks, hyperparameters, laws
 from sfcore.checks import nearest
 from sfcore.laws import Law
+
+Value = TypeVar("Value")
+
+
+class Live(Mapping[str, Value]):
+    """A mapping that follows the laws, of which some may join later."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Value]]):
+        self._made = laws.derived(make)
+
+    def __getitem__(self, name: str) -> Value:
+        return self._made()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made())
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+
+@dataclass(frozen=True)
+class Field:
+    """One neutral field: what it may hold ("number", "text", "flag", "list") and what it means."""
+
+    kind: str
+    doc: str
+
+
+@laws.derived
+def inner() -> tuple[str, ...]:
+    """Returns the arguments of an optimizer that its trainer keeps apart: all but lr."""
+    return tuple(name for name in laws.options() if name != "lr")
+
+
+_OF_RUN: dict[str, Field] = {
+    "scheduler": Field("text", "name of the learning-rate schedule"),
+    "scheduler_class": Field("text", "a scheduler class by its import path, in place of a name"),
+    "scheduler_args": Field("list", "arguments of the scheduler beyond those below"),
+    "scheduler_warmup_steps": Field("number", "the scheduler's warm-up, in steps"),
+    "scheduler_warmup_fraction": Field("number", "the same as a fraction of the run"),
+    "scheduler_warmup_percent": Field("number", "the same in percent of the run"),
+    "scheduler_cycles": Field("number", "number of cosine cycles"),
+    "scheduler_power": Field("number", "power of the polynomial"),
+    "scheduler_min_lr_ratio": Field("number", "smallest lr over the largest"),
+    "scheduler_timescale": Field("number", "time scale of inverse_sqrt"),
+    "scheduler_decay_steps": Field("number", "steps of the decay, or a fraction of the run"),
+    "scheduler_warmup_lr_ratio": Field(
+        "number", "lr of the first warm-up step over the largest, of cosine_warmup_with_min_lr"
+    ),
+    "total_steps": Field("number", "optimizer steps of the run"),
+    "epochs": Field("number", "passes through the data"),
+    "samples": Field("number", "samples of one epoch"),
+    "batch_size": Field("number", "samples of one micro-batch on one device"),
+    "accumulation": Field("number", "micro-batches of one optimizer step"),
+    "devices": Field("number", "processes that train together"),
+    "weights": Field("text", "the file of weights that the run starts from"),
+    "trained_steps": Field("number", "optimizer steps that these weights were trained for"),
+    "resume": Field("text", "the state, with the optimizer's, that the run goes on from"),
+    "initial_step": Field(
+        "number", "optimizer steps that the state has done, where it does not say so itself"
+    ),
+    "initial_epoch": Field("number", "sd-scripts: the epoch that a resumed run begins with, from 1"),
+    "skip_done": Field("flag", "sd-scripts: a resumed run skips the data of the steps that are done"),
+    "script": Field("text", "sd-scripts, musubi-tuner: the training script"),
+    "norm_limit": Field("number", "sd-scripts: weights are scaled down to this norm after every step"),
+    "blockwise": Field("flag", "sd-scripts: each block has an optimizer, which steps in the backward pass"),
+    "fused_backward": Field("flag", "sd-scripts: the optimizer steps in the backward pass"),
+    "param_dtype": Field("text", "dtype of the parameters themselves, not of autocast"),
+    "batchnorm": Field("flag", "the model has BatchNorm or other running statistics"),
+    "recalibrate": Field("flag", "running statistics are averaged anew at x before every evaluation"),
+    "chain": Field("list", "what edits the gradients, in order, the optimizer among it"),
+    "ema": Field("flag", "an average of the weights is kept on top"),
+    "saves": Field("text", "what the save hook writes: x or y"),
+    "save_strategy": Field("text", "HF: when a checkpoint is written"),
+    "save_steps": Field("number", "HF: steps between checkpoints"),
+    "eval_strategy": Field("text", "HF: when an evaluation runs"),
+    "eval_steps": Field("number", "HF: steps between evaluations"),
+    "adapter": Field("flag", "an adapter puts x into the weights whenever they are saved"),
+}
+FIELDS: Mapping[str, Field] = Live(
+    lambda: {
+        "optimizer": Field("text", "name of the optimizer, with its module or without"),
+        **{
+            name: Field("flag" if one.metadata["rule"] is checks.FLAG else "number", one.metadata["doc"])
+            for name, one in laws.options().items()
+        },
+        **_OF_RUN,
+    }
+)
+EXPECTED = {"number": "a number", "text": "text", "flag": "true or false", "list": "a list"}
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": False}
+
+
+def is_set(value: Any) -> bool:
+    """Returns whether a user has given a value: not None, and not the empty text of a form."""
+    return value is not None and value != ""
+
+
+def parse(name: str, value: Any) -> Any:
+    """Returns the value of a neutral field from what a file or a command line holds.
+
+    Raises:
+        ValueError: if it is not of the field's kind.
+        OverflowError: if it is a whole number beyond every float.
+    """
+    kind = FIELDS[name].kind
+    value = getattr(value, "value", value)  # an enum's
+    if kind == "number":
+        return _number(value)
+    if kind == "flag":
+        if not isinstance(value, str):
+            return bool(value)
+        if value.lower() not in _FLAGS:
+            raise ValueError
+        return _FLAGS[value.lower()]
+    if kind == "list":
+        return list(value) if isinstance(value, list | tuple) else str(value).replace(",", " ").split()
+    return str(value)
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, int | float | str) and hasattr(value, "item"):
+        value = value.item()  # a NumPy or torch scalar
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            return float(value)
+    float(value)
+    return value
+
+
+def whole(value: Any) -> int | None:
+    """Returns a number of things as an int; None if it is none, or not above 0."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 1:
+        return int(value)
+    return None
+
 
 WARMUP = ("scheduler_warmup_steps", "scheduler_warmup_fraction", "scheduler_warmup_percent")
 SHAPE = (
@@ -73,9 +214,6 @@ SCHEDULERS: dict[str, SchedulerKind] = {
 # Known by name, but what they do depends on the losses of the run.
 DATA_DRIVEN = ("reduce_lr_on_plateau", "greedy")
 
-# Options that optimizers with a schedule have too.
-_COMMON = ("lr", "beta", "b2", "eps", "weight_decay", "warmup_steps")
-
 
 @dataclass(frozen=True)
 class OptimizerKind:
@@ -105,40 +243,13 @@ class OptimizerKind:
         return self.law is not None and self.law.step_size == "rectified"
 
 
-def _of_law(law: Law) -> OptimizerKind:
-    has = tuple(law.defaults)
-    lacks = tuple(name for name in laws.options() if name not in has)
-    return OptimizerKind(f"Schedule-Free {law.title}", law.options, has, lacks, law)
-
-
 # Such as ProdigyPlusScheduleFree: what it takes and which lr suits it is not known here.
 OTHER = OptimizerKind("another Schedule-Free optimizer", hyperparameters.ScheduleFree)
 _SCHEDULED = "optimizer with a schedule (AdamW, Lion, SGD, ...)"
 _ADAFACTOR = "Adafactor"
 _SELF_TUNING = "optimizer that finds its own lr (Prodigy, DAdaptation)"
-
-
-@laws.derived
-def _scheduled() -> Mapping[str, OptimizerKind]:
-    forbids = tuple(name for name in laws.options() if name not in _COMMON)
-    return {name: OptimizerKind(name, forbids=forbids) for name in (_SCHEDULED, _ADAFACTOR, _SELF_TUNING)}
-
-
-@laws.derived
-def _by_name() -> Mapping[str, OptimizerKind]:
-    """Returns the laws by all that they are called, here and in other programs, without modules."""
-    found: dict[str, OptimizerKind] = {}
-    for law in laws.LAWS.values():
-        kind = _of_law(law)
-        found |= {_last(name): kind for name in (law.torch, law.jax, *law.elsewhere.values())}
-    return found
-
-
-def optimizers() -> list[OptimizerKind]:
-    """Returns every family."""
-    return [*map(_of_law, laws.LAWS.values()), OTHER, *_scheduled().values()]
-
-
+# Options that optimizers with a schedule have too.
+_COMMON = ("lr", "beta", "b2", "eps", "weight_decay", "warmup_steps")
 # Names without a module, as trainers know them, small letters, without "_".
 _NAMES = """
 adamw adam adamw8bit pagedadamw pagedadamw8bit pagedadamw32bit adamwtorch adamwtorchfused adamwtorchxla
@@ -149,6 +260,30 @@ pagedademamix8bit galoreadamw galoreadafactor lomo adalomo grokadamw apolloadamw
 adafactor prodigy dadaptation dadaptadagrad dadaptadam dadaptadan dadaptadanip dadaptadampreprint
 dadaptlion dadaptsgd muon adan came radam nadam
 """
+
+
+@laws.derived
+def _of_laws() -> Mapping[str, OptimizerKind]:
+    """Returns the laws by all that they are called, here and in other programs, without modules."""
+    found: dict[str, OptimizerKind] = {}
+    for law in laws.LAWS.values():
+        has = tuple(law.defaults)
+        lacks = tuple(name for name in laws.options() if name not in has)
+        kind = OptimizerKind(f"Schedule-Free {law.title}", law.options, has, lacks, law)
+        found |= {_last(name): kind for name in (law.torch, law.jax, *law.elsewhere.values())}
+    return found
+
+
+@laws.derived
+def _scheduled() -> Mapping[str, OptimizerKind]:
+    forbids = tuple(name for name in laws.options() if name not in _COMMON)
+    return {name: OptimizerKind(name, forbids=forbids) for name in (_SCHEDULED, _ADAFACTOR, _SELF_TUNING)}
+
+
+def optimizers() -> list[OptimizerKind]:
+    """Returns every family."""
+    free = {kind.law.name: kind for kind in _of_laws().values() if kind.law}
+    return [*free.values(), OTHER, *_scheduled().values()]
 
 
 def _last(name: str) -> str:
@@ -166,8 +301,8 @@ def optimizer_kind(name: str) -> OptimizerKind:
         'Schedule-Free RAdam'
     """
     last = _last(name)
-    if last in _by_name():
-        return _by_name()[last]
+    if last in _of_laws():
+        return _of_laws()[last]
     if "schedulefree" in last:
         return OTHER
     if is_adafactor(name):
@@ -182,7 +317,7 @@ def is_adafactor(name: str) -> bool:
 
 def misspelt(name: str) -> str | None:
     """Returns the optimizer that a name without a module almost is; None for a known or a foreign one."""
-    known = [*_NAMES.split(), *_by_name()]
+    known = [*_NAMES.split(), *_of_laws()]
     return None if "." in name or _last(name) in known else nearest(_last(name), known)
 
 

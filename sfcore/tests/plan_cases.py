@@ -15,6 +15,10 @@ BAD: dict[str, list[Any]] = {
     ],
     "SF002": [_SF | {"lr": "fast"}, {"lr_warmup": 0, "lr_scheduler": "constant", "learning_rate": "1e-4x"}],
     "SF003": [{"optimizer": "AdmaWScheduleFree", "total_steps": 1000, "warmup_steps": 50}],
+    "SF004": [
+        f"{_SD} --optimizer_type AdamW --optimizer_args weight_decay",
+        f"{_SD} --lr_scheduler piecewise_constant --lr_scheduler_args step_rules=1:10,0.01",
+    ],
     "SF101": [
         {"optimizer": "AdamW", "scheduler": "constant", "warmup_steps": 100},
         {"optimizer": "AdamW8bit", "lr_scheduler": "constant", "lr_warmup": 10},
@@ -44,6 +48,13 @@ BAD: dict[str, list[Any]] = {
     ],
     "SF106": [{"optimizer": "AdamW", "scheduler": "cosin", "total_steps": 1000}, f"{_SD} --lr_scheduler rex"],
     "SF107": [f"{_SD} --optimizer_type AdamW --lr_scheduler adafactor:1e-4"],
+    "SF108": [
+        f"{_SD} --lr_scheduler cosine --lr_scheduler_args cycles=2",
+        f"{_SD} --lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=9 min=0",
+        f"{_SD} --lr_scheduler polynomial --lr_scheduler_args lr_end=1.0",
+        f"{_SD} --lr_scheduler cosine_with_min_lr --lr_scheduler_args min_lr=0 "
+        "--lr_scheduler_min_lr_ratio 0.1",
+    ],
     "SF201": [
         _SF | {"scheduler": "constant_with_warmup", "scheduler_warmup_steps": 100},
         _HF | {"lr_scheduler_type": "linear", "warmup_steps": 100},
@@ -91,16 +102,26 @@ BAD: dict[str, list[Any]] = {
         {"optimizer": "sftorch.ScheduleFreeWrapper", "warmup_steps": 50},
         {"optimizer": "sftorch.ScheduleFreeWrapper", "inner_momentum": 0.5},
     ],
+    "SF307": ["train_network.py --optimizer_type AdamW", "fine_tune.py --optimizer_type Prodigy"],
     "SF401": [
         _SF | {"weights": "lora.safetensors", "accumulation": 16},
         f"{_SD} --optimizer_type AdamWScheduleFree --optimizer_args warmup_steps=50 "
         "--network_weights lora.safetensors --gradient_accumulation_steps 16",
     ],
+    "SF402": [
+        f"{_SD} --resume state --gradient_accumulation_steps 4 --skip_until_initial_step",
+        f"{_SD} --resume state --initial_step 500 --gradient_accumulation_steps 2 --skip_until_initial_step",
+    ],
+    "SF403": [
+        f"{_SD} --resume state",
+        "accelerate launch sdxl_train.py --learning_rate 1e-3 --resume state --initial_step 500",
+    ],
+    "SF404": [f"{_SD} --resume state --initial_step 1000"],
     "SF501": [
         _SF | {"param_dtype": "float16"},
         f"{_SD} --optimizer_type AdamWScheduleFree --optimizer_args warmup_steps=50 --full_fp16",
     ],
-    "SF502": [_SF | {"param_dtype": "torch.bfloat16"}],
+    "SF502": [_SF | {"optimizer": "schedulefree.AdamWScheduleFree", "param_dtype": "torch.bfloat16"}],
     "SF503": [_SF | {"batchnorm": True}],
     "SF504": [_SF | {"chain": _AFTER}],
     "SF505": [_SF | {"ema": True}],
@@ -110,6 +131,12 @@ BAD: dict[str, list[Any]] = {
         | {"lr_scheduler_type": "constant"},
     ],
     "SF507": [f"{_SD} --optimizer_type pytorch_optimizer.ScheduleFreeAdamW --optimizer_args warmup_steps=50"],
+    "SF508": [
+        f"{_SD} --optimizer_type AdamWScheduleFree --optimizer_args warmup_steps=50 --scale_weight_norms 1",
+        "accelerate launch flux_train.py --optimizer_type AdamWScheduleFree --learning_rate 1e-3 "
+        "--optimizer_args warmup_steps=50 --blockwise_fused_optimizers",
+        "sdxl_train.py --optimizer_type AdamW --learning_rate 1e-4 --fused_backward_pass",
+    ],
 }
 
 GOOD: list[Any] = [
@@ -171,7 +198,20 @@ GOOD: list[Any] = [
     "--network_weights lora.safetensors --gradient_accumulation_steps 16",
     f"{_SD} --optimizer_type schedulefree.RAdamScheduleFree --optimizer_args weight_decay=0.01",
     f"{_SD} --lr_scheduler cosine --lr_warmup_steps 0.1 --num_processes 4",
-    f"{_SD} --lr_scheduler piecewise_constant --lr_scheduler_args step_rules=1:10,0.1:20,0.01",
+    f"{_SD} --lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=1000",
+    f"{_SD} --lr_scheduler cosine_with_min_lr --lr_scheduler_args min_lr=1e-6",
+    f"{_SD} --lr_scheduler constant --lr_warmup_steps 0.0001",  # int() makes it 0
+    f"{_SD} --optimizer_type sftorch.AdamWScheduleFree --full_bf16 "
+    "--optimizer_args warmup_steps=50 precision='\"lean\"' seed=3",
+    f"{_SD} --optimizer_type Adafactor --optimizer_args eps=1e-30,1e-3 clip_threshold=2.0",
+    f"{_SD} --optimizer_type bitsandbytes.optim.AdEMAMix8bit --optimizer_args betas=0.9,0.999,0.9999",
+    "accelerate launch wan_train_network.py --learning_rate 1e-4 --lr_scheduler rex --lr_warmup_steps 10",
+    "accelerate launch flux_train_network.py --optimizer_type schedulefree.RAdamScheduleFree "
+    "--learning_rate 1e-3 2>&1 | tee log.txt",
+    "cd sd-scripts\nexport LR=1e-4\naccelerate launch --num_processes 2 train_network.py \\\n"
+    "  --learning_rate $LR --lr_scheduler cosine \\\n  --optimizer_args weight_decay=0.01 > log\n"
+    "echo done --now",
+    f"{_SD} --lr_scheduler piecewise_constant --lr_scheduler_args \"step_rules='1:10,0.1:20,0.01'\"",
     {
         "optimizer": "AdamW8bit",
         "lr_scheduler": "cosine",

@@ -147,6 +147,16 @@ def test_the_program_says_its_version_and_what_its_exit_codes_mean():
     assert program("plan", "nothing.toml").returncode == 2
 
 
+def test_bytes_that_are_no_character_are_shown_and_not_stumbled_over():
+    for arguments, code in ((["--set", b"\xff=1", "optimizer=AdamW"], 1), ([b"\xff.toml"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "sfcore", "plan", *arguments], capture_output=True, check=False
+        )
+        assert done.returncode == code
+        assert b"Traceback" not in done.stderr
+        assert b"\\udcff" in done.stdout + done.stderr
+
+
 def test_the_installed_script_is_the_same_program():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"schedulefree": "sfcore.__main__:main"}

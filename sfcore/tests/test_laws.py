@@ -18,7 +18,7 @@ import sftorch
 from sfcore import averaging, checks, hyperparameters, laws
 from sfcore.laws import LAWS, Buffer, Law
 from sfcore.plan import check, field_states
-from sfcore.plan._markdown import page
+from sfcore.plan._report import page
 
 DIRECTED = list(laws.directed())
 PROGRAMS = {

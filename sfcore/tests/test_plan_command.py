@@ -8,8 +8,7 @@ import pytest
 
 from sfcore import __main__
 from sfcore.plan import check
-from sfcore.plan._command import as_text
-from sfcore.plan._text import tomllib
+from sfcore.plan._text import as_text, tomllib
 
 GOOD = {"optimizer": "sftorch.AdamWScheduleFree", "lr": 0.001, "warmup_steps": 50, "total_steps": 1000}
 
@@ -53,14 +52,45 @@ def test_a_half_written_file_is_an_error_with_its_place(tmp_path, capsys):
     assert "line 1, column 14" in error
 
 
-def test_a_config_file_on_a_command_line_is_refused_with_what_to_pass_instead(capsys):
-    assert __main__.main(["plan", "accelerate launch train_network.py --config_file lora"]) == 2
+SETTINGS = """
+[optimizer]
+optimizer_type = "AdamW"
+learning_rate = 1e-4
+
+[schedule]
+lr_scheduler = "constant"
+lr_warmup_steps = 100
+max_train_steps = 1000
+"""
+
+
+def test_the_founding_story_is_caught_in_a_file_of_settings_and_repaired_beside_the_command_line(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text(SETTINGS)
+    command = "accelerate launch train_network.py --config_file c --output_name lora"
+    assert __main__.main(["plan", command]) == 1
+    out = capsys.readouterr().out
+    assert "SF101 lr_warmup_steps in c.toml must be 0 with a scheduler that has no warm-up, got 100" in out
+    assert __main__.main(["plan", command, "--fix", "--out", "new.sh"]) == 0
+    out = capsys.readouterr().out
+    assert "changed       SF101 lr_scheduler in c.toml: 'constant' -> 'constant_with_warmup'" in out
+    assert out.endswith("written: new.sh\nwritten: new.toml\n")
+    repaired = "accelerate launch train_network.py --config_file new.toml --output_name lora\n"
+    assert (tmp_path / "new.sh").read_text() == repaired
+    assert check(tmp_path / "new.sh").problems == ()
+    assert (tmp_path / "c.toml").read_text() == SETTINGS
+    assert __main__.main(["plan", command, "--fix", "--out", "other.toml"]) == 0
+    assert (tmp_path / "other.sh").read_text() == repaired.replace("new", "other")
+
+
+def test_a_missing_file_of_settings_has_exit_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["plan", "accelerate launch train_network.py --config_file c.toml"]) == 2
     out, error = capsys.readouterr()
     assert out == ""
-    assert error.startswith(
-        "error: --config_file must not be part of a command line that is checked, got 'lora'"
-    )
-    assert "`plan lora.toml`" in error
+    assert error.startswith("error: --config_file: c.toml must be a readable file, got No such file")
 
 
 def test_the_table_shows_what_the_run_will_do(good, capsys):

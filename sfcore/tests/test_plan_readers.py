@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sfcore.plan import ConfigError, check
-from sfcore.plan._command import as_text
+from sfcore.plan._text import as_text
 
 PRESETS = json.loads((Path(__file__).parent / "kohya_presets.json").read_text(encoding="utf-8"))
 SD_TOML = """
@@ -87,7 +87,7 @@ def test_a_command_line_is_read_as_text_and_as_words():
     text = (
         "accelerate launch train_network.py \\\n --optimizer_type AdamWScheduleFree \\\n --lr_warmup_steps 5%"
     )
-    (warmup, none) = check(text, max_train_steps=5).problems[-1], check(text).problems[0]
+    (warmup, none) = check(text, max_train_steps=5).problems[1], check(text).problems[0]
     assert (warmup.field, none.code) == ("--lr_warmup_steps", "SF103")
 
 
@@ -124,20 +124,34 @@ _RUN = "train_network.py --optimizer_type AdamWScheduleFree"
     ],
 )
 @pytest.mark.parametrize("form", [str, shlex.split])
-def test_a_command_line_whose_settings_stand_in_a_file_is_refused_by_its_name(command, file, form):
-    with pytest.raises(ConfigError, match=rf"--config_file .* stand in {file}, .*`plan '?{file}'?`"):
-        check(form(command), batchnorm=True)
+def test_a_file_of_settings_is_read_from_where_the_trainer_would(tmp_path, monkeypatch, command, file, form):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^--config_file: {file} must be a readable file, got No such"):
+        check(form(command))
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('[a]\nlearning_rate = 0.125\n[b]\nmax_train_steps = 800\noptimizer_type = "AdamW"\n')
+    plan = check(form(command))
+    steps, name = (9, "AdamW") if "max_train_steps" in command else (800, "AdamW")
+    name = "AdamWScheduleFree" if "AdamWScheduleFree" in command else name  # the command line wins
+    assert (plan.optimizer, plan.total_steps) == (name, steps)
+    assert plan.lr.max() == 0.125
+    assert list(plan.files) == [file]
 
 
-def test_config_file_in_additional_parameters_and_in_scripts_is_refused_too(tmp_path):
-    with pytest.raises(ConfigError, match=r"stand in lora\.toml"):
-        check({"LoRA_type": "Standard", "additional_parameters": "--config_file lora.toml"})
+def test_a_file_of_settings_is_read_in_scripts_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora.toml").write_text("max_train_steps = 77")
     script = tmp_path / "train.sh"
     script.write_text(
         f"#!/bin/sh\naccelerate launch --config_file box.yaml \\\n {_RUN} \\\n --config_file=lora\n"
     )
-    with pytest.raises(ConfigError, match=r"stand in lora\.toml"):
-        check(script)
+    assert check(script).total_steps == 77
+
+
+def test_a_file_of_settings_among_the_additional_parameters_is_refused():
+    with pytest.raises(ConfigError, match=r"must not have --config_file, got 'lora\.toml'"):
+        check({"LoRA_type": "Standard", "additional_parameters": "--config_file lora.toml"})
 
 
 @pytest.mark.parametrize("end", ["--config_file", "--config_file --max_train_steps 9"])
@@ -146,6 +160,42 @@ def test_config_file_without_a_file_is_refused(end):
         ConfigError, match="--config_file must be followed by the path of a TOML file, got none"
     ):
         check(f"{_RUN} {end}")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "field"),
+    [
+        ('lr_warmup_steps = "100"', "SF002", "lr_warmup_steps in c.toml"),  # argparse does not look at it
+        ('learning_rate = "1e-4"', "SF002", "learning_rate in c.toml"),
+        ('optimizer_args = "weight_decay=0.1"', "SF002", "optimizer_args in c.toml"),
+        ('optimizer_args = ["weight_decay"]', "SF004", "optimizer_args in c.toml"),
+        ('optimizer_args = ["warmup=3"]', "SF001", "optimizer_args warmup in c.toml"),
+        ("lr_warmup_steps = 100.0", "SF204", "lr_warmup_steps in c.toml"),  # a hundred times the run
+        ("lr_warm_steps = 1", "SF001", "lr_warm_steps in c.toml"),
+    ],
+)
+def test_a_value_of_a_file_of_settings_is_taken_as_the_trainer_takes_it(
+    tmp_path, monkeypatch, text, code, field
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text(f"[section]\n{text}\n")
+    command = "train_network.py --config_file c.toml --optimizer_type AdamW --lr_scheduler cosine"
+    found = check(command, ignore=["SF307"]).problems
+    assert (code, field) in [(problem.code, problem.field) for problem in found]
+
+
+def test_a_broken_file_of_settings_gets_its_line_and_column(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text("lr_scheduler = 'constant'\nlr_warmup_steps = = 3\n")
+    with pytest.raises(ConfigError, match=r"^--config_file: c\.toml must be TOML, .* at line 2, column 19"):
+        check("train_network.py --config_file c")
+    (tmp_path / "c.toml").write_bytes("optimizer_type = 'AdamW'".encode("utf-16"))
+    with pytest.raises(ConfigError, match="must be text in UTF-8, got another byte at line 1, column 1"):
+        check("train_network.py --config_file c")
+    (tmp_path / "c.toml").unlink()
+    (tmp_path / "c.toml").mkdir()
+    with pytest.raises(ConfigError, match="must be a readable file, got Is a directory"):
+        check("train_network.py --config_file c")
 
 
 @pytest.mark.parametrize(
@@ -160,8 +210,22 @@ def test_config_file_without_a_file_is_refused(end):
         f"{_RUN} --console_log_level INFO --conv_dim 4",
     ],
 )
-def test_a_file_of_the_launcher_or_none_at_all_is_no_reason_to_refuse(command):
+def test_a_file_of_the_launcher_is_none_of_the_scripts(command):
     assert check(f"{command} --max_train_steps 900").total_steps == 900
+
+
+def test_a_shells_words_around_a_command_are_none_of_its_options():
+    text = (
+        "source venv/bin/activate\nexport RATE=1e-3\nCUDA_VISIBLE_DEVICES=0 accelerate launch "
+        "--num_processes=2 train_network.py --optimizer_type sftorch.AdamWScheduleFree\n"
+        "  --learning_rate $RATE --lr_warmup_steps 10 --optimizer_args 'betas=(0.9, 0.99)' > log 2>&1\n"
+        "echo --done"
+    )
+    plan = check(text, fix=True)
+    assert (plan.devices, [change.code for change in plan.changes]) == (2, ["SF103", "SF103"])
+    assert plan.config.splitlines()[0] == "source venv/bin/activate"
+    assert plan.config.splitlines()[-2].endswith("'betas=(0.9, 0.99)' warmup_steps=5 > log 2>&1")
+    assert check(plan.config).problems == ()
 
 
 def test_settings_that_hf_hands_on_to_others_are_not_read():
@@ -262,11 +326,11 @@ def test_a_long_command_line_may_end_like_the_name_of_a_script():
     assert check("train.py --optimizer_type AdamW" + tail).optimizer == "AdamW"
 
 
-def test_an_argument_that_is_no_literal_is_text():
+def test_an_argument_that_is_no_literal_is_refused():
     (found,) = check(
         "train.py --optimizer_type AdamWScheduleFree --optimizer_args weight_decay={[]:1}"
     ).errors
-    assert (found.code, found.found) == ("SF002", "{[]:1}")
+    assert (found.code, found.found) == ("SF004", "weight_decay={[]:1}")
 
 
 def test_a_quotation_that_does_not_end_gets_line_and_column():
@@ -289,7 +353,7 @@ def test_what_is_no_configuration_is_refused(tmp_path):
         ({"optimizer": "AdamW", "weigth_decay": 0.1}, "weigth_decay", "weight_decay"),
         ({"lr_warmup": 0, "lr_shceduler": "cosine"}, "lr_shceduler", "lr_scheduler"),
         ({"optim": "adamw_torch", "warmup_step": 10}, "warmup_step", "warmup_steps"),
-        ("train.py --optimizer_typ AdamW", "--optimizer_typ", "optimizer_type"),
+        ("train.py --optimizer_tpye AdamW", "--optimizer_tpye", "optimizer_type"),
         (
             "train.py --optimizer_type AdamWScheduleFree --optimizer_args warm_up_steps=5",
             "--optimizer_args warm_up_steps",
@@ -309,6 +373,6 @@ def test_an_unknown_fact_is_refused_like_an_unknown_key():
 
 def test_a_trainers_other_fields_are_none_of_our_business():
     sd = ["train_data_dir", "learning_rate_te1", "text_encoder_lr", "vae_batch_size", "save_every_n_steps"]
-    assert check({"optimizer_type": "AdamW"} | dict.fromkeys(sd, 1)).problems == ()
+    assert check({"optimizer_type": "AdamW", "learning_rate": 1e-4} | dict.fromkeys(sd, 1)).problems == ()
     hf = ["logging_steps", "per_device_eval_batch_size", "save_total_limit", "gradient_checkpointing"]
     assert check({"optim": "adamw_torch"} | dict.fromkeys(hf, 1)).problems == ()

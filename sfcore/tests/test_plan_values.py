@@ -10,7 +10,7 @@ import torch
 
 from sfcore.plan import check, text
 from sfcore.plan._report import as_dict, preview
-from sfcore.plan._schedules import COURSES
+from sfcore.plan._run import COURSES
 from sfcore.plan._tables import DATA_DRIVEN, SCHEDULERS
 
 

@@ -114,16 +114,18 @@ def iterates(state: Any, params: Any) -> tuple[Any, Any, Any]:
     return schedule_free_eval_params(state, params), params, z
 
 
-def metrics(opt_state: Any) -> dict[str, jax.Array]:
+def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     """Returns what the last update used, for logging.
 
     Args:
         opt_state: any optimizer state that holds one Schedule-Free state.
+        params: what the last update left; default None, and then `x_z_distance` is not measured.
 
     Returns:
         Scalars `lr` (with warm-up and rectification), `lr_max`, `c` (averaging weight), `weight_sum`,
-        `step` (finished updates), `effective_lr` (the multiple of the newest direction by which y moved).
-        The keys of the torch twin's `optimizer.metrics()`.
+        `step` (finished updates), `effective_lr` (the multiple of the newest direction by which y moved),
+        and with params `x_z_distance` (Euclidean norm of x - z over all parameters). The keys of the torch
+        twin's `optimizer.metrics()`.
 
     Raises:
         ValueError: if there is no Schedule-Free state, or more than one.
@@ -135,7 +137,15 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """
     state = find_state(opt_state)
     told = {name: getattr(state, name) for name in ("lr", "lr_max", "c", "weight_sum", "step")}
-    return told | {"effective_lr": effective_lr(state.lr, state.c, state.b1)}
+    told["effective_lr"] = effective_lr(state.lr, state.c, state.b1)
+    if params is not None:
+        wide = None if any(map(jnp.iscomplexobj, jax.tree.leaves(params))) else state.lr.dtype
+        x = schedule_free_eval_params(opt_state, params, dtype=wide)
+        z = iterates(opt_state, params)[2]
+        gaps = jax.tree.map(lambda x, z: jnp.sum(jnp.square(jnp.abs(x - z.astype(x.dtype)))), x, z)
+        squares = [gap.astype(state.lr.dtype) for gap in jax.tree.leaves(gaps)]
+        told["x_z_distance"] = jnp.sqrt(sum(squares, jnp.zeros((), state.lr.dtype)))
+    return told
 
 
 def _pure(tree: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from sfcore import checks
 from sfcore.averaging import effective_lr
 from sfcore.laws import Law
+from sftorch.law.parts import part
 from sftorch.law.scalars import Clock, Next, prior_weight
 from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled, without_compiler
@@ -135,13 +136,18 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         if found:
             raise checks.HyperparameterError(found)
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self, distance: bool = False) -> list[dict[str, float]]:
         """Returns what the last step of each group used, for logging.
+
+        Args:
+            distance: whether to measure `x_z_distance` too, a pass over the weights and one wait for each
+                group; default False.
 
         Returns:
             One dict a group: `lr` (with warm-up and rectification), `lr_max`, `c` (averaging weight),
             `weight_sum`, `step` (finished updates), `effective_lr` (the multiple of the newest
-            direction by which y moved). The keys of `sfjax.metrics`. After `Checkpoints.restore` also
+            direction by which y moved), and where it is asked for `x_z_distance` (Euclidean norm of x - z
+            over the group's parameters). The keys of `sfjax.metrics`. After `Checkpoints.restore` also
             `restart_steps`, `restart_moved` and `restart_jump`.
 
         Example:
@@ -157,8 +163,27 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             lr_t, c = books["scheduled_lr"], books["c"]
             of_step = {"lr": lr_t, "lr_max": books["lr_max"], "c": c, "weight_sum": books["weight_sum"]}
             effective = effective_lr(lr_t, c, self._beta(group))
-            found.append(of_step | {"step": books["k"], "effective_lr": effective} | restart)
+            of_step |= {"step": books["k"], "effective_lr": effective}
+            if distance:
+                of_step["x_z_distance"] = self._distance(group)
+            found.append(of_step | restart)
         return found
+
+    @torch.no_grad()
+    def _distance(self, group: dict[str, Any]) -> float:
+        """Returns the norm of x - z over a group."""
+        squares, beta = [torch.zeros((), dtype=torch.float64)], self._y_beta(group)
+        for p in self._started(group):
+            state = self.state[p]
+            if self._wanted(group) == "y" or "y" in state:
+                y = forms.joined(state.get("y", p), state)
+                x = forms.x_from_y(y, state, beta)
+            else:
+                x = forms.joined(p, state, forms.X_REST)
+                y = forms.y_from_x(x, state, beta)
+            gap = part(x - forms.z_of(y, state))
+            squares.append(torch.linalg.vector_norm(gap.abs().double()).square().cpu())
+        return float(torch.stack(squares).sum().sqrt())
 
     def describe(self, **facts: Any) -> str:
         """Returns what a run will do, and what is wrong with it, as a table a group to print at its start.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Kind
@@ -19,6 +21,8 @@ from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled, uncompiled_itself
 from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
 
+# Parameter -> the optimizer that knows its x, and the index of its group there, while `ship_x` is on.
+SHIPPED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 Loss = TypeVar("Loss")  # what a closure returns: a number, or a tensor of one
 
 
@@ -28,6 +32,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     In eval mode a parameter's y lies in `state[p]["y"]`, so that `train()` puts back the same bits.
     At beta = 0, where y is z, x cannot be had from y and lies in `state[p]["x"]`.
     """
+
+    _ships_x = False
 
     @abstractmethod
     def _prepare(self) -> Any:
@@ -225,16 +231,43 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         self._loaded = None
         for group in self.param_groups:
             for p in self._started(group):
-                state = self.state[p]
-                state.pop("y", None)
-                if not self._books(group)["train_mode"]:
-                    state["y"] = p.detach().clone(memory_format=torch.preserve_format)
-                for name in ("x", "z"):
-                    if name in state:
-                        state[name].copy_(p)
-                for name in (forms.Y_REST, "gap"):
-                    if name in state:
-                        state[name].zero_()
+                self._rebase(p, group)
+
+    def _rebase(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        state.pop("y", None)
+        if not self._books(group)["train_mode"]:
+            state["y"] = p.detach().clone(memory_format=torch.preserve_format)
+        for name in ("x", "z"):
+            if name in state:
+                state[name].copy_(p)
+        for name in (forms.Y_REST, "gap"):
+            if name in state:
+                state[name].zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any Schedule-Free optimizer's; while `ship_x` is on, that of eval mode: it goes with x."""
+        if not self._ships_x:
+            return super().state_dict()
+        with self.evaluation():
+            return super().state_dict()
+
+    def _ship_x(self, on: bool) -> None:
+        self._ships_x = on
+        for index, group in enumerate(self.param_groups if on else ()):
+            for p in group["params"]:
+                SHIPPED[p] = (weakref.ref(self), index)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._ship_x(self._ships_x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_ships_x": self._ships_x}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._ship_x(self._ships_x)
 
     def _wanted(self, group: dict[str, Any]) -> str:
         return "y" if self._books(group)["train_mode"] else "x"

@@ -57,6 +57,7 @@ class StopAt(TrainerCallback):
 
 def arguments(folder, **options):
     usual = {"lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 3}
+    usual["logging_strategy"] = "no"
     return TrainingArguments(
         str(folder),
         per_device_train_batch_size=4,
@@ -67,7 +68,6 @@ def arguments(folder, **options):
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        logging_strategy="no",
         weight_decay=0.1,
         **(usual | options),
     )
@@ -226,3 +226,17 @@ def test_the_page_tells_the_truth(tmp_path, monkeypatch):
     exported = load_file(tmp_path / "out" / "final" / "model.safetensors")
     assert_same(exported, unwrap(finished.optimizer).eval_state_dict(finished.model))
     assert_same(load_file(tmp_path / "out" / "checkpoint-20" / "model.safetensors"), exported)
+
+
+def test_the_logs_show_warm_up_c_and_the_distance_of_x_from_z(tmp_path):
+    finished = trainer(tmp_path, logging_strategy="steps", logging_steps=1)
+    finished.train()
+    logs = [entry for entry in finished.state.log_history if "schedule_free/lr" in entry]
+    assert [entry["schedule_free/step"] for entry in logs] == [*range(1, 13)]
+    rates = [entry["schedule_free/lr"] for entry in logs]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[4] == rates[-1]  # warmed up after 5 steps
+    assert logs[0]["schedule_free/c"] == 1.0
+    assert all(0 < entry["schedule_free/c"] < 1 for entry in logs[1:])
+    assert logs[0]["schedule_free/x_z_distance"] == pytest.approx(0.0, abs=1e-6)
+    assert all(entry["schedule_free/x_z_distance"] > 0 for entry in logs[1:])

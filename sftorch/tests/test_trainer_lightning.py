@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 
 import sftorch
 from sftorch.tests.pages import run
@@ -222,3 +223,37 @@ def test_the_page_tells_the_truth(tmp_path, monkeypatch):
     (optimizer,) = trainer.optimizers
     assert optimizer.metrics()[0]["step"] == 12
     assert same(trainer.lightning_module.state_dict(), optimizer.eval_state_dict(trainer.lightning_module))
+
+
+def test_the_loggers_get_warm_up_c_and_the_distance_of_x_from_z(tmp_path):
+    class Kept(Logger):
+        name, version, rows = "kept", 0, ()
+
+        def log_hyperparams(self, *args, **kwargs):
+            pass
+
+        def log_metrics(self, metrics, step=None):
+            self.rows += ((step, metrics),)
+
+    kept = Kept()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[ScheduleFreeCallback()],
+        logger=kept,
+        log_every_n_steps=1,
+        **quiet,
+    )
+    trainer.fit(Module("adamw"), **loaders())
+    rows = [(step, row) for step, row in kept.rows if "schedule_free/lr" in row]
+    assert (
+        [row["schedule_free/step"] for _, row in rows]
+        == [step for step, _ in rows]
+        == [*range(1, len(rows) + 1)]
+    )
+    rates = [row["schedule_free/lr"] for _, row in rows]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1]
+    assert rows[0][1]["schedule_free/c"] == 1.0
+    assert all(row["schedule_free/x_z_distance"] > 0 for _, row in rows[1:])

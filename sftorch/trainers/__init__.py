@@ -6,12 +6,13 @@ Each framework is imported by its own module only, when that is first used. acce
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from sfcore.lazy import on_demand as _on_demand
 from sftorch.state.modes import TrainEvalOptimizer
 
-__all__ = ["unwrap"]
+__all__ = ["flat_metrics", "unwrap"]
 
 if TYPE_CHECKING:
     from sftorch.trainers import hf as hf
@@ -48,3 +49,33 @@ def unwrap(optimizer: object) -> TrainEvalOptimizer:
             "SGDScheduleFree or ScheduleFreeWrapper"
         )
     return inner
+
+
+def flat_metrics(optimizer: object) -> dict[str, float]:
+    """Returns what to log of a step as one flat dict of floats, for TensorBoard, W&B and the like.
+
+    Args:
+        optimizer: as for `unwrap`.
+
+    Returns:
+        "schedule_free/NAME" for each name of `optimizer.metrics(distance=True)`, of the first group: lr (with
+        warm-up), lr_max, effective_lr, c, weight_sum, step, and after a restart restart_steps, restart_moved
+        and restart_jump; of later groups "schedule_free/GROUP/NAME". x_z_distance is that of all together.
+
+    Raises:
+        TypeError: as `unwrap`.
+
+    Example:
+        >>> import sftorch, torch
+        >>> from sftorch.trainers import flat_metrics
+        >>> optimizer = sftorch.SGDScheduleFree([torch.nn.Parameter(torch.ones(2))])
+        >>> flat_metrics(optimizer)["schedule_free/x_z_distance"]
+        0.0
+    """
+    groups = unwrap(optimizer).metrics(distance=True)
+    distance = math.hypot(*(group.pop("x_z_distance") for group in groups))
+    return {"schedule_free/x_z_distance": distance} | {
+        f"schedule_free/{number}/{name}" if number else f"schedule_free/{name}": float(value)
+        for number, group in enumerate(groups)
+        for name, value in group.items()
+    }

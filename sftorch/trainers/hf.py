@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 from sfcore.checks import HyperparameterError
-from sftorch.trainers import unwrap
+from sftorch.trainers import flat_metrics, unwrap
 
 __all__ = ["ScheduleFreeMixin", "ScheduleFreeTrainer"]
 
@@ -45,8 +45,9 @@ class ScheduleFreeMixin:
     "warmup_steps": ...})`, or ready made by `optimizers=(optimizer, None)`. Not by `optim=`: its
     "schedule_free_adamw" is the `schedulefree` package in transformers' own wiring. In TrainingArguments:
     `lr_scheduler_type="constant"`, no `warmup_steps`; `weight_decay` belongs there, because the Trainer
-    sets it for each group. `learning_rate` in the logs is the lr before warm-up; `sftorch.trainers.unwrap(
-    trainer.optimizer).metrics()` has the one in use. FSDP and DeepSpeed are not tested.
+    sets it for each group. `learning_rate` in the logs is the lr before warm-up; `schedule_free/lr` beside it
+    is the one in use, and `sftorch.trainers.flat_metrics` says what else is logged. FSDP and
+    DeepSpeed are not tested.
 
     Args:
         args, kwargs: those of the Trainer.
@@ -74,6 +75,12 @@ class ScheduleFreeMixin:
             """As the Trainer's, at x."""
             with self._at_x():
                 super().save_model(*args, **kwargs)
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            """As the Trainer's, with `flat_metrics` of the optimizer beside each training loss."""
+            if "loss" in logs and self.optimizer is not None:
+                logs.update(flat_metrics(self.optimizer))
+            super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # The optimizer's state too is saved in eval mode: only then does it have y, to the bit.

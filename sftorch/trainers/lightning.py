@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 from sftorch.state.modes import TrainEvalOptimizer
-from sftorch.trainers import unwrap
+from sftorch.trainers import flat_metrics, unwrap
 
 __all__ = ["ScheduleFreeCallback"]
 
@@ -69,6 +69,20 @@ class ScheduleFreeCallback(Callback):
         if trainer.state.fn == "fit":
             for optimizer in _ours(trainer):
                 optimizer.train()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gives the loggers `flat_metrics` of each optimizer, every `log_every_n_steps` optimizer steps."""
+        if not trainer.loggers or trainer.global_step % trainer.log_every_n_steps:
+            return
+        ours = _ours(trainer)
+        for number, optimizer in enumerate(ours):
+            found = flat_metrics(optimizer)
+            if len(ours) > 1:
+                found = {f"optimizer_{number}/{name}": value for name, value in found.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=trainer.global_step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leaves x in the model."""

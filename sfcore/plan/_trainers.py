@@ -1,12 +1,12 @@
 """The trainers that are read, and what they call things: data.
 
-- sd-scripts: `add_optimizer_arguments`, `add_training_arguments`, `get_optimizer` and `get_scheduler_fix` of
-  library/train_util.py, github.com/kohya-ss/sd-scripts. With an optimizer whose name ends in ScheduleFree it
-  installs a dummy scheduler, and it imports schedulefree, for sftorch's classes too: that must be installed.
-  With Adafactor it takes Adafactor's scheduler unless relative_step=False. The scheduler counts one step for
-  every process: `AcceleratedScheduler.step` of accelerate.
-- Kohya_SS: kohya_gui/class_basic_training.py and lora_gui.py, github.com/bmaltais/kohya_ss. lr_warmup is a
-  percentage; lr_warmup_steps wins over it.
+- sd-scripts: `_sd_scripts` has its facts. With an optimizer whose name ends in ScheduleFree it installs a
+  dummy scheduler, and it imports schedulefree, for sftorch's classes too: that must be installed. With
+  Adafactor it takes Adafactor's scheduler unless relative_step=False. The scheduler counts one step for every
+  process: `AcceleratedScheduler.step` of accelerate.
+- Kohya_SS: kohya_gui/class_basic_training.py, lora_gui.py and common_gui.py, github.com/bmaltais/kohya_ss at
+  45088f0. lr_warmup is a percentage; lr_warmup_steps wins over it. It writes its fields into a file for
+  --config_file, and adds additional_parameters to the command line, without quotation marks, split at spaces.
 - HF Trainer: `TrainingArguments` and `_get_schedule_free_optimizer` of transformers 5.23, which hands
   warmup_steps to the optimizer as it is, a fraction too, beside the scheduler's own warm-up.
 """
@@ -14,11 +14,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sfcore import laws
-from sfcore.plan import _fields
-from sfcore.plan._config import Source
+from sfcore.plan._sd_scripts import OPTIONS
+from sfcore.plan._tables import FIELDS, Live
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trainer, or whatever else a configuration is written for.
+
+    Attributes:
+        title: its name for people.
+        fields: neutral field -> the trainer's own name.
+        defaults: neutral field -> what the trainer does where nothing is said.
+        neighbours: fields that are none of ours but look like one.
+        nested: neutral field -> the field and the key inside of it.
+        prefix: what stands before a name on its command line.
+        inner: the field that holds arguments of the optimizer; "" where they stand beside the rest.
+        dummy_scheduler: with a Schedule-Free optimizer it ignores the scheduler and its warm-up.
+        shares_warmup: with a Schedule-Free optimizer one field is the warm-up of both.
+        steps_per_process: its scheduler counts one step for every process.
+        bare_is_ours: an optimizer's name without a module may be this project's class.
+    """
+
+    title: str
+    fields: Mapping[str, str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    neighbours: frozenset[str] = frozenset()
+    nested: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    inner: str = ""
+    dummy_scheduler: bool = False
+    shares_warmup: bool = False
+    steps_per_process: bool = False
+    bare_is_ours: bool = False
+
 
 _SCHEDULE = {
     "scheduler": "lr_scheduler",
@@ -37,19 +70,25 @@ _SCHEDULE = {
     "accumulation": "gradient_accumulation_steps",
     "devices": "num_processes",
     "resume": "resume",
+    "initial_step": "initial_step",
+    "initial_epoch": "initial_epoch",
+    "skip_done": "skip_until_initial_step",
+    "norm_limit": "scale_weight_norms",
+    "blockwise": "blockwise_fused_optimizers",
+    "fused_backward": "fused_backward_pass",
 }
-# What looks like one of these fields and is another.
-_OTHER_FIELDS = """
-unet_lr text_encoder_lr learning_rate_te learning_rate_te1 learning_rate_te2 learning_rate_te3
-vae_batch_size optimizer_args full_fp16 full_bf16 use_8bit_adam use_lion_optimizer save_last_n_steps
-save_last_n_epochs network_args network_alpha network_module network_dim base_weights mixed_precision
-save_precision epoch batch_size learning_rate_value lr_scheduler_power lr_warmup network_weights
-max_grad_norm num_machines num_cpu_threads_per_process gradient_checkpointing resume_from_huggingface
-initial_epoch initial_step skip_until_initial_step blocks_to_swap block_lr lora_network_weights
-optimizer_schedulefree_wrapper schedulefree_wrapper_args max_train_steps stop_text_encoder_training
-network_train_unet_only network_train_text_encoder_only save_every_n_steps save_every_n_epochs
-"""
-_NEIGHBOURS = frozenset(_OTHER_FIELDS.split())
+# What looks like one of these fields in Kohya_SS and is another.
+_NEIGHBOURS = frozenset(
+    (
+        *OPTIONS,
+        "epoch",
+        "batch_size",
+        "learning_rate_value",
+        "lr_warmup",
+        "num_machines",
+        "lora_network_weights",
+    )
+)
 SD_SCRIPTS = Source(
     "sd-scripts",
     _SCHEDULE | {"optimizer": "optimizer_type", "weights": "network_weights"},
@@ -68,26 +107,17 @@ SD_SCRIPTS = Source(
     steps_per_process=True,
 )
 SD_COMMAND = replace(SD_SCRIPTS, title="sd-scripts command line", prefix="--")
-KOHYA = Source(
-    "Kohya_SS",
-    _SCHEDULE
+KOHYA = replace(
+    SD_SCRIPTS,
+    title="Kohya_SS",
+    fields=_SCHEDULE
     | {
         "optimizer": "optimizer",
         "scheduler_warmup_percent": "lr_warmup",
         "weights": "lora_network_weights",
     },
-    {
-        "optimizer": "AdamW8bit",
-        "lr": 1e-6,
-        "scheduler": "constant",
-        "batch_size": 1,
-        "accumulation": 1,
-        "devices": 1,
-    },
-    _NEIGHBOURS,
-    inner="optimizer_args",
-    dummy_scheduler=True,
-    steps_per_process=True,
+    defaults={name: value for name, value in SD_SCRIPTS.defaults.items() if name != "total_steps"}
+    | {"optimizer": "AdamW8bit", "lr": 1e-6},
 )
 _OTHER_HF_FIELDS = """
 logging_steps logging_strategy save_total_limit save_only_model per_device_eval_batch_size
@@ -147,7 +177,7 @@ HF = Source(
 )
 OWN = Source(
     "plan",
-    _fields.Live(lambda: {name: name for name in _fields.FIELDS}),
+    Live(lambda: {name: name for name in FIELDS}),
     {"optimizer": "AdamWScheduleFree", "accumulation": 1, "devices": 1},
     bare_is_ours=True,
 )
@@ -171,4 +201,4 @@ def options() -> dict[str, str]:
     return {shown: name for row in rows for name, shown in row.items() if "[" not in shown}
 
 
-ALIASES: Mapping[str, str] = _fields.Live(lambda: options() | _ALIASES)
+ALIASES: Mapping[str, str] = Live(lambda: options() | _ALIASES)

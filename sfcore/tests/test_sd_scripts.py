@@ -1,0 +1,408 @@
+"""The plan against the real code of sd-scripts: its parser, get_optimizer, get_scheduler_fix, and its facts.
+
+SD_SCRIPTS names a checkout of github.com/kohya-ss/sd-scripts, MUSUBI_TUNER one of
+github.com/kohya-ss/musubi-tuner; without them the tests are skipped. Nothing of theirs is kept here: the
+functions are taken out of their files and run as they are, with torch, transformers and schedulefree.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import inspect
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+import warnings
+from collections import Counter
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import schedulefree
+import torch
+
+import sftorch
+from sfcore.laws import LAWS
+from sfcore.plan import _sd_scripts as facts
+from sfcore.plan import check
+from sfcore.plan._text import as_text, tomllib
+from sfcore.plan._trainers import SD_SCRIPTS
+
+SD, MUSUBI = (os.environ.get(name, "") for name in ("SD_SCRIPTS", "MUSUBI_TUNER"))
+needs_sd = pytest.mark.skipif(not SD, reason="SD_SCRIPTS names no checkout of kohya-ss/sd-scripts")
+needs_musubi = pytest.mark.skipif(not MUSUBI, reason="MUSUBI_TUNER names no checkout of musubi-tuner")
+WANTED = ("add_optimizer_arguments", "get_optimizer", "get_scheduler_fix", "is_schedulefree_optimizer")
+WANTED += ("get_dummy_scheduler", "read_config_from_file")
+
+
+class Piecewise(Enum):
+    PIECEWISE_CONSTANT = "piecewise_constant"
+
+
+def piecewise(optimizer, step_rules, last_epoch=-1):
+    """What diffusers does with the rules; it is not installed here."""
+    rules = step_rules.split(",")
+    for rule in rules[:-1]:
+        value, steps = rule.split(":")
+        int(steps), float(value)
+    float(rules[-1])
+
+
+@functools.cache
+def real():
+    """Returns the functions of library/train_util.py, as they stand there."""
+    path = Path(SD) / "library" / "train_util.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    body = [one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name in WANTED]
+    assert len(body) == len(WANTED)
+    future = ast.parse("from __future__ import annotations").body
+    optimization = importlib.import_module("transformers.optimization")
+    scope = {
+        "argparse": argparse,
+        "ast": ast,
+        "importlib": importlib,
+        "logger": types.SimpleNamespace(info=lambda text: None, warning=lambda text: None),
+        "os": os,
+        "torch": torch,
+        "transformers": importlib.import_module("transformers"),
+        "toml": types.SimpleNamespace(load=lambda file: tomllib.loads(file.read())),
+        "SchedulerType": optimization.SchedulerType,
+        "TYPE_TO_SCHEDULER_FUNCTION": optimization.TYPE_TO_SCHEDULER_FUNCTION,
+        "DiffusersSchedulerType": Piecewise,
+        "DIFFUSERS_TYPE_TO_SCHEDULER_FUNCTION": {Piecewise.PIECEWISE_CONSTANT: piecewise},
+    }
+    module = ast.fix_missing_locations(ast.Module(body=[*future, *body], type_ignores=[]))
+    exec(compile(module, str(path), "exec"), scope)
+    return types.SimpleNamespace(**{name: scope[name] for name in WANTED})
+
+
+def parser():
+    made = argparse.ArgumentParser(exit_on_error=True)
+    real().add_optimizer_arguments(made)
+    made.add_argument("--max_train_steps", type=int, default=1600)
+    made.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    made.add_argument("--config_file", default=None)
+    made.add_argument("--output_config", action="store_true")
+    return made
+
+
+def stops(words, monkeypatch):
+    """Returns why the real code stops before it trains; "" if it does not."""
+    monkeypatch.setattr("sys.argv", ["train_network.py", *words])
+    try:
+        args = real().read_config_from_file(parser().parse_args(), parser())
+        weights = [torch.nn.Parameter(torch.ones(3))]
+        _, _, optimizer = real().get_optimizer(args, weights)
+        scheduler = real().get_scheduler_fix(args, optimizer, 1)
+        weights[0].grad = torch.ones(3)
+        for _ in range(30):  # StepLR looks at the rate at its tenth
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# Errors of the plan that say that the script stops; others are about runs that are not as they are written.
+STOPS = {"SF001", "SF002", "SF003", "SF004", "SF101", "SF104", "SF106", "SF107", "SF108", "SF206", "SF301"}
+STOPS |= {"SF306", "SF508"}
+IGNORED = {"SF103"}
+
+OPTIMIZERS = [
+    [],
+    ["--optimizer_type", "AdamW"],
+    ["--optimizer_type", "adamw", "--optimizer_args", "weight_decay=0.01", "betas=0.9,0.99"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "betas=0.9"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "betas=0.9,1.5"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "weight_decay=-0.1"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "warmup_steps=10"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "momentum=0.9"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "fused"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "lr=0.1"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "eps=1e-6", "amsgrad=True"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "weight_decay=a"],
+    ["--optimizer_type", "AdamW", "--optimizer_args", "weight_decay=0.1=2"],
+    ["--optimizer_type", "AdmaW"],
+    ["--optimizer_type", "Adam"],
+    ["--optimizer_type", "adam"],
+    ["--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9"],
+    ["--optimizer_type", "SGDNesterov"],
+    ["--optimizer_type", "SGDNesterov", "--optimizer_args", "nesterov=True"],
+    ["--optimizer_type", "SGDNesterov", "--optimizer_args", "momentum=0.5", "weight_decay=0.1"],
+    ["--optimizer_type", "NAdam", "--optimizer_args", "momentum_decay=0.01"],
+    ["--optimizer_type", "RMSprop", "--optimizer_args", "alpha=0.9"],
+    ["--optimizer_type", "torch.optim.RAdam"],
+    ["--optimizer_type", "torch.optim.Radam"],
+    ["--optimizer_type", "torch.optim.Adafactor"],
+    ["--optimizer_type", "CAME"],
+    ["--optimizer_type", "dadaptation.DAdaptAdam"],
+    ["--optimizer_type", "Adafactor"],
+    ["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False"],
+    ["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "warmup_init=True"],
+    ["--optimizer_type", "Adafactor", "--optimizer_args", "eps=1e-30,1e-3", "clip_threshold=2.0"],
+    ["--optimizer_type", "transformers.optimization.Adafactor"],
+    ["--optimizer_type", "transformers.optimization.Adafactor", "--optimizer_args", "relative_step=False"],
+    ["--optimizer_type", "AdamWScheduleFree"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "warmup_steps=10", "r=1.0"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "prior_steps=800"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "inner_momentum=0.0"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "warmup=10"],
+    ["--optimizer_type", "AdamWScheduleFree", "--optimizer_args", "foreach=False"],
+    ["--optimizer_type", "adamwschedulefree", "--optimizer_args", "warmup_steps=10"],
+    ["--optimizer_type", "SGDScheduleFree", "--optimizer_args", "momentum=0.95", "warmup_steps=10"],
+    ["--optimizer_type", "SGDScheduleFree", "--optimizer_args", "betas=0.9,0.99"],
+    ["--optimizer_type", "RAdamScheduleFree", "--optimizer_args", "warmup_steps=10"],
+    ["--optimizer_type", "RAdamScheduleFree", "--optimizer_args", "warmup_steps=0"],
+    ["--optimizer_type", "RAdamScheduleFree", "--optimizer_args", "silent_sgd_phase=False"],
+    ["--optimizer_type", "schedulefree.RAdamScheduleFree"],
+    ["--optimizer_type", "schedulefree.AdamScheduleFree"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "prior_steps=8", "warmup_steps=5"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "precision='lean'", "seed=3"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "b1=0.9"],
+    ["--optimizer_type", "sftorch.AdamWScheduleFree", "--optimizer_args", "betas=0.9"],
+    ["--optimizer_type", "sftorch.AdmWScheduleFree"],
+    ["--optimizer_type", "sftorch.SGDScheduleFree", "--optimizer_args", "b2=0.9"],
+    ["--optimizer_type", "pytorch_optimizer.ScheduleFreeAdamW"],
+    ["--optimizer_type", "ProdigyPlusScheduleFree"],
+    ["--use_8bit_adam", "--optimizer_type", "AdamW"],
+    ["--fused_backward_pass", "--optimizer_type", "AdamW"],
+    ["--fused_backward_pass", "--optimizer_type", "Adafactor"],
+    ["--fused_backward_pass", "--optimizer_type", "Adafactor", "--gradient_accumulation_steps", "2"],
+]
+_T = "--lr_scheduler_type"
+SCHEDULES = [
+    [],
+    ["--lr_scheduler", "constant", "--lr_warmup_steps", "100"],
+    ["--lr_scheduler", "constant", "--lr_warmup_steps", "0.0001"],
+    ["--lr_scheduler", "constant", "--lr_warmup_steps", "5%"],
+    ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "0.05"],
+    ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "100.0"],
+    ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "1e2"],
+    ["--lr_scheduler", "Constant"],
+    ["--lr_scheduler", ""],
+    ["--lr_scheduler", "cosin"],
+    ["--lr_scheduler", "cosine", "--lr_warmup_steps", "100"],
+    ["--lr_scheduler", "cosine", "--lr_scheduler_args", "num_cycles=1.5"],
+    ["--lr_scheduler", "cosine", "--lr_scheduler_args", "cycles=1.5"],
+    ["--lr_scheduler", "linear", "--lr_scheduler_args", "num_cycles=2"],
+    ["--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "3"],
+    ["--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "1.5"],
+    ["--lr_scheduler", "polynomial", "--lr_scheduler_power", "2"],
+    ["--lr_scheduler", "polynomial", "--lr_scheduler_args", "lr_end=1.0"],
+    ["--lr_scheduler", "inverse_sqrt", "--lr_warmup_steps", "10", "--lr_scheduler_timescale", "100"],
+    ["--lr_scheduler", "cosine_with_min_lr"],
+    ["--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
+    ["--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_args", "min_lr=1e-6"],
+    [
+        *("--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_args", "min_lr=1e-6"),
+        *("--lr_scheduler_min_lr_ratio", "0.1"),
+    ],
+    ["--lr_scheduler", "warmup_stable_decay"],
+    ["--lr_scheduler", "warmup_stable_decay", "--lr_decay_steps", "0.2", "--lr_warmup_steps", "10"],
+    ["--lr_scheduler", "cosine_warmup_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
+    ["--lr_scheduler", "reduce_lr_on_plateau"],
+    ["--lr_scheduler", "piecewise_constant"],
+    ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules='1:10,0.1:20,0.01'"],
+    ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules=1:10,0.1:20,0.01"],
+    ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules='1:x,2'"],
+    ["--lr_scheduler", "adafactor"],
+    ["--lr_scheduler", "adafactor:1e-4"],
+    ["--lr_scheduler", "adafactor", "--lr_warmup_steps", "10"],
+    [_T, "CosineAnnealingLR", "--lr_scheduler_args", "T_max=100"],
+    [_T, "CosineAnnealingLR"],
+    [_T, "CosineAnnealingLR", "--lr_scheduler_args", "T_max=100", "--lr_warmup_steps", "10"],
+    [_T, "CosineAnnealingLR", "--lr_scheduler_args", "T_max=100", "min=0"],
+    [_T, "cosineannealinglr", "--lr_scheduler_args", "T_max=100"],
+    [_T, "OneCycleLR", "--lr_scheduler_args", "max_lr=0.1"],
+    [_T, "OneCycleLR", "--lr_scheduler_args", "max_lr=0.1", "total_steps=100"],
+    [_T, "torch.optim.lr_scheduler.StepLR", "--lr_scheduler_args", "step_size=10"],
+    [_T, "StepLR", "--lr_scheduler_args", "step_size"],
+    [_T, "LambdaLR", "--lr_scheduler_args", "lr_lambda=1"],
+    [_T, "ReduceLROnPlateau"],
+    [_T, "ConstantLR", "--lr_scheduler", "anything"],
+]
+GRID = [[*o, *s] for o, s in itertools.product(OPTIMIZERS, SCHEDULES)]
+ALONE = [
+    ["--learning_rate", "abc"],
+    ["--learning_rate"],
+    ["--learning_rate", "-1"],
+    ["--max_train_steps", "10.5"],
+    ["--lr_sch", "cosine"],
+    ["--lr_warmup", "10"],
+    ["--learning_r", "1e-3", "--lr_warmup_s", "10"],
+]
+
+
+@needs_sd
+def test_no_stop_of_the_real_code_is_missed_and_nothing_that_runs_is_said_to_stop(monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    count, wrong = Counter(), []
+    for more in (["--learning_rate", "1e-3"], []):
+        for words in [*GRID, *ALONE]:
+            words = [*more, *words]
+            plan = check(["accelerate", "launch", "train_network.py", *words])
+            why = stops(words, monkeypatch)
+            codes = {problem.code for problem in plan.errors}
+            if why and not codes & STOPS:
+                wrong.append(f"missed: {' '.join(words)}: {why}, got {sorted(codes)}")
+            elif codes & STOPS and not why:
+                found = [str(p) for p in plan.errors if p.code in STOPS]
+                wrong.append(f"false: {' '.join(words)}: {found}")
+            else:
+                count["stops" if why else "ignored" if codes & IGNORED else "runs"] += 1
+    assert not wrong, "\n".join([f"{len(wrong)} wrong, {dict(count)} right", *wrong[:60]])
+    assert sum(count.values()) > 5000
+
+
+@needs_sd
+def test_what_a_repair_leaves_without_errors_runs_in_the_real_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.chdir(tmp_path)
+    repaired, wrong = 0, []
+    for words in GRID:
+        plan = check(["train_network.py", "--learning_rate", "1e-3", *words], fix=True)
+        if plan.changes and not plan.errors:
+            repaired += 1
+            why = stops(plan.config[1:], monkeypatch)
+            missing = why.startswith(("ImportError", "ModuleNotFoundError"))  # a package, here
+            wrong += [f"{words} -> {plan.config}: {why}"] if why and not missing else []
+    assert not wrong, "\n".join(wrong[:30])
+    assert repaired > 300
+    story = (
+        'lr_scheduler = "constant"\nlr_warmup_steps = 100\nlearning_rate = 1e-4\n[a]\nmax_train_steps = 999\n'
+    )
+    (tmp_path / "c.toml").write_text(story)
+    assert stops(["--config_file", "c"], monkeypatch).startswith("ValueError")
+    plan = check(["train_network.py", "--config_file", "c"], fix=True)
+    (tmp_path / "c.toml").write_text(as_text(plan.files["c.toml"], ".toml"))
+    assert stops(plan.config[1:], monkeypatch) == ""
+
+
+def arguments(path):
+    """Yields the calls of add_argument in a file, as (name of the option, keywords)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that are none
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument" and node.args:
+            name = getattr(node.args[0], "value", "")
+            if isinstance(name, str) and name.startswith("--"):
+                yield name[2:], {one.arg: ast.unparse(one.value) for one in node.keywords}
+
+
+def training_scripts(root):
+    return [path for path in root.glob("*.py") if "train" in path.name or path.name == "fine_tune.py"]
+
+
+@needs_sd
+def test_the_options_are_those_of_the_checkout_and_of_their_kinds():
+    root = Path(SD)
+    files = [*root.glob("library/*.py"), *training_scripts(root)]
+    found = dict(each for path in files for each in arguments(path))
+    found = {name: told for name, told in found.items() if not name.startswith("support_")}  # of a tool
+    assert set(facts.OPTIONS) == set(found)
+    for name, kind in facts.KINDS.items():
+        told = found[name]
+        expected = {"int": "int", "float": "float", "steps": "int_or_float", "text": "str", "list": "str"}
+        assert told.get("type") == expected.get(kind), name
+        assert ("nargs" in told) == (kind == "list"), name
+        assert ("action" in told) == (kind == "flag"), name
+    usual = {"lr": "learning_rate", "total_steps": "max_train_steps", "scheduler": "lr_scheduler"}
+    for neutral, option in usual.items():
+        assert ast.literal_eval(found[option]["default"]) == SD_SCRIPTS.defaults[neutral]
+
+
+def evaluates(root, path):
+    """Returns whether a script, or the one whose trainer it extends, calls eval() of the optimizer."""
+    text = path.read_text(encoding="utf-8")
+    parents = [root / f"{name}.py" for name in ("train_network",) if f"({name}.NetworkTrainer)" in text]
+    return any("optimizer_eval_fn()" in one.read_text(encoding="utf-8") for one in (path, *parents))
+
+
+@needs_sd
+def test_the_scripts_do_what_the_table_says():
+    root = Path(SD)
+    ours = {name for name, script in facts.SCRIPTS.items() if not script.musubi}
+    assert ours == {path.stem for path in training_scripts(root)}
+    for path in training_scripts(root):
+        text, script = path.read_text(encoding="utf-8"), facts.SCRIPTS[path.stem]
+        assert script.evaluates == evaluates(root, path), path.stem
+        assert script.resumes == (path.stem == "train_network" or "(train_network.NetworkTrainer)" in text)
+        assert script.blockwise == ('"--blockwise_fused_optimizers"' in text), path.stem
+
+
+@needs_musubi
+def test_the_scripts_of_musubi_tuner_are_known_and_all_call_eval():
+    folder = Path(MUSUBI) / "src" / "musubi_tuner"
+    scripts = [
+        path for path in folder.glob("*train*.py") if '__name__ == "__main__"' in path.read_text("utf-8")
+    ]
+    assert {path.stem for path in scripts} == {name for name, one in facts.SCRIPTS.items() if one.musubi}
+    trainers = [*scripts, *folder.glob("training/*.py")]
+    loops = [path for path in trainers if "optimizer.step()" in path.read_text(encoding="utf-8")]
+    assert loops
+    assert all("optimizer_eval_fn()" in path.read_text(encoding="utf-8") for path in loops)
+
+
+# (accumulation, updates of the run, a state every so many), with 96 micro-batches an epoch; in docs/kohya.md.
+LENGTHS = ((1, 288, 96), (1, 240, 110), (2, 144, 48), (2, 120, 30), (4, 72, 24), (4, 60, 15), (5, 50, 17))
+
+
+@needs_sd
+def test_a_resumed_run_trains_on_as_many_micro_batches_as_the_plan_says(tmp_path):
+    """The real loop, resumed from its own states."""
+    runs, cases = [], []
+    for accumulation, total, every in LENGTHS:
+        common = ["--max_train_steps", str(total), "--gradient_accumulation_steps", str(accumulation)]
+        folder = tmp_path / f"{accumulation} {total}"
+        runs.append(
+            [*common, "--output_dir", str(folder), "--save_state", "--save_every_n_steps", str(every)]
+        )
+        runs[-1] += ["--output_name", "a"]
+        for skip in ((), ("--skip_until_initial_step",)):
+            words = [*common, *skip, "--resume", str(folder / f"a-step{every:08}-state")]
+            cases.append(["train_network.py", *words])
+            runs.append([*words, "--output_dir", str(tmp_path / "out"), "--output_name", "b"])
+    program = [sys.executable, str(Path(__file__).with_name("sd_scripts_train.py")), SD]
+    done = subprocess.run(program, input=json.dumps(runs), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = [n for n, words in zip(json.loads(done.stdout), runs, strict=True) if "--resume" in words]
+    plans = [check(words, samples=96) for words in cases]
+    assert [plan.resumed[0] for plan in plans] == trained
+    for plan, n in zip(plans, trained, strict=True):
+        codes = {problem.code for problem in plan.problems} & {"SF402", "SF403"}
+        assert bool(codes) == (n != plan.resumed[1]), plan.config
+        assert all(f"trains on {n} micro-batches" in p.why for p in plan.problems if p.code in codes)
+
+
+def signature(made):
+    return [name for name in inspect.signature(made).parameters if name not in ("self", "params", "lr")]
+
+
+def test_the_arguments_of_torchs_and_our_own_classes_are_those_of_the_table():
+    for name in facts._TORCH:
+        if hasattr(torch.optim, name):  # Muon is new
+            takes = set(facts.built(f"torch.optim.{name}").arguments or ())
+            assert takes == set(signature(getattr(torch.optim, name))), name
+    for law in LAWS.values():
+        if law.direction != "base":
+            ours = facts.built(f"sftorch.{law.torch}").arguments
+            assert set(ours or ()) == set(signature(getattr(sftorch, law.torch)))
+            theirs = facts.built(law.torch).arguments
+            assert set(theirs or ()) == set(signature(getattr(schedulefree, law.torch)))
+    optimization = importlib.import_module("transformers.optimization")
+    assert set(facts.built("Adafactor").arguments or ()) == set(signature(optimization.Adafactor))
+
+
+def test_the_schedulers_of_torch_are_those_of_the_table():
+    for name, schedule in facts.TORCH_SCHEDULERS.items():
+        parameters = list(inspect.signature(getattr(torch.optim.lr_scheduler, name)).parameters.values())[1:]
+        if schedule.usable:
+            assert [one.name for one in parameters if one.default is one.empty] == list(schedule.needs), name
+            assert {one.name for one in parameters} == set(schedule.takes), name
