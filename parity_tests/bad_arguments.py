@@ -91,6 +91,7 @@ class World:
     def _flax(self) -> None:
         self.model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
         self.nnx = nnx.Optimizer(self.model, sfjax.schedule_free_sgd(0.1), wrt=nnx.Param)
+        self.of_flax = nnx.state((self.model, self.nnx))  # shares their variables
         self.of_nnx = sfjax.checkpoint.Checkpoints(self.folder / "nnx", background=False)
         sfjax.nnx.save(self.of_nnx, self.model, self.nnx)
         norm = flax.linen.BatchNorm(use_running_average=False)
@@ -199,7 +200,10 @@ class World:
             "sftorch.AdamWScheduleFree.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
             "sftorch.ScheduleFreeWrapper.load_state_dict": {"state_dict": self.wrapper.state_dict()},
             "sftorch.ScheduleFreeWrapper.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
+            "sftorch.AdamWScheduleFreeClosure.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
             "sftorch.AdamWScheduleFreeClosure.step": {"closure": lambda: 0.0},
+            "sftorch.ship_x": live,
+            "sftorch.trainers.flat_metrics": {"optimizer": self.optimizer},
             "sftorch.step_in_backward": {"optimizer": self.optimizer},
             "sftorch.trainers.unwrap": {"optimizer": self.optimizer},
             "sftorch.AdamWScheduleFree.eval_state_dict": {"model": self.module},
@@ -490,7 +494,7 @@ TABLE = [
     *rows("sfjax.schedule_free_eval_params", TypeError, dtype=(3, "x", int, [], NAN)),
     *rows("sfjax.iterates", ValueError, state=NO_STATE, params=(None, 3, "x", [], {"v": 3})),
     *rows("sfjax.find_state", ValueError, **STATE),
-    *rows("sfjax.metrics", ValueError, **STATE),
+    *rows("sfjax.metrics", ValueError, params=(3, "x", [], {"v": 3}), **STATE),
     *rows("sfjax.describe", TypeError, optimizer=(None, 3, "adamw", [], print)),
     *rows("sfjax.accumulate.accumulate", TypeError, optimizer=NO_OBJECT),
     *rows("sfjax.accumulate.accumulate", ValueError, every=(0, -1, 2.5, "x", None, True, NAN, [])),
@@ -575,6 +579,7 @@ TABLE = [
     *rows("sftorch.AdamWScheduleFree.step", TypeError, closure=NO_FUNCTION),
     *rows("sftorch.AdamWScheduleFreeClosure.step", TypeError, closure=(*NO_FUNCTION, None)),
     *rows("sftorch.AdamWScheduleFree.add_param_group", TypeError, param_group=(None, 3, "x", [])),
+    *rows("sftorch.AdamWScheduleFreeClosure.add_param_group", TypeError, param_group=(None, 3, "x", [])),
     *rows("sftorch.AdamWScheduleFree.eval_state_dict", TypeError, model=NO_OBJECT),
     *rows(
         "sftorch.AdamWScheduleFree.load_state_dict",
@@ -584,6 +589,9 @@ TABLE = [
     *rows("sftorch.ScheduleFreeWrapper", TypeError, base=NO_OBJECT),
     *rows("sftorch.ScheduleFreeWrapper.add_param_group", TypeError, param_group=(None, 3, "x", [])),
     *rows("sftorch.ScheduleFreeWrapper.load_state_dict", ValueError, state_dict=(None, 3, "x", [], {})),
+    *rows("sftorch.AdamWScheduleFree.metrics", TypeError, distance=(*NO_FLAG, None)),
+    *rows("sftorch.ship_x", TypeError, model=NO_OBJECT, optimizer=NO_OBJECT),
+    *rows("sftorch.trainers.flat_metrics", TypeError, optimizer=NO_OBJECT),
     *rows("sftorch.step_in_backward", TypeError, optimizer=NO_OBJECT),
     *rows("sftorch.trainers.unwrap", TypeError, optimizer=NO_OBJECT),
     *rows(
@@ -617,6 +625,7 @@ WITHOUT_ROWS = {
     "sfjax.describe": "arguments of another function, and facts of a plan",
     "sftorch.checkpoint.Restored": _RECORD,
     "sftorch.checkpoint.Skipped": _RECORD,
+    "sftorch.shipping.XShipped": "made by `ship_x`",
     "sftorch.in_backward.InBackward": "made by `step_in_backward`",
     "sftorch.AdamWScheduleFree.describe": "facts of a plan",
     "sftorch.AdamWScheduleFree.zero_grad": "torch's own",

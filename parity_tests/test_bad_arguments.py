@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ def print_of(world: World) -> str:
         # Who writes a file or a name leaves a new time.
         paths = [folder, *(os.path.join(folder, file) for file in files)]
         add([(path, (about := os.stat(path)).st_mtime_ns, about.st_size) for path in paths])
-    add([one.state_dict() for one in (world.module, world.optimizer, world.at_rest, world.wrapper)])
+    add(world.module.state_dict())
+    for one in (world.optimizer, world.at_rest, world.wrapper, world.wrapper.base):
+        add([one.param_groups, *one.state.values()])
     add([layer.training for layer in world.module.modules()])
     add([jax.tree.leaves(tree) for tree in (world.params, world.state, world.adam, world.variables)])
-    add(jax.tree.leaves((bad_arguments.nnx.state(world.model), bad_arguments.nnx.state(world.nnx))))
+    add(jax.tree.leaves(world.of_flax))
     add([world.recorder.recent(), world.watch.step, world.watch.metrics(), world.preemption.requested])
     add([world.of_jax.metrics(), world.optimizer.metrics(), torch.get_rng_state()])
     return digest.hexdigest()
@@ -86,9 +89,32 @@ def test_it_is_refused_by_name_and_nothing_has_changed(world: World, before: str
 def test_the_good_arguments_are_good(tmp_path: Path):
     # Or a row would be refused for something else.
     world = World(tmp_path)
-    changing = ("add_param_group", "step_in_backward")
+    changing = ("add_param_group", "step_in_backward", "ship_x")
     for name in sorted({row.function for row in TABLE}, key=lambda name: name.endswith(changing)):
         world.call(name)
+
+
+CHANGES: dict[str, Callable[[World], object]] = {
+    "a file": lambda world: (world.folder / "new").write_text(""),
+    "a weight": lambda world: world.module[0].bias.data.add_(1.0),
+    "a flag": lambda world: world.module.eval(),
+    "a gradient's step": lambda world: world.at_rest.step(lambda: 0.0),
+    "a mode": lambda world: world.optimizer.eval(),
+    "an option": lambda world: world.wrapper.param_groups[0].update(lr=0.2),
+    "statistics of nnx": lambda world: world.model.train() or world.model(np.ones((4, 3), np.float32)),
+    "a recorded step": lambda world: world.recorder.add(c=0.1),
+    "a watched step": lambda world: world.watch.observe(c=0.1),
+    "a random number": lambda world: torch.rand(1),
+}
+
+
+def test_a_change_would_be_seen(tmp_path: Path):
+    world = World(tmp_path)
+    world.at_rest.param_groups[0]["params"][0].grad = torch.ones(2)
+    for what, change in CHANGES.items():
+        before = print_of(world)
+        change(world)
+        assert print_of(world) != before, what
 
 
 def reason(name: str) -> str | None:
