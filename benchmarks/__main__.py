@@ -15,8 +15,8 @@ BENCHMARKS = {
     "step": "what a step costs against the memory it must move, beside the peers",
     "calls": "how much of our Python a step goes through: files, functions, calls",
     "hlo": "what XLA makes of a step: kernels, bytes, copies, on an H100, a TPU and a CPU",
-    "storm": "the same under SIGKILL at random moments, saves in flight",
-    "fuzz": "what readers make of damaged, random and hostile files",
+    "storm": "the same under SIGKILL at random moments, and of random programs cut at any line",
+    "fuzz": "what readers, restores, imports and the plan make of damaged, random and hostile input",
     "overlap": "whether a second job on a folder can lose what the first was promised",
     "powercut": "what is on the disk if the power goes after any operation of a run that saves",
 }

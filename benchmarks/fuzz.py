@@ -8,6 +8,7 @@ seed and its number alone, so that one can be tried again: --first N --count 1.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,9 @@ from sfcore.sources import READERS
 
 SECONDS, BYTES = 2.0, 1 << 30
 OURS = (CheckpointError, HyperparameterError)
+DEAF = (
+    40  # CPU seconds of a case after which a process is killed that hears no signal, because it is deep in C
+)
 # Reads, and says whether that is what was written: None where there is nothing to compare with.
 Reading = Callable[[], bool | None]
 Case = Callable[[random.Random, Path], Reading]
@@ -127,6 +132,29 @@ def damage(draw: random.Random, whole: bytes) -> bytes:
     return bytes(held)
 
 
+def rummage(draw: random.Random, folder: Path) -> None:
+    """Damages files of a folder of checkpoints: their bytes, or what they are."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for _ in range(draw.choice([1, 1, 1, 2, 4])):
+        path, how = draw.choice(files), draw.randrange(10)
+        if path.is_symlink() or not path.is_file():
+            continue
+        if how < 6:
+            path.write_bytes(damage(draw, path.read_bytes()))
+            continue
+        other = draw.choice(files)
+        if how == 6 and other.is_file() and not other.is_symlink():
+            path.write_bytes(other.read_bytes())
+            continue
+        path.unlink()
+        if how == 7:
+            path.mkdir()
+        elif how == 8:
+            path.symlink_to(draw.choice([path.name, "/dev/zero", "/proc/self/mem"]))
+        elif how == 9 and draw.random() < 0.5:
+            os.mkfifo(path)
+
+
 def a_checkpoint(draw: random.Random, folder: Path) -> Reading:
     """Damages one file of a checkpoint."""
     state = _leaves(draw, ["y/", "z/", "v/"])
@@ -139,7 +167,7 @@ def a_checkpoint(draw: random.Random, folder: Path) -> Reading:
     def read() -> bool:
         inspection.inspect(path)
         written = {store.STATE: state, store.INFERENCE: weights}
-        return all(_same(store.read(path, name)[1], arrays) for name, arrays in written.items())
+        return all(same(store.read(path, name)[1], arrays) for name, arrays in written.items())
 
     return read
 
@@ -245,7 +273,8 @@ def _kernel() -> bytes:
     return _whole_kernel[0]
 
 
-def _same(found: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> bool:
+def same(found: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> bool:
+    """Tells whether arrays have the same names, dtypes, shapes and bits."""
     return found.keys() == written.keys() and all(
         found[name].dtype == array.dtype
         and found[name].shape == array.shape
@@ -254,25 +283,63 @@ def _same(found: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> bool:
     )
 
 
-PARTS: dict[str, Case] = {
+CASES: dict[str, Case] = {
     "checkpoint": a_checkpoint,
     "weights": weights_alone,
     "random": random_files,
     "hostile": hostile,
     "kernel": a_kernel,
 }
+# Part -> the module with its case. A module may have make(folder), which writes what all cases begin with,
+# and warm(folder), which a process calls before its first one; both run in forks of this process.
+PARTS = dict.fromkeys(CASES, "fuzz") | {
+    "torch": "fuzz_torch",
+    "import": "fuzz_torch",
+    "restore torch": "fuzz_torch",
+    "pickles": "fuzz_pickles",
+    "orbax": "fuzz_jax",
+    "restore jax": "fuzz_jax",
+    "plan": "fuzz_plan",
+}
 
 
-def _work(part: str, seed: int, numbers: range, report: int, folder: Path) -> None:
+def load(part: str) -> Any:
+    """Returns the module with a part's case."""
+    return importlib.import_module(f"benchmarks.{PARTS[part]}")
+
+
+def _work(part: str, seed: int, numbers: range, report: int, made: Path, folder: Path) -> None:
     """Tries cases in a process of its own; tells how each ended."""
+    module = load(part)
+    if hasattr(module, "warm"):
+        module.warm(made)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + BYTES, resource.RLIM_INFINITY))
     with os.fdopen(report, "w", encoding="utf-8") as out:
         for number in numbers:
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            end = int(used.ru_utime + used.ru_stime) + DEAF
+            resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
             place = folder / str(number)
             place.mkdir()
-            outcome = attempt(PARTS[part], random.Random(f"{part} {seed} {number}"), place)
+            outcome = attempt(module.CASES[part], random.Random(f"{part} {seed} {number}"), place)
             shutil.rmtree(place)
             print(json.dumps([number, outcome]), file=out, flush=True)
+
+
+def _make(part: str, folder: Path) -> None:
+    make = getattr(load(part), "make", None)
+    child = os.fork() if make else 0
+    if make and child == 0:
+        code = 1
+        try:
+            make(folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if make and os.waitpid(child, 0)[1]:
+        raise RuntimeError(f"what the cases of {part!r} begin with could not be made")
 
 
 def _address_space() -> int:
@@ -290,7 +357,12 @@ def fuzz(part: str, count: int, seed: int = 0, first: int = 0, workers: int = 2)
     _kernel()
     outcomes: Counter[str] = Counter()
     problems: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=count, desc=part, leave=False) as bar:
+    tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and one that is killed may hold it
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=count, desc=part, leave=False) as bar:
+        made, folder = Path(temporary, "made"), Path(temporary, "cases")
+        made.mkdir()
+        folder.mkdir()
+        _make(part, made)
         for start in range(first, first + count, 1000 * workers):
             chunk = range(start, min(start + 1000 * workers, first + count))
             running = []
@@ -301,7 +373,9 @@ def fuzz(part: str, count: int, seed: int = 0, first: int = 0, workers: int = 2)
                 if child == 0:
                     os.close(reading)
                     try:
-                        _work(part, seed, mine, writing, Path(folder))
+                        _work(part, seed, mine, writing, made, folder)
+                    except BaseException:
+                        traceback.print_exc()
                     finally:
                         os._exit(0)
                 os.close(writing)
@@ -327,14 +401,18 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m benchmarks fuzz", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="default: all")
-    parser.add_argument("--count", type=int, default=1000, help="cases of each part; default: 1000")
+    parser.add_argument(
+        "--count", action="append", default=[], help="cases of each part, or PART=N; default: 1000"
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first case; default: 0")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/fuzz.jsonl")
     arguments = parser.parse_args(argv)
+    named = [one.rpartition("=") for one in arguments.count]
+    counts = {part: int(number) for part, _, number in named}  # "" for all
     good = True
     for part in arguments.part or PARTS:
-        found = fuzz(part, arguments.count, arguments.seed, arguments.first)
+        found = fuzz(part, counts.get(part, counts.get("", 1000)), arguments.seed, arguments.first)
         print(json.dumps({"part": part, **found}, indent=1))
         if arguments.out:
             row = {"part": part, "seed": arguments.seed, **found}

@@ -1,9 +1,14 @@
-"""Kills training runs with SIGKILL at random moments, saves in flight, until they have had enough; then
-lets them end and compares them with the run that was never killed."""
+"""Cuts training runs at random, saves in flight, until they have had enough; then lets them end and compares
+them with the run that was never cut.
+
+- kills: one long run, the example's, under SIGKILL at random moments.
+- programs: random short programs under SIGKILL and under KeyboardInterrupt at random moments and lines.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -17,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import _records
+from benchmarks import _records, storm_programs
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Seconds that an attempt lives at most. jax compiles for most of it.
@@ -82,8 +87,6 @@ def storm(
     calm, stormy = folder / f"{framework}-calm", folder / f"{framework}-storm"
     _require(attempt(framework, steps, calm, None, None), calm)
     killed = 0
-    # tqdm's own lock is shared with the runs that are forked from here, and one that is killed may hold it.
-    tqdm.set_lock(threading.RLock())
     with tqdm(total=kills, desc=f"{framework} kills") as bar:
         while killed < kills:
             code = attempt(framework, steps, stormy, 3, draw.uniform(0, life or LIFE[framework]))
@@ -116,35 +119,54 @@ def _digest(out: Path, framework: str) -> object:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints one JSON line a framework; the exit code is 0 if every run ended in the same bits."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks storm", description=__doc__)
+    """Prints one JSON line a framework and kind; the exit code is 0 if every run ended in the same bits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks storm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kind", choices=("kills", "programs"), default="kills", help="default: kills")
     parser.add_argument("--framework", choices=tuple(LIFE), action="append", help="default: both")
     parser.add_argument("--kills", type=int, default=100, help="of each framework; default: 100")
     parser.add_argument("--steps", type=int, default=2000, help="of the run; default: 2000")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    parser.add_argument("--programs", type=int, default=200, help="of each framework; default: 200")
+    parser.add_argument("--first", type=int, default=0, help="number of the first program; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="of programs and moments; default: 0")
     parser.add_argument("--life", type=float, help=f"seconds an attempt lives at most; default: {LIFE}")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write DIR/storm.jsonl; default: print only"
     )
     arguments = parser.parse_args(argv)
+    tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and one that is killed may hold it
+    storms = {"kills": _kills, "programs": _programs}[arguments.kind]
+    rows = [storms(framework, arguments) for framework in arguments.framework or tuple(LIFE)]
+    return 0 if all(rows) else 1
+
+
+def _kills(framework: str, arguments: argparse.Namespace) -> bool:
     sys.path.insert(0, str(EXAMPLES))
-    good = True
-    for framework in arguments.framework or tuple(LIFE):
-        __import__(f"train_{framework}")  # once, here: an attempt is a fork, and starts at once
-        with tempfile.TemporaryDirectory() as folder:
-            found = storm(
-                framework, arguments.kills, arguments.steps, arguments.seed, Path(folder), arguments.life
-            )
-        print(json.dumps({"framework": framework, **found}))
-        if arguments.out:
-            settings = {"part": framework, "steps": arguments.steps, "seed": arguments.seed}
-            settings |= {"life": arguments.life or LIFE[framework]}
-            row = settings | found | {"device": "cpu", "versions": _records.versions()}
-            _records.replace_part(arguments.out / "storm.jsonl", framework, [row])
-        good = (
-            good
-            and found["same bits"] is True
-            and not found["leftovers"]
-            and found["kills"] == arguments.kills
+    __import__(f"train_{framework}")  # once, here: an attempt is a fork, and starts at once
+    with tempfile.TemporaryDirectory() as folder:
+        found = storm(
+            framework, arguments.kills, arguments.steps, arguments.seed, Path(folder), arguments.life
         )
-    return 0 if good else 1
+    settings = {"steps": arguments.steps, "seed": arguments.seed, "life": arguments.life or LIFE[framework]}
+    _report(framework, settings | found, arguments.out)
+    enough = found["kills"] == arguments.kills
+    return found["same bits"] is True and not found["leftovers"] and enough
+
+
+def _programs(framework: str, arguments: argparse.Namespace) -> bool:
+    run = importlib.import_module(f"benchmarks.storm_{framework}").run
+    numbers = range(arguments.first, arguments.first + arguments.programs)
+    with tempfile.TemporaryDirectory() as folder:
+        found = storm_programs.storm(framework, run, numbers, arguments.seed, Path(folder))
+    _report(f"programs {framework}", {"seed": arguments.seed} | found, arguments.out)
+    return not found["problems"]
+
+
+def _report(part: str, found: dict[str, object], out: Path | None) -> None:
+    print(json.dumps({"part": part} | found))
+    if out:
+        row = {"part": part} | found | {"device": "cpu", "versions": _records.versions()}
+        _records.replace_part(out / "storm.jsonl", part, [row])

@@ -3,30 +3,78 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks import fuzz, fuzz_pickles
+from sfcore.exchange import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 
 
+# Of each part as many as take a few seconds.
+SHORT = dict.fromkeys(fuzz.PARTS, 120) | {
+    "plan": 300,
+    "import": 60,
+    "restore torch": 60,
+    "pickles": 60,
+    "orbax": 40,
+    "restore jax": 16,
+}
+
+
 def test_nothing_that_is_read_ends_in_a_traceback_a_wait_or_changed_numbers(tmp_path):
     # A process of its own, because it forks, which it must not do where JAX has run already.
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "fuzz", "--count", "120"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "fuzz", "--out", str(tmp_path)]
+    counts = [f"--count={part}={count}" for part, count in SHORT.items()]
+    done = subprocess.run([*command, *counts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "fuzz.jsonl").read_text().splitlines()]
-    assert {row["part"]: row["cases"] for row in rows} == dict.fromkeys(fuzz.PARTS, 120)
+    assert {row["part"]: row["cases"] for row in rows} == SHORT
     assert all(row.get("refused") or row.get("right") for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_that_is_read_does_so_in_many_more_cases(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "fuzz", "--seed", "1", "--count", "1000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+ATTACKS = 200
+
+
+def test_no_pickle_is_executed_and_each_is_refused(tmp_path):
+    marker = tmp_path / "executed"
+    found = fuzz_pickles.variants(str(marker))
+    assert len(found) > ATTACKS
+    path = tmp_path / "model.pt"
+    for number, (name, content) in enumerate(found.items()):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            fuzz_pickles.opened(path)[number % 2]()
+        assert not marker.exists(), name
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "eval", "subprocess.call", "torch.storage", "getattr of a module"]
+)
+def test_the_pickles_would_be_executed_by_a_reader_that_lets_them(name, tmp_path):
+    marker = tmp_path / "executed"
+    function, arguments = fuzz_pickles.payloads(str(marker))[name]
+    opcodes = fuzz_pickles.carriers(str(marker), function, arguments)["reduce"]
+    with suppress(Exception):
+        pickle.loads(fuzz_pickles.formats(opcodes)["a pickle"])
+    assert marker.exists() == (name != "torch.storage")  # which torch has mended
 
 
 def _raises(draw, folder):

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import exact
 
 ROOT = Path(__file__).parent.parent
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.slow
@@ -25,6 +26,49 @@ def test_ten_kills_change_no_bit_and_leave_nothing_behind(framework, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads((tmp_path / "storm.jsonl").read_text())
     assert (row["part"], row["kills"], row["same bits"], row["leftovers"]) == (framework, 10, True, [])
+
+
+PROGRAMS = {"torch": 6, "jax": 1}
+
+
+@pytest.mark.parametrize(
+    ("framework", "count"),
+    [*PROGRAMS.items(), pytest.param("torch", 60, marks=SLOW), pytest.param("jax", 12, marks=SLOW)],
+)
+def test_programs_that_are_cut_at_any_line_end_in_the_bits_of_the_uncut_ones(framework, count, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "storm", "--kind", "programs"]
+    options = ["--framework", framework, "--programs", str(count), "--seed", "2", "--out", str(tmp_path)]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tmp_path / "storm.jsonl").read_text())
+    assert (row["part"], row["programs"], row["problems"]) == (f"programs {framework}", count, [])
+    assert sum(row["cuts"].values()) >= count
+
+
+def forgets_where_it_was(one, folder, again):
+    folder.mkdir(exist_ok=True)
+    (folder / "runs").open("a").write(".")
+    return (folder / "runs").read_text()
+
+
+def falls_over(one, folder, again):
+    raise ValueError("something unreadable was left behind")
+
+
+@pytest.mark.parametrize(
+    ("run", "problem"), [("forgets_where_it_was", "other bits"), ("falls_over", "something unreadable")]
+)
+def test_a_program_that_does_not_end_as_it_would_have_is_seen(run, problem, tmp_path):
+    program = (
+        "import json, pathlib, sys; from benchmarks import storm_programs, test_storm\n"
+        "run, folder = getattr(test_storm, sys.argv[1]), pathlib.Path(sys.argv[2])\n"
+        "print(json.dumps(storm_programs.storm('torch', run, range(2), 0, folder)))"
+    )
+    command = [sys.executable, "-c", program, run, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    problems = json.loads(done.stdout)["problems"]
+    assert len(problems) == 2
+    assert all(problem in one for one in problems)
 
 
 @pytest.mark.slow

@@ -141,6 +141,6 @@ def _write_inference(source: Source, path: Path) -> Path:
         {"format": "pt", "weights_hold": "x"} if source.meta is None else store.about_inference(source.meta)
     )
     with files.cannot(f"write {path}"), files.partial(path.parent) as partial:
-        exchange.write_tensors(partial, x, about)
+        exchange.write_tensors(partial, x, about, sealed=True)
         files.rename(partial, path)
     return path

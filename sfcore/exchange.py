@@ -7,6 +7,7 @@ ml_dtypes, which both twins' extras install.
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ import numpy as np
 from sfcore import _safetensors, checks, laws
 from sfcore.checks import nearest
 
+# In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two
+# of these words make a header ours, so that damage to one of them is noticed.
+_LEAVES, _CRC, _OURS = "leaves", "crc32", {"weights_hold", "leaves", "crc32"}
+_MOST_TEXT = 1 << 26  # of the record of as many leaves as a file may have
 OLDER = "restore an older checkpoint, resume='latest-good' finds one"
 
 
@@ -78,8 +83,16 @@ def describe(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": crc32}
 
 
+def crc_of(body: Mapping[str, Any]) -> int:
+    """Returns the CRC-32 of what is JSON, whatever the order of its keys."""
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
 def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    sealed: bool = False,
 ) -> dict[str, Any]:
     """Writes a safetensors file, synced to the disk; returns leaf -> `describe(leaf)` to read it back by.
 
@@ -87,6 +100,8 @@ def write_tensors(
         path: the file, overwritten if it is there.
         tensors: leaf -> array: bool, integers to 64 bits, float16/32/64, bfloat16, float8, complex64/128.
         metadata: text for the file's header, such as {"format": "pt"}.
+        sealed: let the header say what is returned, for a file that is read without a record: "leaves" is
+            that as JSON, and "crc32" the CRC-32 of all the header's text. Default False.
 
     Raises:
         CheckpointError: naming the first leaf whose dtype cannot be stored; nothing is written then.
@@ -99,8 +114,47 @@ def write_tensors(
         metadata=(checks.optional(checks.MAPPING), metadata),
     )
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
+    record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
+    if sealed:
+        text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
+        metadata = text | {_CRC: str(crc_of(text))}
     _safetensors.write(path, stored, metadata)
-    return {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
+    return record
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Returns the text in the header of a safetensors file, and the record of leaves that a sealed one has.
+
+    The record is None of a file of anyone else, and of an older one of ours.
+
+    Raises:
+        CheckpointError: if it cannot be read, or its header is not what was written.
+    """
+    with reading(path):
+        text = _safetensors.read_metadata(path)
+    if len(_OURS & text.keys()) < 2:
+        return text, None
+    said = text.pop(_CRC, None)
+    if said != str(crc_of(text)):
+        raise CheckpointError(
+            f"{path} is damaged: the CRC-32 of its header is not the recorded {said}; {OLDER}"
+        )
+    return text, _as_record(path, text.pop(_LEAVES, ""))
+
+
+def _as_record(path: Path, text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    known = {"dtype", "shape", "crc32"}
+    if not isinstance(record, dict) or any(
+        not isinstance(one, dict) or set(one) != known for one in record.values()
+    ):
+        raise CheckpointError(
+            f"{path} is damaged: {_LEAVES!r} in its header must be a record of leaves; {OLDER}"
+        )
+    return record
 
 
 def said_of_weights(path: Path) -> tuple[int | None, list[str]]:
@@ -117,8 +171,7 @@ def said_of_weights(path: Path) -> tuple[int | None, list[str]]:
     """
     if path.suffix != ".safetensors":
         return None, []
-    with reading(path):
-        header = _safetensors.read_metadata(path)
+    header, _ = read_header(path)
     step = header.get("step", "")
     notices = []
     if header.get("weights_hold") == "y":
@@ -131,8 +184,8 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
 
     Args:
         path: the file.
-        record: what `write_tensors` returned; every leaf is checked against it. None checks only that
-            the file keeps the format.
+        record: what `write_tensors` returned; every leaf is checked against it. None takes the one in the
+            header of a sealed file, and checks of any other only that it keeps the format.
 
     Raises:
         CheckpointError: naming the first leaf that is missing or unknown, or has another dtype, shape or
@@ -141,6 +194,7 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     checks.require(TypeError, path=(checks.PATH, path), record=(checks.optional(checks.MAPPING), record))
     with reading(path):
         stored = _safetensors.read(path)
+    record = read_header(path)[1] if record is None else record
     if record is None:
         return stored
     unknown = set(stored) - set(record)
@@ -155,7 +209,7 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
 
 def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
     """Raises `CheckpointError` if a readable file's header text is neither the expected one nor empty."""
-    found = _safetensors.read_metadata(path)
+    found, _ = read_header(path)
     if found not in ({}, expected):
         raise CheckpointError(f"{path} is damaged: its header must say {expected}, got {found}; {OLDER}")
 
@@ -164,6 +218,8 @@ def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Turns whatever keeps a file or folder from being read into a `CheckpointError` with the way out."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # which may never end
+            raise CheckpointError(f"{path} is damaged: it must be a file, got a pipe or a device; {OLDER}")
         yield
     except _safetensors.Damaged as error:
         raise CheckpointError(f"{path} is damaged: {error}; {OLDER}") from error
@@ -171,6 +227,24 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} needs the package {error.name}: pip install {error.name}") from error
     except OSError as error:
         raise CheckpointError(cannot_read(path, error)) from error
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file of JSON; to be called in `reading`.
+
+    Raises:
+        OSError: as the system gives it.
+        CheckpointError: if it is no text, or larger than any record.
+    """
+    size = path.stat().st_size
+    if size > _MOST_TEXT:
+        raise CheckpointError(
+            f"{path} is damaged: it must have at most {_MOST_TEXT} bytes, got {size}; {OLDER}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: it must be JSON ({error}); {OLDER}") from error
 
 
 def cannot_read(path: Path, error: OSError) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from sfcore import checks
 from sfcore.checks import hint
-from sfcore.exchange import OLDER, CheckpointError
+from sfcore.exchange import OLDER, CheckpointError, crc_of
 
 FORMAT = "schedulefree-twin"
 FORMAT_VERSION = 1
@@ -73,7 +72,7 @@ class Meta:
             body = json.loads(json.dumps(own, default=_plain))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"meta must be JSON: {error}; arrays go among the tensors") from error
-        return json.dumps(body | {"crc32": _crc(body)}, indent=1, sort_keys=True)
+        return json.dumps(body | {"crc32": crc_of(body)}, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, source: Path | str = "meta.json") -> Meta:
@@ -85,7 +84,7 @@ class Meta:
         checks.require(TypeError, text=(checks.TEXT, text), source=(checks.PATH, source))
         body = _parse(text, source)
         recorded = body.pop("crc32", None)
-        intact = recorded == _crc(body)
+        intact = recorded == crc_of(body)
         version = body.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
@@ -225,7 +224,3 @@ def _parse(text: str, source: Path | str) -> dict[str, Any]:
             f"{source} must say it is a {FORMAT} checkpoint: it is another program's, or damaged"
         )
     return body
-
-
-def _crc(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sfcore import _safetensors, exchange, store
+from sfcore import exchange, store
 from sfcore.exchange import CheckpointError, roles
 from sfcore.iterates import widened
 from sfcore.meta import Meta
@@ -150,10 +150,11 @@ def _file(path: Path, start: bytes) -> Source:
 
 def _safetensors_file(path: Path) -> Source:
     tensors = exchange.read_tensors(path)
-    about = _safetensors.read_metadata(path)
+    about, record = exchange.read_header(path)
     if tensors and all(name.partition("/")[0] in roles() for name in tensors):
         raise unknown(path, f"the state of a checkpoint without its {store.META}, which must lie beside it")
     source = Source(path, "weights without optimizer state (safetensors)", weights=tensors)
+    source.verified = record is not None
     if about.get("weights_hold") == "x":
         source.what = f"inference weights of schedulefree-twin, x at step {about.get('step', 'unknown')}"
         source.inference = tensors

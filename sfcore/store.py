@@ -74,11 +74,9 @@ def read_record(file: Path, missing: Callable[[], str]) -> Meta:
     """Reads the record in a file of any layout; `missing` says what is there in its place."""
     with exchange.reading(file):
         try:
-            return Meta.from_json(file.read_text(encoding="utf-8"), file)
+            return Meta.from_json(exchange.read_text(file), file)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(missing()) from error
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file} is damaged: it must be JSON ({error}); {OLDER}") from error
 
 
 def _found(path: Path) -> str:
@@ -156,7 +154,7 @@ def _fill(
     folder.mkdir()
     record = {
         STATE: exchange.write_tensors(folder / STATE, state),
-        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta)),
+        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta), sealed=True),
     }
     files.write_text(folder / META, replace(meta, tensors=record).to_json())
 

@@ -1,5 +1,6 @@
 """A folder of checkpoints: written, found, replaced, pruned, cleaned."""
 
+import json
 import os
 import stat
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors
 
-from sfcore import store
+from sfcore import exchange, inspection, store
+from sfcore.convert import convert
 from sfcore.exchange import CheckpointError
 from sfcore.tests import examples
 
@@ -35,7 +37,65 @@ def test_a_save_leaves_nothing_beside_the_checkpoint(tmp_path):
 def test_inference_weights_say_what_they_are_to_other_programs(tmp_path):
     path = _save(tmp_path, 3)
     with safetensors.safe_open(path / store.INFERENCE, "numpy") as file:
-        assert file.metadata() == {"format": "pt", "weights_hold": "x", "step": "3"}
+        about = file.metadata()
+        record = store.read_meta(path).tensors[store.INFERENCE]
+        assert json.loads(about.pop("leaves")) == record
+        assert about.pop("crc32").isdecimal()
+        assert about == {"format": "pt", "weights_hold": "x", "step": "3"}
+
+
+def _weights_alone(folder):
+    path = folder / "shipped.safetensors"
+    path.write_bytes((_save(folder / "run", 3) / store.INFERENCE).read_bytes())
+    return path
+
+
+READERS = {
+    "inspect": lambda path: inspection.inspect(path),
+    "weights:PATH": lambda path: store.weights(path),
+    "convert": lambda path: convert(path, path.with_name("again.safetensors"), "inference"),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_weights_read_alone_must_be_the_numbers_that_were_written(read, tmp_path):
+    path = _weights_alone(tmp_path)
+    read(path)
+    whole = path.read_bytes()
+    for old, new in [
+        (whole[-4:], b"\0\0\0\1"),
+        (b'"F32"', b'"I32"'),
+        (b'"step":"3"', b'"step":"9"'),
+        (b'"step":"3"', b'"ste_":"3"'),
+        (b'"weights_hold"', b'"weights_hole"'),
+        (b'"crc32":"', b'"crc33":"'),
+        (b'"leaves"', b'"leafes"'),
+    ]:
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            read(path)
+    path.write_bytes(whole[:-4] + b"\0\0\0\1")
+    with pytest.raises(CheckpointError, match="leaf 'w' must have crc32"):
+        read(path)
+
+
+def test_weights_without_a_record_in_their_header_are_read_as_they_are(tmp_path):
+    x, path = {"w": np.ones(2)}, tmp_path / "x.safetensors"
+    for header in ({}, {"weights_hold": "x", "step": "3"}, {"crc32": "of another program"}, {"leaves": "4"}):
+        exchange.write_tensors(path, x, header)
+        assert examples.same(store.weights(path)[0], x)
+        assert not inspection.inspect(path)["verified"]
+    exchange.write_tensors(path, x, sealed=True)
+    assert inspection.inspect(path)["verified"]
+
+
+@pytest.mark.parametrize("leaves", ["5", "{", "[]", '{"w": 1}', '{"w": {"dtype": "float32"}}', "[" * 100_000])
+def test_a_record_in_a_header_that_is_none_is_refused(leaves, tmp_path):
+    text = {"weights_hold": "x", "leaves": leaves}
+    path = tmp_path / "x.safetensors"
+    exchange.write_tensors(path, {"w": np.ones(2)}, text | {"crc32": str(exchange.crc_of(text))})
+    with pytest.raises(CheckpointError, match="must be a record of leaves"):
+        store.weights(path)
 
 
 def test_the_record_of_the_caller_is_not_written_to(tmp_path):

@@ -120,7 +120,10 @@ def read_inference(path: Path, meta: Meta) -> dict[str, np.ndarray]:
         CheckpointError: as `read`.
     """
     record = _recorded(path, meta, INFERENCE_FILE)
-    return exchange.read_tensors(path / INFERENCE / INFERENCE_FILE, record)
+    file = path / INFERENCE / INFERENCE_FILE
+    tensors = exchange.read_tensors(file, record)
+    exchange.check_metadata(file, store.about_inference(meta))
+    return tensors
 
 
 def _verify(path: Path) -> Saved:
@@ -164,6 +167,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: naming the file or the leaf that cannot be read.
     """
+    with exchange.reading(path):
+        others = [below for below in path.rglob("*") if not below.is_file() and not below.is_dir()]
+    if others:  # which tensorstore could wait for without end
+        raise CheckpointError(f"{others[0]} is damaged: it must be a file, got a link or a pipe; {OLDER}")
     layout = _layout(path)
     keys = [[str(part["key"]) for part in leaf["key_metadata"]] for leaf in layout["tree_metadata"].values()]
     if not layout.get("use_ocdbt") or not isinstance(layout.get("use_zarr3"), bool):
@@ -182,7 +189,7 @@ def _layout(path: Path) -> dict[str, Any]:
     file = path / "_METADATA"
     try:
         with exchange.reading(file):
-            layout = json.loads(file.read_text(encoding="utf-8"))
+            layout = json.loads(exchange.read_text(file))
         leaves = {}
         for name, leaf in layout["tree_metadata"].items():
             leaf["key_metadata"][0], [part["key"] for part in leaf["key_metadata"]]

@@ -148,6 +148,7 @@ class Job:
     def write_inference(self, folder: Path) -> None:
         """Writes the inference weights into a folder, and for Orbax's sake a word about them as JSON."""
         leaves = {name: np.asarray(leaf) for name, leaf in {**self.x, **self.buffers}.items()}
-        exchange.write_tensors(folder / _orbax.INFERENCE_FILE, leaves, store.about_inference(self.meta))
-        about = {"weights_hold": "x", "step": self.meta.step, "file": _orbax.INFERENCE_FILE}
-        files.write_text(folder / _orbax.META_FILE, json.dumps(about))
+        about = store.about_inference(self.meta)
+        exchange.write_tensors(folder / _orbax.INFERENCE_FILE, leaves, about, sealed=True)
+        word = {"weights_hold": "x", "step": self.meta.step, "file": _orbax.INFERENCE_FILE}
+        files.write_text(folder / _orbax.META_FILE, json.dumps(word))

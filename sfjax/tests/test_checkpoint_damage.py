@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import sfjax
-from sfcore import exchange, meta
+from sfcore import exchange
 from sfcore.tests.examples import listed
 from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.tests.checkpoint_runs import begin, data_files, flip, go, saved, snapshot, transformation
@@ -44,7 +44,7 @@ def _newer_format(step: Path) -> None:
     body = json.loads(file.read_text())
     body.pop("crc32")
     body["format_version"] = 99
-    file.write_text(json.dumps(body | {"crc32": meta._crc(body)}))
+    file.write_text(json.dumps(body | {"crc32": exchange.crc_of(body)}))
 
 
 def _lose_record(step: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_changed_value_that_decodes_is_found_by_its_checksum(tmp_path: Path) -
         body = json.loads(file.read_text())
         body.pop("crc32")
         body["tensors"]["state"]["opt_state/1/z/a"]["crc32"] ^= 1
-        file.write_text(json.dumps(body | {"crc32": meta._crc(body)}))
+        file.write_text(json.dumps(body | {"crc32": exchange.crc_of(body)}))
         with pytest.raises(CheckpointError, match=r"leaf 'opt_state/1/z/a' must have crc32 \d+, got \d+"):
             checkpoints.restore(params, opt_state)
 
@@ -225,7 +225,7 @@ def test_a_failed_save_is_reported_and_leaves_the_older_checkpoint(
     checkpoints.save(1, params, opt_state)
     checkpoints.wait()
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(number, "no")
 
     with monkeypatch.context() as patch:

@@ -92,7 +92,7 @@ def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with saved(tmp_path) as (checkpoints, params, opt_state):
@@ -110,7 +110,7 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch:
 def test_the_best_stays_the_best_when_its_replacement_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with Checkpoints(tmp_path, keep_newest=1) as checkpoints:
@@ -221,7 +221,7 @@ opt_state = transformation("sgd").init(params)
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(1, params, opt_state)
     checkpoints.wait()
-    exchange.write_tensors = lambda *arguments: (time.sleep(60), write(*arguments))
+    exchange.write_tensors = lambda *given, **named: (time.sleep(60), write(*given, **named))
     checkpoints.save(2, params, opt_state)
     print("saving", flush=True)
     time.sleep(60)

@@ -48,13 +48,17 @@ def to_numpy(tensor: Tensor, name: str = "tensor") -> np.ndarray:
     """Returns a dense host tensor as an array that shares its memory where it can.
 
     Raises:
-        CheckpointError: naming the tensor, if it is sparse, quantized or without values (meta).
+        CheckpointError: naming the tensor, if it is sparse, quantized or without values (meta), or has no
+            elements and axes that NumPy cannot count.
     """
     check_dense(tensor, name)
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if name_of(plain.dtype) in _EXTENDED:
         return plain.view(_SAME_SIZE[plain.element_size()]).numpy().view(_ml_dtype(name_of(plain.dtype)))
-    return plain.numpy()
+    try:
+        return plain.numpy()
+    except ValueError as error:
+        raise CheckpointError(f"{name} must have a possible shape, got {tuple(tensor.shape)}") from error
 
 
 def to_tensor(array: np.ndarray) -> Tensor:

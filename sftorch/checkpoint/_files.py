@@ -12,7 +12,7 @@ from sfcore import laws
 from sfcore.iterates import widened
 from sfcore.meta import Meta, number_in
 from sfcore.sources import Source, unknown
-from sftorch.checkpoint import _arrays, _importers, _weights
+from sftorch.checkpoint import _arrays, _importers, _unpickle
 from sftorch.checkpoint._record import roles
 from sftorch.state import forms, prints
 
@@ -26,7 +26,7 @@ def read(path: Path) -> Source:
     Raises:
         CheckpointError: if it is damaged, holds other objects, or no state dict of a known kind.
     """
-    content = _weights.load(path)
+    content = _unpickle.load(path)
     optimizers = _find(content, lambda value: "param_groups" in value or "schedulefree_state" in value)
     models = _find(content, _is_weights)
     if len(optimizers) > 1 or len(models) > 1:
@@ -42,15 +42,7 @@ def read(path: Path) -> Source:
         return Source(path, "weights without optimizer state (torch)", weights=weights)
     try:
         return _of_optimizer(path, next(iter(optimizers.values())), weights)
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+    except (*_importers.STRANGE, ValueError) as error:
         raise unknown(
             path, f"an optimizer's state with other entries than its program has ({error!r})"
         ) from error
@@ -166,12 +158,16 @@ def _group(found: Any, group: Mapping[str, Any], names: Mapping[Any, str]) -> di
     values = law.of_torch_group(options)
     if not _says_beta(found):
         values.pop("beta", None)
+    values = {name: number_in(value) for name, value in values.items()}
+    strange = [name for name, value in values.items() if isinstance(value, list | tuple | dict | set)]
+    if strange:
+        raise TypeError(f"{strange[0]} must be a number, got a {type(values[strange[0]]).__name__}")
     step, lr_max, weight_sum = group["clock"]
     clock = {"step": int(step), "lr_max": float(lr_max), "weight_sum": float(weight_sum)}
     if options.get("y_beta") is not None:
-        clock["beta"] = options["y_beta"]
+        clock["beta"] = float(options["y_beta"])
     return {
-        "hyperparameters": {name: number_in(value) for name, value in values.items()},
+        "hyperparameters": values,
         "clock": clock,
         "parameters": [names[index] for index in group["params"]],
     }

@@ -13,6 +13,7 @@ from sfcore import averaging, checks, laws
 from sfcore.changes import comparable, of_optimizer
 from sfcore.checks import HyperparameterError, Rule
 from sfcore.hyperparameters import weighed
+from sfcore.meta import number_in
 from sftorch.checkpoint import _changes, _weights
 from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
@@ -23,6 +24,9 @@ from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer, check_optimize
 _STATE_DICT = Rule(
     "a state dict", checks.MAPPING.holds, "pass the entry of the file that holds the optimizer"
 )
+
+# What comes of entries that are missing, or of other types than a program saves.
+STRANGE = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass
@@ -194,17 +198,23 @@ def import_state_dict(
                 "before the model was saved"
             ]
         )
-    source = recognise(state_dict)
-    if weights_hold is not None:
-        source.holds = weights_hold
-    if source.holds not in ("x", "y"):
-        raise HyperparameterError(
-            [
-                f"weights_hold must be 'x' or 'y', got {source.holds!r}: {source.program}'s {source.kind} "
-                "does not say; 'x' if eval() was called before the model was saved"
-            ]
-        )
-    translated, notices = _translated(optimizer, source)
+    try:
+        source = recognise(state_dict)
+        if weights_hold is not None:
+            source.holds = weights_hold
+        if source.holds not in ("x", "y"):
+            raise HyperparameterError(
+                [
+                    f"weights_hold must be 'x' or 'y', got {source.holds!r}: {source.program}'s "
+                    f"{source.kind} does not say; 'x' if eval() was called before the model was saved"
+                ]
+            )
+        translated, notices = _translated(optimizer, source)
+    except STRANGE as error:
+        raise ValueError(
+            f"state_dict must have the entries that its program saves, got others ({error!r}); nothing has "
+            "changed: pass what optimizer.state_dict() returned"
+        ) from error
     optimizer.load_state_dict(translated)
     if source.kind == "plain":
         _watch(optimizer)
@@ -221,17 +231,63 @@ def _translated(optimizer: ScheduleFreeOptimizer, source: Source) -> tuple[dict[
             "build them as they were saved"
         )
     state: dict[Any, dict[str, Any]] = {}
+    problems: list[str] = []
     notices = [f"{source.program}'s state is carried over"]
     rows = zip(packed["param_groups"], source.groups, optimizer.param_groups, strict=True)
     for number, (group, saved, live) in enumerate(rows):
         carried = _Carried(optimizer, source, number, saved, live)
         notices += carried.notices()
         notices += carried.fill(group)
-        for index, old, p in zip(group["params"], saved["params"], live["params"], strict=True):
+        books = optimizer._books(group)
+        problems += _odd_clock(
+            f"group {number}", Clock(*(books[key] for key in ("k", "lr_max", "weight_sum")))
+        )
+        if books.get("y_beta") is not None and not 0 <= books["y_beta"] <= 1:
+            problems.append(f"group {number} must have a beta from 0 to 1, got {books['y_beta']}")
+        places = zip(group["params"], saved["params"], live["params"], strict=True)
+        for place, (index, old, p) in enumerate(places):
             values = carried.state(source.states.get(old, {}), source.base.get(old, {}), group, p)
             if values:
+                problems += _odd_values(f"parameter {place} of group {number}", values, p)
                 state[index] = values
+    if problems:
+        raise ValueError(
+            "state_dict does not fit the optimizer; nothing has changed:\n  " + "\n  ".join(problems)
+        )
     return packed | {"state": state}, notices
+
+
+def _odd_clock(where: str, clock: Clock) -> list[str]:
+    """Returns what is wrong with a clock, in sentences."""
+    values = {name: number_in(value) for name, value in clock._asdict().items()}
+    return [
+        f"{where} must have a finite {name} >= 0, got {value!r}"
+        for name, value in values.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf")
+    ]
+
+
+def _odd_values(where: str, values: Mapping[str, Any], p: Tensor) -> list[str]:
+    """Returns what is wrong with a parameter's state, in sentences; a base knows its own."""
+    found = _odd_clock(where, Clock(*(values[name] for name in Clock._fields)))
+    for name, value in values.items():
+        if name in state_dict.PRINTS:
+            if type(value) is not int:
+                found.append(f"{where} must have a whole number as {name}, got {type(value).__name__}")
+        elif name not in Clock._fields and name != "base":
+            is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+            if not is_dense:
+                found.append(f"{where} must have a dense tensor as {name}, got {type(value).__name__}")
+            elif value.shape != p.shape:
+                kept = "" if name in ("z", "gap") else f" in {name}"
+                found.append(f"{where} must have shape {tuple(p.shape)}{kept}, got {tuple(value.shape)}")
+            elif name not in forms.RESTS and _kind_of_numbers(value) != _kind_of_numbers(p):
+                found.append(f"{where} must have numbers like the parameter's in {name}, got {value.dtype}")
+    return found
+
+
+def _kind_of_numbers(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 @dataclass

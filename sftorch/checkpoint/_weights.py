@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Set
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sfcore import store
-from sfcore.exchange import CheckpointError, cannot_read
+from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
-from sfcore.sources import unknown
-from sftorch.checkpoint import _arrays
+from sftorch.checkpoint import _arrays, _unpickle
 from sftorch.checkpoint._record import is_extra_state, put_extra_state, unwrapped
 from sftorch.law import scalars
 from sftorch.state.groups import new_books
@@ -24,23 +22,6 @@ from sftorch.state.state_dict import WRAPPERS, ScheduleFreeOptimizer
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 NO_STATE = "no optimizer state: starting from x"
-
-
-def load(path: Path) -> Any:
-    """Returns what a torch file holds, on the CPU; nothing in it is executed.
-
-    Raises:
-        CheckpointError: if it cannot be read, is damaged, or holds other objects.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(cannot_read(path, error)) from error
-    except pickle.UnpicklingError as error:
-        raise unknown(path, "a pickle with objects that are no state dicts, which is not executed") from error
-    except Exception as error:  # of a changed byte torch makes whatever its readers stumble over
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged: torch cannot read it ({why})") from error
 
 
 def read(path: Path) -> tuple[dict[str, Any], int | None, list[str]]:
@@ -58,7 +39,7 @@ def read(path: Path) -> tuple[dict[str, Any], int | None, list[str]]:
     if path.is_dir() or path.suffix == ".safetensors":
         arrays, trained, notices = store.weights(path)
         return {name: _arrays.to_tensor(array) for name, array in arrays.items()}, trained, notices
-    loaded = load(path)
+    loaded = _unpickle.load(path)
     for key in _WRAPPED:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
