@@ -1,6 +1,7 @@
 """Every kind of damage: a clear error that names file, leaf and way out, never a wrong array."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -211,3 +212,19 @@ def test_a_shape_that_no_array_can_have_is_refused_at_once(tmp_path, shape):
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
     with pytest.raises(CheckpointError, match=r"w\.safetensors is damaged: .*leaf 'w' must have"):
         exchange.read_tensors(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("file", [store.STATE, store.INFERENCE, store.META])
+def test_a_pipe_or_a_device_in_a_files_place_is_refused_at_once(saved, file):
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (saved / file).unlink()
+        put(saved / file)
+        with pytest.raises(CheckpointError, match=f"{file} is damaged: it must be a file, got a pipe or"):
+            store.PLAIN.verify(saved)
+
+
+def test_a_record_larger_than_any_is_not_read(saved):
+    with (saved / store.META).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="must have at most 67108864 bytes, got 1099511627776"):
+        store.read(saved)

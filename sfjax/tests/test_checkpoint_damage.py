@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 
 import sfjax
 from sfcore import exchange
+from sfcore.inspection import inspect
 from sfcore.tests.examples import listed
 from sfjax.checkpoint import CheckpointError, Checkpoints
 from sfjax.tests.checkpoint_runs import begin, data_files, flip, go, saved, snapshot, transformation
@@ -276,3 +278,14 @@ def test_float64_is_not_quietly_narrowed(tmp_path: Path) -> None:
             CheckpointError, match=r"extra_state/wide must have the dtype float32.*got float64"
         ):
             checkpoints.restore(params, opt_state, extra_state=target)
+
+
+def test_a_pipe_in_the_place_of_data_is_refused_at_once(tmp_path: Path) -> None:
+    params = begin()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, params, transformation("sgd").init(params))
+    for file in data_files(tmp_path / "1"):
+        file.unlink()
+        os.mkfifo(file)
+    with pytest.raises(CheckpointError, match="must be a file, got a link or a pipe"):
+        inspect(tmp_path / "1")

@@ -1,12 +1,17 @@
 """A start from weights alone."""
 
+import pickle
+import zipfile
+
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
+from torch.serialization import set_crc32_options
 
 import sftorch
 from sfcore import store
 from sfcore.checks import HyperparameterError
+from sfcore.inspection import inspect
 from sfcore.restart import WEIGHTS_ONLY
 from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import Case, Counting, build, digest, train
@@ -305,3 +310,54 @@ def test_prior_steps_out_of_range_are_refused_and_change_nothing(trained, prior_
     with pytest.raises(HyperparameterError, match="prior_steps must be a whole number of optimizer steps"):
         Checkpoints("unused").restore(model, optimizer, resume=f"weights:{path}", prior_steps=prior_steps)
     assert repr(model.state_dict()) == before
+
+
+def _changed(path):
+    content = path.read_bytes()
+    number = torch.arange(4.0).numpy().tobytes()
+    path.write_bytes(content.replace(number, number[:-1] + b"\1"))
+
+
+def _repacked(path):
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "then", "finding"),
+    [
+        ({"w": torch.arange(4.0)}, _changed, "the CRC-32 of its .*data/0 is not the recorded one"),
+        ({"w": torch.arange(4.0)}, _repacked, "a zip with compressed or repeated entries"),
+        ({"w": torch.ones(1).expand(1 << 30)}, None, "tensors that are 4294967292 bytes larger"),
+        ({"w": torch.zeros(1 << 31, 1 << 31, 0)}, None, "must have a possible shape"),
+    ],
+)
+def test_a_torch_file_is_what_was_written_and_no_more(content, then, finding, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(content, path)
+    if then:
+        then(path)
+    with pytest.raises(CheckpointError, match=finding):
+        inspect(path)
+
+
+def test_a_torch_file_saved_without_checksums_is_read(tmp_path):
+    set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(4.0)}, tmp_path / "w.pt")
+    finally:
+        set_crc32_options(True)
+    assert inspect(tmp_path / "w.pt")["elements"] == 4
+
+
+@pytest.mark.parametrize("times", [5, 30])
+def test_a_pickle_whose_tuples_hold_each_other_over_and_over_is_refused_at_once(times, tmp_path):
+    held = ()
+    for _ in range(times):
+        held = (held,) * 10
+    (tmp_path / "w.pt").write_bytes(pickle.dumps({"w": held}, 2))
+    with pytest.raises(CheckpointError, match="over and over" if times > 5 else "torch cannot read it"):
+        inspect(tmp_path / "w.pt")

@@ -245,3 +245,33 @@ def test_a_state_that_no_row_names_is_refused_by_name():
     state["state"][0]["sum"] = torch.ones(2)
     with pytest.raises(ValueError, match=r"known law \(sgd, adamw, radam\), got the state sum, which none"):
         import_state_dict(make("adamw", parameters([torch.ones(2)])), state)
+
+
+ODD = {
+    "k": (float("nan"), "group 0 must have a finite step >= 0, got nan"),
+    "weight_sum": (float("inf"), "group 0 must have a finite weight_sum >= 0, got inf"),
+    "lr_max": ("x", "must have the entries that its program saves"),
+    "params": (7, "must have the entries that its program saves"),
+    "z": (torch.zeros(2, 3).to_sparse(), "parameter 0 of group 0 must have a dense tensor as z"),
+    "exp_avg_sq": (torch.zeros(7), r"group 0 must have shape \(3, 2\) in exp_avg_sq, got \(7,\)"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_state_with_an_odd_entry_is_refused_and_changes_nothing(name):
+    state = load("schedulefree-1.4.1-adamw-train")["state"]
+    odd, finding = ODD[name]
+    place = state["state"][0] if name in state["state"][0] else state["param_groups"][0]
+    assert name in place
+    place[name] = odd
+    optimizer = make("adamw", parameters([torch.ones(3, 2), torch.ones(2)]))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=finding):
+        import_state_dict(optimizer, state)
+    assert repr(optimizer.state_dict()) == repr(before)
+
+
+@pytest.mark.parametrize("state_dict", [None, 5, [], {"param_groups": 3, "state": {}}, torch.ones(2)])
+def test_what_is_no_state_dict_is_refused(state_dict):
+    with pytest.raises(ValueError, match="state_dict must"):
+        import_state_dict(make("adamw", parameters([torch.ones(2)])), state_dict)
