@@ -165,13 +165,13 @@ def recalibrate_linen(
     """
     checks.require(
         TypeError,
-        apply=(_APPLY, apply),
         variables=(checks.MAPPING, variables),
         batches=(checks.BATCHES, batches),
         collection=(checks.TEXT, collection),
     )
     if not jax.tree.leaves(variables.get(collection, {})):
         return dict(variables)
+    checks.require(TypeError, apply=(_APPLY, apply))
     before = variables[collection]
     # apply returns plain dicts for a FrozenDict.
     zeros = jax.tree.map(jnp.zeros_like, core.unfreeze(before))

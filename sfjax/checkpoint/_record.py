@@ -72,10 +72,7 @@ def canonical(hyperparameters: Any) -> Configured:
         wrong.append(f"optimizer {optimizer!r}")
     if wrong:
         raise HyperparameterError(
-            [
-                f"hyperparameters must be named {', '.join(sorted(known))}, got {one}: such as {{'lr': 0.1}}"
-                for one in wrong
-            ]
+            [f"hyperparameters must be named {', '.join(sorted(known))}, got {one}" for one in wrong]
         )
     values = {name: _plain(value) for name, value in values.items()}
     return Configured(optimizer or "", values, values)
