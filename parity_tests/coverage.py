@@ -45,7 +45,7 @@ def _gaps(law: Law) -> Iterator[str]:
             yield f"{where} a driver of {twin} in parity_tests.drivers.TWINS that runs it, got none: add it"
         name = law.torch if twin == "sftorch" else law.jax
         if not hasattr(importlib.import_module(twin), name):
-            yield f"{where} {twin}.{name}, got no such name: write the direction"
+            yield f"{where} {twin}.{name}, got no such name: write the direction, name it in __init__.py"
 
 
 def joined(

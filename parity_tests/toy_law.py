@@ -1,7 +1,8 @@
 """A law that lives in the tests only: Schedule-Free Adagrad. What a new optimizer takes is in this file.
 
 Its row, a direction in each twin, a rule of the reference, and for the suite its defaults by hand and a bad
-value. In the library the row would stand in `sfcore/laws.py`, each twin's part in a file of its own.
+value. Where each part stands in the library: CONTRIBUTING.md, "An optimizer, file by file". If the library
+takes these names or the buffer `sum`, rename them here and in `test_toy_law.py`.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sfcore import averaging, laws
+from sfcore import averaging, checks, laws
+from sfcore.checks import Rule
 from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import NEXT, weighed
 from sfcore.laws import Buffer
@@ -21,6 +21,13 @@ _EFFECTS = {
 }
 LEFT_BEHIND = "left behind, because the frameworks scale them differently"
 DROPPED = "dropped, because accumulation changed"
+
+
+_MICRO_BATCHES = Rule(
+    "the number of micro-batches an update",
+    checks.optional(checks.COUNT).holds,
+    "pass that alone, how many are in the gradients is in the checkpoint",
+)
 
 
 class Change(NamedTuple):
@@ -115,6 +122,15 @@ def _always_kept(name: str) -> dict[str, Buffer]:
     )
 
 
+def check_batches(accumulation: Any, batch_size: Any) -> None:
+    """Raises `CheckpointError` unless what this run says of them is a whole number >= 0, or None."""
+    checks.require(
+        CheckpointError,
+        accumulation=(_MICRO_BATCHES, accumulation),
+        batch_size=(checks.optional(checks.COUNT), batch_size),
+    )
+
+
 def of_batches(saved: Mapping[str, int], steps: int | None, batch_size: int | None) -> list[Change]:
     """Returns the rows for accumulation and batch size, where both sides say what they are.
 
@@ -124,11 +140,6 @@ def of_batches(saved: Mapping[str, int], steps: int | None, batch_size: int | No
         batch_size: of a micro-batch in this run, the same.
     """
     found = []
-    if not isinstance(steps, numbers.Integral | None):
-        raise CheckpointError(
-            f"accumulation must be the number of micro-batches an update, got {steps!r}: pass that alone, "
-            "how many are in the gradients is in the checkpoint"
-        )
     if steps and saved["steps"] and steps != saved["steps"]:
         effect = f"an update now takes {steps} micro-batches; steps still count updates"
         found.append(Change("accumulation", None, saved["steps"], steps, effect))

@@ -7,7 +7,8 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, cast
 
@@ -89,10 +90,65 @@ STEPS = Rule(
 )
 FLAG = Rule("True or False", lambda v: isinstance(v, bool), "pass a bool")
 
+# Of arguments that are no hyperparameters.
+COUNT = Rule("a whole number >= 0", lambda v: isinstance(v, numbers.Integral) and _whole(v), "pass int(...)")
+NUMBER = Rule("a number", _is_number, "pass float(...)")
+SECONDS = Rule("a number of seconds >= 0", lambda v: _is_number(v) and v >= 0, "0 does not wait")
+TEXT = Rule("text", lambda v: isinstance(v, str), "pass a str")
+PATH = Rule("a path", lambda v: isinstance(v, str | os.PathLike), "pass a str or a pathlib.Path")
+MAPPING = Rule("a mapping", lambda v: isinstance(v, Mapping), "pass a dict")
+FUNCTION = Rule("a function", callable, "pass it itself, without calling it")
+LOSS = Rule(
+    "a number, or an array of one",
+    lambda v: _is_number(v) or math.prod(getattr(v, "shape", (0,))) == 1,
+    "pass the loss of one update, such as its mean",
+)
+NAMES = Rule(
+    "a collection of names", lambda v: isinstance(v, Collection) and not isinstance(v, str), "pass a list"
+)
+BATCHES = Rule(
+    "an iterable",
+    lambda v: isinstance(v, Iterable) and not isinstance(v, str),
+    "pass some training batches",
+)
+# Of a call that averages statistics over batches.
+CALL = Rule("a function", callable, "pass one of (model, batch)")
+
+
+def optional(rule: Rule, fix: str = "") -> Rule:
+    """Returns the rule of an argument that may also be None, with words of its own on what to do."""
+    return Rule(f"None or {rule.text}", lambda v: v is None or rule.holds(v), fix or rule.fix)
+
+
+def kind_of(text: str, kind: type | tuple[type, ...], fix: str) -> Rule:
+    """Returns the rule of an argument that must be an instance of a class."""
+    return Rule(text, lambda v: isinstance(v, kind), fix)
+
 
 def problem(name: str, rule: Rule, value: Any) -> str:
     """Returns the sentence for a value that breaks a rule."""
     return f"{name} must be {rule.text}, got {value!r}: {rule.fix}"
+
+
+def require(error: type[Exception], **given: tuple[Rule, Any]) -> None:
+    """Raises an error with the sentence of every argument that breaks its rule.
+
+    Args:
+        error: its type: `HyperparameterError` for a configuration, TypeError for what is of another kind.
+        given: name -> (rule, value).
+
+    Example:
+        >>> from sfcore import checks
+        >>> try:
+        ...     checks.require(TypeError, path=(checks.PATH, 3), call=(checks.FUNCTION, print))
+        ... except TypeError as caught:
+        ...     print(caught)
+        path must be a path, got 3: pass a str or a pathlib.Path
+    """
+    if found := [
+        problem(name, rule, value) for name, (rule, value) in given.items() if not rule.holds(value)
+    ]:
+        raise error(found) if issubclass(error, HyperparameterError) else error("\n".join(found))
 
 
 def find_problems(kind: type, values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> list[str]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sfcore import exchange, files, sources, store
+from sfcore import checks, exchange, files, sources, store
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.iterates import says_beta, x_of
 from sfcore.meta import Meta, precision_of
-from sfcore.names import UserMap, translate
+from sfcore.names import USER_MAP, UserMap, translate
 from sfcore.sources import Source
 
 TARGETS = ("jax", "torch", "exchange", "inference")
@@ -47,8 +47,11 @@ def convert(src: str | Path, dst: str | Path, to: str, user: UserMap = None) -> 
         ...     np.array_equal(exchange.read_tensors(path)["w"], np.ones(2))
         True
     """
+    checks.require(TypeError, src=(checks.PATH, src), dst=(checks.PATH, dst), user=(USER_MAP, user))
     if to not in TARGETS:
-        raise CheckpointError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
+        raise CheckpointError(
+            f"to must be one of {', '.join(TARGETS)}, got {to!r}: inference is what to ship"
+        )
     source = sources.load(Path(src))
     if to == "inference":
         if user is not None:

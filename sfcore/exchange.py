@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import _safetensors, laws
+from sfcore import _safetensors, checks, laws
 from sfcore.checks import nearest
 
 # In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two
@@ -53,9 +53,13 @@ def split(leaf: str) -> tuple[str, str]:
         >>> split("y/layers/0/kernel")
         ('y', 'layers/0/kernel')
     """
+    checks.require(TypeError, leaf=(checks.TEXT, leaf))
     role, slash, parameter = leaf.partition("/")
     if not slash or role not in roles():
-        raise CheckpointError(f"leaf {leaf!r} must be named ROLE/NAME with ROLE one of {', '.join(roles())}")
+        raise CheckpointError(
+            f"leaf {leaf!r} must be named ROLE/NAME with ROLE one of {', '.join(roles())}, got "
+            f"{leaf!r}: such as y/NAME"
+        )
     return role, parameter
 
 
@@ -68,6 +72,7 @@ def of_role(tensors: Mapping[str, np.ndarray], role: str) -> dict[str, np.ndarra
         >>> list(of_role({"y/w": np.zeros(2), "z/w": np.zeros(2)}, "z"))
         ['w']
     """
+    checks.require(TypeError, tensors=(checks.MAPPING, tensors), role=(checks.TEXT, role))
     start = role + "/"
     return {leaf.removeprefix(start): array for leaf, array in tensors.items() if leaf.startswith(start)}
 
@@ -102,6 +107,12 @@ def write_tensors(
         CheckpointError: naming the first leaf whose dtype cannot be stored; nothing is written then.
         OSError: as the system gives it (disk full, no permission).
     """
+    checks.require(
+        TypeError,
+        path=(checks.PATH, path),
+        tensors=(checks.MAPPING, tensors),
+        metadata=(checks.optional(checks.MAPPING), metadata),
+    )
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
     record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
     if sealed:
@@ -180,6 +191,7 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
         CheckpointError: naming the first leaf that is missing or unknown, or has another dtype, shape or
             content.
     """
+    checks.require(TypeError, path=(checks.PATH, path), record=(checks.optional(checks.MAPPING), record))
     with reading(path):
         stored = _safetensors.read(path)
     record = read_header(path)[1] if record is None else record
@@ -294,6 +306,7 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
         >>> fingerprint({"w": np.zeros(2)})[:8]
         '465c0cc0'
     """
+    checks.require(TypeError, tensors=(checks.MAPPING, tensors))
     digest = hashlib.sha256()
     for name in sorted(tensors):
         array = np.asarray(tensors[name])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import averaging, laws, restart, sources
+from sfcore import averaging, checks, laws, restart, sources
 from sfcore.exchange import split
 from sfcore.hyperparameters import weighed
 from sfcore.iterates import beta_of, iterates
@@ -43,6 +43,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         >>> found["what"], found["norms"]
         ('weights without optimizer state (safetensors)', {'weights': 2.0})
     """
+    checks.require(TypeError, path=(checks.PATH, path))
     source = sources.load(Path(path))
     found: dict[str, Any] = {"path": str(source.path), "what": source.what, "verified": source.verified}
     if source.meta is None:

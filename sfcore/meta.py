@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sfcore import checks
 from sfcore.checks import hint
 from sfcore.exchange import OLDER, CheckpointError, crc_of
 
@@ -80,6 +81,7 @@ class Meta:
         Raises:
             CheckpointError: if it is no JSON, of another program, newer than this one, or changed.
         """
+        checks.require(TypeError, text=(checks.TEXT, text), source=(checks.PATH, source))
         body = _parse(text, source)
         recorded = body.pop("crc32", None)
         intact = recorded == crc_of(body)
@@ -102,26 +104,33 @@ class Meta:
         return cls(**{name: value for name, value in body.items() if name in known})
 
 
-def as_step(value: Any) -> int:
-    """Returns a step, a number or an array or tensor of one element, as a Python int.
+def as_place(step: Any, epoch: Any, position: Any, metrics: Any = None, extra: Any = None) -> dict[str, Any]:
+    """Returns the fields of `Meta` that a save is told, as plain Python.
+
+    Args:
+        step, epoch, position: numbers, or arrays or tensors of one element.
+        metrics: as for `as_metrics`.
+        extra: a mapping of the user's own, None for none; what is in it stays as it is.
 
     Raises:
-        CheckpointError: if it is no whole number >= 0: no reader would find its checkpoint.
+        CheckpointError: with every count that is no whole number >= 0 (no reader would find the checkpoint of
+            such a step), a metric that is no finite number, or an extra that is no mapping.
 
     Example:
         >>> import numpy as np
-        >>> from sfcore.meta import as_step
-        >>> as_step(np.int64(7))
-        7
+        >>> from sfcore.meta import as_place
+        >>> as_place(np.int64(7), 0, 20, {"loss": 1})
+        {'step': 7, 'epoch': 0, 'position': 20, 'metrics': {'loss': 1.0}, 'extra': {}}
     """
-    number = number_in(value)
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise CheckpointError(f"step must be a whole number >= 0, got {value!r}: pass int(...)")
-    return number
+    counts = {name: number_in(v) for name, v in (("step", step), ("epoch", epoch), ("position", position))}
+    given = {name: (checks.COUNT, value) for name, value in counts.items()}
+    checks.require(CheckpointError, **given, extra=(checks.optional(checks.MAPPING), extra))
+    counts = {name: int(value) for name, value in counts.items()}
+    return counts | {"metrics": as_metrics(metrics), "extra": dict(extra or {})}
 
 
-def as_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Returns metrics, numbers or arrays or tensors of one element, as Python floats.
+def as_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Returns metrics, numbers or arrays or tensors of one element, as Python floats; of None none.
 
     Raises:
         CheckpointError: with every one that is no finite number: NaN would break the ranking.
@@ -132,7 +141,8 @@ def as_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         >>> as_metrics({"loss": np.float32(0.25)})
         {'loss': 0.25}
     """
-    found = {name: number_in(value) for name, value in metrics.items()}
+    checks.require(CheckpointError, metrics=(checks.optional(checks.MAPPING), metrics))
+    found = {name: number_in(value) for name, value in (metrics or {}).items()}
     bad = [f"{name} = {value!r}" for name, value in found.items() if not _finite(value)]
     if bad:
         raise CheckpointError(
@@ -141,7 +151,7 @@ def as_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def as_accumulation(given: Sequence[int], batch_size: int | None) -> dict[str, int]:
+def as_accumulation(given: Iterable[int], batch_size: int | None) -> dict[str, int]:
     """Returns `Meta.accumulation`.
 
     Args:
@@ -156,17 +166,25 @@ def as_accumulation(given: Sequence[int], batch_size: int | None) -> dict[str, i
         >>> as_accumulation((4, 1), batch_size=16)
         {'steps': 4, 'position': 1, 'batch_size': 16}
     """
-    try:
-        steps, position = map(int, given)
-    except (TypeError, ValueError):
-        steps, position = 0, 0
-    if not 0 <= position < steps:
+    pair = [number_in(one) for one in given] if isinstance(given, Iterable) else []
+    if len(pair) != 2 or not all(map(checks.COUNT.holds, pair)) or not pair[1] < pair[0]:
         raise CheckpointError(
             f"accumulation must be (steps, position) with 0 <= position < steps, got {given!r}: "
             "after the last micro-batch take the step, and position is 0"
         )
-    found = {"steps": steps, "position": position}
-    return found if batch_size is None else found | {"batch_size": batch_size}
+    steps, position = map(int, pair)
+    return with_batch_size({"steps": steps, "position": position}, batch_size)
+
+
+def with_batch_size(accumulation: dict[str, int], batch_size: Any) -> dict[str, int]:
+    """Returns `Meta.accumulation` with the size of a micro-batch, if it is known.
+
+    Raises:
+        CheckpointError: if it is no whole number >= 0.
+    """
+    size = number_in(batch_size)
+    checks.require(CheckpointError, batch_size=(checks.optional(checks.COUNT), size))
+    return accumulation if size is None else accumulation | {"batch_size": int(size)}
 
 
 def precision_of(parameters: Mapping[str, Mapping[str, Any]]) -> str:

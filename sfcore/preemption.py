@@ -20,10 +20,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+from sfcore import checks
+from sfcore.checks import HyperparameterError, Rule
 
 EXIT_SAVED = 75
 EXIT_UNSAVED = 74
@@ -31,6 +34,12 @@ EXIT_UNSAVED = 74
 _log = logging.getLogger("sfcore.preemption")
 _CLOSE = b"\0"  # no signal has the number 0
 _CATCHABLE = signal.valid_signals() - {getattr(signal, name, None) for name in ("SIGKILL", "SIGSTOP")}
+_SAVE = Rule("a function", callable, "pass one that saves and returns where")
+_SIGNALS = Rule(
+    "a list of signals",
+    lambda v: isinstance(v, Collection) and all(isinstance(one, int) for one in v),
+    "(signal.SIGTERM, signal.SIGINT) is usual",
+)
 _active: Preemption | None = None
 _exit_code: int | None = None
 
@@ -48,7 +57,8 @@ class Preemption:
             the save before the process is ended under it, >= 0, default 5. One in a long C call cannot.
 
     Raises:
-        ValueError: for signals, patience or grace out of range.
+        HyperparameterError: for a save that is no function, and for signals, patience or grace out of range
+            (a ValueError).
 
     Example:
         >>> from sfcore.preemption import Preemption
@@ -69,14 +79,22 @@ class Preemption:
         patience: float = 25.0,
         grace: float = 5.0,
     ):
+        checks.require(
+            HyperparameterError,
+            save=(_SAVE, save),
+            signals=(_SIGNALS, signals),
+            patience=(checks.SECONDS, patience),
+            grace=(checks.SECONDS, grace),
+        )
         if not signals:
-            raise ValueError("signals must name at least one signal, got none: leave Preemption out instead")
+            raise HyperparameterError(
+                ["signals must name at least one signal, got none: leave Preemption out instead"]
+            )
         wrong = [number for number in signals if number not in _CATCHABLE]
         if wrong:
-            raise ValueError(f"signals must be some that a program can catch, got {wrong}: leave them out")
-        for name, value in (("patience", patience), ("grace", grace)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be a number of seconds >= 0, got {value!r}: 0 does not wait")
+            raise HyperparameterError(
+                [f"signals must be some that a program can catch, got {wrong}: leave them out"]
+            )
         self._save, self._signals = save, tuple(dict.fromkeys(signals))
         self._patience, self._grace = min(patience, threading.TIMEOUT_MAX), min(grace, threading.TIMEOUT_MAX)
         self._reset()

@@ -33,8 +33,14 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from sfcore import hyperparameters
+from sfcore import checks, hyperparameters
+from sfcore.checks import HyperparameterError, Rule
 
+_KIND = Rule(
+    "a dataclass of sfcore.hyperparameters",
+    lambda v: isinstance(v, type) and issubclass(v, hyperparameters.ScheduleFree),
+    "AdamW is one",
+)
 WEIGHTS_ONLY: Mapping[str, int] = MappingProxyType({"prior_steps": 800, "warmup_steps": 0})
 
 
@@ -57,6 +63,9 @@ def weights_only_policy(
     Returns:
         `prior_steps` and, where `kind` has it, `warmup_steps`.
 
+    Raises:
+        HyperparameterError: for trained_steps out of range, or an argument of another kind.
+
     Example:
         >>> from sfcore.hyperparameters import RAdam
         >>> from sfcore.restart import weights_only_policy
@@ -67,6 +76,12 @@ def weights_only_policy(
         >>> weights_only_policy({"prior_steps": 100}, RAdam, trained_steps=5000)
         {'prior_steps': 100}
     """
+    checks.require(
+        HyperparameterError,
+        explicit=(checks.MAPPING, explicit),
+        kind=(_KIND, kind),
+        trained_steps=(checks.optional(checks.STEPS), trained_steps),
+    )
     policy = dict(WEIGHTS_ONLY)
     if trained_steps is not None:
         policy["prior_steps"] = trained_steps

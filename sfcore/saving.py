@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from sfcore import store
-from sfcore.checks import HyperparameterError
+from sfcore import checks, store
+from sfcore.checks import HyperparameterError, Rule
 from sfcore.exchange import CheckpointError
 from sfcore.lock import WriterLock, is_written_to, writer
 from sfcore.store import Layout
@@ -98,6 +98,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unfinished.clear)
 
 
+_METRIC = Rule("a name", checks.TEXT.holds, "save(metrics=...) has it")
+_WAIT = Rule(checks.SECONDS.text, lambda v: checks.SECONDS.holds(v) and v < float("inf"), "0 does not wait")
+
+
+def _at_least(least: int) -> Rule:
+    return Rule(
+        f"a whole number >= {least}",
+        lambda v: checks.COUNT.holds(v) and v >= least,
+        "2 and 1 are usual",
+    )
+
+
 class Saving:
     """What `Checkpoints` of both twins do alike.
 
@@ -118,23 +130,15 @@ class Saving:
         layout: Layout,
         log: logging.Logger,
     ):
-        problems = [
-            f"{name} must be a whole number >= {least}, got {value!r}: 2 and 1 are usual"
-            for name, value, least in (("keep_newest", keep_newest, 1), ("keep_best", keep_best, 0))
-            if isinstance(value, bool) or not isinstance(value, int) or value < least
-        ]
-        if not isinstance(folder, str | os.PathLike):
-            problems.append(f"folder must be a path, got {folder!r}")
-        if not isinstance(metric, str):
-            problems.append(f"metric must be a name, got {metric!r}: save(metrics=...) has it")
-        if not isinstance(background, bool):
-            problems.append(f"background must be True or False, got {background!r}")
-        if isinstance(wait_for_writer, bool) or not (
-            isinstance(wait_for_writer, int | float) and 0 <= wait_for_writer < float("inf")
-        ):
-            problems.append(f"wait_for_writer must be a number of seconds >= 0, got {wait_for_writer!r}")
-        if problems:
-            raise HyperparameterError(problems)
+        checks.require(
+            HyperparameterError,
+            keep_newest=(_at_least(1), keep_newest),
+            keep_best=(_at_least(0), keep_best),
+            folder=(checks.PATH, folder),
+            metric=(_METRIC, metric),
+            background=(checks.FLAG, background),
+            wait_for_writer=(_WAIT, wait_for_writer),
+        )
         self.folder = Path(folder).absolute()  # a save in the background must not follow a chdir
         self._writer = WriterLock(self.folder, wait_for_writer)
         self.metric = metric

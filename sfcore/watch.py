@@ -15,6 +15,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from sfcore import checks
+
+_NUMBER = checks.optional(checks.NUMBER)
+_RECENT = checks.optional(checks.MAPPING, "pass Meta.recent of the checkpoint")
 _WEIGHTS = frozenset({"lr", "weight_lr_power", "r"})
 
 
@@ -107,6 +111,7 @@ class Recorder:
             x_step: norm of the change of x; `step_of_x` gives it without a copy of x.
             loss: the training loss of the step, if the caller has it.
         """
+        _require_numbers(c, lr=lr, update_norm=update_norm, x_step=x_step, loss=loss)
         self._steps.append({"c": c, "lr": lr, "update_norm": update_norm, "x_step": x_step, "loss": loss})
 
     def recent(self) -> dict[str, Any]:
@@ -131,7 +136,14 @@ def step_of_x(c: float, gap: float) -> float:
     Returns:
         NaN for c = 1, where x is z and its way is not in the state.
     """
+    checks.require(TypeError, c=(checks.NUMBER, c), gap=(checks.NUMBER, gap))
     return c / (1 - c) * gap if c < 1 else math.nan
+
+
+def _require_numbers(c: Any, **others: Any) -> None:
+    """Raises TypeError unless c is a number, NaN included, and each of the others one or None."""
+    known = {name: (_NUMBER, value) for name, value in others.items()}
+    checks.require(TypeError, c=(checks.NUMBER, c), **known)
 
 
 @dataclass(frozen=True)
@@ -178,6 +190,12 @@ class Watch:
         changed: Collection[str] = (),
         fresh_state: Collection[str] = (),
     ):
+        checks.require(
+            TypeError,
+            recent=(_RECENT, recent),
+            changed=(checks.NAMES, changed),
+            fresh_state=(checks.NAMES, fresh_state),
+        )
         self._alone, self._recent = recent is None, dict(recent or {})
         self._changed, self._fresh = frozenset(changed), frozenset(fresh_state)
         self._losses: list[float] = []
@@ -208,6 +226,7 @@ class Watch:
             update_norm: norm of the change of z.
             loss: the training loss of the step.
         """
+        _require_numbers(c, lr=lr, moved=moved, update_norm=update_norm, loss=loss)
         if self.done:
             return None
         self.step += 1

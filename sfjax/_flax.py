@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from sfcore import checks
 from sfjax.checkpoint import Checkpoints, Restored
 from sfjax.state.find import _require
+
+CHECKPOINTS = checks.kind_of("sfjax.checkpoint.Checkpoints", Checkpoints, "make them of the run's folder")
 
 
 def save(

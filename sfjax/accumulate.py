@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from sfjax.law.iterates import wide_dtype
+from sfjax.state import arguments
 from sfjax.state.arguments import Schedule, Tree
 from sfjax.state.forms import on_every_device, zeros_alike
 
@@ -65,6 +66,7 @@ def accumulate(
 
     Raises:
         ValueError: for a number below 1 or a type that is no number.
+        TypeError: for an optimizer that is no transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, sfjax
@@ -82,7 +84,7 @@ def accumulate(
             f"every must be a whole number >= 1 or a schedule, got {every!r}: pass how many micro-batches "
             "make one update"
         )
-    inner = optax.with_extra_args_support(optimizer)
+    inner = arguments.as_transformation("optimizer", optimizer)
 
     def init_fn(params: Any) -> optax.MultiStepsState:
         counters = {name: jnp.zeros((), jnp.int32) for name in ("mini_step", "gradient_step")}

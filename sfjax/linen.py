@@ -16,12 +16,16 @@ try:
 except ImportError as error:
     raise ImportError(f"sfjax.linen needs flax, got {error}: pip install flax") from error
 
+from sfcore import checks
 from sfjax import _flax
 from sfjax.checkpoint import Checkpoints, Restored
 from sfjax.checkpoint._save import evaluated
 
 __all__ = ["TrainState", "restore", "save"]
 
+_STATE = checks.kind_of(
+    "a TrainState of Flax", train_state.TrainState, "sfjax.linen.TrainState.create makes one"
+)
 State = TypeVar("State", bound=train_state.TrainState)
 
 
@@ -87,6 +91,7 @@ def save(
 
     Raises:
         CheckpointError: as `Checkpoints.save`.
+        TypeError: for checkpoints or a state of another kind.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, sfjax.linen
@@ -99,6 +104,7 @@ def save(
         >>> restored.meta.step
         0
     """
+    _check(checkpoints, state)
     buffers = getattr(state, "batch_stats", None) if buffers is None else buffers
     return _flax.save(
         checkpoints, state.params, state.opt_state, _beside(state), extra_state, buffers=buffers, **options
@@ -121,6 +127,7 @@ def restore(
 
     Raises:
         CheckpointError: as `Checkpoints.restore`.
+        TypeError: for checkpoints or a state of another kind.
 
     Example:
         >>> import jax.numpy as jnp, sfjax.linen
@@ -131,6 +138,7 @@ def restore(
         >>> print(restored)
         None
     """
+    _check(checkpoints, state)
     restored, found = _flax.restore(
         checkpoints, state.params, state.opt_state, _beside(state), extra_state, **options
     )
@@ -140,6 +148,10 @@ def restore(
     if found is not None and isinstance(state.step, int):
         new["step"] = int(found["step"])  # a jitted step is then not compiled anew
     return state.replace(**new), restored
+
+
+def _check(checkpoints: Any, state: Any) -> None:
+    checks.require(TypeError, checkpoints=(_flax.CHECKPOINTS, checkpoints), state=(_STATE, state))
 
 
 def _beside(state: train_state.TrainState) -> dict[str, Any]:

@@ -22,6 +22,7 @@ except ImportError as error:
         f"sfjax.nnx needs flax >= 0.11 (Python 3.11), got {error}: pip install -U flax"
     ) from error
 
+from sfcore import checks
 from sfjax import _flax
 from sfjax.checkpoint import Checkpoints, Restored
 from sfjax.checkpoint._save import evaluated
@@ -29,6 +30,8 @@ from sfjax.state.find import _pure
 
 __all__ = ["eval_model", "restore", "save"]
 
+_MODEL = checks.kind_of("an nnx module", nnx.Module, "pass the model itself")
+_OPTIMIZER = checks.kind_of("an nnx.Optimizer", nnx.Optimizer, "nnx.Optimizer(model, tx, wrt=nnx.Param)")
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -47,6 +50,7 @@ def eval_model(model: Model, optimizer: nnx.Optimizer[Any]) -> Model:
 
     Raises:
         ValueError: if there is no Schedule-Free state in it, or if it is that of another model.
+        TypeError: for what is no model or no optimizer.
 
     Example:
         >>> import jax.numpy as jnp, sfjax.nnx
@@ -59,6 +63,7 @@ def eval_model(model: Model, optimizer: nnx.Optimizer[Any]) -> Model:
         >>> f"y: {model.bias[0]:.3f}, x: {shipped.bias[0]:.3f}"
         'y: -0.155, x: -0.150'
     """
+    checks.require(TypeError, model=(_MODEL, model), optimizer=(_OPTIMIZER, optimizer))
     copy = nnx.clone(model)
     params, rest = nnx.state(copy, optimizer.wrt, ...)
     nnx.update(copy, evaluated(_pure(optimizer.opt_state), _pure(params)))
@@ -94,6 +99,7 @@ def save(
 
     Raises:
         CheckpointError: as `Checkpoints.save`.
+        TypeError: for checkpoints, a model or an optimizer of another kind.
 
     Example:
         >>> import tempfile, sfjax.nnx
@@ -107,6 +113,7 @@ def save(
         >>> restored.meta.step
         0
     """
+    _check(checkpoints, model, optimizer)
     params, rest = nnx.state(model, optimizer.wrt, ...)
     buffers = nnx.state(model, nnx.BatchStat) if buffers is None else buffers
     beside = {"model": rest, "step": optimizer.step}
@@ -139,6 +146,7 @@ def restore(
 
     Raises:
         CheckpointError: as `Checkpoints.restore`.
+        TypeError: for checkpoints, a model or an optimizer of another kind.
 
     Example:
         >>> import sfjax.nnx
@@ -149,6 +157,7 @@ def restore(
         >>> print(sfjax.nnx.restore(Checkpoints("empty"), model, optimizer))
         None
     """
+    _check(checkpoints, model, optimizer)
     params, rest = nnx.state(model, optimizer.wrt, ...)
     beside = {"model": rest, "step": optimizer.step}
     restored, found = _flax.restore(checkpoints, params, optimizer.opt_state, beside, extra_state, **options)
@@ -160,3 +169,12 @@ def restore(
         nnx.update(model, found["model"])
         optimizer.step[...] = found["step"][...]
     return restored
+
+
+def _check(checkpoints: Any, model: Any, optimizer: Any) -> None:
+    checks.require(
+        TypeError,
+        checkpoints=(_flax.CHECKPOINTS, checkpoints),
+        model=(_MODEL, model),
+        optimizer=(_OPTIMIZER, optimizer),
+    )

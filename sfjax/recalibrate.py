@@ -15,7 +15,13 @@ try:
 except ImportError as error:
     raise ImportError(f"sfjax.recalibrate needs flax, got {error}: pip install flax") from error
 
+from sfcore import checks
+from sfcore.checks import Rule
+
 __all__ = ["recalibrate", "recalibrate_linen"]
+
+_MODULE = checks.kind_of("an nnx module", nnx.Module, "pass the model itself")
+_APPLY = Rule("a function", callable, "such as model.apply")
 
 
 def recalibrate(
@@ -35,6 +41,7 @@ def recalibrate(
         The number of batches used; 0 where there is nothing to do, and then none is drawn.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: if there are no batches. After this or any other error, statistics are what they were.
             Flags, momentum and random states are always put back.
 
@@ -48,6 +55,12 @@ def recalibrate(
         >>> model.mean[...].tolist()
         [2.0, 2.0, 2.0]
     """
+    checks.require(
+        TypeError,
+        model=(_MODULE, model),
+        batches=(checks.BATCHES, batches),
+        call=(checks.optional(checks.CALL), call),
+    )
     layers = [module for module in _modules(model) if isinstance(module, nnx.BatchNorm)]
     if not layers:
         return 0
@@ -137,6 +150,7 @@ def recalibrate_linen(
         collection: name of the statistics; default "batch_stats".
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: if there are no batches, or if apply runs no `linen.BatchNorm` that can be averaged.
 
     Example:
@@ -149,8 +163,15 @@ def recalibrate_linen(
         >>> new["batch_stats"]["mean"].tolist()
         [2.0, 2.0, 2.0]
     """
+    checks.require(
+        TypeError,
+        variables=(checks.MAPPING, variables),
+        batches=(checks.BATCHES, batches),
+        collection=(checks.TEXT, collection),
+    )
     if not jax.tree.leaves(variables.get(collection, {})):
         return dict(variables)
+    checks.require(TypeError, apply=(_APPLY, apply))
     before = variables[collection]
     # apply returns plain dicts for a FrozenDict.
     zeros = jax.tree.map(jnp.zeros_like, core.unfreeze(before))

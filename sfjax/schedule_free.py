@@ -70,12 +70,7 @@ def schedule_free(
         weight_lr_power=weight_lr_power,
         prior_steps=prior_steps,
     )
-    if not callable(getattr(base_optimizer, "update", None)):
-        raise TypeError(
-            f"base_optimizer must be an optax transformation, got {base_optimizer!r}: "
-            "pass one like optax.sgd(learning_rate)"
-        )
-    inner = optax.with_extra_args_support(base_optimizer)
+    inner = arguments.as_transformation("base_optimizer", base_optimizer)
 
     def delta(grads: Any, state: Any, ys: Any, zs: Any, k: Any, extra_args: Any) -> tuple[Any, Any]:
         return inner.update(grads, state, ys, **extra_args)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from sfcore import checks
 from sftorch import _rng
 from sftorch.state import arguments
 
@@ -52,10 +53,7 @@ def recalibrate(
         10
     """
     arguments.check_module(model)
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable, got {batches!r}: pass some training batches")
-    if call is not None and not callable(call):
-        raise TypeError(f"call must be None or a function, got {call!r}: pass one of (model, batch)")
+    checks.require(TypeError, batches=(checks.BATCHES, batches), call=(checks.optional(checks.CALL), call))
     found = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     layers = [layer for layer in found if layer.training or not model.training]  # the others are frozen
     if not layers:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sfcore import checks
 from sfcore.checks import nearest
 from sfcore.names import _flax, _map
 from sfcore.names._flax import Pair, Shape
@@ -27,7 +29,24 @@ __all__ = ["NameMap", "NamesError", "Pair", "between", "to_jax", "to_torch"]
 
 Shapes = Mapping[str, Shape]
 UserMap = Path | str | Mapping[str, Any] | None
+USER_MAP = checks.optional(
+    checks.kind_of("a JSON file or its content", (str, Path, Mapping), 'such as {"Dense_0": "fc1"}')
+)
+_PAIRS = checks.Rule(
+    "a list of sfcore.names.Pair",
+    lambda v: isinstance(v, Collection) and all(isinstance(one, Pair) for one in v),
+    "sfcore.names.between makes them",
+)
+_SHAPES = checks.Rule(
+    "name -> shape",
+    lambda v: isinstance(v, Mapping) and all(map(_is_shape, v.values())),
+    "such as {name: array.shape}",
+)
 _WHOLE = (0, 1)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, Integral) for size in value)
 
 
 class NameMap:
@@ -49,6 +68,7 @@ class NameMap:
     """
 
     def __init__(self, pairs: Sequence[Pair]):
+        checks.require(TypeError, pairs=(_PAIRS, pairs))
         self.pairs = tuple(pairs)
         self._by_jax = {pair.jax: pair for pair in pairs}
         self._by_torch: dict[str, list[Pair]] = {}
@@ -72,13 +92,14 @@ class NameMap:
         Raises:
             NamesError: with every name that the map lacks, every other shape, every missing part.
         """
+        checks.require(TypeError, arrays=(checks.MAPPING, arrays))
         shapes = {pair.jax: pair.jax_shape for pair in self.pairs}
         problems = _unlike("jax", arrays, shapes)
         wanted = dict.fromkeys(self._by_jax[name].torch for name in arrays if name in self._by_jax)
         for name in wanted:
             parts = [pair.jax for pair in self._by_torch[name]]
             missing = [part for part in parts if part not in arrays]
-            dtypes = {str(arrays[part].dtype) for part in parts if part in arrays}
+            dtypes = {str(np.asarray(arrays[part]).dtype) for part in parts if part in arrays}
             if missing:
                 problems.append(f"torch leaf {name!r} needs {', '.join(parts)}, got no {', '.join(missing)}")
             if len(dtypes) > 1:
@@ -97,6 +118,7 @@ class NameMap:
         Raises:
             NamesError: with every name that the map lacks, and every other shape.
         """
+        checks.require(TypeError, arrays=(checks.MAPPING, arrays))
         arrays = {name: array for name, array in arrays.items() if not _flax.torch_only(name)}
         shapes = {}
         for name, parts in self._by_torch.items():
@@ -156,6 +178,7 @@ def between(jax: Shapes, torch: Shapes, user: UserMap = None) -> NameMap:
         >>> names.between(jax, {"0.weight": (8, 4), "2.weight": (2, 8)}).torch_name("Dense_1/kernel")
         '2.weight'
     """
+    checks.require(TypeError, jax=(_SHAPES, jax), torch=(_SHAPES, torch), user=(USER_MAP, user))
     rules = _map.read(user)
     unnamed: dict[str, Shape] = {}
     taken = set()
@@ -186,6 +209,7 @@ def to_torch(jax: Shapes, user: UserMap = None) -> NameMap:
     Raises:
         NamesError: with every leaf whose layout in torch cannot be told.
     """
+    checks.require(TypeError, jax=(_SHAPES, jax), user=(USER_MAP, user))
     rules = _map.read(user)
     modules = {"/".join(_flax.jax_paths(name)[0][:-1]) for name in jax}
 
@@ -218,6 +242,12 @@ def to_jax(torch: Shapes, user: UserMap = None, kinds: Mapping[str, str] | None 
         >>> names.to_jax({"fc.weight": (3, 2), "fc.bias": (3,)}).jax_names("fc.weight")
         ['fc/kernel']
     """
+    checks.require(
+        TypeError,
+        torch=(_SHAPES, torch),
+        user=(USER_MAP, user),
+        kinds=(checks.optional(checks.MAPPING), kinds),
+    )
     rules, kinds = _map.read(user), kinds or {}
     siblings: dict[str, set[str]] = defaultdict(set)
     for name in torch:

@@ -307,15 +307,33 @@ def _fields_of(config: Any) -> dict[str, Any]:
     if isinstance(config, str | Path):
         return _text.read_file(Path(config))
     if isinstance(config, Mapping):
-        return dict(config)
+        return _named(config)
     if hasattr(config, "to_dict"):
-        return dict(config.to_dict())
+        return _named(config.to_dict())
     if hasattr(config, "__dict__"):
         return {key: value for key, value in vars(config).items() if not key.startswith("_")}
     raise ConfigError(
         "config must be a mapping, a path, a command line or an object of fields, "
         f"got {type(config).__name__}: pass one of these"
     )
+
+
+_MOST_BITS = 14_000  # about the 4,300 digits that Python writes
+
+
+def _named(fields: Mapping[Any, Any], inside: str = "") -> dict[str, Any]:
+    """Returns a mapping as a dict; raises `ConfigError` for what no file could hold, at any depth."""
+    for key, value in fields.items():
+        if not isinstance(key, str):
+            where = f" in {inside}" if inside else ""
+            raise ConfigError(f"the names of fields must be text, got {key!r}{where}: put it in quotes")
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise ConfigError(
+                f"{key} must be a number that can be written, got one of {value.bit_length()} bits"
+            )
+        if isinstance(value, Mapping):
+            _named(value, key)
+    return dict(fields)
 
 
 def flat(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,3 +231,20 @@ def test_whatever_is_broken_is_reported_in_our_own_words(tmp_path, monkeypatch):
             refused.append(str(error))
     assert all("must" in message for message in refused)
     assert 20 < len(refused) < 400
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({None: 1}, "the names of fields must be text, got None: put it in quotes"),
+        ({"optimizer": {1: 2}}, "the names of fields must be text, got 1 in optimizer: put it in quotes"),
+        ({"lr": 10**5000}, "lr must be a number that can be written, got one of 16610 bits"),
+        (
+            {"optimizer": {"lr": -(10**5000)}},
+            "lr must be a number that can be written, got one of 16610 bits",
+        ),
+    ],
+)
+def test_what_no_file_could_hold_is_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        check(config)

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from sfcore import files, store
+from sfcore import checks, files, store
 from sfcore.exchange import CheckpointError
-from sfcore.meta import as_metrics, as_step
+from sfcore.meta import as_place
 from sfcore.saving import Saving
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._arrays import OBJECTS
 from sfjax.checkpoint._exchange import import_exchange
-from sfjax.checkpoint._leaves import beside, named, parameters, whole
+from sfjax.checkpoint._leaves import beside, check_trees, named, parameters, whole
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import Job, Snapshot, evaluated, on_host
 from sfjax.checkpoint._steps import Steps
@@ -122,12 +122,13 @@ class Checkpoints(Saving):
             extra: JSON of your own, as it is at the call.
 
         Raises:
+            HyperparameterError: for hyperparameters out of range or of no known name (a ValueError).
             CheckpointError: for a metric that is not finite, a leaf that cannot be stored or a buffer of a
                 parameter's name, before anything is written; if the save before this one failed; if there
                 is no space or no permission.
         """
-        values: dict[str, Any] = {"step": as_step(step), "metrics": as_metrics(metrics or {})}
-        values |= {"epoch": epoch, "position": position}
+        values = as_place(step, epoch, position, metrics, extra)
+        _record.check_configured(hyperparameters, accumulation, batch_size)
         flat = named(whole(_pure(params), _pure(opt_state), extra_state))
         given = beside(buffers, params)
         with self._lock:
@@ -135,7 +136,7 @@ class Checkpoints(Saving):
             self._steps.add(params, opt_state)
             host = on_host(flat, self._snapshot)
             x = evaluated(_pure(opt_state), _pure(params))  # goes on while this thread does
-            values["extra"] = dict(extra or {}) | ({OBJECTS: host.objects} if host.objects else {})
+            values["extra"] |= {OBJECTS: host.objects} if host.objects else {}
             values["recent"] = self._steps.recent()
             batches = _record.accumulated(host.tree["opt_state"], accumulation, batch_size)
             meta = _record.make(host.tree, hyperparameters, batches, **values)
@@ -183,7 +184,12 @@ class Checkpoints(Saving):
 
         Raises:
             CheckpointError: naming file and leaf if it is damaged, or every leaf that does not fit.
+            HyperparameterError: for hyperparameters out of range or of no known name (a ValueError).
+            TypeError: for params that are no arrays.
         """
+        checks.require(TypeError, strict=(checks.FLAG, strict))
+        check_trees(params, opt_state)
+        _record.check_configured(hyperparameters, accumulation, batch_size)
         self.wait()
         self._heed_writer()
         configured: dict[str, Any] = {"hyperparameters": hyperparameters, "accumulation": accumulation}

@@ -15,22 +15,42 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfcore import laws, store
+from sfcore import checks, laws, store
 from sfcore import names as _names
 from sfcore.changes import LEFT_BEHIND, at_last_update
+from sfcore.checks import Rule
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.iterates import beta_of, widened
-from sfcore.meta import Meta, as_metrics, as_step
+from sfcore.meta import Meta, as_place
 from sfcore.names import NameMap
 from sfcore.names.translate import renamed, translate
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._arrays import array_like, is_weak, place, stored_form
-from sfjax.checkpoint._leaves import ONE_VECTOR, beside, host_arrays, in_full, named, parameters, whole
+from sfjax.checkpoint._leaves import (
+    ONE_VECTOR,
+    beside,
+    check_arrays,
+    check_trees,
+    host_arrays,
+    in_full,
+    named,
+    parameters,
+    whole,
+)
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._save import evaluated, recorded_roles
 from sfjax.state.arguments import Configurations, MicroBatches
 from sfjax.state.find import _pure
+
+_NAME_MAP = checks.optional(
+    checks.kind_of("a NameMap", NameMap, "sfcore.names.to_torch and between make one")
+)
+_NAMES = Rule(
+    "None, a NameMap, or a JSON file or its content",
+    lambda v: isinstance(v, NameMap) or _names.USER_MAP.holds(v),
+    "sfcore.names.between makes a NameMap",
+)
 
 
 def export_exchange(
@@ -74,16 +94,13 @@ def export_exchange(
         >>> back.params["w"].tolist()
         [1.0, 1.0, 1.0]
     """
+    values = as_place(step, epoch, position, metrics, extra)
+    checks.require(TypeError, folder=(checks.PATH, folder), names=(_NAME_MAP, names))
+    _record.check_configured(hyperparameters, accumulation)
+    check_trees(params, opt_state)
     flat = named(whole(_pure(params), _pure(opt_state)))
     arrays = [np.asarray(array_like(*one)) for one in zip(flat.names, flat.leaves, strict=True)]
     tree = flat.pure.unflatten(arrays)
-    values = {
-        "step": as_step(step),
-        "epoch": epoch,
-        "position": position,
-        "metrics": as_metrics(metrics or {}),
-        "extra": dict(extra or {}),
-    }
     batches = _record.accumulated(tree["opt_state"], accumulation)
     meta, _ = at_last_update(_record.make(tree, hyperparameters, batches, **values), LEFT_BEHIND)
     if meta.parameters and not any(group["parameters"] for group in meta.groups):
@@ -131,6 +148,7 @@ def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.nd
         >>> sorted(state), sorted(inference)
         (['y/w', 'z/w'], ['w'])
     """
+    checks.require(TypeError, path=(checks.PATH, path))
     saved = _orbax.read(Path(path).absolute())
     state = _portable(saved.leaves)
     return saved.meta, state, _orbax.read_inference(saved.path, saved.meta)
@@ -169,6 +187,10 @@ def import_exchange(
         ...     import_exchange(path, params, tx.init(params)).meta.step
         7
     """
+    checks.require(TypeError, path=(checks.PATH, path), names=(_NAMES, names), strict=(checks.FLAG, strict))
+    check_trees(params, opt_state)
+    check_arrays("buffers", buffers, "pass the tree that they shall be like", or_numbers=True)
+    _record.check_configured(hyperparameters, accumulation, batch_size)
     folder = store.at(Path(path).absolute())
     meta, stored = store.read(folder)
     arrays = widened(stored)

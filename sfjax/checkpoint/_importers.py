@@ -12,7 +12,7 @@ from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta
 from sfjax.checkpoint import _record
-from sfjax.checkpoint._leaves import groups, host_arrays
+from sfjax.checkpoint._leaves import check_arrays, check_trees, groups, host_arrays
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._restore import Restored, restore_into
 from sfjax.checkpoint._weights import opening
@@ -66,6 +66,9 @@ def import_optax(
         >>> float(sfjax.find_state(start.opt_state).b1) > 0.89
         True
     """
+    check_trees(params, opt_state)
+    check_arrays("source_params", source_params, "pass the parameters beside source_state", or_none=False)
+    _record.check_configured(hyperparameters, accumulation)
     source, weights = _pure(source_state), host_arrays(source_params)
     own = groups(params, opt_state)
     given = _record.configured(hyperparameters, own)

@@ -15,6 +15,7 @@ A role says what the leaf means wherever it sits, such as "z/Dense_0/kernel":
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from numbers import Number
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfjax.schedule_free import ScheduleFreeState
 from sfjax.state import forms
-from sfjax.state.find import _pure
+from sfjax.state.find import _pure, _require
 from sfjax.step.plan import STATES
 
 CLOCK = ("b1", "step", "lr", "lr_max", "c", "weight_sum", "weight_sum_low")
@@ -84,6 +85,7 @@ def beside(buffers: Any, params: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: if a parameter has the name of one, which would be shipped in its place.
     """
+    check_arrays("buffers", buffers, "other things go into extra", or_numbers=True)
     found = parameters({} if buffers is None else buffers)
     both = sorted(found.keys() & parameters(params).keys())
     if both:
@@ -92,6 +94,34 @@ def beside(buffers: Any, params: Any) -> dict[str, Any]:
             'put them under a key of their own, such as {"batch_stats": buffers}'
         )
     return found
+
+
+def check_trees(params: Any, opt_state: Any) -> None:
+    """Raises unless params are arrays, or say what arrays will be, beside the Schedule-Free states of any."""
+    moved = jax.tree.leaves([state.z for state in _require(opt_state)])
+    check_arrays("params", params, "pass the tree that tx.init got", or_none=not moved)
+
+
+def check_arrays(name: str, tree: Any, fix: str, or_none: bool = True, or_numbers: bool = False) -> None:
+    """Raises TypeError unless a tree has arrays of numbers alone, or says what arrays will be.
+
+    Args:
+        name: the argument's.
+        tree: it.
+        fix: what to do.
+        or_none: whether it may be empty.
+        or_numbers: whether a leaf may be a number.
+    """
+
+    def is_right(leaf: Any) -> bool:
+        is_array = hasattr(leaf, "shape") and getattr(getattr(leaf, "dtype", None), "kind", "V") not in "OSU"
+        return (is_array and hasattr(leaf, "dtype")) or (or_numbers and isinstance(leaf, Number))
+
+    leaves = jax.tree_util.tree_leaves_with_path(_pure(tree))
+    wrong = [(path, leaf) for path, leaf in leaves if not is_right(leaf)]
+    for path, leaf in wrong if leaves or or_none else [((), tree)]:
+        where = f" at {name}{jax.tree_util.keystr(path)}" if path else ""
+        raise TypeError(f"{name} must be arrays, got {leaf!r}{where}: {fix}")
 
 
 def whole(params: Any, opt_state: Any, extra_state: Any = None) -> dict[str, Any]:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import optax
 
-from sfcore import laws
-from sfcore.checks import HyperparameterError, hint
+from sfcore import checks, laws
+from sfcore.checks import HyperparameterError, Rule, hint
+from sfcore.exchange import CheckpointError
 from sfcore.laws import LAWS
-from sfcore.meta import Meta, as_accumulation, precision_of
+from sfcore.meta import Meta, as_accumulation, number_in, precision_of, with_batch_size
 from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, nodes, parameters
 from sfjax.step.plan import STATES
 
+_CONFIGURATION = Rule(
+    "a dataclass of sfcore.hyperparameters or a dict of its fields",
+    checks.MAPPING.holds,
+    "such as SGD(lr=0.1)",
+)
+_MICRO_BATCHES = Rule(
+    "the number of micro-batches an update, or (that, how many are in the gradient)",
+    checks.optional(checks.COUNT).holds,
+    "leave it out where optax.MultiSteps knows",
+)
 _PACKAGES = ("schedulefree-twin", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -52,6 +63,7 @@ def canonical(hyperparameters: Any) -> Configured:
         # It has every field, so its 0 is no choice.
         unset = {("prior_steps", 0), ("warmup_steps", 0)}
         return Configured(optimizer, values, {k: v for k, v in values.items() if (k, v) not in unset})
+    checks.require(HyperparameterError, hyperparameters=(_CONFIGURATION, hyperparameters))
     values = dict(hyperparameters)
     optimizer = values.pop("optimizer", None)
     known = {name for law in LAWS.values() for name in law.defaults}
@@ -67,9 +79,28 @@ def canonical(hyperparameters: Any) -> Configured:
 
 
 def _plain(value: Any) -> Any:
-    if callable(value):
-        return "schedule"
-    return value.item() if hasattr(value, "item") else value
+    return "schedule" if callable(value) else number_in(value)
+
+
+def check_configured(hyperparameters: Any, accumulation: Any, batch_size: Any = None) -> None:
+    """Raises unless these are what `Checkpoints` takes, before anything is read or written.
+
+    Raises:
+        HyperparameterError: with every name that no optimizer has, or every value that is out of range.
+        CheckpointError: for the others.
+    """
+    several = hyperparameters if isinstance(hyperparameters, list | tuple) else [hyperparameters]
+    known, found = laws.options(), list[str]()
+    for one in several:
+        # A schedule is known by its word only, and None is 0 where a factory takes it so.
+        told = {k: v for k, v in canonical(one).values.items() if v is not None and v != "schedule"}
+        rules = {name: known[name].metadata["rule"] for name in told}
+        found += [
+            checks.problem(name, rules[name], v) for name, v in told.items() if not rules[name].holds(v)
+        ]
+    if found:
+        raise HyperparameterError(found)
+    accumulated((), accumulation, batch_size)
 
 
 def configured(hyperparameters: Any, own: Sequence[Group]) -> list[Configured]:
@@ -180,13 +211,14 @@ def accumulated(opt_state: Any, given: Any, batch_size: int | None = None) -> di
     Raises:
         CheckpointError: for a position that is not in an update of so many micro-batches.
     """
-    if isinstance(given, Sequence):
+    if isinstance(given, Iterable):
         return as_accumulation(given, batch_size)
     positions = [int(np.asarray(node.mini_step)) for _, node in nodes(opt_state, optax.MultiStepsState)]
     unknown = 0 if positions else 1
+    checks.require(CheckpointError, accumulation=(_MICRO_BATCHES, number_in(given)))
     steps = unknown if given is None else int(given)
     found = {"steps": steps, "position": positions[0] if positions else 0}
-    return found if batch_size is None else found | {"batch_size": batch_size}
+    return with_batch_size(found, batch_size)
 
 
 def versions() -> dict[str, str]:

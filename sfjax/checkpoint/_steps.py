@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfcore import samples
+from sfcore import checks, samples
 from sfcore.samples import Restart, Sample
 from sfcore.watch import WATCHED_STEPS
+from sfjax.checkpoint._leaves import check_trees
 from sfjax.law import iterates
 from sfjax.state.find import _overlay, _pure, _require
 
@@ -47,7 +48,12 @@ class Steps:
     def add(self, params: Any, opt_state: Any, loss: Any = None) -> None:
         """Notes what an update left; a micro-batch that did not update changes the loss only."""
         params, opt_state = _pure(params), _pure(opt_state)
-        row = _look(params, opt_state, jnp.nan if loss is None else loss, loss is not None)
+        try:
+            row = _look(params, opt_state, jnp.nan if loss is None else loss, loss is not None)
+        except (TypeError, ValueError):  # arguments are not looked at in every step
+            check_trees(params, opt_state)
+            checks.require(TypeError, loss=(checks.optional(checks.LOSS), loss))
+            raise
         before = self._rows
         if before is None or before.x.shape[1] != row.x.shape[0] or before.x.devices() != row.x.devices():
             self._factor = samples.scale([leaf.size for leaf in jax.tree.leaves(params)])

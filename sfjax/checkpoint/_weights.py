@@ -16,12 +16,13 @@ import numpy as np
 
 from sfcore import averaging, checks, restart, store
 from sfcore import hyperparameters as kinds
+from sfcore.checks import HyperparameterError
 from sfcore.exchange import CheckpointError
 from sfcore.hyperparameters import weighed
 from sfcore.laws import LAWS
 from sfcore.meta import Meta
 from sfjax.checkpoint import _orbax, _record
-from sfjax.checkpoint._leaves import groups, host_arrays, parameters
+from sfjax.checkpoint._leaves import check_arrays, check_trees, groups, host_arrays, parameters
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
@@ -74,10 +75,14 @@ def start_from_weights(
         >>> start.params["w"].tolist(), bool(sfjax.find_state(start.opt_state).weight_sum > 0)
         ([1.0, 1.0, 1.0], True)
     """
+    check_trees(params, opt_state)
+    _record.check_configured(hyperparameters, accumulation)
+    checks.require(HyperparameterError, trained_steps=(checks.optional(checks.STEPS), trained_steps))
     if isinstance(weights, str | Path):
         path = Path(weights).absolute()
         found, known, said = read(path)
     else:
+        check_arrays("weights", weights, "pass a tree like params, or a path", or_none=False)
         path, found, known, said = Path("weights"), host_arrays(weights), None, []
     trained_steps = known if trained_steps is None else trained_steps
     notices = [f"{path}: {NO_STATE}", *said]

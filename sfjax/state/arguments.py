@@ -12,8 +12,10 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sfcore import checks, plan
+from sfcore.checks import Rule
 from sfcore.hyperparameters import ScheduleFree
 from sfcore.laws import JAX_NAMES, Law
 from sfjax.law.scalars import as_scalar, full_lr
@@ -26,6 +28,16 @@ ScalarOrSchedule: TypeAlias = Scalar | Schedule
 Configuration: TypeAlias = ScheduleFree | Mapping[str, Any]
 Configurations: TypeAlias = Configuration | Sequence[Configuration]
 MicroBatches: TypeAlias = int | Sequence[int]
+_TRANSFORMATION = Rule(
+    "an optax transformation",
+    lambda v: callable(getattr(v, "init", None)) and callable(getattr(v, "update", None)),
+    "pass one like optax.sgd(learning_rate)",
+)
+_FACTORY = Rule(
+    "a factory of sfjax",
+    lambda v: callable(v) and "learning_rate" in inspect.signature(v).parameters,
+    "such as sfjax.schedule_free_adamw, without calling it",
+)
 # What a plan does not speak of.
 _OTHER = ("base_optimizer", "state_dtype", "mask", "precision", "seed")
 
@@ -67,12 +79,33 @@ def read_dtype(state_dtype: Any) -> Any:
     """Returns state_dtype as a dtype, or None; raises TypeError unless it is real floating point."""
     if state_dtype is None:
         return None
-    if not jnp.issubdtype(state_dtype, jnp.floating):
+    if not _is_dtype(state_dtype, jnp.floating):
         raise TypeError(
             f"state_dtype must be a real floating-point dtype or None, got {state_dtype!r}: "
             "None keeps z in the parameters' dtype, at least float32"
         )
     return jnp.dtype(state_dtype)
+
+
+def _is_dtype(value: Any, kind: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(value), kind))
+    except TypeError:
+        return False
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises TypeError unless this is a dtype of floating-point or complex numbers, or None."""
+    if dtype is not None and not _is_dtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"dtype must be a floating-point or complex dtype or None, got {dtype!r}: None is the parameters'"
+        )
+
+
+def as_transformation(name: str, given: Any) -> Any:
+    """Returns an Optax transformation whose update takes further arguments; raises TypeError for others."""
+    checks.require(TypeError, **{name: (_TRANSFORMATION, given)})
+    return optax.with_extra_args_support(given)
 
 
 def read_precision(given: Mapping[str, Any], beta: Any, law: Law) -> bool:
@@ -121,6 +154,17 @@ def check_params(params: Any) -> None:
             )
 
 
+def check_mask(mask: Any) -> None:
+    """Raises TypeError unless this is None, a function, or has nothing but bools in it."""
+    if callable(mask):
+        return
+    for leaf in jax.tree.leaves(mask):
+        if getattr(leaf, "dtype", type(leaf)) not in (bool, np.bool_):
+            raise TypeError(
+                f"mask must be a tree of bools, a function of params or None, got {leaf!r} in it: True decays"
+            )
+
+
 def decay_mask(mask: Any, params: Any) -> Any:
     """Returns a tree of bools of params' tree, from a tree or prefix of it, or a function of params."""
     mask = mask(params) if callable(mask) else mask
@@ -153,6 +197,7 @@ def describe(optimizer: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         >>> told.splitlines()[3]
         'warm-up       50 optimizer steps, by optimizer'
     """
+    checks.require(TypeError, optimizer=(_FACTORY, optimizer))
     signature = inspect.signature(optimizer)
     own = {name: value for name, value in kwargs.items() if name in signature.parameters}
     bound = signature.bind(*args, **own)

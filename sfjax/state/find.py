@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from sfcore.averaging import effective_lr
 from sfjax.law.iterates import recover_x, recover_z
-from sfjax.state import forms
+from sfjax.state import arguments, forms
 from sfjax.state.forms import ScheduleFreeState
 
 
@@ -90,7 +90,7 @@ def schedule_free_eval_params(state: Any, params: Any, dtype: DTypeLike | None =
         >>> sfjax.schedule_free_eval_params(tx.init(params), params).tolist()
         [1.0, 1.0, 1.0]
     """
-
+    arguments.check_dtype(dtype)
     return _overlay(
         _require(state), params, recover_x, lambda x, p: x.astype(p.dtype if dtype is None else dtype)
     )
@@ -231,7 +231,7 @@ def _overlay(
 def _unflattened(z: Any, params: Any) -> Any:
     """Returns z as a tree like params, also where it is the one vector of all parameters of optax.flatten."""
     leaves, tree = jax.tree.flatten(params)
-    shapes = [leaf.shape for leaf in leaves]
+    shapes = [getattr(leaf, "shape", ()) for leaf in leaves]
     if not hasattr(z, "shape") or z.ndim != 1 or shapes == [z.shape]:
         return z
     sizes = [math.prod(shape) for shape in shapes]

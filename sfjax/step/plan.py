@@ -71,6 +71,7 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     """
     STATES.add(direction.state)
     law, mask = laws.law_of(direction.law), given["mask"]
+    arguments.check_mask(mask)
     options = {name: given[JAX_NAMES.get(name, name)] for name in law.defaults}
     options |= {name: 0 for name in _NONE_IS_0 if name in options and options[name] is None}
     values = arguments.read(law.options, **options)

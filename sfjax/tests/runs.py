@@ -14,6 +14,7 @@ import optax
 import sfjax
 from sfjax.tests.plain import Point, plain_run
 
+# The laws of schedulefree, which `plain_run` computes too. Others: checkpoint_runs.
 FACTORIES = {
     "sgd": sfjax.schedule_free_sgd,
     "adamw": sfjax.schedule_free_adamw,

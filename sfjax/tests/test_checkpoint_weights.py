@@ -216,7 +216,8 @@ def test_an_abstract_state_cannot_start() -> None:
 def test_prior_steps_out_of_range_are_refused(prior_steps: Any, trained_steps: Any) -> None:
     tx, params = sfjax.schedule_free_adamw(LR), begin()
     given = {"lr": LR} | ({} if prior_steps is None else {"prior_steps": prior_steps})
-    with pytest.raises(HyperparameterError, match="prior_steps must be a whole number of optimizer steps"):
+    rule = "prior_steps must be" if trained_steps is None else "trained_steps must be None or"
+    with pytest.raises(HyperparameterError, match=f"^{rule} a whole number of optimizer steps"):
         start_from_weights(
             _weights(), params, tx.init(params), hyperparameters=given, trained_steps=trained_steps
         )

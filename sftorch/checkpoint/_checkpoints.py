@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sfcore import store
-from sfcore.changes import check_laws, of_batches, refuse
-from sfcore.meta import Meta, as_accumulation, as_metrics, as_step
+from sfcore import checks, store
+from sfcore.changes import check_batches, check_laws, of_batches, refuse
+from sfcore.meta import Meta, as_accumulation, as_place
 from sfcore.saving import Saving
 from sfcore.store import Skipped
 from sftorch import _rng
@@ -24,7 +24,8 @@ from sftorch.checkpoint import _arrays, _restore, _weights
 from sftorch.checkpoint._record import MODEL_EXTRA, capture, trained_by_others
 from sftorch.checkpoint._save import Snapshot, write
 from sftorch.checkpoint._steps import steps_of
-from sftorch.state.state_dict import ScheduleFreeOptimizer
+from sftorch.state import arguments
+from sftorch.state.state_dict import ScheduleFreeOptimizer, check_optimizer
 
 _log = logging.getLogger("sftorch.checkpoint")
 
@@ -127,20 +128,16 @@ class Checkpoints(Saving):
 
         Raises:
             CheckpointError: if something cannot be saved, or the save before this one failed.
-            TypeError: if the optimizer is not one of sftorch's.
+            TypeError: if the optimizer is not one of sftorch's, or the model no module.
         """
-        _check_optimizer(optimizer)
+        arguments.check_module(model)
+        check_optimizer(optimizer)
         with self._lock:
-            self._background.wait()
             own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
-            place = {
-                "step": as_step(own if step is None else step),
-                "epoch": epoch,
-                "position": position,
-                "accumulation": as_accumulation(accumulation, batch_size),
-                "metrics": as_metrics(metrics or {}),
-            }
-            captured = capture(model, optimizer, place, extra or {})
+            place = as_place(own if step is None else step, epoch, position, metrics, extra)
+            place["accumulation"] = as_accumulation(accumulation, batch_size)
+            self._background.wait()
+            captured = capture(model, optimizer, place)
             captured.arrays.update(_rng.capture())
             leaves = self._snapshot.take(captured.tensors, to_keep=self._background.is_used)
 
@@ -201,9 +198,14 @@ class Checkpoints(Saving):
         Raises:
             CheckpointError: naming file, leaf, what was found and what to do; nothing has changed then.
             HyperparameterError: for prior_steps out of range (a ValueError); nothing has changed then.
-            TypeError: if the optimizer is not one of sftorch's.
+            TypeError: if the optimizer is not one of sftorch's, the model no module, or a flag no bool.
         """
-        _check_optimizer(optimizer)
+        arguments.check_module(model)
+        check_optimizer(optimizer)
+        checks.require(TypeError, strict=(checks.FLAG, strict), rng=(checks.FLAG, rng))
+        check_batches(accumulation, batch_size)
+        if prior_steps is not None:
+            checks.check(optimizer.law.options, {"prior_steps": prior_steps})
         self.wait()
         self._heed_writer()
         if isinstance(resume, str) and resume.startswith("weights:"):
@@ -249,6 +251,8 @@ class Checkpoints(Saving):
             >>> optimizer = sftorch.SGDScheduleFree([torch.nn.Parameter(torch.ones(2))])
             >>> Checkpoints("run").observe(optimizer, loss=0.5)
         """
+        check_optimizer(optimizer)
+        checks.require(TypeError, loss=(checks.LOSS, loss))
         steps_of(optimizer).add_loss(loss)
 
     def _free(self) -> None:
@@ -260,11 +264,3 @@ class Checkpoints(Saving):
         for notice in restored.notices:
             _log.warning("%s", notice)
         return restored
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, ScheduleFreeOptimizer):
-        raise TypeError(
-            f"optimizer must be one of sftorch's, got {type(optimizer).__name__}: pass it after the model; "
-            "sftorch.trainers.unwrap gives the one inside a trainer's wrapper"
-        )

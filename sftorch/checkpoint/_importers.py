@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfcore import averaging, laws
+from sfcore import averaging, checks, laws
 from sfcore.changes import comparable, of_optimizer
-from sfcore.checks import HyperparameterError
+from sfcore.checks import HyperparameterError, Rule
 from sfcore.hyperparameters import weighed
 from sfcore.meta import number_in
 from sftorch.checkpoint import _changes, _weights
@@ -19,7 +19,11 @@ from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
-from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer
+from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer, check_optimizer
+
+_STATE_DICT = Rule(
+    "a state dict", checks.MAPPING.holds, "pass the entry of the file that holds the optimizer"
+)
 
 # What comes of entries that are missing, or of other types than a program saves.
 STRANGE = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -53,8 +57,10 @@ def recognise(state_dict: Mapping[str, Any]) -> Source:
     """
     if "schedulefree_state" in state_dict:
         return _pytorch_optimizer_wrapper(state_dict)
-    groups, states = state_dict.get("param_groups"), state_dict.get("state")
-    if not groups or states is None:
+    groups: Any = state_dict.get("param_groups")
+    states: Any = state_dict.get("state")
+    are_there = isinstance(groups, list) and groups and isinstance(states, Mapping)
+    if not are_there or not all(isinstance(one, Mapping) and "params" in one for one in groups):
         raise ValueError(
             f"state_dict must be what optimizer.state_dict() returned, got the keys {sorted(state_dict)}: "
             "pass the entry of the file that holds the optimizer"
@@ -171,6 +177,7 @@ def import_state_dict(
 
     Raises:
         ValueError: if it is of no known program or does not fit; nothing has changed then.
+        TypeError: for an optimizer that is none of ours, or a state dict that is no mapping.
 
     Example:
         >>> import sftorch, torch
@@ -182,6 +189,15 @@ def import_state_dict(
         >>> optimizer = sftorch.AdamWScheduleFree([w], lr=0.01)
         >>> notices = import_state_dict(optimizer, before.state_dict())
     """
+    check_optimizer(optimizer)
+    checks.require(TypeError, state_dict=(_STATE_DICT, state_dict))
+    if weights_hold not in (None, "x", "y"):
+        raise HyperparameterError(
+            [
+                f"weights_hold must be 'x' or 'y', got {weights_hold!r}: 'x' if eval() was called "
+                "before the model was saved"
+            ]
+        )
     try:
         source = recognise(state_dict)
         if weights_hold is not None:

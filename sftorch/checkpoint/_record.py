@@ -138,21 +138,20 @@ def trained_by_others(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> lis
     return [name for name, p in named if p.requires_grad and p not in held]
 
 
-def capture(
-    model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any], extra: Mapping[str, Any]
-) -> Capture:
+def capture(model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any]) -> Capture:
     """Gathers everything a resume needs, without copying.
 
     Args:
         model: the module with the parameters, trainable and frozen, and the buffers.
         optimizer: any Schedule-Free optimizer, in either mode.
-        place: step, epoch, position, accumulation and metrics, for the record.
-        extra: the user's own; tensors in it become leaves extra/PATH.
+        place: step, epoch, position, accumulation and metrics, for the record, and extra, the user's own, of
+            which tensors become leaves extra/PATH.
 
     Raises:
         RuntimeError: if the weights are not those of the optimizer's state, as in `optimizer.train()`.
         CheckpointError: for what cannot be saved.
     """
+    extra = place["extra"]
     if MODEL_EXTRA in extra:
         raise CheckpointError(f"extra must have keys of yours, got {MODEL_EXTRA!r}: take another name for it")
     if optimizer._is_half_restored:
@@ -170,7 +169,7 @@ def capture(
     if place["accumulation"]["position"]:
         tensors |= {f"grad/{name}": p.grad for p, name in names.items() if p.grad is not None}
     others, inference = _model_entries(unwrapped(model), names, tensors)
-    recorded = _arrays.encode(dict(extra), tensors, "extra")
+    recorded = _arrays.encode(extra, tensors, "extra")
     if others:
         recorded[MODEL_EXTRA] = _arrays.encode(others, tensors, f"extra/{MODEL_EXTRA}")
     for leaf, tensor in tensors.items():
@@ -188,8 +187,7 @@ def capture(
             "torch": torch.__version__,
             "schedulefree-twin": sfcore.__version__,
         },
-        extra=recorded,
-        **place,
+        **{**place, "extra": recorded},
     )
     steps = steps_of(optimizer)
     return Capture(tensors, {}, averages, inference, meta, partial(steps.recent, steps.rows()))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfcore import checks, store
+from sfcore import store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
 from sftorch.checkpoint import _arrays, _unpickle
@@ -130,14 +130,12 @@ def start(
         path: as for `read`.
         model: built as the saved one was.
         optimizer: over its parameters.
-        prior_steps: in place of the policy's; None leaves it to the optimizer's own, and then the policy.
+        prior_steps: checked already, in place of the policy's; None leaves it to the optimizer's own, and
+            then the policy.
 
     Raises:
         CheckpointError: if the weights cannot be read or do not fit; nothing has changed then.
-        HyperparameterError: for prior_steps out of range; nothing has changed then.
     """
-    if prior_steps is not None:
-        checks.check(optimizer.law.options, {"prior_steps": prior_steps})
     weights, trained, said = read(path)
     weights = _named_as(_tensors_of(model), weights)
     extra = {name: weights.pop(name) for name in list(weights) if is_extra_state(name)}

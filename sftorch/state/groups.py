@@ -156,6 +156,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             >>> optimizer.metrics()[0]["step"]
             0
         """
+        checks.require(TypeError, distance=(checks.FLAG, distance))
         found = []
         restart = self._watch.metrics() if self._watch else {}
         for group in self.param_groups:

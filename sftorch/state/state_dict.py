@@ -399,3 +399,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_built_lrs": self._built_lrs, "_loaded": self._loaded}
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises unless this is one of ours."""
+    if not isinstance(optimizer, ScheduleFreeOptimizer):
+        raise TypeError(
+            f"optimizer must be one of sftorch's, got {type(optimizer).__name__}: pass it after the model; "
+            "sftorch.trainers.unwrap gives the one inside a trainer's wrapper"
+        )

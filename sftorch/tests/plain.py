@@ -14,6 +14,7 @@ from parity_tests.cases import DEFAULTS
 from parity_tests.reference import Reference
 from sftorch.closure import XAtRest
 
+# The laws of schedulefree: tests ask these for betas, a kernel and a lean form. Others: checkpoint_runs.
 CLASSES = {
     "sgd": sftorch.SGDScheduleFree,
     "adamw": sftorch.AdamWScheduleFree,

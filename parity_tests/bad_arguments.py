@@ -1,0 +1,697 @@
+"""Bad arguments of every public function, one table for all three packages.
+
+`TABLE` says of each argument what it is refused for, and with which error; `World` has good arguments for all
+the others, and everything that must be as it was afterwards. Hyperparameters are in `invalid`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from flax import nnx
+
+import sfjax
+import sfjax.checkpoint
+import sfjax.linen
+import sfjax.nnx
+import sftorch
+import sftorch.checkpoint
+from parity_tests.invalid import BAD_OPTIONS
+from sfcore import exchange, laws, names, preemption, watch
+from sfcore.checks import HyperparameterError
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+
+NAN, INF = float("nan"), float("inf")
+PAGES = Path(__file__).resolve().parents[1] / "docs" / "api"
+PACKAGES = ("sfcore", "sfjax", "sftorch")
+
+
+class World:
+    """Good arguments of every function in the table, and all that a refused call must leave as it was.
+
+    Args:
+        folder: an empty one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files()
+        self._torch()
+        self._jax()
+        self._flax()
+
+    def _files(self) -> None:
+        self.weights = self.folder / "x.safetensors"
+        self.arrays = {"fc.weight": np.ones((3, 2), np.float32)}
+        self.record = exchange.write_tensors(self.weights, self.arrays, {"weights_hold": "x"})
+        self.names = names.to_torch({"fc/kernel": (2, 3)})
+        self.recorder, self.watch = watch.Recorder(), watch.Watch({"steps": 20, "c": 0.1})
+        self.preemption = preemption.Preemption(lambda: "nowhere")
+
+    def _torch(self) -> None:
+        self.module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        self.optimizer = sftorch.AdamWScheduleFree(self.module.parameters(), lr=0.1)
+        other = torch.nn.Parameter(torch.ones(2))
+        self.at_rest = sftorch.SGDScheduleFreeClosure([other], lr=0.1)
+        self.wrapper = sftorch.ScheduleFreeWrapper(
+            torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        )
+        self.plain = torch.optim.AdamW(self.module.parameters())
+        self.module(torch.ones(4, 2)).square().sum().backward()
+        self.plain.step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.of_torch = sftorch.checkpoint.Checkpoints(self.folder / "torch", background=False)
+        self.of_torch.save(self.module, self.optimizer)
+
+    def _jax(self) -> None:
+        self.tx = sfjax.schedule_free_sgd(0.1)
+        self.params = {"w": jnp.ones(3)}
+        self.state = self.tx.init(self.params)
+        self.adam = optax.adam(0.1).init(self.params)
+        self.of_jax = sfjax.checkpoint.Checkpoints(self.folder / "jax", background=False)
+        self.saved = self.of_jax.save(0, self.params, self.state)
+        self.exchanged = sfjax.checkpoint.export_exchange(
+            self.folder / "exchange", self.params, self.state, step=0
+        )
+
+    def _flax(self) -> None:
+        self.model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        self.nnx = nnx.Optimizer(self.model, sfjax.schedule_free_sgd(0.1), wrt=nnx.Param)
+        self.of_flax = nnx.state((self.model, self.nnx))  # shares their variables
+        self.of_nnx = sfjax.checkpoint.Checkpoints(self.folder / "nnx", background=False)
+        sfjax.nnx.save(self.of_nnx, self.model, self.nnx)
+        norm = flax.linen.BatchNorm(use_running_average=False)
+        self.apply, self.variables = norm.apply, norm.init(jax.random.key(0), jnp.ones((4, 3)))
+        self.train_state = sfjax.linen.TrainState.create(apply_fn=None, params=self.params, tx=self.tx)
+        self.of_linen = sfjax.checkpoint.Checkpoints(self.folder / "linen", background=False)
+        sfjax.linen.save(self.of_linen, self.train_state)
+
+    def call(self, name: str, **bad: Any) -> Any:
+        """Calls a public function with good arguments but for these."""
+        owner, _, method = name.rpartition(".")
+        function = getattr(self.owners[owner], method) if owner in self.owners else found(name)
+        return function(**self.good(name) | bad)
+
+    @property
+    def owners(self) -> dict[str, Any]:
+        """Class -> the object whose methods are called."""
+        return {
+            "sfcore.watch.Recorder": self.recorder,
+            "sfcore.watch.Watch": self.watch,
+            "sfcore.names.NameMap": self.names,
+            "sfcore.preemption.Preemption": self.preemption,
+            "sfjax.checkpoint.Checkpoints": self.of_jax,
+            "sftorch.checkpoint.Checkpoints": self.of_torch,
+            "sftorch.AdamWScheduleFree": self.optimizer,
+            "sftorch.ScheduleFreeWrapper": self.wrapper,
+            "sftorch.AdamWScheduleFreeClosure": self.at_rest,
+        }
+
+    def good(self, name: str) -> dict[str, Any]:
+        """Returns the arguments that a function needs."""
+        trees = {"params": self.params, "opt_state": self.state}
+        live = {"model": self.module, "optimizer": self.optimizer}
+        of_nnx = {"checkpoints": self.of_nnx, "model": self.model, "optimizer": self.nnx}
+        of_linen = {"checkpoints": self.of_linen, "state": self.train_state}
+        new = self.folder / f"of {name}"
+        each: dict[str, dict[str, Any]] = {
+            "sfcore.preemption.Preemption": {"save": lambda: "nowhere"},
+            "sfcore.watch.step_of_x": {"c": 0.5, "gap": 1.0},
+            "sfcore.watch.Watch": {"recent": None},
+            "sfcore.watch.Watch.observe": {"c": 0.1},
+            "sfcore.watch.Recorder.add": {"c": 0.1},
+            "sfcore.restart.weights_only_policy": {"explicit": {}},
+            "sfcore.names.NameMap": {"pairs": self.names.pairs},
+            "sfcore.names.NameMap.torch_name": {"jax": "fc/kernel"},
+            "sfcore.names.NameMap.jax_names": {"torch": "fc.weight"},
+            "sfcore.names.NameMap.to_torch": {"arrays": {"fc/kernel": np.ones((2, 3))}},
+            "sfcore.names.NameMap.to_jax": {"arrays": self.arrays},
+            "sfcore.names.between": {"jax": {"fc/kernel": (2, 3)}, "torch": {"fc.weight": (3, 2)}},
+            "sfcore.names.to_torch": {"jax": {"fc/kernel": (2, 3)}},
+            "sfcore.names.to_jax": {"torch": {"fc.weight": (3, 2), "fc.bias": (3,)}},
+            "sfcore.exchange.read_tensors": {"path": self.weights},
+            "sfcore.exchange.write_tensors": {"path": new, "tensors": self.arrays},
+            "sfcore.exchange.fingerprint": {"tensors": self.arrays},
+            "sfcore.exchange.of_role": {"tensors": {"y/w": np.ones(2)}, "role": "y"},
+            "sfcore.exchange.split": {"leaf": "y/w"},
+            "sfcore.meta.Meta.from_json": {"text": Meta("jax", "sgd", 0).to_json()},
+            "sfcore.inspection.inspect": {"path": self.weights},
+            "sfcore.convert.convert": {"src": self.weights, "dst": new, "to": "inference"},
+            "sfjax.schedule_free.schedule_free": {"base_optimizer": optax.sgd(0.1), "learning_rate": 0.1},
+            "sfjax.schedule_free_eval_params": {"state": self.state, "params": self.params},
+            "sfjax.iterates": {"state": self.state, "params": self.params},
+            "sfjax.find_state": {"opt_state": self.state},
+            "sfjax.find_states": {"opt_state": self.state},
+            "sfjax.metrics": {"opt_state": self.state},
+            "sfjax.describe": {"optimizer": sfjax.schedule_free_sgd},
+            "sfjax.accumulate.accumulate": {"optimizer": self.tx, "every": 2},
+            "sfjax.checkpoint.Checkpoints": {"folder": new},
+            "sfjax.checkpoint.Checkpoints.save": {"step": 1, **trees},
+            "sfjax.checkpoint.Checkpoints.restore": trees,
+            "sfjax.checkpoint.Checkpoints.observe": trees,
+            "sfjax.checkpoint.start_from_weights": {
+                "weights": self.params,
+                **trees,
+                "hyperparameters": {"lr": 0.1},
+            },
+            "sfjax.checkpoint.import_optax": {
+                "source_state": self.adam,
+                "source_params": self.params,
+                **trees,
+                "hyperparameters": {"lr": 0.1},
+            },
+            "sfjax.checkpoint.export_exchange": {"folder": new, **trees, "step": 1},
+            "sfjax.checkpoint.import_exchange": {"path": self.exchanged, **trees},
+            "sfjax.checkpoint.read": {"path": self.saved},
+            "sfjax.nnx.eval_model": {"model": self.model, "optimizer": self.nnx},
+            "sfjax.nnx.save": of_nnx,
+            "sfjax.nnx.restore": of_nnx,
+            "sfjax.linen.save": of_linen,
+            "sfjax.linen.restore": of_linen,
+            "sfjax.recalibrate.recalibrate": {"model": self.model, "batches": [jnp.ones((4, 3))]},
+            "sfjax.recalibrate.recalibrate_linen": {
+                "apply": self.apply,
+                "variables": self.variables,
+                "batches": [jnp.ones((4, 3))],
+            },
+            "sftorch.checkpoint.Checkpoints": {"folder": new},
+            "sftorch.checkpoint.Checkpoints.save": live,
+            "sftorch.checkpoint.Checkpoints.restore": live,
+            "sftorch.checkpoint.Checkpoints.observe": {"optimizer": self.optimizer, "loss": 0.5},
+            "sftorch.checkpoint.import_state_dict": {
+                "optimizer": self.optimizer,
+                "state_dict": self.plain.state_dict(),
+            },
+            "sftorch.AdamWScheduleFree.load_state_dict": {"state_dict": self.optimizer.state_dict()},
+            "sftorch.AdamWScheduleFree.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
+            "sftorch.ScheduleFreeWrapper.load_state_dict": {"state_dict": self.wrapper.state_dict()},
+            "sftorch.ScheduleFreeWrapper.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
+            "sftorch.AdamWScheduleFreeClosure.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
+            "sftorch.AdamWScheduleFreeClosure.step": {"closure": lambda: 0.0},
+            "sftorch.ship_x": live,
+            "sftorch.trainers.flat_metrics": {"optimizer": self.optimizer},
+            "sftorch.step_in_backward": {"optimizer": self.optimizer},
+            "sftorch.trainers.unwrap": {"optimizer": self.optimizer},
+            "sftorch.AdamWScheduleFree.eval_state_dict": {"model": self.module},
+            "sftorch.ScheduleFreeWrapper": {"base": torch.optim.SGD(self.module.parameters(), lr=0.1)},
+            "sftorch.recalibrate.recalibrate": {"model": self.module, "batches": [torch.ones(4, 2)]},
+        }
+        if name not in each and name.removeprefix("sftorch.").removesuffix("Closure") in {
+            law.torch for law in laws.directed().values()
+        }:
+            return {"params": self.module.parameters()}
+        return each.get(name, {})
+
+
+def found(name: str) -> Any:
+    """Returns what a public dotted name leads to."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            thing = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for part in parts[end:]:
+            thing = getattr(thing, part)
+        return thing
+    raise ImportError(name)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One row: a function refuses a value of one of its arguments.
+
+    Attributes:
+        function: its public name.
+        argument: the one that is bad; the message must name it.
+        value: it, as the message must show it.
+        error: the type of the error.
+        others: further arguments, if the good ones will not do.
+    """
+
+    function: str
+    argument: str
+    value: Any
+    error: type[Exception]
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Function, argument and value."""
+        value = re.sub(r" at 0x[0-9a-f]+", "", shown(self.value)[0])  # every worker must call it the same
+        return f"{self.function}-{self.argument}={value}"
+
+
+def shown(value: Any) -> list[str]:
+    """Returns the forms in which a message may show a value, the first a short one."""
+    inside = [*value.values()] if isinstance(value, dict) else [*value] if isinstance(value, list) else []
+    forms = [repr(value), type(value).__name__]
+    forms = forms[::-1] if len(forms[0]) > 60 else forms
+    if isinstance(value, list | tuple | dict):
+        forms += [str(sorted(value)), *map(repr, value)] if isinstance(value, dict) else [str(len(value))]
+        forms += [] if value else ["none", "an empty"]
+    forms += [form for below in inside for form in (repr(below), type(below).__name__)]
+    return [*forms, "none"] if value is None else [*forms, str(jax.tree.structure(value))]
+
+
+# What is wrong for an argument of a kind. None is added where it is not the default.
+OBJECT = object()
+NO_COUNT: tuple[Any, ...] = ("x", -1, 0.5, NAN, INF, True, [], (1, 2), b"1")
+NO_NUMBER: tuple[Any, ...] = ("x", [], {}, 1j, True)
+NO_SECONDS: tuple[Any, ...] = ("x", -1, NAN, [], True)
+NO_FLAG: tuple[Any, ...] = (3, "no", [], NAN)
+NO_TEXT: tuple[Any, ...] = (3, NAN, [], b"x")
+NO_PATH: tuple[Any, ...] = (3, -1, NAN, [], {})
+NO_MAPPING: tuple[Any, ...] = (3, "x", [], NAN, [("a", 1)])
+NO_FUNCTION: tuple[Any, ...] = (3, "x", [], NAN)
+NO_NAMES: tuple[Any, ...] = (3, "x", NAN)
+NO_ITERABLE: tuple[Any, ...] = (3, "x", NAN)
+NO_OBJECT: tuple[Any, ...] = (None, 3, "x", [], NAN, OBJECT)
+NO_ARRAYS: tuple[Any, ...] = ("x", {"w": "x"}, OBJECT)
+NO_STATE: tuple[Any, ...] = (None, 3, "x", [], {}, NAN)
+NO_LOSS: tuple[Any, ...] = ("x", [], np.ones(2), {})
+NO_PAIR: tuple[Any, ...] = (4, "ab", (4, 4), (4, None), (4, -1), (4, 1, 2), (NAN, 0), (0, 0), None)
+NO_BATCHES: tuple[Any, ...] = ("x", -1, 2.5, NAN, (4, 4), [1, 2, 3])
+NO_CONFIGURATION: tuple[Any, ...] = (
+    3,
+    "x",
+    NAN,
+    {"lr": -1.0},
+    {"lr": "x"},
+    {"beta": 2.0},
+    {"prior_steps": 0.5},
+    {"weight_decai": 0.1},
+    {"optimizer": "lion"},
+    [{"lr": 0.1}, {"lr": 0.1}],
+)
+
+
+def rows(function: str, error: type[Exception], **values: Sequence[Any]) -> list[Refused]:
+    """Returns the rows of a function: argument -> its bad values."""
+    return [Refused(function, name, value, error) for name, bad in values.items() for value in bad]
+
+
+OPTIMIZERS = [f"sftorch.{law.torch}{form}" for law in laws.directed().values() for form in ("", "Closure")]
+FACTORIES = [f"sfjax.{law.jax}" for law in laws.directed().values()]
+KEPT: dict[str, Sequence[Any]] = {
+    "keep_newest": (0, *NO_COUNT, None),
+    "keep_best": (*NO_COUNT, None),
+    "metric": (*NO_TEXT, None),
+}
+FOLDER: dict[str, Sequence[Any]] = KEPT | {
+    "folder": (*NO_PATH, None),
+    "background": (*NO_FLAG, None),
+    "wait_for_writer": (INF, *NO_SECONDS, None),
+}
+PLACE: dict[str, Sequence[Any]] = {
+    "epoch": (*NO_COUNT, None),
+    "position": (*NO_COUNT, None),
+    "metrics": (*NO_MAPPING, {"loss": NAN}, {"loss": "x"}, {"loss": None}),
+    "extra": NO_MAPPING,
+}
+CONFIGURED: dict[str, Sequence[Any]] = {"hyperparameters": NO_CONFIGURATION}
+TREES: dict[str, Sequence[Any]] = {"params": (None, 3, [], *NO_ARRAYS)}
+STATE: dict[str, Sequence[Any]] = {"opt_state": NO_STATE}
+
+TABLE = [
+    *rows(
+        "sfcore.preemption.Preemption",
+        HyperparameterError,
+        save=(*NO_FUNCTION, None),
+        signals=(3, "x", NAN, [], [-1], [9], ["SIGTERM"], None),
+        patience=(*NO_SECONDS, None),
+        grace=(*NO_SECONDS, None),
+    ),
+    *rows(
+        "sfcore.watch.Recorder.add",
+        TypeError,
+        c=(*NO_NUMBER, None),
+        lr=NO_NUMBER,
+        update_norm=NO_NUMBER,
+        x_step=NO_NUMBER,
+        loss=NO_NUMBER,
+    ),
+    *rows("sfcore.watch.step_of_x", TypeError, c=(*NO_NUMBER, None), gap=(*NO_NUMBER, None)),
+    *rows("sfcore.watch.Watch", TypeError, recent=NO_MAPPING, changed=NO_NAMES, fresh_state=NO_NAMES),
+    *rows(
+        "sfcore.watch.Watch.observe",
+        TypeError,
+        c=(*NO_NUMBER, None),
+        lr=NO_NUMBER,
+        moved=NO_NUMBER,
+        update_norm=NO_NUMBER,
+        loss=NO_NUMBER,
+    ),
+    *rows(
+        "sfcore.restart.weights_only_policy",
+        HyperparameterError,
+        explicit=(*NO_MAPPING, None),
+        kind=(3, "adamw", None, int),
+        trained_steps=("x", -1, 0.5, NAN, [], True),
+    ),
+    *rows("sfcore.names.NameMap", TypeError, pairs=(3, "x", None, [3])),
+    *rows("sfcore.names.NameMap.to_torch", TypeError, arrays=(*NO_MAPPING, None)),
+    *rows("sfcore.names.NameMap.to_jax", TypeError, arrays=(*NO_MAPPING, None)),
+    *rows(
+        "sfcore.names.between",
+        TypeError,
+        jax=(*NO_MAPPING, None, {"w": 3}, {"w": ("x",)}),
+        torch=(*NO_MAPPING, None, {"w": 3}),
+        user=(3, [], NAN),
+    ),
+    *rows("sfcore.names.to_torch", TypeError, jax=(*NO_MAPPING, None, {"w": 3}), user=(3, [], NAN)),
+    *rows(
+        "sfcore.names.to_jax",
+        TypeError,
+        torch=(*NO_MAPPING, None, {"w": 3}),
+        user=(3, [], NAN),
+        kinds=NO_MAPPING,
+    ),
+    *rows("sfcore.exchange.read_tensors", TypeError, path=(*NO_PATH, None), record=NO_MAPPING),
+    *rows(
+        "sfcore.exchange.write_tensors",
+        TypeError,
+        path=(*NO_PATH, None),
+        tensors=(*NO_MAPPING, None),
+        metadata=NO_MAPPING,
+    ),
+    *rows("sfcore.exchange.fingerprint", TypeError, tensors=(*NO_MAPPING, None)),
+    *rows("sfcore.exchange.of_role", TypeError, tensors=(*NO_MAPPING, None), role=(*NO_TEXT, None)),
+    *rows("sfcore.exchange.split", TypeError, leaf=(*NO_TEXT, None)),
+    *rows("sfcore.exchange.split", CheckpointError, leaf=("w", "q/w", "")),
+    *rows("sfcore.meta.Meta.from_json", TypeError, text=(*NO_TEXT, None), source=(*NO_PATH, None)),
+    *rows("sfcore.inspection.inspect", TypeError, path=(*NO_PATH, None)),
+    *rows(
+        "sfcore.convert.convert",
+        TypeError,
+        src=(*NO_PATH, None),
+        dst=(*NO_PATH, None),
+        user=(3, [], NAN),
+    ),
+    *rows("sfcore.convert.convert", CheckpointError, to=(3, "onnx", None, [])),
+    *rows("sfjax.checkpoint.Checkpoints", HyperparameterError, **FOLDER),
+    *rows("sftorch.checkpoint.Checkpoints", HyperparameterError, **FOLDER),
+    *rows(
+        "sfjax.checkpoint.Checkpoints.save",
+        CheckpointError,
+        step=(*NO_COUNT, None),
+        accumulation=NO_BATCHES,
+        batch_size=NO_COUNT,
+        **PLACE,
+    ),
+    *rows("sfjax.checkpoint.Checkpoints.save", HyperparameterError, **CONFIGURED),
+    *rows("sfjax.checkpoint.Checkpoints.save", TypeError, buffers=NO_ARRAYS, **TREES),
+    *rows("sfjax.checkpoint.Checkpoints.save", ValueError, **STATE),
+    *rows("sfjax.checkpoint.Checkpoints.restore", HyperparameterError, **CONFIGURED),
+    *rows("sfjax.checkpoint.Checkpoints.restore", TypeError, strict=(*NO_FLAG, None), **TREES),
+    *rows("sfjax.checkpoint.Checkpoints.restore", ValueError, **STATE),
+    *rows(
+        "sfjax.checkpoint.Checkpoints.restore",
+        CheckpointError,
+        accumulation=NO_BATCHES,
+        batch_size=NO_COUNT,
+        resume=(None, NAN, [], True, "newest", {}),
+    ),
+    *rows("sfjax.checkpoint.Checkpoints.observe", TypeError, loss=NO_LOSS, **TREES),
+    *rows("sfjax.checkpoint.Checkpoints.observe", ValueError, **STATE),
+    *rows("sfjax.checkpoint.start_from_weights", TypeError, weights=(None, 3, []), **TREES),
+    *rows("sfjax.checkpoint.start_from_weights", ValueError, **STATE),
+    *rows("sfjax.checkpoint.start_from_weights", CheckpointError, accumulation=NO_BATCHES),
+    *rows(
+        "sfjax.checkpoint.start_from_weights",
+        HyperparameterError,
+        trained_steps=("x", -1, 0.5, NAN, [], True),
+        **CONFIGURED,
+    ),
+    *rows("sfjax.checkpoint.import_optax", CheckpointError, source_state=NO_STATE, accumulation=NO_BATCHES),
+    *rows("sfjax.checkpoint.import_optax", TypeError, source_params=(None, 3, *NO_ARRAYS), **TREES),
+    *rows("sfjax.checkpoint.import_optax", ValueError, **STATE),
+    *rows("sfjax.checkpoint.import_optax", HyperparameterError, **CONFIGURED),
+    *rows(
+        "sfjax.checkpoint.export_exchange",
+        TypeError,
+        folder=(*NO_PATH, None),
+        names=(3, "x", {}),
+        buffers=NO_ARRAYS,
+        **TREES,
+    ),
+    *rows("sfjax.checkpoint.export_exchange", ValueError, **STATE),
+    *rows("sfjax.checkpoint.export_exchange", HyperparameterError, **CONFIGURED),
+    *rows(
+        "sfjax.checkpoint.export_exchange",
+        CheckpointError,
+        step=(*NO_COUNT, None),
+        accumulation=NO_BATCHES,
+        **PLACE,
+    ),
+    *rows(
+        "sfjax.checkpoint.import_exchange",
+        TypeError,
+        path=(*NO_PATH, None),
+        names=(3, [], NAN),
+        buffers=NO_ARRAYS,
+        strict=(*NO_FLAG, None),
+        **TREES,
+    ),
+    *rows("sfjax.checkpoint.import_exchange", ValueError, **STATE),
+    *rows("sfjax.checkpoint.import_exchange", HyperparameterError, **CONFIGURED),
+    *rows("sfjax.checkpoint.import_exchange", CheckpointError, accumulation=NO_BATCHES, batch_size=NO_COUNT),
+    *rows("sfjax.checkpoint.read", TypeError, path=(*NO_PATH, None)),
+    *rows("sfjax.nnx.eval_model", TypeError, model=NO_OBJECT, optimizer=NO_OBJECT),
+    *rows("sfjax.nnx.save", TypeError, checkpoints=NO_OBJECT, model=NO_OBJECT, optimizer=NO_OBJECT),
+    *rows("sfjax.nnx.save", TypeError, buffers=NO_ARRAYS),
+    *rows("sfjax.nnx.restore", TypeError, checkpoints=NO_OBJECT, model=NO_OBJECT, optimizer=NO_OBJECT),
+    *rows("sfjax.linen.save", TypeError, checkpoints=NO_OBJECT, state=NO_OBJECT, buffers=NO_ARRAYS),
+    *rows("sfjax.linen.restore", TypeError, checkpoints=NO_OBJECT, state=NO_OBJECT),
+    *(
+        row
+        for name in FACTORIES
+        for row in (
+            *rows(name, TypeError, state_dtype=(3, "x", int, [], NAN), mask=(3, "x", {"w": "yes"}, [1])),
+            *rows(name, HyperparameterError, precision=(None, 3, "half", []), seed=("x", -1, 0.5, NAN, None)),
+        )
+    ),
+    *rows(
+        "sfjax.schedule_free.schedule_free",
+        TypeError,
+        base_optimizer=NO_OBJECT,
+        state_dtype=(3, "x", int, [], NAN),
+    ),
+    *rows("sfjax.schedule_free_eval_params", ValueError, state=NO_STATE, params=(None, 3, "x", [], {"v": 3})),
+    *rows("sfjax.schedule_free_eval_params", TypeError, dtype=(3, "x", int, [], NAN)),
+    *rows("sfjax.iterates", ValueError, state=NO_STATE, params=(None, 3, "x", [], {"v": 3})),
+    *rows("sfjax.find_state", ValueError, **STATE),
+    *rows("sfjax.metrics", ValueError, params=(3, "x", [], {"v": 3}), **STATE),
+    *rows("sfjax.describe", TypeError, optimizer=(None, 3, "adamw", [], print)),
+    *rows("sfjax.accumulate.accumulate", TypeError, optimizer=NO_OBJECT),
+    *rows("sfjax.accumulate.accumulate", ValueError, every=(0, -1, 2.5, "x", None, True, NAN, [])),
+    *rows(
+        "sfjax.recalibrate.recalibrate",
+        TypeError,
+        model=NO_OBJECT,
+        batches=(*NO_ITERABLE, None),
+        call=NO_FUNCTION,
+    ),
+    *rows("sfjax.recalibrate.recalibrate", ValueError, batches=([], ())),
+    *rows(
+        "sfjax.recalibrate.recalibrate_linen",
+        TypeError,
+        apply=(*NO_FUNCTION, None),
+        variables=(*NO_MAPPING, None),
+        batches=(*NO_ITERABLE, None),
+        collection=(*NO_TEXT, None),
+    ),
+    *rows("sfjax.recalibrate.recalibrate_linen", ValueError, batches=([], ())),
+    *rows("sftorch.checkpoint.Checkpoints.save", TypeError, model=NO_OBJECT, optimizer=NO_OBJECT),
+    *rows(
+        "sftorch.checkpoint.Checkpoints.save",
+        CheckpointError,
+        step=NO_COUNT,
+        accumulation=NO_PAIR,
+        batch_size=NO_COUNT,
+        **PLACE,
+    ),
+    *rows(
+        "sftorch.checkpoint.Checkpoints.restore",
+        TypeError,
+        model=NO_OBJECT,
+        optimizer=NO_OBJECT,
+        strict=(*NO_FLAG, None),
+        rng=(*NO_FLAG, None),
+    ),
+    *rows(
+        "sftorch.checkpoint.Checkpoints.restore",
+        CheckpointError,
+        accumulation=("x", -1, 2.5, NAN, (4, 1), []),
+        batch_size=NO_COUNT,
+        resume=(None, NAN, [], True, "newest", {}),
+    ),
+    *rows("sftorch.checkpoint.Checkpoints.restore", HyperparameterError, prior_steps=("x", -1, 0.5, NAN, [])),
+    *rows("sftorch.checkpoint.Checkpoints.observe", TypeError, optimizer=NO_OBJECT, loss=(*NO_LOSS, None)),
+    *rows(
+        "sftorch.checkpoint.import_state_dict",
+        TypeError,
+        optimizer=NO_OBJECT,
+        state_dict=(*NO_MAPPING, None),
+    ),
+    *rows(
+        "sftorch.checkpoint.import_state_dict",
+        ValueError,
+        state_dict=({}, {"state": {}, "param_groups": 3}, {"state": {}, "param_groups": [3]}),
+    ),
+    *rows("sftorch.checkpoint.import_state_dict", HyperparameterError, weights_hold=(3, "z", [], NAN)),
+    *(
+        row
+        for name in OPTIMIZERS
+        for row in (
+            *rows(name, TypeError, params=(None, 3, "x", NAN, [3], {})[:5]),
+            *rows(name, ValueError, params=([],)),
+            *rows(
+                name,
+                HyperparameterError,
+                foreach=(3, "x", []),
+                fused=(3, "x", []),
+                maximize=(3, "x", None),
+                capturable=(True, 3, "x"),
+                differentiable=(True, 3, "x"),
+            ),
+        )
+    ),
+    *(
+        row
+        for name in OPTIMIZERS
+        if name != "sftorch.SGDScheduleFreeClosure"
+        for row in rows(name, HyperparameterError, precision=(None, 3, "half"), seed=("x", -1, 0.5, None))
+    ),
+    *rows("sftorch.AdamWScheduleFree.step", TypeError, closure=NO_FUNCTION),
+    *rows("sftorch.AdamWScheduleFreeClosure.step", TypeError, closure=(*NO_FUNCTION, None)),
+    *rows("sftorch.AdamWScheduleFree.add_param_group", TypeError, param_group=(None, 3, "x", [])),
+    *rows("sftorch.AdamWScheduleFreeClosure.add_param_group", TypeError, param_group=(None, 3, "x", [])),
+    *rows("sftorch.AdamWScheduleFree.eval_state_dict", TypeError, model=NO_OBJECT),
+    *rows(
+        "sftorch.AdamWScheduleFree.load_state_dict",
+        ValueError,
+        state_dict=(None, 3, "x", [], {}, {"state": {}, "param_groups": 3}),
+    ),
+    *rows("sftorch.ScheduleFreeWrapper", TypeError, base=NO_OBJECT),
+    *rows("sftorch.ScheduleFreeWrapper.add_param_group", TypeError, param_group=(None, 3, "x", [])),
+    *rows("sftorch.ScheduleFreeWrapper.load_state_dict", ValueError, state_dict=(None, 3, "x", [], {})),
+    *rows("sftorch.AdamWScheduleFree.metrics", TypeError, distance=(*NO_FLAG, None)),
+    *rows("sftorch.ship_x", TypeError, model=NO_OBJECT, optimizer=NO_OBJECT),
+    *rows("sftorch.trainers.flat_metrics", TypeError, optimizer=NO_OBJECT),
+    *rows("sftorch.step_in_backward", TypeError, optimizer=NO_OBJECT),
+    *rows("sftorch.trainers.unwrap", TypeError, optimizer=NO_OBJECT),
+    *rows(
+        "sftorch.recalibrate.recalibrate",
+        TypeError,
+        model=NO_OBJECT,
+        batches=(*NO_ITERABLE, None),
+        call=NO_FUNCTION,
+    ),
+    *rows("sftorch.recalibrate.recalibrate", ValueError, batches=([], ())),
+]
+
+_RECORD = "a record, which holds what it is given"
+_TREE = "any tree may be saved, or be a target; what does not fit is told leaf by leaf"
+_OPTIONS = "further arguments of `Checkpoints`, whose rows are there"
+# Public names, or arguments of them, that have no row, and why.
+WITHOUT_ROWS = {
+    "sfcore.plan": "its rules and its readers have tables of their own, in sfcore/tests/test_plan_*.py",
+    "sfcore.hyperparameters": "checked where they are used, by the table in invalid.py",
+    "sfcore.changes.Change": _RECORD,
+    "sfcore.meta.Meta": _RECORD,
+    "sfcore.watch.Report": _RECORD,
+    "sfcore.names.Pair": _RECORD,
+    "sfcore.names.NameMap.torch_name": "a look-up, with the KeyError of a dict",
+    "sfcore.names.NameMap.jax_names": "a look-up, with the KeyError of a dict",
+    "sfjax.ScheduleFreeState": _RECORD,
+    "sfjax.Accumulation": "made by `accumulate`",
+    "sfjax.checkpoint.Restored": _RECORD,
+    "sfjax.linen.TrainState": "Flax's own constructor",
+    "sfjax.find_states": "of any tree, also one without states",
+    "sfjax.describe": "arguments of another function, and facts of a plan",
+    "sftorch.checkpoint.Restored": _RECORD,
+    "sftorch.checkpoint.Skipped": _RECORD,
+    "sftorch.shipping.XShipped": "made by `ship_x`",
+    "sftorch.in_backward.InBackward": "made by `step_in_backward`",
+    "sftorch.AdamWScheduleFree.describe": "facts of a plan",
+    "sftorch.AdamWScheduleFree.zero_grad": "torch's own",
+    "sftorch.trainers.hf": "arguments of transformers' Trainer; what we refuse is in test_trainer_hf.py",
+    "sftorch.trainers.lightning": "hooks that Lightning calls",
+    "sfjax.checkpoint.Checkpoints.save.extra_state": _TREE,
+    "sfjax.checkpoint.Checkpoints.restore.extra_state": _TREE,
+    "sfjax.nnx.save.extra_state": _TREE,
+    "sfjax.nnx.restore.extra_state": _TREE,
+    "sfjax.linen.save.extra_state": _TREE,
+    "sfjax.linen.restore.extra_state": _TREE,
+    "sfjax.nnx.save.options": _OPTIONS,
+    "sfjax.nnx.restore.options": _OPTIONS,
+    "sfjax.linen.save.options": _OPTIONS,
+    "sfjax.linen.restore.options": _OPTIONS,
+}
+
+
+def public() -> dict[str, Any]:
+    """Returns name -> callable of all that the pages in docs/api show, methods included, each once."""
+    shown_there: dict[str, Any] = {}
+    for page in sorted(PAGES.glob("*.md")):
+        for name, options in re.findall(r"^::: (\S+)((?:\n    .*)*)", page.read_text(), re.MULTILINE):
+            shown_there |= _members(name, found(name), options)
+    first: dict[int, str] = {}
+    for name, thing in shown_there.items():
+        first.setdefault(id(inspect.unwrap(thing)), name)  # torch wraps the step of a class in its first use
+    return {name: shown_there[name] for name in first.values()}
+
+
+def _members(name: str, thing: Any, options: str) -> dict[str, Any]:
+    """Returns name -> callable of a name on a page and of what is in it."""
+    if inspect.ismodule(thing):
+        told = re.search(r"members: \[(.*?)\]", options)
+        own = [key for key, value in vars(thing).items() if getattr(value, "__module__", "") == name]
+        names = (
+            told[1].split(", ") if told else getattr(thing, "__all__", [key for key in own if key[0] != "_"])
+        )
+        return {k: v for one in names for k, v in _members(f"{name}.{one}", getattr(thing, one), "").items()}
+    if not inspect.isclass(thing):
+        return {name: thing} if callable(thing) else {}
+    if issubclass(thing, Exception):
+        return {}
+    methods = {key: inspect.getattr_static(thing, key) for key in dir(thing) if key[0] != "_"}
+    methods = {key: getattr(value, "__func__", value) for key, value in methods.items()}
+    ours = {
+        f"{name}.{key}": value
+        for key, value in methods.items()
+        if inspect.isfunction(value) and value.__module__.startswith(PACKAGES)
+    }
+    return {name: thing} | ours
+
+
+def arguments(function: Any) -> list[str]:
+    """Returns the names of a callable's arguments."""
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+
+
+def hyperparameters(function: str) -> set[str]:
+    """Returns the arguments of a constructor or factory whose bad values `invalid` has."""
+    rules = {law.torch: law for law in laws.LAWS.values()} | {law.jax: law for law in laws.LAWS.values()}
+    law = rules.get(function.rpartition(".")[2].removesuffix("Closure"))
+    tested = {bad.name for bad in BAD_OPTIONS}
+    if law is None:
+        return set()
+    options = [name for name in law.defaults if name in tested]
+    of_torch = set(law.to_torch(dict.fromkeys(options, 0)))
+    return of_torch | {laws.JAX_NAMES.get(name, name) for name in options}
