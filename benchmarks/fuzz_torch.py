@@ -241,13 +241,15 @@ def an_import(draw: random.Random, folder: Path) -> Reading:
     path = folder / "state.pt"
     torch.save(content, path)
     holds = draw.choice([None, None, "x", "y"])
+    state = content.get("optimizer")
+    refusal = ValueError if isinstance(state, Mapping) else TypeError  # as is promised
 
     def read() -> bool:
         with suppress(CheckpointError):
             inspection.inspect(path)
         try:
-            import_state_dict(optimizer, content.get("optimizer"), weights_hold=holds)
-        except ValueError as error:
+            import_state_dict(optimizer, state, weights_hold=holds)
+        except refusal as error:
             if digest(model, optimizer) != before:
                 return False
             raise refused(error) from error

@@ -160,7 +160,7 @@ def _group(found: Any, group: Mapping[str, Any], names: Mapping[Any, str]) -> di
     if not _says_beta(found):
         values.pop("beta", None)
     values = {name: number_in(value) for name, value in values.items()}
-    strange = [name for name, value in values.items() if isinstance(value, list | tuple | dict | set)]
+    strange = [name for name, value in values.items() if not isinstance(value, int | float | str | None)]
     if strange:
         raise TypeError(f"{strange[0]} must be a number, got a {type(values[strange[0]]).__name__}")
     step, lr_max, weight_sum = group["clock"]
