@@ -388,6 +388,7 @@ TABLE = [
         path=(*NO_PATH, None),
         tensors=(*NO_MAPPING, None),
         metadata=NO_MAPPING,
+        sealed=(*NO_FLAG, None),
     ),
     *rows("sfcore.exchange.fingerprint", TypeError, tensors=(*NO_MAPPING, None)),
     *rows("sfcore.exchange.of_role", TypeError, tensors=(*NO_MAPPING, None), role=(*NO_TEXT, None)),

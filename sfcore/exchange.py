@@ -112,6 +112,7 @@ def write_tensors(
         path=(checks.PATH, path),
         tensors=(checks.MAPPING, tensors),
         metadata=(checks.optional(checks.MAPPING), metadata),
+        sealed=(checks.FLAG, sealed),
     )
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
     record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
