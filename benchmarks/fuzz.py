@@ -182,11 +182,21 @@ def inspecting(path: Path) -> Reading:
 
 
 def weights_alone(draw: random.Random, folder: Path) -> Reading:
-    """Damages weights without a record: nothing says what the numbers were."""
-    path = folder / "model.safetensors"
-    exchange.write_tensors(path, _leaves(draw, [""]))
+    """Damages weights without a record beside them; in the header of ours there is one."""
+    path, weights = folder / "model.safetensors", _leaves(draw, [""])
+    is_ours = draw.random() < 0.5
+    about = {"format": "pt", "weights_hold": "x", "step": "7"} if is_ours else None
+    exchange.write_tensors(path, weights, about, sealed=is_ours)
     path.write_bytes(damage(draw, path.read_bytes()))
-    return inspecting(path)
+
+    def read() -> bool | None:
+        inspection.inspect(path)
+        found, trained, _ = store.weights(path)
+        if exchange.read_header(path)[1] is None:  # nothing says what the numbers were
+            return None
+        return trained == 7 and same(found, weights)
+
+    return read
 
 
 def random_files(draw: random.Random, folder: Path) -> Reading:
