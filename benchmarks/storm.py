@@ -23,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import _records, storm_programs
+from sfcore.lock import LOCK
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Seconds that an attempt lives at most. jax compiles for most of it.
@@ -106,7 +107,8 @@ def storm(
 
 
 def _is_checkpoint(name: str) -> bool:
-    return name.isdigit() or name.startswith("step_") or name == "inference"
+    """Tells a checkpoint, and what stays of the lock, from what a save has left behind."""
+    return name.isdigit() or name.startswith("step_") or name in ("inference", LOCK)
 
 
 def _require(code: int | None, out: Path) -> None:
