@@ -82,7 +82,7 @@ class XShipped:
             )
         arguments.check_entries(model.state_dict(keep_vars=True), optimizer._params())
         self._optimizer = optimizer
-        optimizer._ship_x(True)
+        optimizer._ship_x(1)
         self._handles = [model.register_load_state_dict_post_hook(_settle)]
         for module in model.modules():
             if module._parameters:
@@ -94,13 +94,12 @@ class XShipped:
                 ]
 
     def remove(self) -> None:
-        """Ends it; nothing is left behind."""
+        """Ends it for this model; nothing is left behind."""
+        if self._handles:
+            self._optimizer._ship_x(-1)
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._optimizer._ship_x(False)
-        for p in self._optimizer._params():
-            SHIPPED.pop(p, None)
 
     def __enter__(self) -> XShipped:
         return self

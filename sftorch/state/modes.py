@@ -33,7 +33,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     At beta = 0, where y is z, x cannot be had from y and lies in `state[p]["x"]`.
     """
 
-    _ships_x = False
+    _ships_x = 0  # models: an optimizer may train several
 
     @abstractmethod
     def _prepare(self) -> Any:
@@ -252,22 +252,26 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         with self.evaluation():
             return super().state_dict()
 
-    def _ship_x(self, on: bool) -> None:
-        self._ships_x = on
-        for index, group in enumerate(self.param_groups if on else ()):
+    def _ship_x(self, more: int = 0) -> None:
+        """Counts the models whose state dicts give x, and says who knows it as long as there is one."""
+        self._ships_x += more
+        for index, group in enumerate(self.param_groups if self._ships_x or more else ()):
             for p in group["params"]:
-                SHIPPED[p] = (weakref.ref(self), index)
+                if self._ships_x:
+                    SHIPPED[p] = (weakref.ref(self), index)
+                else:
+                    SHIPPED.pop(p, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._ship_x(self._ships_x)
+        self._ship_x()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_ships_x": self._ships_x}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ship_x(self._ships_x)
+        self._ship_x()
 
     def _wanted(self, group: dict[str, Any]) -> str:
         return "y" if self._books(group)["train_mode"] else "x"

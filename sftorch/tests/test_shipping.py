@@ -221,6 +221,23 @@ def test_removed_it_leaves_nothing_behind():
     assert {group["weights_hold"] for group in optimizer.state_dict()["param_groups"]} == {"y"}
 
 
+def test_one_optimizer_may_train_several_models():
+    """As sd-scripts does: one that is told to stop leaves the other at x."""
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = sftorch.SGDScheduleFree([*model.parameters(), *other.parameters()], lr=0.1)
+    with sftorch.ship_x(other, optimizer):
+        with sftorch.ship_x(model, optimizer):
+            for _ in range(3):
+                other(model(torch.ones(2, 4))).square().mean().backward()
+                optimizer.step()
+        x = optimizer.eval_params()
+        assert torch.equal(other.state_dict()["weight"], x[other.weight])
+        assert not torch.equal(other.weight, x[other.weight])
+        assert torch.equal(model.state_dict()["weight"], model.weight)
+    assert torch.equal(other.state_dict()["weight"], other.weight)
+    assert not any(p in SHIPPED for p in other.parameters())
+
+
 def test_what_cannot_be_shipped_is_refused():
     model, optimizer = built()
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got 3"):
