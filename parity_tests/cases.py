@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-AVERAGING = {"lr": 0.0025, "beta": 0.9, "r": 0.0, "weight_lr_power": 2.0, "prior_steps": 0}
+AVERAGING: dict[str, Any] = {"lr": 0.0025, "beta": 0.9, "r": 0.0, "weight_lr_power": 2.0, "prior_steps": 0}
+AVERAGING |= {"c_warmup": 0, "refined_c": 0.0, "window": 0, "window_rule": "floor", "weight_lr": "max"}
+DECAY: dict[str, Any] = {"weight_decay": 0.0, "decay_at": "y", "decay_power": 1}
 MOMENTS = {"b2": 0.999, "eps": 1e-8}
 # Written out, not imported: test_mirror.py holds both twins and sfcore.hyperparameters to them.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "sgd": AVERAGING | {"lr": 1.0, "weight_decay": 0.0, "warmup_steps": 0},
-    "adamw": AVERAGING | MOMENTS | {"weight_decay": 0.0, "warmup_steps": 0, "inner_momentum": 0.0},
-    "radam": AVERAGING | MOMENTS | {"weight_decay": 0.0, "silent_sgd_phase": True},
+    "sgd": AVERAGING | DECAY | {"lr": 1.0, "warmup_steps": 0},
+    "adamw": AVERAGING | MOMENTS | DECAY | {"warmup_steps": 0, "inner_momentum": 0.0},
+    "radam": AVERAGING | MOMENTS | DECAY | {"silent_sgd_phase": True},
 }
 # A learning rate that moves the problems' leaves by about their size.
 LRS = {"sgd": 0.05, "adamw": 0.01, "radam": 0.05}
@@ -88,6 +90,24 @@ def _shared(o: str) -> list[Case]:
         _case(o, "beta", "beta-0.98", "for very long runs", beta=0.98),
         _case(o, "beta", "beta-1", "primal averaging: y is x", beta=1.0),
         _case(o, "beta", "beta-1-decay", "the same with decay at y = x", beta=1.0, weight_decay=0.1),
+        _case(o, "rules", "c-warmup", "x is z for eleven steps, then the average begins", c_warmup=11),
+        _case(o, "rules", "c-warmup-r", "t goes on in t^r", c_warmup=5, r=1.0, schedule="falling"),
+        _case(o, "rules", "refined-c", "2 / t, at most 1", refined_c=20.0),
+        _case(o, "rules", "refined-c-beta", "C is measured in 1 - beta", refined_c=5.0, beta=0.5, r=1.0),
+        _case(o, "rules", "window", "c falls to 1/8 and stays", window=8),
+        _case(o, "rules", "window-constant", "x0 keeps weight", window=20, window_rule="constant"),
+        _case(
+            o, "rules", "lr-current", "a falling lr weighs less", weight_lr="current", schedule="steps down"
+        ),
+        _case(
+            o,
+            "rules",
+            "lr-current-power-1",
+            "c = lr / sum of lr",
+            weight_lr="current",
+            weight_lr_power=1.0,
+            schedule="zero every third",
+        ),
         _case(o, "prior", "prior-10", "the initial weights count as ten steps", prior_steps=10),
         _case(o, "prior", "prior-400", "weights grow with t + K, K beyond the run", prior_steps=400, r=1.0),
         _case(o, "prior", "prior-1-falling", "the prior has the full lr", prior_steps=1, schedule="falling"),
@@ -103,6 +123,20 @@ def _shared(o: str) -> list[Case]:
         _case(o, "extremes", "lr-small", "movement near the resolution of float32", lr=1e-5 * lr),
         _case(o, "extremes", "zeros", "gradients that are exactly zero", problem="zeros"),
         _case(o, "extremes", "scales", "leaves of very different sizes, and spikes", problem="scales"),
+    ]
+
+
+def _decay(o: str) -> list[Case]:
+    """Returns the cases of a law that may be told where and how it decays."""
+
+    def case(name: str, why: str, **given: Any) -> Case:
+        return _case(o, "rules", f"decay-{name}", why, **given)
+
+    return [
+        case("z", "decay at the base iterate", weight_decay=0.1, decay_at="z"),
+        case("z-beta-0", "y is z, and x is stored", weight_decay=0.1, decay_at="z", beta=0.0),
+        case("squared", "lr^2 in the decay", weight_decay=0.9 / LRS[o], decay_power=2, schedule="sawtooth"),
+        case("z-squared", "both", weight_decay=5.0, decay_at="z", decay_power=2, schedule="from zero"),
     ]
 
 
@@ -184,8 +218,10 @@ def _everything() -> list[Case]:
 
 
 def of_law(optimizer: str) -> list[Case]:
-    """Returns the cases that every law has, and those of a warm-up where it has one."""
-    return _shared(optimizer) + (_warmup(optimizer) if "warmup_steps" in DEFAULTS[optimizer] else [])
+    """Returns the cases that every law has, and those of the options that it has."""
+    found, options = _shared(optimizer), DEFAULTS[optimizer]
+    found += _warmup(optimizer) if "warmup_steps" in options else []
+    return found + (_decay(optimizer) if "decay_at" in options else [])
 
 
 _ALL = (

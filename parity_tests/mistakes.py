@@ -30,15 +30,18 @@ class Mistake:
 
 _DENOMINATOR = '(np.sqrt(v[k] / one_minus_power(b2, t)) + run.options["eps"])'
 _RAMP = 'min(1.0, t / o["warmup_steps"])'
+_DECAYING = 'self.z[k] if o.get("decay_at") == "z" else self.y[k]'
+_REFINED = 'min(1.0, c * (1 - o["beta"]) * o["refined_c"])'
+_WINDOW = 'max(c, 1 / o["window"])'
 _S9 = 'o["beta"] * x + (1 - o["beta"]) * z'
 _SUM = "math.fsum(i**r * lr**power for i in range(1, options["
 
 MISTAKES = (
     Mistake("warm-up from 0", _RAMP, 'min(1.0, run.step / o["warmup_steps"])'),
     Mistake("plain 1/t", "c = weight / total if total > 0 else 0.0", "c = 1 / t"),
-    Mistake("lr^1 in the weight", 'self.lr_max ** o["weight_lr_power"]', "self.lr_max"),
-    Mistake("decay at z", 'o["weight_decay"] * self.y[k]', 'o["weight_decay"] * self.z[k]'),
-    Mistake("decay at x", 'o["weight_decay"] * self.y[k]', 'o["weight_decay"] * self.x[k]'),
+    Mistake("lr^1 in the weight", 'ref ** o["weight_lr_power"]', "ref"),
+    Mistake("decay at z", _DECAYING, "self.z[k]"),
+    Mistake("decay at x", _DECAYING, _DECAYING.replace("self.y", "self.x")),
     Mistake(
         "eps inside the root",
         _DENOMINATOR,
@@ -49,6 +52,16 @@ MISTAKES = (
     Mistake("no bias correction", _DENOMINATOR, '(np.sqrt(v[k]) + run.options["eps"])'),
     Mistake("warm-up one step short", _RAMP, 'min(1.0, (t + 1) / o["warmup_steps"])'),
     Mistake("weight of the current lr", "max(self.lr_max, lr_t)", "lr_t"),
+    Mistake(
+        "weight of the largest lr", 'lr_t if o["weight_lr"] == "current"', 'self.lr_max if o["weight_lr"]'
+    ),
+    Mistake("c_warmup counted", "c, total = 1.0, self.weight_sum", "c = 1.0"),
+    Mistake("c_warmup one step short", 't <= o["c_warmup"]', 't < o["c_warmup"]'),
+    Mistake("refined C of beta", '(1 - o["beta"]) * o["refined_c"]', 'o["beta"] * o["refined_c"]'),
+    Mistake("refined C without its bound", _REFINED, _REFINED.replace("min", "max")),
+    Mistake("window that is the most, not the least", _WINDOW, _WINDOW.replace("max", "min")),
+    Mistake("constant window that begins as an average", '1 / o["window"] if', 'max(c, 1 / o["window"]) if'),
+    Mistake("decay by lr, not by its square", "(lr_t if o.get(", "(1.0 if o.get("),
     Mistake(
         "weight of the unramped lr, rect missing in S4", "max(self.lr_max, lr_t)", "max(self.lr_max, lr)"
     ),
@@ -69,8 +82,8 @@ MISTAKES = (
     Mistake("old z in y", _S9, 'o["beta"] * x + (1 - o["beta"]) * self.z[k]'),
     Mistake(
         "decay without the lr",
-        'delta = -lr_t * (direction + o["weight_decay"] * self.y[k])',
-        'delta = -lr_t * direction - o["weight_decay"] * self.y[k]',
+        "delta = -lr_t * (direction + wd * decaying)",
+        "delta = -lr_t * direction - wd * decaying",
     ),
     Mistake(
         "bias correction in float32",

@@ -54,12 +54,21 @@ class Reference:
         factor, usable = self.rule.factor(self, t)
         lr_t = lr * factor  # S2
         self.lr_max = max(self.lr_max, lr_t)  # S3
-        weight = (t + o["prior_steps"]) ** o["r"] * self.lr_max ** o["weight_lr_power"]  # S4
+        ref = lr_t if o["weight_lr"] == "current" else self.lr_max  # F3
+        weight = (t + o["prior_steps"]) ** o["r"] * ref ** o["weight_lr_power"]  # S4
         total = self.weight_sum + weight
         c = weight / total if total > 0 else 0.0  # S5
+        if o["refined_c"] > 0:
+            c = min(1.0, c * (1 - o["beta"]) * o["refined_c"])  # F5
+        if o["window"] > 0:
+            c = 1 / o["window"] if o["window_rule"] == "constant" else max(c, 1 / o["window"])  # F5
+        if t <= o["c_warmup"]:
+            c, total = 1.0, self.weight_sum  # F5
+        wd = o["weight_decay"] * (lr_t if o.get("decay_power") == 2 else 1.0)  # F6
         for k, g in grads.items():
             direction = self.rule.direction(self, k, g, t, usable)
-            delta = -lr_t * (direction + o["weight_decay"] * self.y[k])  # S6
+            decaying = self.z[k] if o.get("decay_at") == "z" else self.y[k]  # F6
+            delta = -lr_t * (direction + wd * decaying)  # S6
             z = self.z[k] + delta  # S7
             x = (1 - c) * self.x[k] + c * z  # S8
             y = o["beta"] * x + (1 - o["beta"]) * z  # S9

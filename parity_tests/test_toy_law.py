@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -26,11 +25,7 @@ from sfcore.exchange import CheckpointError
 from sfcore.names import between
 from sfjax.checkpoint import Checkpoints as JaxCheckpoints
 from sfjax.checkpoint import export_exchange, import_exchange
-from sfjax.sgd import SGD
-from sfjax.step.plan import directed
 from sftorch.checkpoint import Checkpoints, import_state_dict
-from sftorch.sgd import SGDDirection
-from sftorch.step.plan import YAtRest
 
 # No kernel knows it, so that those that ask for one do not run it.
 TWINS = ["sfjax", "sftorch foreach", "sftorch single", "sftorch closure"]
@@ -209,34 +204,3 @@ def test_state_that_no_row_names_is_never_saved_or_taken_for_another_laws(tmp_pa
         import_state_dict(sftorch.AdamWScheduleFree(model.parameters()), optimizer.state_dict())
     with JaxCheckpoints(tmp_path / "jax") as theirs, pytest.raises(CheckpointError, match="got total"):
         theirs.save(1, params, state)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_a_row_that_decays_at_z_needs_no_other_code(beta):
-    row = replace(laws.LAWS["sgd"], name="sgd-z", torch="SGDZ", jax="sgd_z", decay_at="z", elsewhere={})
-    decay, start = 0.3, 2.0
-    x = y = z = np.full(3, start)
-    moved = []
-    for step, grads in enumerate(gradients(12)):
-        z = z - LR * (grads["bias"] + decay * z)  # S6 S7
-        c = 1.0 / (step + 1)
-        x = (1 - c) * x + c * z  # S8
-        y = beta * x + (1 - beta) * z  # S9
-        moved.append(y)
-    with laws.register(row), jax.enable_x64(True):
-        kind = type("SGDZ", (SGDDirection, YAtRest), {"law": row})
-        ends = {}
-        for name, options in {"fused": {}, "foreach": {"fused": False}, "single": {"foreach": False}}.items():
-            p = torch.nn.Parameter(torch.full((3,), start, dtype=torch.float64))
-            optimizer = kind([p], LR, beta, decay, **options)
-            for grads in gradients(12):
-                p.grad = torch.from_numpy(grads["bias"])
-                optimizer.step()
-            ends[name] = p.detach().numpy()
-        arguments = {"learning_rate": LR, "b1": beta, "weight_decay": decay, "warmup_steps": 0, "r": 0.0}
-        arguments |= {"weight_lr_power": 2.0, "prior_steps": 0, "mask": None, "state_dtype": None}
-        tx = directed(SGD._replace(law="sgd-z"), arguments | {"precision": "exact", "seed": 0})
-        params = {"bias": jnp.full(3, start)}
-        ends["sfjax"] = np.asarray(jax_steps(tx, params, tx.init(params), 0, 12)[0]["bias"])
-    for name, end in ends.items():
-        np.testing.assert_allclose(end, moved[-1], rtol=1e-12, err_msg=name)

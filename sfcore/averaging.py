@@ -38,6 +38,11 @@ def largest_lr(lr_max: Any, lr_t: Any, xp: Any = floats) -> Any:
     return xp.maximum(lr_max, lr_t)  # S3
 
 
+def weight_lr(lr_max: Any, lr_t: Any, options: Options) -> Any:
+    """Returns the lr that a step is weighed by: the largest so far, or with weight_lr="current" its own."""
+    return lr_t if options["weight_lr"] == "current" else lr_max  # F3
+
+
 def step_weight(t: Any, lr_max: Any, r: Any, weight_lr_power: Any, prior_steps: Any, xp: Any = floats) -> Any:
     """Returns the weight of step t in the average."""
     return power(t + prior_steps, r, xp) * power(lr_max, weight_lr_power, xp)  # S4
@@ -47,6 +52,36 @@ def averaging_weight(weight: Any, weight_sum: Any, xp: Any = floats) -> Any:
     """Returns c, of the weight of a step and the sum of all weights up to it."""
     counts = weight_sum > 0
     return xp.where(counts, weight / xp.where(counts, weight_sum, 1.0), 0.0)  # S5
+
+
+def given(value: Any) -> bool:
+    """Tells whether an option may be on: what a program traces may, and the Python number 0 is not."""
+    return not (isinstance(value, int | float) and value == 0)
+
+
+def counted_weight(weight: Any, t: Any, options: Options, xp: Any = floats) -> Any:
+    """Returns what the step at time t adds to the sum of weights: nothing in the first c_warmup steps."""
+    first = options["c_warmup"]
+    return xp.where(t <= first, 0.0, weight) if given(first) else weight  # F5
+
+
+def averaging_share(weight: Any, weight_sum: Any, t: Any, options: Options, xp: Any = floats) -> Any:
+    """Returns c under the options of the average.
+
+    Args:
+        weight, weight_sum: of the step, and the sum with it.
+        t: one-based time.
+        options: beta, c_warmup, refined_c, window and window_rule are read.
+    """
+    c = averaging_weight(weight, weight_sum, xp)
+    first, refined, window = (options[name] for name in ("c_warmup", "refined_c", "window"))
+    if given(refined):
+        c = xp.where(refined > 0, xp.minimum(1.0, c * (1.0 - options["beta"]) * refined), c)  # F5
+    if given(window):
+        least = 1.0 / xp.where(window > 0, window, 1.0)
+        floor = least if options["window_rule"] == "constant" else xp.maximum(c, least)
+        c = xp.where(window > 0, floor, c)  # F5
+    return xp.where(t <= first, 1.0, c) if given(first) else c
 
 
 def power(base: Any, exponent: Any, xp: Any = floats) -> Any:
@@ -161,8 +196,8 @@ STEP_SIZES: Mapping[str, StepSize] = {
     "rectified": StepSize(_rectified, False, ("b2", "silent_sgd_phase")),
     "base": StepSize(lambda t, options, xp: 1.0, True),
 }
-# (weight, weight_sum with it, xp) -> c
-AVERAGES: Mapping[str, Callable[[Any, Any, Any], Any]] = {"weights": averaging_weight}
+# (weight, weight_sum with it, t, options, xp) -> c
+AVERAGES: Mapping[str, Callable[[Any, Any, Any, Options, Any], Any]] = {"weights": averaging_share}
 # weight_decay -> (wd_y, wd_z) of delta = -lr_t (direction + wd_y y + wd_z z)
 DECAYS: Mapping[str, Callable[[Any], tuple[Any, Any]]] = {
     "y": lambda wd: (wd, 0.0),

@@ -88,6 +88,11 @@ STEPS = Rule(
     _whole,
     "pass steps, not a fraction: round(fraction * total_optimizer_steps)",
 )
+MULTIPLE = Rule(
+    "a finite number >= 0",
+    lambda v: _finite(v) and v >= 0,
+    "1 / (1 - beta) is neutral, 0 switches it off",
+)
 FLAG = Rule("True or False", lambda v: isinstance(v, bool), "pass a bool")
 
 # Of arguments that are no hyperparameters.
@@ -113,6 +118,12 @@ BATCHES = Rule(
 )
 # Of a call that averages statistics over batches.
 CALL = Rule("a function", callable, "pass one of (model, batch)")
+
+
+def one_of(*known: Any, fix: str) -> Rule:
+    """Returns the rule of an argument that must be one of a few values."""
+    text = " or ".join(map(repr, known))
+    return Rule(text, lambda v: not isinstance(v, bool) and v in known, fix)
 
 
 def optional(rule: Rule, fix: str = "") -> Rule:

@@ -55,15 +55,59 @@ class ScheduleFree:
         "the average so far is kept; with r > 0 later steps count as that much older",
     )
 
+    c_warmup: int = option(
+        0,
+        checks.STEPS,
+        "x is z in this many first steps, which do not count in the average (F5)",
+        "steps that have been taken stay in the average as they are",
+    )
+    refined_c: float = option(
+        0.0,
+        checks.MULTIPLE,
+        "c is multiplied by (1 - beta) times this, up to 1 (F5, arXiv 2507.09846); 0 is off",
+    )
+    window: int = option(
+        0,
+        checks.STEPS,
+        "c is at least 1 / window: the average forgets what is older (F5); 0 is off",
+    )
+    window_rule: str = option(
+        "floor",
+        checks.one_of("floor", "constant", fix="'constant' is c = 1 / window in every step"),
+        "whether 1 / window is the least c, or c itself",
+    )
+    weight_lr: str = option(
+        "max",
+        checks.one_of("max", "current", fix="'max' is usual"),
+        "the lr that weighs a step: the largest so far, or its own (F3)",
+        _WEIGHS,
+    )
+
     @staticmethod
     def joint_problems(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
         """Returns the problems between values that are each in range."""
-        if values.get("prior_steps", 0) > 0 and values.get("lr", 1.0) == 0:
-            return [
+        found, on = [], {name for name, value in values.items() if not isinstance(value, str) and value}
+        if "prior_steps" in on and values.get("lr", 1.0) == 0:
+            found.append(
                 f"{names['lr']} must be > 0 when prior_steps > 0, got {values['lr']!r}: "
                 "the earlier steps are weighed with the full lr; pass it here and ramp it with warmup_steps"
-            ]
-        return []
+            )
+        if {"prior_steps", "c_warmup"} <= on:
+            found.append(
+                f"{names['c_warmup']} must be 0 when prior_steps > 0, got {values['c_warmup']!r}: "
+                "its steps would throw the earlier weights away; leave one of them out"
+            )
+        if {"window", "refined_c"} <= on:
+            found.append(
+                f"{names['refined_c']} must be 0 when window > 0, got {values['refined_c']!r}: "
+                "both say how long the average is; leave one of them out"
+            )
+        if values.get("window_rule") == "constant" and not values.get("window", 1):
+            found.append(
+                f"{names['window']} must be > 0 when window_rule is 'constant', got {values['window']!r}: "
+                "the average is c = 1 / window there"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -82,6 +126,22 @@ class Decayed(ScheduleFree):
 
 
 @dataclass(frozen=True)
+class Placed(Decayed):
+    """The options of a law that may be told where and how it decays weights."""
+
+    decay_at: str = option(
+        "y",
+        checks.one_of("y", "z", fix="schedulefree decays at y, a torch base in a wrapper at z"),
+        "the point that decays: what the parameters hold, or the base iterate (F6)",
+    )
+    decay_power: int = option(
+        1,
+        checks.one_of(1, 2, fix="2 is AdamC's, whose weight_decay is lr times larger"),
+        "weight_decay is multiplied by lr, or by its square (F6)",
+    )
+
+
+@dataclass(frozen=True)
 class Ramped(ScheduleFree):
     """The option of a law that has a warm-up of its own."""
 
@@ -95,14 +155,14 @@ class Ramped(ScheduleFree):
 
 # Bases from right to left are the order of the options.
 @dataclass(frozen=True)
-class SGD(Ramped, Decayed):
+class SGD(Ramped, Placed):
     """Schedule-Free SGD: the direction is the gradient."""
 
     lr: float = option(1.0, checks.STEP_SIZE, _LR, _LR_EFFECT)
 
 
 @dataclass(frozen=True)
-class AdamW(Ramped, Decayed, Adaptive):
+class AdamW(Ramped, Placed, Adaptive):
     """Schedule-Free AdamW: the direction is the gradient over its root mean square."""
 
     inner_momentum: float = option(
@@ -114,7 +174,7 @@ class AdamW(Ramped, Decayed, Adaptive):
 
 
 @dataclass(frozen=True)
-class RAdam(Decayed, Adaptive):
+class RAdam(Placed, Adaptive):
     """Schedule-Free RAdam: AdamW whose lr is rectified, in place of a warm-up."""
 
     silent_sgd_phase: bool = option(

@@ -68,7 +68,6 @@ class Law:
         direction: what a step goes along; laws of one direction have learning rates that mean the same.
         step_size: what multiplies lr(step): a name in `averaging.STEP_SIZES`.
         averaging: how the average weighs a step: a name in `averaging.AVERAGES`.
-        decay_at: where weight_decay is taken: a name in `averaging.DECAYS`.
         beta_rule: which beta builds the next y: a name in `averaging.BETAS`.
         lr_range: useful step sizes, None where none is known; lr_source: where they come from.
         elsewhere: program -> its name there.
@@ -84,7 +83,6 @@ class Law:
     direction: str = "gradient"
     step_size: str = "ramp"
     averaging: str = "weights"
-    decay_at: str = "y"
     beta_rule: str = "constant"
     lr_range: tuple[float, float] | None = None
     lr_source: str = ""
@@ -283,8 +281,8 @@ def _problems(law: Law) -> Iterator[str]:
         value = getattr(law, attribute)
         if any(value == getattr(one, attribute) for one in LAWS.values()):
             yield f"{where}: {attribute} must be its own, got {value!r} of another law: take a new one"
-    rules = (averaging.STEP_SIZES, averaging.AVERAGES, averaging.DECAYS, averaging.BETAS)
-    for attribute, known in zip(("step_size", "averaging", "decay_at", "beta_rule"), rules, strict=True):
+    rules = (averaging.STEP_SIZES, averaging.AVERAGES, averaging.BETAS)
+    for attribute, known in zip(("step_size", "averaging", "beta_rule"), rules, strict=True):
         value = getattr(law, attribute)
         if value not in known:
             yield f"{where}: {attribute} must be in {', '.join(known)}, got {value!r}: write its rule first"

@@ -19,7 +19,7 @@ from sfcore import checks
 
 _NUMBER = checks.optional(checks.NUMBER)
 _RECENT = checks.optional(checks.MAPPING, "pass Meta.recent of the checkpoint")
-_WEIGHTS = frozenset({"lr", "weight_lr_power", "r"})
+_WEIGHTS = frozenset({"lr", "weight_lr_power", "r", "weight_lr", "refined_c", "window", "window_rule"})
 
 
 def _explain(found: set[str], changed: frozenset[str], fresh: frozenset[str]) -> tuple[str, str]:

@@ -42,6 +42,13 @@ def schedule_free_radam(
     *,
     r: Scalar = 0.0,
     prior_steps: Whole = 0,
+    c_warmup: Whole = 0,
+    refined_c: Scalar = 0.0,
+    window: Whole = 0,
+    window_rule: Literal["floor", "constant"] = "floor",
+    weight_lr: Literal["max", "current"] = "max",
+    decay_at: Literal["y", "z"] = "y",
+    decay_power: Literal[1, 2] = 1,
     silent_sgd_phase: bool = True,
     precision: Literal["exact", "lean"] = "exact",
     seed: Whole = 0,
@@ -61,6 +68,13 @@ def schedule_free_radam(
         state_dtype: dtype of z (at b1 = 0 of x); None (default) is the parameter's own, at least float32.
         r: the average also weighs step t by t^r, >= 0, default 0.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        c_warmup: x is z in this many first steps, which do not count in the average (F5), default 0.
+        refined_c: c is multiplied by (1 - beta) times this, up to 1 (F5), >= 0; 0 (default) is off.
+        window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
+        window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
+        weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        decay_at: the point that decays, "y" (default) or "z".
+        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
         silent_sgd_phase: nothing moves in the first steps (four at b2 = 0.999), whose second moment is
             unusable; False takes SGD steps there. Default True.
         precision: "exact" (default) keeps parameters of 16 bits as a float32 run would have them; "lean"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -26,6 +26,11 @@ def schedule_free(
     *,
     r: Scalar = 0.0,
     prior_steps: Whole = 0,
+    c_warmup: Whole = 0,
+    refined_c: Scalar = 0.0,
+    window: Whole = 0,
+    window_rule: Literal["floor", "constant"] = "floor",
+    weight_lr: Literal["max", "current"] = "max",
 ) -> optax.GradientTransformationExtraArgs:
     """Makes any Optax optimizer Schedule-Free: delta (S6) is whatever the base does, with gradients at y.
 
@@ -45,6 +50,11 @@ def schedule_free(
         r: the average also weighs step t by t^r, >= 0, default 0.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0. A
             schedule's full lr is then its largest value at the steps 0, 1, 2, 4, ... 2^20.
+        c_warmup: x is z in this many first steps, which do not count in the average (F5), default 0.
+        refined_c: c is multiplied by (1 - beta) times this, up to 1 (F5), >= 0; 0 (default) is off.
+        window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
+        window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
+        weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
 
     Returns:
         A transformation whose `update` needs params. Its state is a `ScheduleFreeState`.
@@ -69,6 +79,11 @@ def schedule_free(
         r=r,
         weight_lr_power=weight_lr_power,
         prior_steps=prior_steps,
+        c_warmup=c_warmup,
+        refined_c=refined_c,
+        window=window,
+        window_rule=window_rule,
+        weight_lr=weight_lr,
     )
     inner = arguments.as_transformation("base_optimizer", base_optimizer)
 

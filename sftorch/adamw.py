@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,6 +77,13 @@ class AdamWDirection(DirectedOptimizer):
         *,
         inner_momentum: float = 0.0,
         prior_steps: int = 0,
+        c_warmup: int = 0,
+        refined_c: float = 0.0,
+        window: int = 0,
+        window_rule: Literal["floor", "constant"] = "floor",
+        weight_lr: Literal["max", "current"] = "max",
+        decay_at: Literal["y", "z"] = "y",
+        decay_power: Literal[1, 2] = 1,
         maximize: bool = False,
         fused: bool | None = None,
         precision: Precision = "exact",
@@ -107,6 +114,13 @@ class AdamWScheduleFree(AdamWDirection, YAtRest):
         foreach: one call for a list of tensors instead of a loop, default True.
         inner_momentum: decay of a first moment in the numerator, in [0, 1); 0 (default) keeps no buffer.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        c_warmup: x is z in this many first steps, which do not count in the average (F5), default 0.
+        refined_c: c is multiplied by (1 - beta) times this, up to 1 (F5), >= 0; 0 (default) is off.
+        window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
+        window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
+        weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        decay_at: the point that decays, "y" (default) or "z".
+        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
         maximize: ascend instead of descend, default False.
         fused: one native pass over memory: None (default) on the CPU, where it can be had and foreach is not
             False; True to require it of all parameters, also on CUDA devices, in Triton and not yet run on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -111,6 +112,13 @@ class SGDScheduleFreeClosure(SGDDirection, XAtRest):
         foreach: bool | None = True,
         *,
         prior_steps: int = 0,
+        c_warmup: int = 0,
+        refined_c: float = 0.0,
+        window: int = 0,
+        window_rule: Literal["floor", "constant"] = "floor",
+        weight_lr: Literal["max", "current"] = "max",
+        decay_at: Literal["y", "z"] = "y",
+        decay_power: Literal[1, 2] = 1,
         maximize: bool = False,
         fused: bool | None = None,
         capturable: bool = False,

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         r: the average weighs step t by t^r, >= 0, default 0.
         weight_lr_power: and by the largest lr so far to this power, >= 0, default 2.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
+        c_warmup: x is z in this many first steps, which do not count in the average (F5), default 0.
+        refined_c: c is multiplied by (1 - beta) times this, up to 1 (F5), >= 0; 0 (default) is off.
+        window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
+        window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
+        weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
 
     Raises:
         HyperparameterError: with every value that is out of range.
@@ -69,6 +74,11 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         prior_steps: int = 0,
+        c_warmup: int = 0,
+        refined_c: float = 0.0,
+        window: int = 0,
+        window_rule: Literal["floor", "constant"] = "floor",
+        weight_lr: Literal["max", "current"] = "max",
     ):
         self.options = given(locals())
         self.base = self.options.pop("base")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from parity_tests import golden
-from parity_tests.cases import CASES, Case
+from parity_tests.cases import CASES, DEFAULTS, Case
 from parity_tests.drivers import names
 from parity_tests.problems import Record
 from parity_tests.reference import Arrays, Reference
@@ -62,7 +62,11 @@ class Driver:
         has = case.options.get
         together = bool(self.apart) and all(has(name) for name in self.apart)
         runs = case.optimizer in self.runs()
-        return runs and not together and not any(has(name) for name in self.lacks)
+        return (
+            runs
+            and not together
+            and not any(has(name) != DEFAULTS[case.optimizer].get(name) for name in self.lacks)
+        )
 
     def runs(self) -> list[str]:
         """Returns the laws that it runs."""
@@ -139,6 +143,7 @@ _JAX_WRAPPER = Driver(
     "sfjax wrapper",
     _jax("wrapped", ramped=True),
     _PAIR,
+    names.WRAPPERS_LACK,
     # The prior's full lr is what a schedule shows of it.
     apart=("warmup_steps", "prior_steps"),
 )
@@ -152,7 +157,7 @@ TWINS = [
     Driver("sftorch single", _torch("OurRun", "ours", foreach=False), laws.directed),
     Driver("sftorch closure", _torch("OurClosureRun", "ours", suffix="Closure"), laws.directed),
     Driver("sftorch fused closure", _torch("OurClosureRun", "ours", suffix="Closure", fused=True), _KERNELS),
-    Driver("sftorch wrapper", _torch("WrapperRun", "wrapped"), _PAIR),
+    Driver("sftorch wrapper", _torch("WrapperRun", "wrapped"), _PAIR, names.WRAPPERS_LACK),
 ]
 PEERS = [
     _UPSTREAM,

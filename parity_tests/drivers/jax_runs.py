@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from parity_tests.cases import Case
+from parity_tests.cases import AVERAGING, Case
 from parity_tests.drivers import names
 from parity_tests.problems import LONGEST
 from parity_tests.reference import Arrays, Reference
@@ -134,7 +134,7 @@ def _made(make: Make, optimizer: str, options: Options) -> optax.GradientTransfo
 
 def _decides(name: str, value: Any) -> bool:
     """Tells whether an option decides what is computed and kept, and so cannot be traced."""
-    return isinstance(value, bool) or (name == "inner_momentum" and value == 0)
+    return isinstance(value, bool | str) or (name == "inner_momentum" and value == 0)
 
 
 def _step(tx: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
@@ -183,7 +183,7 @@ def wrapped(optimizer: str, options: Options) -> Any:
         direction = optax.scale_by_adam(o["inner_momentum"], o["b2"], o["eps"])
     decay = optax.add_decayed_weights(o["weight_decay"])
     base = optax.chain(direction, decay, optax.scale_by_learning_rate(o["lr"]))
-    averaging = {k: o[k] for k in ("r", "weight_lr_power", "prior_steps")}
+    averaging = {k: o[k] for k in AVERAGING if k not in ("lr", "beta")}
     return sfjax.schedule_free(base, o["lr"], b1=o["beta"], **averaging)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity_tests.cases import Case
+from parity_tests.cases import AVERAGING, Case
 from parity_tests.drivers import names
 from parity_tests.reference import Arrays, Reference
 from parity_tests.trajectory import Iterates
@@ -150,7 +150,7 @@ def wrapped(case: Case, params: list[Tensor]) -> Any:
         base: torch.optim.Optimizer = torch.optim.SGD(params, lr=o["lr"])
     else:
         base = torch.optim.Adam(params, lr=o["lr"], betas=(o["inner_momentum"], o["b2"]), eps=o["eps"])
-    averaging = {k: o[k] for k in ("r", "weight_lr_power", "prior_steps")}
+    averaging = {k: o[k] for k in AVERAGING if k not in ("lr", "beta")}
     return sftorch.ScheduleFreeWrapper(
         base, momentum=o["beta"], weight_decay_at_y=o["weight_decay"], **averaging
     )

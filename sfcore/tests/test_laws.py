@@ -252,7 +252,6 @@ def test_a_registered_law_is_seen_and_goes_again():
         ({"torch": "SGDScheduleFree"}, "torch must be its own"),
         ({"jax": "schedule_free"}, "jax must be its own"),
         ({"step_size": "polyak"}, "step_size must be in ramp, rectified, base, got 'polyak'"),
-        ({"decay_at": "w"}, "decay_at must be in y, z, got 'w'"),
         ({"averaging": "window"}, "averaging must be in weights, got 'window'"),
         ({"beta_rule": "anneal"}, "beta_rule must be in constant, got 'anneal'"),
         ({"torch_names": {"b2": "betas[1]"}}, "'b2' must be an option"),
@@ -287,7 +286,6 @@ def test_every_rule_that_a_row_may_name_is_there():
     for law in LAWS.values():
         assert law.step_size in averaging.STEP_SIZES
         assert law.averaging in averaging.AVERAGES
-        assert law.decay_at in averaging.DECAYS
         assert law.beta_rule in averaging.BETAS
 
 

@@ -76,7 +76,7 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     options |= {name: 0 for name in _NONE_IS_0 if name in options and options[name] is None}
     values = arguments.read(law.options, **options)
     is_lean = arguments.read_precision(given, values["beta"], law)
-    decays = zip("yz", averaging.DECAYS[law.decay_at](values["weight_decay"]), strict=True)
+    decays = zip("yz", averaging.DECAYS[values.get("decay_at", "y")](values["weight_decay"]), strict=True)
     pulls = [(at, wd) for at, wd in decays if not is_zero(wd)]
     fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
     # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
@@ -100,7 +100,8 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
         leaves, tree = jax.tree.flatten(grads)
         columns = {name: jax.tree.leaves(one) for name, one in state._asdict().items() if one is not None}
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
-        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulls]
+        scale = averaging.power(k.lr_t, values.get("decay_power", 1) - 1, jnp)
+        points = [(wd * scale, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulls]  # F6
         deltas = []
         after: dict[str, list[Any]] = {name: [] for name in columns}
         for i, g in enumerate(leaves):

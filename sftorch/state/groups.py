@@ -214,7 +214,8 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             holds = "y, to train" if self._books(group)["train_mode"] else "x, to evaluate"
             kinds = ", ".join(sorted(dtypes))
             head = f"group {number}: {len(group['params'])} parameters ({kinds}) hold {holds}"
-            shown = ", ".join(f"{key} {value:g}" for key, value in values.items())
+            texts = {key: value if isinstance(value, str) else f"{value:g}" for key, value in values.items()}
+            shown = ", ".join(f"{key} {value}" for key, value in texts.items())
             parts.append(f"{head}\nvalues        {shown}\n{text(plan)}")
         return "\n".join(parts)
 

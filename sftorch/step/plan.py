@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfcore import checks
-from sfcore.averaging import BETAS, DECAYS, coefficients, floats
+from sfcore.averaging import BETAS, DECAYS, coefficients, floats, power
 from sftorch.law.iterates import as_real
 from sftorch.law.parts import PLAIN, gradients, note_written, parts
 from sftorch.law.scalars import Clock, next_step
@@ -145,7 +145,8 @@ class Work:
         law, values = optimizer.law, plan.values
         self.after = after = next_step(law, self.clock, plan.group["k"], values)
         direction, own = optimizer._direction(values, after.clock.step)
-        wd_y, wd_z = DECAYS[law.decay_at](values.get("weight_decay", 0.0))
+        wd = values.get("weight_decay", 0.0) * power(after.lr_t, values.get("decay_power", 1) - 1)  # F6
+        wd_y, wd_z = DECAYS[values.get("decay_at", "y")](wd)
         beta, change = BETAS[law.beta_rule](values["beta"], after.clock.step, values, floats)
         old_beta = beta - change
         k1, k2 = coefficients(after.c, beta, change, old_beta or 1.0)  # what is 0 does not change
