@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests import cases
 from parity_tests.reference import Reference
 
 PAGE = (Path(__file__).parent / "equations.md").read_text()
@@ -50,18 +51,43 @@ DIRECTIONS = {
     "adamw": SECOND[:1] + rows("AdamW with $`\\mu > 0`$", 1),
     "radam": SECOND + RATE,
 }
-SHARED = {"beta": 0.9, "r": 0.5, "eps": 1e-3, "weight_decay": 0.1, "b2": 0.9}
+SHARED = cases.AVERAGING | cases.DECAY | {"beta": 0.9, "r": 0.5, "eps": 1e-3, "weight_decay": 0.1, "b2": 0.9}
 OPTIONS = {"lr": 0.1, "weight_lr_power": 2, "prior_steps": 0, "warmup_steps": 5, "silent_sgd_phase": True}
 LETTERS = {"beta": 0.9, "r": 0.5, "epsilon": 1e-3, "decay": 0.1, "beta_2": 0.9, "p": 2, "n": 5, "mu": 0.8}
 
 
-def follow(optimizer):
-    """Runs 12 steps of the formulas; each must be the reference's."""
+# Row of the page -> the options that it is for, and the row of the law that it replaces or follows.
+OTHERS = {
+    "F3": ({"weight_lr": "current"}, "S4"),
+    "F5 refined": ({"refined_c": 12.0}, "S5"),
+    "F5 window": ({"window": 5}, "S5"),
+    "F5 constant": ({"window": 5, "window_rule": "constant"}, "S5"),
+    "F6 at z": ({"decay_at": "z"}, "S6"),
+    "F6 squared": ({"decay_power": 2}, "S6"),
+}
+MORE = {"C": 12.0, "N": 5}
+
+
+def follow(optimizer, other=None):
+    """Runs 12 steps of the formulas, one row of them another; each must be the reference's."""
+    options, replaced = OTHERS[other] if other else ({}, None)
+
+    def law(tag):
+        found = rows(tag)
+        if tag == replaced:
+            found = [*(found if tag == "S5" else []), *rows(other)]
+        return found
+
     random = np.random.default_rng(0)
     start = random.normal(size=3)
     momentum = {"inner_momentum": 0.8 if optimizer == "adamw" else 0.0}
-    reference = Reference(optimizer, {"p": start}, SHARED | OPTIONS | momentum)
-    names = LETTERS | dict.fromkeys("xyz", start) | {"v": 0.0, "m": 0.0, "gamma_max": 0.0, "W": np.float64(0)}
+    reference = Reference(optimizer, {"p": start}, SHARED | OPTIONS | momentum | options)
+    names = (
+        LETTERS
+        | MORE
+        | dict.fromkeys("xyz", start)
+        | {"v": 0.0, "m": 0.0, "gamma_max": 0.0, "W": np.float64(0)}
+    )
     for step in range(12):
         names |= {"step": step, "gamma": 0.1 - 0.005 * step, "g": random.normal(size=3)}
         reference.update({"p": names["g"]}, names["gamma"])
@@ -70,10 +96,10 @@ def follow(optimizer):
                 run(formula, names)
             if optimizer == "radam" and names["rho_t"] <= 4:
                 names["gamma_t"] = 0.0
-            for formula in rows("S3", 2):
+            for formula in (*law("S3"), *law("S4"), *law("S5")):
                 run(formula, names)
         names["c"] = names["c"] if names["W"] else 0.0
-        for formula in rows("S6", 3):
+        for formula in (*law("S6"), *rows("S7", 2)):
             run(formula, names)
         both = names["y_new"]
         run(*rows("S9*"), names)
@@ -88,6 +114,11 @@ def follow(optimizer):
 @pytest.mark.parametrize("optimizer", DIRECTIONS)
 def test_the_formulas_take_the_path_of_the_reference(optimizer):
     follow(optimizer)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_so_do_the_other_averages_and_decays(other):
+    follow("sgd", other)
 
 
 WRONG = {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from sfcore import averaging
-from sfcore.hyperparameters import weighed
+from sfcore.hyperparameters import ScheduleFree, weighed
 from sfcore.plan import _sd_scripts
 from sfcore.plan._config import Config, steps_of_state, trained_steps
 from sfcore.plan._sd_scripts import SCRIPTS, Built, Script, built
@@ -239,6 +239,12 @@ class Run:
         """The averaging weight at every step (S3 to S5), float64 of shape (steps,)."""
         if not self.kind.schedule_free:
             return np.empty(0)
+        given = self.config.values
+        # What no optimizer takes is told by a rule, and has no curve.
+        rules = {
+            one.name: given[one.name] if one.metadata["rule"].holds(given.get(one.name)) else one.default
+            for one in fields(ScheduleFree)
+        }
         options = weighed(self.config.values)
         r, exponent, prior = options["r"], options["weight_lr_power"], whole(options["prior_steps"]) or 0
         steps, lr_max = len(self.lr_t), 0.0
@@ -251,9 +257,11 @@ class Run:
             block = self.lr_t[start : start + _BLOCK]
             t = np.arange(start + 1, start + len(block) + 1, dtype=np.float64)  # S1
             largest = np.maximum(np.maximum.accumulate(block), lr_max)  # S3
-            weight = averaging.step_weight((t + prior) / age, largest / lr, r, exponent, 0, np)  # S4
+            of_lr = averaging.weight_lr(largest, block, rules) / lr
+            weight = averaging.step_weight((t + prior) / age, of_lr, r, exponent, 0, np)  # S4
+            weight = averaging.counted_weight(weight, t, rules, np)
             sums = np.cumsum(weight + np.zeros_like(t)) + weight_sum
-            found[start : start + _BLOCK] = averaging.averaging_weight(weight, sums, np)  # S5
+            found[start : start + _BLOCK] = averaging.averaging_share(weight, sums, t, rules, np)  # S5
             lr_max, weight_sum = largest[-1], sums[-1]
         return found
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sfcore import checks, hyperparameters, laws
+from sfcore import hyperparameters, laws
 from sfcore.checks import nearest
 from sfcore.laws import Law
 
@@ -50,6 +50,7 @@ def inner() -> tuple[str, ...]:
     return tuple(name for name in laws.options() if name != "lr")
 
 
+_KINDS = {bool: "flag", str: "text"}
 _OF_RUN: dict[str, Field] = {
     "scheduler": Field("text", "name of the learning-rate schedule"),
     "scheduler_class": Field("text", "a scheduler class by its import path, in place of a name"),
@@ -99,7 +100,7 @@ FIELDS: Mapping[str, Field] = Live(
     lambda: {
         "optimizer": Field("text", "name of the optimizer, with its module or without"),
         **{
-            name: Field("flag" if one.metadata["rule"] is checks.FLAG else "number", one.metadata["doc"])
+            name: Field(_KINDS.get(type(one.default), "number"), one.metadata["doc"])
             for name, one in laws.options().items()
         },
         **_OF_RUN,

@@ -82,10 +82,12 @@ def test_every_option_says_its_rule_its_meaning_and_what_a_resume_does(name: str
         assert option.metadata["effect"] == laws.options()[option.name].metadata["effect"]
 
 
-def test_the_order_of_options_is_that_of_the_first_release():
+def test_the_order_of_options_stays():
     shared = ["lr", "beta", "r", "weight_lr_power", "prior_steps"]
-    assert [*hyperparameters.defaults(hyperparameters.SGD)] == [*shared, "weight_decay", "warmup_steps"]
-    moments = ["b2", "eps", "weight_decay"]
+    shared += ["c_warmup", "refined_c", "window", "window_rule", "weight_lr"]
+    decay = ["weight_decay", "decay_at", "decay_power"]
+    assert [*hyperparameters.defaults(hyperparameters.SGD)] == [*shared, *decay, "warmup_steps"]
+    moments = ["b2", "eps", *decay]
     assert [*LAWS["adamw"].defaults] == [*shared, *moments, "warmup_steps", "inner_momentum"]
     assert [*LAWS["radam"].defaults] == [*shared, *moments, "silent_sgd_phase"]
     assert [*LAWS["wrapper"].defaults] == [*shared, "weight_decay"]
