@@ -78,7 +78,7 @@ BAD_OPTIONS = [
     bad("window", 0, "> 0 when window_rule is 'constant'", "c = 1 / window", window_rule="constant"),
     bad("window_rule", "least", "'floor' or 'constant'", "in every step"),
     bad("weight_lr", "last", "'max' or 'current'", "'max' is usual"),
-    bad("decay_at", "x", "'y' or 'z'", "upstream"),
+    bad("decay_at", "x", "'y' or 'z'", "schedulefree"),
     bad("decay_power", 3, "1 or 2", "AdamC"),
     bad("inner_momentum", 1.0, _DECAY, "0 switches it off"),
     bad("inner_momentum", -0.5, _DECAY, "0 switches it off"),

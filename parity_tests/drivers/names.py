@@ -32,9 +32,9 @@ def for_optax(options: dict[str, Any]) -> dict[str, Any]:
 
 
 WRAPPERS_LACK = ("decay_at", "decay_power")
-_FAMILY = ("c_warmup", "refined_c", "window", "window_rule", "weight_lr", *WRAPPERS_LACK)
-UPSTREAM_LACKS = ("inner_momentum", "prior_steps", *_FAMILY)
-OPTAX_LACKS = ("inner_momentum", "prior_steps", "r", "silent_sgd_phase", *_FAMILY)
+FAMILY = ("c_warmup", "refined_c", "window", "window_rule", "weight_lr", *WRAPPERS_LACK)
+UPSTREAM_LACKS = ("inner_momentum", "prior_steps", *FAMILY)
+OPTAX_LACKS = ("inner_momentum", "prior_steps", "r", "silent_sgd_phase", *FAMILY)
 
 
 def for_upstream(optimizer: str, options: dict[str, Any]) -> dict[str, Any]:

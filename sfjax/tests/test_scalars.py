@@ -46,7 +46,7 @@ def exact_rectification(b2, t):
 )
 def test_c_is_right_after_10_million_float32_steps(lr, warmup_steps, r, power, prior_steps):
     values = {"lr": lr, "warmup_steps": warmup_steps, "beta": 0.9}
-    values |= {"r": r, "weight_lr_power": power, "prior_steps": prior_steps}
+    values = LAWS["sgd"].defaults | values | {"r": r, "weight_lr_power": power, "prior_steps": prior_steps}
 
     @jax.jit
     def advance(clock, c, steps):
@@ -67,6 +67,35 @@ def test_c_is_right_after_10_million_float32_steps(lr, warmup_steps, r, power, p
         np.testing.assert_allclose(float(c), weights[after - 1] / total, rtol=1e-6)
         np.testing.assert_allclose(float(clock.weight_sum), total, rtol=1e-6)
     assert int(clock.step) == 10**7
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"c_warmup": 1000}, lambda t, w: w[t - 1] / math.fsum(w[1000:t])),
+        ({"refined_c": 20.0}, lambda t, w: 2.0 * w[t - 1] / math.fsum(w[:t])),
+        ({"window": 300}, lambda t, w: 1 / 300),
+        ({"window": 10**7}, lambda t, w: w[t - 1] / math.fsum(w[:t])),
+        ({"window": 300, "window_rule": "constant"}, lambda t, w: 1 / 300),
+        ({"weight_lr": "current", "weight_lr_power": 1.0}, lambda t, w: w[t - 1] / math.fsum(w[:t])),
+    ],
+    ids=str,
+)
+def test_the_rules_of_the_average_are_right_after_a_million_float32_steps(rule, expected):
+    values = LAWS["sgd"].defaults | {"lr": 0.003, "warmup_steps": 50, "beta": 0.9, "r": 0.5} | rule
+
+    @jax.jit
+    def advance(clock):
+        def body(_, carry):
+            found = scalars.next_step(LAWS["sgd"], carry[0], values)
+            return found.clock, found.c
+
+        return jax.lax.fori_loop(0, 10**6, body, (clock, scalars.as_scalar(0.0)))
+
+    times = np.arange(1, 10**6 + 1, dtype=np.float64)
+    weights = times**0.5 * (0.003 * np.minimum(1.0, times / 50)) ** values["weight_lr_power"]
+    _, c = advance(scalars.first_clock(values))
+    np.testing.assert_allclose(float(c), expected(10**6, weights), rtol=1e-6)
 
 
 @pytest.mark.parametrize("decay", RATES)
