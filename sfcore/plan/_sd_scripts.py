@@ -227,8 +227,10 @@ DAdaptSGD Prodigy Adafactor AdamWScheduleFree RAdamScheduleFree SGDScheduleFree
 """
 # What our torch classes have beside the options of their law; our own tests compare it with the classes.
 OURS = ("foreach", "maximize", "fused", "precision", "seed", "capturable", "differentiable")
-ONLY_OURS = ("prior_steps", "inner_momentum", "c_warmup", "refined_c", "window", "window_rule", "weight_lr")
-ONLY_OURS += ("decay_at", "decay_power")
+ONLY_OURS = (
+    *("prior_steps", "inner_momentum", "c_warmup", "refined_c", "window", "window_rule", "weight_lr"),
+    *("decay_at", "decay_power"),
+)
 
 
 class Built(NamedTuple):
