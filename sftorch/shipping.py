@@ -32,8 +32,9 @@ def ship_x(model: nn.Module, optimizer: TrainEvalOptimizer) -> XShipped:
     same bits. In a run, `load_state_dict` of the model's own x leaves y in place; other weights become x, y
     and z (as by `optimizer.rebase()`), unless an optimizer's state is loaded as well. A copy of the model
     (`copy.deepcopy`, pickle) turns into x of the moment it was made when it is first asked, unless its
-    weights have changed by then; copied together with the optimizer, it goes on by itself. What reads the parameters and not a state dict, such as a merge
-    of adapters, still needs `optimizer.evaluation()` around it.
+    weights have changed by then; copied together with the optimizer, it goes on by itself. What reads the
+    parameters and not a state dict, such as a merge of adapters, still needs `optimizer.evaluation()` around
+    it.
 
     Args:
         model: a module with parameters of the optimizer, before or after torch.compile, DDP or peft wrap it.

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 try:
     from fastai.callback.core import Callback
     from fastai.callback.schedule import LRFinder, ParamScheduler
@@ -22,7 +20,7 @@ __all__ = ["ScheduleFreeCallback"]
 
 
 class ScheduleFreeCallback(Callback):
-    """Validates and saves x, and trains at y. Give it to the Learner: `Learner(..., cbs=ScheduleFreeCallback())`.
+    """Validates and saves x, and trains at y: `Learner(..., cbs=ScheduleFreeCallback())`.
 
     `learn.save`, `SaveModelCallback` and `learn.export` write x, during a fit too, and a fit leaves x in the
     model. `learn.load` and `learn.fit(..., start_epoch=...)` go on from y, bit for bit, from what was saved
@@ -32,13 +30,6 @@ class ScheduleFreeCallback(Callback):
     Raises:
         HyperparameterError: when a fit begins that schedules hyperparameters; `lr_find` may.
         TypeError: when a fit begins with no optimizer of sftorch's.
-
-    Example:
-        >>> from fastai.learner import Learner  # doctest: +SKIP
-        >>> learn = Learner(
-        ...     dls, model, loss, OPT_FUNC, cbs=ScheduleFreeCallback()
-        ... )  # doctest: +SKIP
-        >>> learn.fit(3)  # doctest: +SKIP
     """
 
     order = -5  # before all that may look at the weights
@@ -47,10 +38,12 @@ class ScheduleFreeCallback(Callback):
 
     def before_fit(self) -> None:
         """Checks who schedules what, and sees to it that every save is x from here on."""
+        if self.learn.opt is None:  # a validation of what load_learner returned comes here too
+            return
         optimizer = unwrap(self.learn.opt)
         if found := [
-            f"fit must leave {', '.join(cb.scheds)} alone, got a {type(cb).__name__}: use learn.fit, and give "
-            "warmup_steps to the optimizer"
+            f"fit must schedule nothing, got {type(cb).__name__} with {', '.join(cb.scheds)}: use learn.fit, "
+            "and give warmup_steps to the optimizer"
             for cb in self.learn.cbs
             if isinstance(cb, ParamScheduler) and not isinstance(cb, LRFinder)
         ]:
@@ -65,9 +58,12 @@ class ScheduleFreeCallback(Callback):
 
     def before_validate(self) -> None:
         """Puts x into the weights, and leaves it there until training goes on."""
-        if self.learn.opt is not None:
-            unwrap(self.learn.opt).eval()
+        self._eval()
 
     def after_fit(self) -> None:
         """Leaves x in the model."""
-        unwrap(self.learn.opt).eval()
+        self._eval()
+
+    def _eval(self) -> None:
+        if self.learn.opt is not None:
+            unwrap(self.learn.opt).eval()
