@@ -19,8 +19,8 @@ from sftorch.trainers import unwrap
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
-    pytest.mark.filterwarnings("error:.*(sftorch|weights hold)"),
     pytest.mark.filterwarnings("ignore"),  # what the tools say to each other
+    pytest.mark.filterwarnings("error:.*(sftorch|weights hold|is one of y)"),
 ]
 STEPS, HALF = 8, 4
 OPTIONS = {"lr": 0.05, "warmup_steps": 2}
@@ -352,7 +352,7 @@ def peft(folder, resume, safe):
     return left(model, optimizer, load_file(folder / "8" / "adapter_model.safetensors"), lora_name)
 
 
-# Each with whether it saves at x by what is ours in it, and so needs no call.
+# Plain ones, with ship_x or with nothing, and those with something of ours in them.
 TOOLS = {
     "torch.save": plain_loop,
     "accelerate": accelerate,
@@ -408,3 +408,11 @@ def test_a_merge_of_adapters_is_that_of_x():
         merged = model.merge_and_unload()
     assert_same(merged.state_dict(), expected)
     assert not torch.equal(merged[0].weight, net(nn.LayerNorm)[0].weight)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_with_nothing_on_y_is_not_shipped_without_a_warning(tool, tmp_path):
+    with pytest.warns(UserWarning, match=r"is one of y.*sftorch\.ship_x\(model, optimizer\)") as caught:
+        run = TOOLS[tool](tmp_path, None, safe=False)
+    assert sum("is one of y" in str(one.message) for one in caught) == 1
+    assert any(not torch.equal(run.on_disk[name], run.x[name]) for name in run.on_disk)
