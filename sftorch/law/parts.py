@@ -37,10 +37,13 @@ def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
 def gradients(params: list[Tensor]) -> list[Tensor]:
     """Returns the part of each gradient that belongs to its parameter's; all processes must call it.
 
+    A sparse one becomes dense: every element of y and z moves in every step.
+
     Raises:
         RuntimeError: if only one of a parameter and its gradient is a DTensor.
     """
     found = [p.grad for p in params if p.grad is not None]
+    found = [grad if grad.layout is torch.strided else grad.to_dense() for grad in found]
     if PLAIN.issuperset(map(type, found)) and PLAIN.issuperset(map(type, params)):
         return found
     return [_gradient(p, grad) for p, grad in zip(params, found, strict=True)]
