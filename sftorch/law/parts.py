@@ -19,6 +19,11 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Tells whether this has no values: it is of torch's FakeTensorMode, or on the device "meta"."""
+    return hasattr(tensor, "fake_mode") or tensor.is_meta
+
+
 def part(tensor: Tensor) -> Tensor:
     """Returns a DTensor's own part, which shares its memory, and any other tensor as it is."""
     if not is_divided(tensor):

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates
-from sftorch.law.parts import part
+from sftorch.law.parts import is_fake, part
 from sftorch.state import arguments, forms, unshipped
 from sftorch.state.compiler import uncompiled, uncompiled_itself
 from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
@@ -319,7 +319,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             untouched = {} if differ else held
             for index, p in enumerate(group["params"]):
                 aside = p not in untouched and "y" in self.state.get(p, {})
-                if aside and not self._holds_x(p, group):
+                if aside and not is_fake(p) and not self._holds_x(p, group):
                     changed.append((index, p))
         if changed:
             index, p = changed[0]

@@ -106,7 +106,8 @@ class Work:
         self._buffer = np.array(self.numbers, dtype=np.float64)
         self.scalars = torch.from_numpy(self._buffer)
         # What all of this was made of. A part that is not the move itself has copies of gradients.
-        self._names, grads = names, [p.grad for p in self.params]
+        grads: list[Any] = [p.grad for p in self.params]
+        self._names = names
         self._held = [*self.params, *(state[name] for name in names for state in self.states)]
         self.may_be_kept = (
             self.parts[0][1] is move
