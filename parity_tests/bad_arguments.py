@@ -632,7 +632,6 @@ WITHOUT_ROWS = {
     "sftorch.AdamWScheduleFree.describe": "facts of a plan",
     "sftorch.AdamWScheduleFree.zero_grad": "torch's own",
     "sftorch.trainers.hf": "arguments of transformers' Trainer; what we refuse is in test_trainer_hf.py",
-    "sftorch.trainers.fastai": "hooks that fastai calls",
     "sftorch.trainers.lightning": "hooks that Lightning calls",
     "sfjax.checkpoint.Checkpoints.save.extra_state": _TREE,
     "sfjax.checkpoint.Checkpoints.restore.extra_state": _TREE,

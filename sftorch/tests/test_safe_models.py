@@ -15,6 +15,7 @@ from torch import nn
 
 import sftorch
 from sftorch.tests.accelerators import fresh_accelerate  # noqa: F401
+from sftorch.tests.pages import blocks, run
 from sftorch.trainers import unwrap
 
 pytestmark = [
@@ -208,16 +209,10 @@ def fastai(folder, resume, safe):
 def timm(folder, resume, safe):
     pytest.importorskip("timm", reason="needs timm, 45 MB with torchvision")
     from timm.models import resume_checkpoint
-    from timm.optim import OptimInfo, create_optimizer_v2
-    from timm.optim._optim_factory import default_registry
     from timm.utils import CheckpointSaver, ModelEmaV3
 
-    default_registry.register(OptimInfo("schedulefree", "sftorch.AdamWScheduleFree", has_betas=True))
     model = net()
-    optimizer = create_optimizer_v2(model, "schedulefree", weight_decay=0.01, **OPTIONS)
-    assert isinstance(optimizer, sftorch.AdamWScheduleFree)
-    if safe:
-        sftorch.ship_x(model, optimizer)
+    optimizer = run("trainers.md", "timm", model=model)["optimizer"] if safe else optimizer_of(model, False)
     average = ModelEmaV3(model, decay=0.5)
     if resume:
         resume_checkpoint(model, resume / "checkpoint-0.pth.tar", optimizer)
@@ -416,3 +411,46 @@ def test_with_nothing_on_y_is_not_shipped_without_a_warning(tool, tmp_path):
         run = TOOLS[tool](tmp_path, None, safe=False)
     assert sum("is one of y" in str(one.message) for one in caught) == 1
     assert any(not torch.equal(run.on_disk[name], run.x[name]) for name in run.on_disk)
+
+
+def test_timm_knows_the_name_and_can_do_without_a_scheduler():
+    pytest.importorskip("timm", reason="needs timm, 45 MB with torchvision")
+    from timm.scheduler import create_scheduler_v2
+
+    optimizer = run("trainers.md", "timm", model=net())["optimizer"]
+    assert type(optimizer) is sftorch.AdamWScheduleFree
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    assert {group["warmup_steps"] for group in optimizer.param_groups} == {100}
+    assert create_scheduler_v2(optimizer, sched="none")[0] is None
+
+
+def test_the_page_on_ignite_tells_the_truth(tmp_path, monkeypatch):
+    pytest.importorskip("ignite", reason="needs pytorch-ignite")
+    monkeypatch.chdir(tmp_path)
+    names = run("trainers.md", "ignite", model=net(), loader=[batch(step) for step in range(3)])
+    (file,) = (tmp_path / "checkpoints").glob("*.pt")
+    x = names["optimizer"].eval_state_dict(names["model"])
+    assert_same(torch.load(file, weights_only=True)["model"], x)
+
+
+def test_the_page_on_logging_tells_the_truth():
+    model = net()
+    optimizer = optimizer_of(model, safe=False)
+    train(model, optimizer, 0, 3)
+    scalars, logged = {}, {}
+
+    class Writer:
+        def add_scalar(self, name, value, step):
+            scalars[name] = (value, step)
+
+    class Logger:
+        def log(self, values, step):
+            logged.update({name: (value, step) for name, value in values.items()})
+
+    for code in blocks("trainers.md", "python", "Logging"):
+        exec(code, {"optimizer": optimizer, "step": 3, "writer": Writer(), "run": Logger()})
+    assert scalars == logged
+    assert all(type(value) is float and step == 3 for value, step in logged.values())
+    assert logged["schedule_free/lr"] == (0.05, 3)
+    names = {f"schedule_free/{name}" for name in ("c", "effective_lr", "lr", "lr_max", "step", "weight_sum")}
+    assert logged.keys() == names | {"schedule_free/x_z_distance"}
