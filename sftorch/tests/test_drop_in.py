@@ -105,6 +105,21 @@ def test_it_runs_on_tensors_without_values(kind):
         assert optimizer.param_groups[0]["k"] == 3
 
 
+def test_a_step_compiles_but_not_as_one_whole_graph():
+    """docs/migration.md says so; upstream's SGD and AdamW do, as their counters are numbers in the graph."""
+    (p,) = some_params(torch.float32, shapes=[(3,)])
+    optimizer = sftorch.SGDScheduleFree([p], lr=0.1)
+    for whole, steps in ((False, 1), (True, 1)):
+        p.grad = torch.ones(3)
+        step = torch.compile(optimizer.step, backend="eager", fullgraph=whole)
+        if whole:
+            with pytest.raises(RuntimeError, match=r"torch\.compiler\.disable"):
+                step()
+        else:
+            step()
+        assert optimizer.param_groups[0]["k"] == steps
+
+
 def test_importing_it_imports_no_jax():
     code = "import sys, sftorch; sys.exit(bool({'jax', 'sfjax', 'optax'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
