@@ -433,6 +433,17 @@ def test_the_page_on_ignite_tells_the_truth(tmp_path, monkeypatch):
     assert_same(torch.load(file, weights_only=True)["model"], x)
 
 
+def test_the_page_on_any_trainer_tells_the_truth(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = net()
+    optimizer = run("trainers.md", "Any trainer", model=model)["optimizer"]
+    train(model, optimizer, 0, 3)
+    x = optimizer.eval_state_dict(model)
+    assert_same(model.state_dict(), x)
+    assert not torch.equal(x["0.weight"], model[0].weight)
+    assert torch.load("model.pt", weights_only=True).keys() == x.keys()
+
+
 def test_the_page_on_logging_tells_the_truth():
     model = net()
     optimizer = optimizer_of(model, safe=False)
