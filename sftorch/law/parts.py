@@ -19,6 +19,11 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Tells whether this has no values: it is of torch's FakeTensorMode, or on the device "meta"."""
+    return hasattr(tensor, "fake_mode") or tensor.is_meta
+
+
 def part(tensor: Tensor) -> Tensor:
     """Returns a DTensor's own part, which shares its memory, and any other tensor as it is."""
     if not is_divided(tensor):
@@ -37,10 +42,13 @@ def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
 def gradients(params: list[Tensor]) -> list[Tensor]:
     """Returns the part of each gradient that belongs to its parameter's; all processes must call it.
 
+    A sparse one becomes dense: every element of y and z moves in every step.
+
     Raises:
         RuntimeError: if only one of a parameter and its gradient is a DTensor.
     """
     found = [p.grad for p in params if p.grad is not None]
+    found = [grad if grad.layout is torch.strided else grad.to_dense() for grad in found]
     if PLAIN.issuperset(map(type, found)) and PLAIN.issuperset(map(type, params)):
         return found
     return [_gradient(p, grad) for p, grad in zip(params, found, strict=True)]

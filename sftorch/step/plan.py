@@ -106,10 +106,12 @@ class Work:
         self._buffer = np.array(self.numbers, dtype=np.float64)
         self.scalars = torch.from_numpy(self._buffer)
         # What all of this was made of. A part that is not the move itself has copies of gradients.
-        self._names, grads = names, [p.grad for p in self.params]
+        grads: list[Any] = [p.grad for p in self.params]
+        self._names = names
         self._held = [*self.params, *(state[name] for name in names for state in self.states)]
         self.may_be_kept = (
             self.parts[0][1] is move
+            and all(grad.layout is torch.strided for grad in grads)
             and PLAIN.issuperset(map(type, [*self._held, *grads]))
             # Elsewhere people move state away to free memory, which a plan would hold.
             and all(t.is_cpu for t in self._held)
@@ -267,7 +269,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         self._plan = None
         self._begin()
         self._check_settings()
-        arguments.check_gradients(self._params())
+        arguments.check_gradients(self._params(), or_sparse=not self.law.buffers)
         return self._new_plan([(group, group["params"]) for group in groups], x)
 
     def _new_plan(self, groups: list[tuple[Group, Tensors]], x: Averages | None = None) -> list[GroupPlan]:
@@ -332,6 +334,6 @@ class YAtRest(DirectedOptimizer, TrainEvalOptimizer):
             self._check_settings()
         if last is not None and last.stands(self, group, [p], None):
             return last
-        arguments.check_gradients([p])
+        arguments.check_gradients([p], or_sparse=not self.law.buffers)
         (plan,) = self._new_plan([(group, [p])])
         return plan
