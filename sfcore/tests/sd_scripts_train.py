@@ -1,9 +1,9 @@
 """Runs the real NetworkTrainer.train() of sd-scripts on a toy: python sd_scripts_train.py FOLDER.
 
-FOLDER is a checkout, or holds links to train_network.py, library and networks of one. Reads a JSON list of runs
-from standard input, makes each in a process of its own, and prints a JSON list of what they tell: see `Told`; null
-for one that was killed. Only the loading of models and data, and the loss, are the toy's; packages that sd-scripts
-imports and that are not installed are empty.
+FOLDER is a checkout, or holds links to train_network.py, library and networks of one. Reads a JSON list of
+runs from standard input, makes each in a process of its own, and prints a JSON list of what they tell: see
+`Told`; null for one that was killed. Only the loading of models and data, and the loss, are the toy's; packages
+that sd-scripts imports and that are not installed are empty.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class Model(torch.nn.Module):
 
 
 class Data(torch.utils.data.Dataset):
-    """Batches that are shuffled at each epoch, and changed at random as they are read, as those of sd-scripts."""
+    """Batches that are shuffled at each epoch, and changed at random as they are read."""
 
     batch_size, num_reg_images, image_data = BATCH, 0, {}
     subsets, tag_frequency, enable_bucket, bucket_info, image_dir = (), {}, False, None, None
@@ -223,8 +223,8 @@ from sd_scripts_train import as_script
 as_script(train_network)
 """
 COMMON = """
---pretrained_model_name_or_path toy --network_module networks.lora --dataset_class of.Toys --mixed_precision no
---network_dim 2 --max_data_loader_n_workers 0
+--pretrained_model_name_or_path toy --network_module networks.lora --dataset_class of.Toys
+--mixed_precision no --network_dim 2 --max_data_loader_n_workers 0
 """
 _spec = {}
 

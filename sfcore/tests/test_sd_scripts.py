@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -36,6 +37,7 @@ from sfcore.plan._trainers import SD_SCRIPTS
 SD, MUSUBI = (os.environ.get(name, "") for name in ("SD_SCRIPTS", "MUSUBI_TUNER"))
 needs_sd = pytest.mark.skipif(not SD, reason="SD_SCRIPTS names no checkout of kohya-ss/sd-scripts")
 needs_musubi = pytest.mark.skipif(not MUSUBI, reason="MUSUBI_TUNER names no checkout of musubi-tuner")
+pytestmark = pytest.mark.timeout(1800)  # on a busy machine, by hand
 WANTED = ("add_optimizer_arguments", "get_optimizer", "get_scheduler_fix", "is_schedulefree_optimizer")
 WANTED += ("get_dummy_scheduler", "read_config_from_file")
 
@@ -350,6 +352,14 @@ def test_the_scripts_of_musubi_tuner_are_known_and_all_call_eval():
     assert all("optimizer_eval_fn()" in path.read_text(encoding="utf-8") for path in loops)
 
 
+def trained_with(folder, runs):
+    """Returns what each run tells; see sd_scripts_train.py."""
+    program = [sys.executable, str(Path(__file__).with_name("sd_scripts_train.py")), str(folder)]
+    done = subprocess.run(program, input=json.dumps(runs), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 # (accumulation, updates of the run, a state every so many), with 96 micro-batches an epoch; in docs/kohya.md.
 LENGTHS = ((1, 288, 96), (1, 240, 110), (2, 144, 48), (2, 120, 30), (4, 72, 24), (4, 60, 15), (5, 50, 17))
 
@@ -369,16 +379,160 @@ def test_a_resumed_run_trains_on_as_many_micro_batches_as_the_plan_says(tmp_path
             words = [*common, *skip, "--resume", str(folder / f"a-step{every:08}-state")]
             cases.append(["train_network.py", *words])
             runs.append([*words, "--output_dir", str(tmp_path / "out"), "--output_name", "b"])
-    program = [sys.executable, str(Path(__file__).with_name("sd_scripts_train.py")), SD]
-    done = subprocess.run(program, input=json.dumps(runs), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    trained = [n for n, words in zip(json.loads(done.stdout), runs, strict=True) if "--resume" in words]
+    told = trained_with(SD, [{"words": words} for words in runs])
+    trained = [one["trained"] for one, words in zip(told, runs, strict=True) if "--resume" in words]
     plans = [check(words, samples=96) for words in cases]
     assert [plan.resumed[0] for plan in plans] == trained
     for plan, n in zip(plans, trained, strict=True):
         codes = {problem.code for problem in plan.problems} & {"SF402", "SF403"}
         assert bool(codes) == (n != plan.resumed[1]), plan.config
         assert all(f"trains on {n} micro-batches" in p.why for p in plan.problems if p.code in codes)
+
+
+def beside(checkout, folder, patch=None):
+    """Returns a folder with a toy of a script beside what it needs of a checkout, patched or not."""
+    folder.mkdir()
+    for name in ("train_network.py", "library", "networks"):
+        if patch is None:
+            (folder / name).symlink_to(Path(checkout, name).resolve())
+        else:
+            copy = shutil.copytree if Path(checkout, name).is_dir() else shutil.copy
+            copy(Path(checkout, name), folder / name)
+    if patch is not None:
+        subprocess.run(["git", "apply", str(patch)], cwd=folder, check=True)
+    (folder / "toy_train_network.py").write_text(TOY)
+    return folder
+
+
+TOY = "import train_network\nfrom sd_scripts_train import as_script\n\nas_script(train_network)\n"
+BATCHES = 23  # of an epoch, which no accumulation divides
+LAW_OPTIONS = {
+    "AdamWScheduleFree": [
+        "--learning_rate",
+        "0.05",
+        "--optimizer_args",
+        "warmup_steps=3",
+        "weight_decay=0.1",
+    ],
+    "RAdamScheduleFree": ["--learning_rate", "0.05", "--optimizer_args", "weight_decay=0.1"],
+    "SGDScheduleFree": ["--learning_rate", "0.5", "--optimizer_args", "warmup_steps=3"],
+}
+# Accumulation -> updates of the run, and after how many a state is saved: inside an epoch.
+STOPS_AT = {1: (58, 26), 2: (30, 14), 4: (15, 8)}
+
+
+class Course:
+    """The options of one run, its stops and its resumes."""
+
+    def __init__(self, folder, law, accumulation, shuffled, launched, *more):
+        self.folder, self.accumulation = folder / f"{law} {accumulation} {shuffled} {launched}", accumulation
+        self.total, self.at = STOPS_AT[accumulation]
+        self.words = ["--optimizer_type", f"sftorch.{law}", *LAW_OPTIONS[law], *more]
+        self.words += ["--gradient_accumulation_steps", str(accumulation)]
+        self.spec = {"samples": BATCHES, "shuffled": shuffled, "launched": launched}
+
+    def run(self, name, *more, total=None, kill=None):
+        words = [*self.words, "--max_train_steps", str(total or self.total), *more]
+        words += ["--output_dir", str(self.folder / name), "--output_name", "a"]
+        return self.spec | {"words": words} | ({"kill": kill} if kill else {})
+
+    def whole(self):
+        return self.run("whole")
+
+    def killed(self):
+        """Inside of an update, and three micro-batches after a state."""
+        at = self.at // -(-BATCHES // self.accumulation) * BATCHES  # those of whole epochs
+        at += self.at % -(-BATCHES // self.accumulation) * self.accumulation
+        return self.run("killed", "--save_state", "--save_every_n_steps", str(self.at), kill=at + 3)
+
+    def stopped(self):
+        return self.run("stopped", "--save_state", total=self.at)
+
+    def resumed(self, stop, *more):
+        state = {"killed": f"a-step{self.at:08}-state", "stopped": "a-state"}[stop]
+        return self.run(f"after {stop}", "--resume", str(self.folder / stop / state), *more)
+
+
+def assert_the_same(whole, resumed):
+    assert resumed["losses"] == whole["losses"][-resumed["trained"] :]
+    assert {**resumed, "trained": 0, "losses": 0} == {**whole, "trained": 0, "losses": 0}
+
+
+@needs_sd
+@pytest.mark.parametrize("accumulation", STOPS_AT)
+@pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "in order"])
+def test_with_the_launcher_a_resumed_run_is_the_run_without_a_stop(tmp_path, shuffled, accumulation):
+    """Killed or stopped, in the same bits, and the file is x; their train_network.py, their networks.lora."""
+    folder = beside(SD, tmp_path / "scripts")
+    courses = [Course(tmp_path, law, accumulation, shuffled, True) for law in LAW_OPTIONS]
+    runs = [
+        (one.whole(), one.killed(), one.stopped(), one.resumed("killed"), one.resumed("stopped"))
+        for one in courses
+    ]
+    told = trained_with(folder, [run for each in runs for run in each])
+    for course in courses:
+        whole, killed, stopped, *resumed = [told.pop(0) for _ in range(5)]
+        assert killed is None
+        assert stopped["trained"] < whole["trained"]
+        for one in resumed:
+            assert one["trained"] == whole["trained"] - stopped["trained"], course.words
+            assert_the_same(whole, one)
+        assert whole["weights"] == whole["x"] != whole["y"]
+
+
+@needs_sd
+@pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "in order"])
+def test_without_the_launcher_the_plan_says_what_a_resumed_run_trains_on(tmp_path, shuffled):
+    runs, cases = [], []
+    for law, accumulation in itertools.product(LAW_OPTIONS, STOPS_AT):
+        course = Course(tmp_path, law, accumulation, shuffled, False)
+        runs += [course.killed(), course.resumed("killed")]
+        runs += [course.resumed("killed", "--skip_until_initial_step")]
+        cases += runs[-2:]
+    told = trained_with(SD, runs)
+    trained = [one["trained"] for one in told if one]
+    plans = [check(["train_network.py", *run["words"]], samples=BATCHES) for run in cases]
+    assert len(trained) == 2 * len(LAW_OPTIONS) * len(STOPS_AT)
+    assert [plan.resumed[0] for plan in plans] == trained
+    for plan, n in zip(plans, trained, strict=True):
+        codes = {problem.code for problem in plan.problems} & {"SF402", "SF403"}
+        assert bool(codes) == (n != plan.resumed[1]), plan.config
+
+
+@needs_sd
+def test_the_launcher_goes_on_with_workers_without_a_seed_and_from_the_end_of_an_epoch(tmp_path):
+    folder, told = beside(SD, tmp_path / "scripts"), []
+    workers = Course(tmp_path / "a", "AdamWScheduleFree", 4, True, True, "--max_data_loader_n_workers", "2")
+    unseeded = Course(tmp_path / "b", "AdamWScheduleFree", 2, True, True)
+    unseeded.spec["unseeded"] = True
+    ends = Course(tmp_path / "c", "SGDScheduleFree", 4, True, True)
+    ends.at = 6
+    runs = [each for one in (workers, ends) for each in (one.whole(), one.killed(), one.resumed("killed"))]
+    runs += [unseeded.run("killed", "--save_state", "--save_every_n_steps", "14")]
+    runs += [unseeded.resumed("killed"), unseeded.resumed("killed")]
+    told = trained_with(folder, runs)
+    assert_the_same(told[0], told[2])
+    assert_the_same(told[3], told[5])
+    assert_the_same(told[6], told[7])
+    assert_the_same(told[6], told[8])
+
+
+@needs_sd
+def test_the_patch_for_upstream_mends_a_fault_that_is_there_without_it(tmp_path):
+    """`git apply` in a copy of the checkout; then no launcher is needed."""
+    patch = Path(sftorch.__file__).parent / "trainers" / "sd_scripts" / "resume.patch"
+    plain, mended = beside(SD, tmp_path / "plain"), beside(SD, tmp_path / "mended", patch)
+    course = Course(tmp_path, "AdamWScheduleFree", 4, True, False)
+    runs = [course.whole(), course.killed(), course.resumed("killed", "--skip_until_initial_step")]
+    whole, _, resumed = trained_with(plain, runs)
+    assert resumed["trained"] == 0
+    assert resumed["losses"] != whole["losses"][-27:]
+    whole, _, resumed = trained_with(mended, runs)
+    assert resumed["trained"] == 27
+    assert_the_same(whole, resumed)
+    launched = trained_with(plain, [run | {"launched": True} for run in runs])
+    assert_the_same(whole, launched[0])
+    assert_the_same(whole, launched[2])
 
 
 def signature(made):

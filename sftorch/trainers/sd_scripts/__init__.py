@@ -1,7 +1,7 @@
 """sd-scripts' own scripts with a resume that goes on where the run stopped: `schedulefree launch sd-scripts`.
 
-The scripts stay as they are on disk. `resume.patch`, which is also for upstream, is applied to the text of their
-train_network.py as it is loaded; where it does not fit, nothing is trained.
+The scripts stay as they are on disk. `resume.patch`, which is also for upstream, is applied to the text of
+their train_network.py as it is loaded; where it does not fit, nothing is trained.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def launch(script: str | os.PathLike[str], words: Sequence[str], say: Callable[[
     built_on_it = path.is_file() and (path.name == network.name or _IMPORT.search(path.read_text("utf-8")))
     if not built_on_it or not network.is_file():
         raise LaunchError(
-            f"script must be {network.name} of sd-scripts, or one that is built on it and lies beside it, got "
-            f"{path}: no other counts the steps of a state, so run it as it is"
+            f"script must be {network.name} of sd-scripts, or one that is built on it and lies beside it, "
+            f"got {path}: no other counts the steps of a state, so run it as it is"
         )
     sys.path.insert(0, str(path.parent))
     text = _read(network)
@@ -171,8 +171,9 @@ def launch(script: str | os.PathLike[str], words: Sequence[str], say: Callable[[
     module.__file__ = str(network)
     code = compile(text, f"{network} with {PATCH.name}", "exec")
     linecache.cache[code.co_filename] = len(text), None, text.splitlines(keepends=True), code.co_filename
-    say(f"{network} runs with {PATCH}, applied in memory: what is read of the data, and in which order, follows")
-    say("from the seed and the epoch; a state keeps the seed; a resume counts updates as updates")
+    say(f"{network} runs with {PATCH}, applied in memory")
+    say("the order of the data, and what is drawn as it is read, follow from the seed and the epoch")
+    say("a state keeps the seed, and a resume counts updates as updates")
     before, sys.argv = sys.modules["__main__"], [str(path), *words]
     try:
         sys.modules[module.__name__] = sys.modules[NETWORK] = module
@@ -231,8 +232,8 @@ def _resume(args: argparse.Namespace, say: Callable[[str], object]) -> None:
     path = os.path.join(args.resume, "train_state.json")
     if os.path.isdir(args.resume) and not os.path.exists(path):
         raise LaunchError(
-            f"resume must be a state with train_state.json, got {args.resume}: say --initial_step, the updates "
-            "that it has done"
+            f"resume must be a state with train_state.json, got {args.resume}: say --initial_step, the "
+            "updates that it has done"
         )
     if not args.skip_until_initial_step:
         args.skip_until_initial_step = True
@@ -241,4 +242,4 @@ def _resume(args: argparse.Namespace, say: Callable[[str], object]) -> None:
     if seed is None:
         say("the state was not saved by this launcher: the order of its data is another one than up to here")
     elif args.seed not in (None, seed):
-        say(f"--seed is {args.seed}, and the state was saved with {seed}: the order of the data is another one")
+        say(f"--seed is {args.seed}, and was {seed} before: the order of the data is another one")

@@ -1,4 +1,4 @@
-"""`accelerate launch -m sftorch.trainers.sd_scripts SCRIPT OPTIONS`, and `schedulefree launch sd-scripts -- ...`."""
+"""The program: `accelerate launch -m sftorch.trainers.sd_scripts SCRIPT OPTIONS`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def main(words: Sequence[str]) -> int:
     words = [*words]
     at = next((place for place, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:
-        return _cannot("SCRIPT must be given, got no word that ends in .py: write train_network.py, and its options")
+        return _cannot(
+            "SCRIPT must be given, got no word that ends in .py: write train_network.py, and its options"
+        )
     if before := [word for word in words[:at] if word != "--"]:
         command = f"{shlex.join(before)} {_MODULE} {shlex.join(words[at:])}"
         return _cannot(f"SCRIPT must come first, got {shlex.join(before)} before it: write\n  {command}")
