@@ -2,8 +2,8 @@
 
 FOLDER is a checkout, or holds links to train_network.py, library and networks of one. Reads a JSON list of
 runs from standard input, makes each in a process of its own, and prints a JSON list of what they tell: see
-`Told`; null for one that was killed. Only the loading of models and data, and the loss, are the toy's; packages
-that sd-scripts imports and that are not installed are empty.
+`Told`; null for one that was killed. Only the loading of models and data, and the loss, are the toy's;
+packages that sd-scripts imports and that are not installed are empty.
 """
 
 import contextlib
