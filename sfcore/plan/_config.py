@@ -164,7 +164,7 @@ class Config:
 
     def name(self, neutral: str) -> str:
         """Returns the user's name of a neutral field, given or not."""
-        if neutral in self.facts or neutral == "script":  # which is no option
+        if neutral in self.facts or neutral in ("script", "launched"):  # which is no option
             return neutral
         if neutral in self.places:
             return self.shown(self.places[neutral])
@@ -261,6 +261,8 @@ def _read_command(tokens: list[str], original: Any, files: Mapping[str, dict[str
             shown = found.shown(Place(name))
             found.problems.append(Problem("SF001", ERROR, shown, "an abbreviation", "one option", why, fix))
     found.put("script", launch.script if script else None, "script")
+    before = " ".join(tokens[: launch.start])
+    found.put("launched", any(one in before for one in _sd_scripts.LAUNCHERS) or None, "launched")
     _read_sd(found)
     return found
 

@@ -155,6 +155,13 @@ class Run:
         """Whether sd-scripts goes on from a state."""
         return self.config.source.dummy_scheduler and bool(self.config.get("resume"))
 
+    @property
+    def resumes_exactly(self) -> bool:
+        """Whether it is run by the launcher of sd-scripts, which goes on where the state stands."""
+        get = self.config.get
+        said = {"initial_step", "initial_epoch"} & {*self.config.values} - {*self.config.facts}
+        return bool(get("launched")) and (bool(get("skip_done")) or not said)
+
     @cached_property
     def resumed(self) -> tuple[int, int] | None:
         """Micro-batches that a resumed run of sd-scripts trains on, and those that are left of the run."""
@@ -169,6 +176,8 @@ class Run:
         left = trained(total) - trained(done)
         if self.script is not None and not self.script.resumes:
             return trained(total), left  # it begins anew
+        if self.resumes_exactly:
+            return left, left
         skip = bool(self.config.get("skip_done"))
         return _sd_scripts.resumed(batches, self.accumulation, done, total, skip), left
 

@@ -16,6 +16,13 @@ from sfcore.checks import nearest
 
 COMMIT, MUSUBI_COMMIT = "48d368fa557731ad0488c07304dfeba8c07910eb", "30c658c4f4b0bf05038b3346eff9670259b10fc7"
 
+# In a command line before the script: it resumes from where its state stands.
+LAUNCHERS = (
+    "schedulefree launch sd-scripts ",
+    "sfcore launch sd-scripts ",
+    "-m sftorch.trainers.sd_scripts ",
+)
+
 
 class Script(NamedTuple):
     """One training script.

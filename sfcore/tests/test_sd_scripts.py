@@ -535,6 +535,29 @@ def test_the_patch_for_upstream_mends_a_fault_that_is_there_without_it(tmp_path)
     assert_the_same(whole, launched[2])
 
 
+RESUMED = "train_network.py --max_train_steps 30 --gradient_accumulation_steps 2 --resume there"
+LAUNCHED = [
+    f"schedulefree launch sd-scripts -- {RESUMED}",
+    f"python -m sfcore launch sd-scripts {RESUMED}",
+    f"accelerate launch --num_processes 1 -m sftorch.trainers.sd_scripts sd-scripts/{RESUMED}",
+]
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_the_plan_knows_the_launcher_which_resumes_where_the_state_stands(command):
+    """14 of 30 updates, of 12 an epoch: 23 + 4 of 23 + 23 + 12 micro-batches are done."""
+    words = command.split()
+    for plan in (
+        check(words, samples=BATCHES, initial_step=14),
+        check([*words, "--initial_step", "14", "--skip_until_initial_step"], samples=BATCHES),
+    ):
+        assert plan.resumed == (31, 31)
+        assert not {problem.code for problem in plan.problems} & {"SF402", "SF403"}
+    without = check([*words, "--initial_step", "14"], samples=BATCHES)  # said, and not to be skipped
+    assert without.resumed == (46, 31)
+    assert [problem.code for problem in without.problems if problem.code == "SF403"]
+
+
 def signature(made):
     return [name for name in inspect.signature(made).parameters if name not in ("self", "params", "lr")]
 
