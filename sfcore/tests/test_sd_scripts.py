@@ -500,6 +500,38 @@ def test_without_the_launcher_the_plan_says_what_a_resumed_run_trains_on(tmp_pat
 
 
 @needs_sd
+@pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "in order"])
+def test_without_the_launcher_runs_of_whole_epochs_go_on_from_the_end_of_one(tmp_path, shuffled):
+    """The commands of docs/kohya.md: killed in each of three epochs, and resumed by --initial_epoch."""
+    runs = []
+    for accumulation in STOPS_AT:
+        more = ("--max_data_loader_n_workers", "2", "--save_state", "--save_every_n_epochs", "1")
+        course = Course(tmp_path, "AdamWScheduleFree", accumulation, shuffled, False, *more)
+        course.total = 3 * -(-BATCHES // accumulation)
+        first = ["--resume", str(course.folder / "killed" / "a-000001-state"), "--initial_epoch", "2"]
+        second = ["--resume", str(course.folder / "again" / "a-000002-state"), "--initial_epoch", "3"]
+        runs += [course.whole(), course.run("killed", kill=BATCHES + 9)]
+        runs += [course.run("again", *first, kill=BATCHES + 9), course.run("last", *second)]
+    told = trained_with(SD, runs)
+    for whole, killed, again, last in zip(told[::4], told[1::4], told[2::4], told[3::4], strict=True):
+        assert (killed, again, last["trained"]) == (None, None, BATCHES)
+        assert_the_same(whole, last)
+
+
+@needs_sd
+def test_without_workers_the_first_batch_after_a_resume_is_another(tmp_path):
+    """sd-scripts tells its data the epoch after the first batch of it is read."""
+    course = Course(tmp_path, "AdamWScheduleFree", 4, True, False)
+    course.total = 12
+    state = ["--resume", str(course.folder / "whole" / "a-000001-state"), "--initial_epoch", "2"]
+    runs = [course.run("whole", "--save_state", "--save_every_n_epochs", "1"), course.run("again", *state)]
+    whole, again = trained_with(SD, runs)
+    assert again["trained"] == BATCHES
+    same = [a == b for a, b in zip(whole["losses"][-BATCHES:], again["losses"], strict=True)]
+    assert same[:5] == [False, True, True, True, False]  # the update that it is part of
+
+
+@needs_sd
 def test_the_launcher_goes_on_with_workers_without_a_seed_and_from_the_end_of_an_epoch(tmp_path):
     folder, told = beside(SD, tmp_path / "scripts"), []
     workers = Course(tmp_path / "a", "AdamWScheduleFree", 4, True, True, "--max_data_loader_n_workers", "2")
