@@ -3,8 +3,10 @@
 import argparse
 import inspect
 import json
+import os
 import pickle
 import random
+import subprocess
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -169,6 +171,22 @@ def test_the_command_finds_the_program(monkeypatch, capsys):
     monkeypatch.setattr(__main__, "entry_points", lambda group, name: [gone])
     assert __main__.main(["launch", "sd-scripts", "none.py"]) == 2
     assert "cannot be loaded here: No module named 'nothing_of_that_name'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_as_a_module(scripts, monkeypatch):
+    root = Path(sfcore.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), *sys.path]))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
+    command += ["-m", "sftorch.trainers.sd_scripts", str(scripts / "sdxl_train_network.py")]
+    command += ["--max_train_steps", str(TOTAL), "--gradient_accumulation_steps", str(ACCUMULATION)]
+    (scripts / "out").mkdir()
+    subprocess.run([*command, "--seed", "3", "--output_dir", str(scripts / "out")], check=True)
+    launched = torch.load(scripts / "out" / "last.pt")
+    here = run(scripts, "here", script="sdxl_train_network.py")
+    assert launched["losses"] == here["losses"]
+    assert same(launched, here)
 
 
 def test_every_optimizer_with_modes_gets_its_modes(scripts):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["LaunchError", "SeededReads", "launch", "patched", "seed_of_state"]
+__all__ = ["LaunchError", "launch"]
 
 PATCH = Path(__file__).with_name("resume.patch")
 NETWORK = "train_network"
