@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,8 +30,8 @@ import torch
 
 import sftorch
 from sfcore.laws import LAWS
+from sfcore.plan import ConfigError, check
 from sfcore.plan import _sd_scripts as facts
-from sfcore.plan import check
 from sfcore.plan._text import as_text, tomllib
 from sfcore.plan._trainers import SD_SCRIPTS
 
@@ -588,6 +589,132 @@ def test_the_plan_knows_the_launcher_which_resumes_where_the_state_stands(comman
     without = check([*words, "--initial_step", "14"], samples=BATCHES)  # said, and not to be skipped
     assert without.resumed == (46, 31)
     assert [problem.code for problem in without.problems if problem.code == "SF403"]
+
+
+LENGTHS_OF = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import sd_scripts_train as toy
+sys.meta_path.insert(0, toy.Finder())
+import library.config_util as config
+import library.train_util as train_util
+from library.strategy_base import LatentsCachingStrategy
+from library.strategy_sd import SdSdxlLatentsCachingStrategy
+from train_network import setup_parser
+LatentsCachingStrategy.set_strategy(SdSdxlLatentsCachingStrategy(True, False, 1, False))
+found = []
+for words in json.load(sys.stdin):
+    args = setup_parser().parse_args(words)
+    train_util.prepare_dataset_args(args, True)
+    make = config.BlueprintGenerator(config.ConfigSanitizer(True, True, args.masked_loss, True))
+    if args.dataset_config:
+        user = config.load_user_config(args.dataset_config)
+    elif args.in_json:
+        each = [{"image_dir": args.train_data_dir, "metadata_file": args.in_json}]
+        user = {"datasets": [{"subsets": each}]}
+    else:
+        each = config.generate_dreambooth_subsets_config_by_subdirs(args.train_data_dir, args.reg_data_dir)
+        user = {"datasets": [{"subsets": each}]}
+    group, _ = config.generate_dataset_group_by_blueprint(make.generate(user, args).dataset_group)
+    found.append(len(group))
+print("lengths", json.dumps(found))
+"""
+DATA_CONFIG = """
+[general]
+batch_size = 2
+resolution = 256
+[[datasets]]
+[[datasets.subsets]]
+image_dir = "train/3_cat"
+num_repeats = 4
+[[datasets.subsets]]
+image_dir = "train/3_cat"
+num_repeats = 9
+[[datasets]]
+batch_size = 5
+[[datasets.subsets]]
+image_dir = "train/2_dog"
+[[datasets.subsets]]
+image_dir = "regular/1_animal"
+is_reg = true
+num_repeats = 2
+"""
+DATA = [
+    ["--train_data_dir", "train"],
+    ["--train_data_dir", "train", "--train_batch_size", "4"],
+    ["--train_data_dir", "train", "--train_batch_size", "3", "--reg_data_dir", "regular"],
+    ["--train_data_dir", "train", "--reg_data_dir", "many"],
+    ["--train_data_dir", "train", "--enable_bucket", "--bucket_no_upscale"],
+    ["--train_data_dir", "train/3_cat", "--in_json", "meta.json", "--dataset_repeats", "3"],
+    ["--dataset_config", "data.toml"],
+    ["--dataset_config", "data.toml", "--dataset_repeats", "7", "--train_batch_size", "9"],
+    ["--dataset_config", "data.json"],
+]
+BATCHES_OF_DATA = [21, 6, 14, 42, 21, 9, 12, 19, 12]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Folders of images, of 5 cats thrice, 3 dogs twice, and others."""
+    from PIL import Image
+
+    for folder, count in (("train/3_cat", 5), ("train/2_dog", 3), ("regular/1_animal", 2), ("many/7_all", 9)):
+        (tmp_path / folder).mkdir(parents=True)
+        for at in range(count):
+            Image.new("RGB", (320, 256)).save(tmp_path / folder / f"{at}.{('png', 'jpg', 'PNG')[at % 3]}")
+        (tmp_path / folder / "0.txt").write_text("words")
+    for folder in ("train/none", "train/4_empty", "train/0_zero"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (320, 256)).save(tmp_path / "train" / "0_zero" / "a.png")
+    (tmp_path / "data.toml").write_text(DATA_CONFIG)
+    (tmp_path / "data.json").write_text(json.dumps(tomllib.loads(DATA_CONFIG)))
+    entries = {name: {"caption": "a", "image_size": [320, 256]} for name in ("0.png", "1.jpg", "2.PNG")}
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_batches_of_an_epoch_follow_from_images_repeats_and_batch_sizes(data):
+    epochs = ["--max_train_epochs", "2"]
+    for words, batches in zip(DATA, BATCHES_OF_DATA, strict=True):
+        plan = check(["train_network.py", *words, *epochs])
+        assert plan.total_steps == 2 * batches, words
+        plan = check(["train_network.py", *words, *epochs], devices=2, accumulation=3)
+        assert plan.total_steps == 2 * math.ceil(math.ceil(batches / 2) / 3), words
+    for words in (["--enable_bucket", "--train_batch_size", "2"], ["--validation_split", "0.1"]):
+        assert check(["train_network.py", *DATA[0], *words, *epochs]).total_steps is None, words
+    assert check(["train_network.py", *DATA[0], *epochs], samples=8).total_steps == 16
+    for gone in (["--train_data_dir", "gone"], ["--dataset_config", "gone.toml"], []):
+        assert check(["train_network.py", *gone, *epochs]).total_steps is None
+
+
+def test_kohyas_form_computes_its_steps_of_folders_and_epochs(data):
+    preset = {"LoRA_type": "Standard", "lr_warmup": 0, "optimizer": "AdamW", "train_data_dir": "train"}
+    preset |= {"epoch": "3", "train_batch_size": 2, "gradient_accumulation_steps": 4, "max_train_steps": 0}
+    assert check(preset).total_steps == 8  # 21 * 3 / 8, rounded once
+    assert check(preset | {"reg_data_dir": "regular"}).total_steps == 16
+    assert check(preset | {"max_train_steps": 5}).total_steps == 5
+    assert check(preset | {"dataset_config": "data.toml"}).total_steps == 1600
+    for wrong in ({"train_data_dir": "gone"}, {"train_batch_size": "a"}, {"train_batch_size": [0]}):
+        assert check(preset | wrong).total_steps is None
+
+
+def test_a_configuration_of_data_alone_is_none_of_a_run(data):
+    with pytest.raises(ConfigError, match=r"config must be of a run, got datasets.* as dataset_config"):
+        check("data.toml")
+
+
+@needs_sd
+def test_the_batches_of_an_epoch_are_those_of_the_real_data_sets(data):
+    for package in ("voluptuous", "toml", "imagesize"):
+        pytest.importorskip(package)
+    search = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    program = [sys.executable, "-c", LENGTHS_OF, str(Path(SD).resolve())]
+    words = json.dumps([[*one, *(() if "_config" in one[0] else ("--resolution", "256"))] for one in DATA])
+    environment = os.environ | {"PYTHONPATH": search}
+    done = subprocess.run(program, input=words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.split("lengths ")[1]) == BATCHES_OF_DATA
 
 
 def signature(made):
