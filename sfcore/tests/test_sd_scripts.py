@@ -1,14 +1,16 @@
 """The plan against the real code of sd-scripts: its parser, get_optimizer, get_scheduler_fix, and its facts.
 
 SD_SCRIPTS names a checkout of github.com/kohya-ss/sd-scripts, MUSUBI_TUNER one of
-github.com/kohya-ss/musubi-tuner; without them the tests are skipped. Nothing of theirs is kept here: the
-functions are taken out of their files and run as they are, with torch, transformers and schedulefree.
+github.com/kohya-ss/musubi-tuner, KOHYA_SS one of github.com/bmaltais/kohya_ss; without them the tests are
+skipped. Nothing of theirs is kept here: the functions are taken out of their files and run as they are, with
+torch, transformers and schedulefree.
 """
 
 import argparse
 import ast
 import functools
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -37,6 +39,8 @@ from sfcore.plan._trainers import SD_SCRIPTS
 
 SD, MUSUBI = (os.environ.get(name, "") for name in ("SD_SCRIPTS", "MUSUBI_TUNER"))
 needs_sd = pytest.mark.skipif(not SD, reason="SD_SCRIPTS names no checkout of kohya-ss/sd-scripts")
+KOHYA = os.environ.get("KOHYA_SS", "")
+needs_kohya = pytest.mark.skipif(not KOHYA, reason="KOHYA_SS names no checkout of bmaltais/kohya_ss")
 needs_musubi = pytest.mark.skipif(not MUSUBI, reason="MUSUBI_TUNER names no checkout of musubi-tuner")
 pytestmark = pytest.mark.timeout(1800)  # on a busy machine, by hand
 WANTED = ("add_optimizer_arguments", "get_optimizer", "get_scheduler_fix", "is_schedulefree_optimizer")
@@ -715,6 +719,83 @@ def test_the_batches_of_an_epoch_are_those_of_the_real_data_sets(data):
     done = subprocess.run(program, input=words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.split("lengths ")[1]) == BATCHES_OF_DATA
+
+
+def optimizers_of(package):
+    """Returns a module with the classes of a package that is not here: they take what the table says."""
+    module = types.ModuleType(package)
+    module.optim = module
+
+    def made(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        takes = (facts.built(name).arguments or ()) if package == "bitsandbytes" else ()
+
+        class Optimizer(torch.optim.SGD):
+            def __init__(self, params, lr=1e-3, **given):
+                if takes and not {*given} <= {*takes}:
+                    raise TypeError(f"unexpected {sorted({*given} - {*takes})}")
+                super().__init__(params, lr)
+
+        return Optimizer
+
+    module.__getattr__ = made
+    return module
+
+
+def as_the_form_writes(preset, file):
+    """Writes what Kohya_SS' lora_gui.py, `train_model`, writes of a preset; returns the words beside it."""
+    get = preset.get
+    percent, steps = (float(get(name) or 0) for name in ("lr_warmup", "lr_warmup_steps"))
+    cycles = get("lr_scheduler_num_cycles")
+    fields = {
+        "optimizer_type": preset["optimizer"],
+        "optimizer_args": str(get("optimizer_args", "")).replace('"', "").split(),
+        "lr_scheduler": get("lr_scheduler", "constant"),
+        "lr_scheduler_args": str(get("lr_scheduler_args", "")).replace('"', "").split(),
+        "lr_scheduler_type": get("lr_scheduler_type") or None,
+        "lr_scheduler_num_cycles": int(cycles) if cycles not in ("", None) else int(get("epoch", 1)),
+        "lr_scheduler_power": get("lr_scheduler_power") or None,
+        "lr_warmup_steps": int(steps) if steps > 0 else percent / 100 if percent else 0,
+        "learning_rate": float(get("learning_rate") or 0.0),
+        "max_train_steps": int(get("max_train_steps") or 0) or None,
+        "gradient_accumulation_steps": int(get("gradient_accumulation_steps") or 1),
+    }
+    file.write_text(as_text(fields, ".toml"), encoding="utf-8")
+    extra = get("additional_parameters", "").replace('"', "").split()
+    known = facts.KINDS.keys() & {action.dest for action in parser()._actions}
+    starts = [at for at, word in enumerate(extra) if word.startswith("--")] + [len(extra)]
+    each = [extra[start:end] for start, end in itertools.pairwise(starts)]
+    return ["--config_file", str(file), *(word for one in each if one[0][2:] in known for word in one)]
+
+
+# Of 74 presets and configurations: what the plan raises, each read by eye.
+RAISED = {
+    "presets/finetune/adafactor.json": ["SF101"],  # Adafactor's own scheduler takes no warm-up, and stops
+    "test/config/dreambooth-AdamW8bit.json": ["SF105"],  # a power that constant ignores
+}
+NO_RUNS = ("meta-1_lat.json",)  # captions
+
+
+@needs_kohya
+@needs_sd
+def test_no_preset_of_kohya_ss_that_runs_is_said_to_stop(tmp_path, monkeypatch):
+    root, found, wrong = Path(KOHYA), {}, []
+    for package in ("bitsandbytes", "lion_pytorch", "dadaptation", "prodigyopt"):
+        if importlib.util.find_spec(package) is None:
+            monkeypatch.setitem(sys.modules, package, optimizers_of(package))
+    presets = [*root.glob("presets/*/*.json"), *root.glob("test/config/*.json")]
+    for path in [path for path in presets if path.name not in NO_RUNS]:
+        plan, name = check(path), path.relative_to(root).as_posix()
+        words = as_the_form_writes(json.loads(path.read_text(encoding="utf-8")), tmp_path / "form.toml")
+        why = stops(words, monkeypatch)
+        if bool(why) != bool({problem.code for problem in plan.errors} & STOPS):
+            wrong.append(f"{name}: {why or 'runs'}, got {[str(problem) for problem in plan.problems]}")
+        if plan.problems:
+            found[name] = [problem.code for problem in plan.problems]
+    assert not wrong, "\n".join(wrong)
+    assert found == RAISED
+    assert len(presets) > 60
 
 
 def signature(made):
