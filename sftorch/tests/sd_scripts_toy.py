@@ -5,7 +5,7 @@ Only lines that `resume.patch` has anyway are upstream's. `sfcore/tests/test_sd_
 """
 
 TRAIN_UTIL = """
-import torch
+import importlib
 
 
 def verify_training_args(args):
@@ -14,6 +14,17 @@ def verify_training_args(args):
 
 def get_optimizer_train_eval_fn(optimizer, args):
     return lambda: None, lambda: None
+
+
+def get_optimizer(args, trainable_params):
+    module, _, name = args.optimizer_type.rpartition(".")
+    return name, {}, getattr(importlib.import_module(module), name)(trainable_params, lr=0.05)
+
+
+def sample_image_inference(
+    accelerator, args, pipeline, save_dir, prompt_dict, epoch, steps, prompt_replacement, controlnet=None
+):
+    return [p.detach().clone() for p in pipeline.parameters()]
 
 
 class collator_class:
@@ -189,6 +200,53 @@ if __name__ == "__main__":
 """
 
 
+TRAIN_DB = """
+import argparse
+import os
+
+import torch
+from accelerate import Accelerator
+
+import library.train_util as train_util
+
+
+def train(args):
+    train_util.verify_training_args(args)
+    torch.manual_seed(3)
+    accelerator = Accelerator(cpu=True)
+    unet, text_encoder = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+    vae = torch.nn.Linear(1, 1)
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    _, _, optimizer = train_util.get_optimizer(args, trainable_params=parameters)
+    inner = optimizer
+    unet, text_encoder, vae = (accelerator.prepare(one) for one in (unet, text_encoder, vae))
+    optimizer = accelerator.prepare(optimizer)
+    if args.resume:
+        accelerator.load_state(args.resume)
+    for step in range(args.max_train_steps):
+        text_encoder(unet(torch.ones(4, 3) * (step + 1))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            drawn = train_util.sample_image_inference(accelerator, args, unet, None, {}, None, 2, None)
+            told = [inner.eval_params()[p] for p in unet.parameters()] if hasattr(inner, "eval_params") else drawn
+            assert all(torch.equal(a, b) for a, b in zip(drawn, told)), "y was drawn"
+    accelerator.save_state(os.path.join(args.output_dir, "state"))
+    models = {"unet": accelerator.unwrap_model(unet), "text_encoder": text_encoder, "vae": vae}
+    saved = {name: model.state_dict() for name, model in models.items()}
+    y = {name: {k: p.detach().clone() for k, p in model.named_parameters()} for name, model in models.items()}
+    torch.save({"saved": saved, "y": y}, os.path.join(args.output_dir, "last.pt"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    for name in ("output_dir", "resume", "optimizer_type"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--max_train_steps", type=int)
+    train(parser.parse_args())
+"""
+
+
 def write(folder):
     """Writes the toy into a folder."""
     (folder / "library").mkdir(parents=True)
@@ -196,4 +254,5 @@ def write(folder):
     (folder / "library" / "train_util.py").write_text(TRAIN_UTIL)
     (folder / "train_network.py").write_text(TRAIN_NETWORK, encoding="utf-8")
     (folder / "sdxl_train_network.py").write_text(SDXL_TRAIN_NETWORK)
+    (folder / "train_db.py").write_text(TRAIN_DB)
     return folder

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import types
+from contextlib import ExitStack
 from importlib.metadata import EntryPoint
 from multiprocessing import Value
 from pathlib import Path
@@ -16,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 import sfcore
+import sftorch
 from sfcore import __main__
 from sfcore.plan._text import tomllib
 from sftorch.tests import accelerators, sd_scripts_toy
@@ -117,29 +120,101 @@ def test_another_version_of_the_script_is_refused_with_every_place(scripts, caps
     assert "train_network" not in sys.modules
 
 
+@pytest.mark.parametrize("script", ["train_network.py", "train_db.py"])
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "name"),
     [
-        ("def verify_training_args(args)", "def verify_args(args)"),
-        ("def get_optimizer_train_eval_fn(optimizer, args)", "def get_optimizer_train_eval_fn(optimizer)"),
-        ("class LossRecorder", "class SeededReads"),
+        ("def verify_training_args(args)", "def verify_args(args)", "verify_training_args"),
+        ("def get_optimizer(args, trainable_params)", "def get_optimizer(args)", "get_optimizer"),
+        ("class LossRecorder", "class SeededReads", "SeededReads"),
     ],
 )
-def test_another_version_of_the_library_is_refused(scripts, capsys, old, new):
+def test_another_version_of_the_library_is_refused(scripts, capsys, script, old, new, name):
     path = scripts / "library" / "train_util.py"
     path.write_text(path.read_text().replace(old, new))
-    assert program.main([str(scripts / "train_network.py")]) == 2
+    assert program.main([str(scripts / script)]) == 2
     said = capsys.readouterr().err
-    assert "library/train_util.py must have verify_training_args(args), get_optimizer_train_eval_fn(" in said
+    assert f"error: library/train_util.py must be as it is known here, got other {name}: this sd-" in said
     assert not hasattr(sys.modules["library.train_util"], "seed_of_state")
 
 
 def test_other_scripts_are_refused(scripts, tmp_path, capsys):
-    (scripts / "sdxl_train.py").write_text("import library\n")
+    (scripts / "train_textual_inversion.py").write_text("import library\n")
     (tmp_path / "sdxl_train_network.py").write_text("import train_network\n")
-    for path in (scripts / "sdxl_train.py", tmp_path / "sdxl_train_network.py", scripts / "none.py"):
+    paths = scripts / "train_textual_inversion.py", tmp_path / "sdxl_train_network.py", scripts / "none.py"
+    for path in paths:
         assert program.main([str(path)]) == 2
         assert f"got {path}: " in capsys.readouterr().err
+
+
+def shipped(scripts, name, *more, steps=6, optimizer="sftorch.AdamWScheduleFree"):
+    """Returns what train_db.py leaves, with the launcher."""
+    forget()
+    out = scripts / name
+    out.mkdir()
+    words = ["--optimizer_type", optimizer, "--max_train_steps", str(steps), "--output_dir", str(out), *more]
+    assert program.main([str(scripts / "train_db.py"), *words]) == 0
+    return torch.load(out / "last.pt")
+
+
+def test_a_script_that_never_calls_eval_saves_and_draws_x_and_trains_as_before(scripts, capsys):
+    before = Accelerator.prepare
+    found = shipped(scripts, "a")
+    assert "never calls optimizer.eval(): what it saves and draws is x" in capsys.readouterr().err
+    assert Accelerator.prepare is before
+    forget()
+    (scripts / "plain").mkdir()
+    words = ["--optimizer_type", "sftorch.AdamWScheduleFree", "--max_train_steps", "6"]
+    command = [sys.executable, str(scripts / "train_db.py"), *words, "--output_dir", str(scripts / "plain")]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert "AssertionError: y was drawn" in failed.stderr  # alone, it draws y
+    optimizer, models = by_hand(6)
+    for name, model in models.items():
+        x = optimizer.eval_state_dict(model) if name != "vae" else model.state_dict()
+        assert all(torch.equal(found["saved"][name][k], x[k]) for k in x)
+        assert all(torch.equal(found["y"][name][k], p) for k, p in model.named_parameters())
+        moved = [not torch.equal(x[k], found["y"][name][k]) for k in x]
+        assert all(moved) == (name != "vae")
+
+
+def by_hand(steps):
+    """Returns what train_db.py of the toy trains, without it."""
+    torch.manual_seed(3)
+    unet, text_encoder, vae = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1), torch.nn.Linear(1, 1)
+    optimizer = sftorch.AdamWScheduleFree([*unet.parameters(), *text_encoder.parameters()], lr=0.05)
+    for step in range(steps):
+        text_encoder(unet(torch.ones(4, 3) * (step + 1))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, {"unet": unet, "text_encoder": text_encoder, "vae": vae}
+
+
+def test_a_state_of_such_a_script_goes_on_in_the_same_bits(scripts, capsys):
+    whole, _ = shipped(scripts, "whole"), shipped(scripts, "part", steps=2)
+    capsys.readouterr()
+    resumed = shipped(scripts, "on", "--resume", str(scripts / "part" / "state"), steps=6)
+    assert "counts steps from 0 after a resume" in capsys.readouterr().err
+    assert not torch.equal(whole["saved"]["unet"]["weight"], resumed["saved"]["unet"]["weight"])
+    part, models = by_hand(2)
+    for step in range(6):  # from 0 again
+        models["text_encoder"](models["unet"](torch.ones(4, 3) * (step + 1))).square().mean().backward()
+        part.step()
+        part.zero_grad()
+    x = part.eval_state_dict(models["unet"])
+    assert all(torch.equal(resumed["saved"]["unet"][k], x[k]) for k in x)
+
+
+def test_upstreams_class_is_refused_where_only_its_eval_gives_x(scripts, capsys):
+    words = ["--optimizer_type", "schedulefree.AdamWScheduleFree", "--max_train_steps", "2"]
+    assert program.main([str(scripts / "train_db.py"), *words, "--output_dir", str(scripts)]) == 2
+    assert "optimizer_type must be one of sftorch's, got AdamWScheduleFree" in capsys.readouterr().err
+    plain = shipped(scripts, "plain", optimizer="torch.optim.SGD")
+    assert torch.equal(plain["saved"]["unet"]["weight"], plain["y"]["unet"]["weight"])
+
+
+def environment():
+    root = Path(sfcore.__file__).parents[1]
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
 
 
 def test_a_command_line_that_begins_otherwise_is_written_as_it_must_be(capsys):
@@ -174,15 +249,15 @@ def test_the_command_finds_the_program(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_accelerate_launches_it_as_a_module(scripts, monkeypatch):
-    root = Path(sfcore.__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), *sys.path]))
+def test_accelerate_launches_it_as_a_module(scripts):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["-m", "sftorch.trainers.sd_scripts", str(scripts / "sdxl_train_network.py")]
     command += ["--max_train_steps", str(TOTAL), "--gradient_accumulation_steps", str(ACCUMULATION)]
     (scripts / "out").mkdir()
-    subprocess.run([*command, "--seed", "3", "--output_dir", str(scripts / "out")], check=True)
+    subprocess.run(
+        [*command, "--seed", "3", "--output_dir", str(scripts / "out")], check=True, env=environment()
+    )
     launched = torch.load(scripts / "out" / "last.pt")
     here = run(scripts, "here", script="sdxl_train_network.py")
     assert launched["losses"] == here["losses"]
@@ -193,7 +268,7 @@ def test_every_optimizer_with_modes_gets_its_modes(scripts):
     """sd-scripts looks at the end of the name alone."""
     train_util = types.ModuleType("train_util")
     exec(sd_scripts_toy.TRAIN_UTIL, vars(train_util))
-    sd_scripts._replace(train_util, print)
+    sd_scripts._resume_right(train_util, ExitStack(), print)
     optimizer = types.SimpleNamespace(train=lambda: "y", eval=lambda: "x")
     modes = train_util.get_optimizer_train_eval_fn(optimizer, argparse.Namespace())
     assert [mode() for mode in modes] == ["y", "x"]

@@ -1,7 +1,8 @@
-"""sd-scripts' own scripts with a resume that goes on where the run stopped: `schedulefree launch sd-scripts`.
+"""sd-scripts' own scripts with resumes and files that are right: `schedulefree launch sd-scripts`.
 
-The scripts stay as they are on disk. `resume.patch`, which is also for upstream, is applied to the text of
-their train_network.py as it is loaded; where it does not fit, nothing is trained.
+The scripts stay as they are on disk. Those built on train_network.py get a resume that goes on where the run
+stopped: `resume.patch`, which is also for upstream, is applied to its text as it is loaded, and where it does
+not fit, nothing is trained. Those that never call `optimizer.eval()` get files and samples of x.
 """
 
 from __future__ import annotations
@@ -19,21 +20,39 @@ import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from sftorch.shipping import ship_x
+from sftorch.state.modes import TrainEvalOptimizer
+
 __all__ = ["LaunchError", "launch"]
 
 PATCH = Path(__file__).with_name("resume.patch")
 NETWORK = "train_network"
-_IMPORT = re.compile(rf"^(import|from) {NETWORK}\b", re.MULTILINE)
+# Scripts that save what state_dict() gives in the middle of training; textual inversion reads parameters.
+SHIPPING = (
+    "fine_tune",
+    "sdxl_train",
+    "sdxl_train_control_net",
+    "train_control_net",
+    "train_controlnet",
+    "train_db",
+)
+_IMPORT = re.compile(rf"^(?:import|from) ({'|'.join((NETWORK, *SHIPPING))})\b", re.MULTILINE)
 # What is replaced in library/train_util.py, with its parameters.
 _EXPECTED = {
     "verify_training_args": ["args"],
+    "get_optimizer": ["args", "trainable_params"],
     "get_optimizer_train_eval_fn": ["optimizer", "args"],
+    "sample_image_inference": [
+        *("accelerator", "args", "pipeline", "save_dir", "prompt_dict"),
+        *("epoch", "steps", "prompt_replacement", "controlnet"),
+    ],
 }
 _OTHER_VERSION = (
     "this sd-scripts is none of the versions that docs/kohya.md names, and is not run half changed. Take one "
@@ -145,43 +164,47 @@ def patched(text: str, patch: str, file: str) -> str:
 
 
 def launch(script: str | os.PathLike[str], words: Sequence[str], say: Callable[[str], object]) -> None:
-    """Runs a script of sd-scripts in this process, with a resume that goes on where the run stopped.
+    """Runs a script of sd-scripts in this process, with resumes and files that are right.
 
     Args:
-        script: train_network.py, or one that is built on it and lies beside it.
+        script: train_network.py, one that is built on it and lies beside it, or one of `SHIPPING`.
         words: its options.
         say: is called with each sentence about what is changed.
 
     Raises:
-        LaunchError: before anything runs, if the script is another one, or not as `resume.patch` expects it;
-            before it trains, if where its state stands is not known.
+        LaunchError: before anything runs, if the script is another one, or not as it is expected here; before
+            it trains, if where its state stands is not known, or the optimizer cannot do it.
     """
     path = Path(script)
-    network = path.with_name(f"{NETWORK}.py")
-    built_on_it = path.is_file() and (path.name == network.name or _IMPORT.search(path.read_text("utf-8")))
-    if not built_on_it or not network.is_file():
-        raise LaunchError(
-            f"script must be {network.name} of sd-scripts, or one that is built on it and lies beside it, "
-            f"got {path}: no other counts the steps of a state, so run it as it is"
-        )
+    base = _base(path)
     sys.path.insert(0, str(path.parent))
-    text = _read(network)
-    _replace(importlib.import_module("library.train_util"), say)
-    module = types.ModuleType("__main__" if path.name == network.name else NETWORK)
-    module.__file__ = str(network)
-    code = compile(text, f"{network} with {PATCH.name}", "exec")
-    linecache.cache[code.co_filename] = len(text), None, text.splitlines(keepends=True), code.co_filename
-    say(f"{network} runs with {PATCH}, applied in memory")
-    say("the order of the data, and what is drawn as it is read, follow from the seed and the epoch")
-    say("a state keeps the seed, and a resume counts updates as updates")
-    before, sys.argv = sys.modules["__main__"], [str(path), *words]
-    try:
-        sys.modules[module.__name__] = sys.modules[NETWORK] = module
-        exec(code, vars(module))
-    finally:
-        sys.modules["__main__"] = before
-    if module.__name__ == NETWORK:
-        runpy.run_path(str(path), run_name="__main__")
+    text = _read(path.with_name(f"{NETWORK}.py")) if base == NETWORK else ""
+    train_util = importlib.import_module("library.train_util")
+    _check(train_util)
+    sys.argv = [str(path), *words]
+    with ExitStack() as replaced:
+        if base == NETWORK:
+            _resume_right(train_util, replaced, say)
+            _run_network(path, text, say)
+        else:
+            say(f"{path} never calls optimizer.eval(): what it saves and draws is x now")
+            _ship_x(train_util, replaced, say)
+        if path.stem != NETWORK:
+            runpy.run_path(str(path), run_name="__main__")
+
+
+def _base(path: Path) -> str:
+    """Returns the name of the script of sd-scripts that a script is, or is built on."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    names = [path.stem, *_IMPORT.findall(text)]
+    base = next((name for name in names if name in (NETWORK, *SHIPPING)), "")
+    if not text or not path.with_name(f"{base}.py").is_file():
+        shown = ".py, ".join((NETWORK, *SHIPPING))
+        raise LaunchError(
+            f"script must be one of sd-scripts' {shown}.py, or built on one that lies beside it, got {path}: "
+            "run it as it is"
+        )
+    return base
 
 
 def _read(network: Path) -> str:
@@ -192,13 +215,47 @@ def _read(network: Path) -> str:
         raise LaunchError(f"{error}: {_OTHER_VERSION}") from error
 
 
-def _replace(train_util: Any, say: Callable[[str], object]) -> None:
-    """Gives library/train_util.py what the patch has there, and replaces two of its functions."""
+def _check(train_util: Any) -> None:
+    """Raises unless library/train_util.py has what is replaced, and not what is added."""
     wrong = [name for name, has in _EXPECTED.items() if _parameters(getattr(train_util, name, None)) != has]
     wrong += [name for name in ("SeededReads", "seed_of_state") if hasattr(train_util, name)]
     if wrong:
-        shown = ", ".join(f"{name}({', '.join(has)})" for name, has in _EXPECTED.items())
-        raise LaunchError(f"library/train_util.py must have {shown}, got others: {_OTHER_VERSION}")
+        raise LaunchError(
+            f"library/train_util.py must be as it is known here, got other {', '.join(wrong)}: "
+            f"{_OTHER_VERSION}"
+        )
+
+
+def _replace(replaced: ExitStack, owner: Any, **new: Any) -> None:
+    """Gives a module or class other attributes until the stack is closed."""
+    for name, value in new.items():
+        if hasattr(owner, name):
+            replaced.callback(setattr, owner, name, getattr(owner, name))
+        else:
+            replaced.callback(delattr, owner, name)
+        setattr(owner, name, value)
+
+
+def _run_network(path: Path, text: str, say: Callable[[str], object]) -> None:
+    """Runs the patched train_network.py, as the program or as the module that the program imports."""
+    network = path.with_name(f"{NETWORK}.py")
+    module = types.ModuleType("__main__" if path == network else NETWORK)
+    module.__file__ = str(network)
+    code = compile(text, f"{network} with {PATCH.name}", "exec")
+    linecache.cache[code.co_filename] = len(text), None, text.splitlines(keepends=True), code.co_filename
+    say(f"{network} runs with {PATCH}, applied in memory")
+    say("the order of the data, and what is drawn as it is read, follow from the seed and the epoch")
+    say("a state keeps the seed, and a resume counts updates as updates")
+    before = sys.modules["__main__"]
+    try:
+        sys.modules[module.__name__] = sys.modules[NETWORK] = module
+        exec(code, vars(module))
+    finally:
+        sys.modules["__main__"] = before
+
+
+def _resume_right(train_util: Any, replaced: ExitStack, say: Callable[[str], object]) -> None:
+    """Gives library/train_util.py what the patch has there, and a look at the options and the optimizer."""
     verify, modes = train_util.verify_training_args, train_util.get_optimizer_train_eval_fn
 
     @functools.wraps(verify)
@@ -212,9 +269,66 @@ def _replace(train_util: Any, say: Callable[[str], object]) -> None:
             return optimizer.train, optimizer.eval  # whatever its name ends in
         return modes(optimizer, args)
 
-    train_util.verify_training_args = verify_training_args
-    train_util.get_optimizer_train_eval_fn = get_optimizer_train_eval_fn
-    train_util.SeededReads, train_util.seed_of_state = SeededReads, seed_of_state
+    _replace(
+        replaced,
+        train_util,
+        verify_training_args=verify_training_args,
+        get_optimizer_train_eval_fn=get_optimizer_train_eval_fn,
+        SeededReads=SeededReads,
+        seed_of_state=seed_of_state,
+    )
+
+
+def _ship_x(train_util: Any, replaced: ExitStack, say: Callable[[str], object]) -> None:
+    """Lets `state_dict()` of every prepared model give x, and draws samples at x."""
+    from accelerate import Accelerator
+
+    verify, build = train_util.verify_training_args, train_util.get_optimizer
+    draw, prepare = train_util.sample_image_inference, Accelerator.prepare
+    optimizers: list[TrainEvalOptimizer] = []
+
+    @functools.wraps(verify)
+    def verify_training_args(args: argparse.Namespace) -> None:
+        verify(args)
+        if args.resume:
+            say("the script counts steps from 0 after a resume: set --max_train_steps to those that are left")
+
+    @functools.wraps(build)
+    def get_optimizer(args: argparse.Namespace, trainable_params: Any) -> Any:
+        found = build(args, trainable_params)
+        if isinstance(found[2], TrainEvalOptimizer):
+            optimizers.append(found[2])
+        elif callable(getattr(found[2], "eval", None)):
+            raise LaunchError(
+                f"optimizer_type must be one of sftorch's, got {found[0]}, whose x only its eval() gives: "
+                "write sftorch.AdamWScheduleFree, or take a script that calls it"
+            )
+        return found
+
+    @functools.wraps(prepare)
+    def prepare_and_ship(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for model in (one for one in args if isinstance(one, torch.nn.Module)):
+            for optimizer in optimizers:
+                held = {p for group in optimizer.param_groups for p in group["params"]}
+                if not held.isdisjoint(model.parameters()):
+                    replaced.callback(ship_x(model, optimizer).remove)
+        return prepare(self, *args, **kwargs)
+
+    @functools.wraps(draw)
+    def sample_image_inference(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as at_x:
+            for optimizer in optimizers:
+                at_x.enter_context(optimizer.evaluation())
+            return draw(*args, **kwargs)
+
+    _replace(
+        replaced,
+        train_util,
+        verify_training_args=verify_training_args,
+        get_optimizer=get_optimizer,
+        sample_image_inference=sample_image_inference,
+    )
+    _replace(replaced, Accelerator, prepare=prepare_and_ship)
 
 
 def _parameters(function: Any) -> list[str] | None:
