@@ -162,8 +162,12 @@ def unsaid_rate(run: Run) -> Problems:
 
 def script_ships_y(run: Run) -> Problems:
     """SF506: a script that never switches to x."""
-    if run.script is not None and not run.script.evaluates and run.ignored:
-        fix = "train with a script that calls optimizer.eval(), or turn its file into x from a saved state"
+    if run.script is None or run.script.evaluates or not run.ignored:
+        return
+    if not (run.config.get("launched") and run.script.mended and run.optimizer.startswith("sftorch.")):
+        mended = "start it with schedulefree launch sd-scripts and an optimizer of sftorch"
+        other = "train with a script that calls optimizer.eval()"
+        fix = f"{mended if run.script.mended else other}, or turn its file into x from a saved state"
         detail = f"{run.config.get('script')}.py never calls optimizer.eval()."
         yield problem(run, "SF506", "script", fix, None, detail)
 

@@ -32,12 +32,14 @@ class Script(NamedTuple):
         resumes: it counts what a saved state has done, and has --skip_until_initial_step.
         blockwise: it has --blockwise_fused_optimizers.
         musubi: it is one of musubi-tuner, whose `get_optimizer` knows fewer names.
+        mended: it writes y, and x when our launcher runs it.
     """
 
     evaluates: bool = True
     resumes: bool = False
     blockwise: bool = False
     musubi: bool = False
+    mended: bool = False
 
 
 _SCRIPTS = {
@@ -47,8 +49,9 @@ _SCRIPTS = {
         hunyuan_image_train_network anima_train_network""",
     Script(blockwise=True): "flux_train flux_train_control_net sd3_train lumina_train",
     Script(): "anima_train",
+    Script(evaluates=False, mended=True): """
+        sdxl_train train_db fine_tune train_control_net train_controlnet sdxl_train_control_net""",
     Script(evaluates=False): """
-        sdxl_train train_db fine_tune train_control_net train_controlnet sdxl_train_control_net
         sdxl_train_control_net_lllite sdxl_train_control_net_lllite_old train_textual_inversion
         sdxl_train_textual_inversion train_textual_inversion_XTI""",
     Script(musubi=True): """

@@ -138,6 +138,63 @@ class Data(torch.utils.data.Dataset):
         return flipped + 0.1 * np.random.random() + 0.1 * torch.randn(BATCH, WIDTH)
 
 
+class Batches(Data):
+    """As fine_tune.py reads them."""
+
+    def __getitem__(self, place):
+        return {"latents": super().__getitem__(place), "input_ids_list": [torch.zeros(1)]}
+
+
+class Unet(Model):
+    def forward(self, latents, timesteps, hidden):
+        return types.SimpleNamespace(sample=super().forward(latents))
+
+
+def as_fine_tuning(fine_tune):
+    """What the end of fine_tune.py does; the loop and what saves are its own."""
+    from library import model_util, strategy_base, strategy_sd, train_util
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = Unet()
+    files, losses, optimizers, real = {}, [], [], train_util.get_optimizer
+
+    def get_optimizer(args, trainable_params):
+        found = real(args, trainable_params)
+        optimizers.append(found[2])
+        return found
+
+    def save(v2, file, text_encoder, unet, *more):
+        optimizer = optimizers[0]
+        files[Path(file).name] = {
+            "weights": taken(unet.state_dict()),
+            "x": taken({name: optimizer.eval_params()[p] for name, p in unet.named_parameters()}),
+            "y": taken(dict(unet.named_parameters())),
+        }
+
+    def noisy(args, scheduler, latents):
+        noise = torch.randn(latents.shape)
+        return noise, latents + noise, None
+
+    def loss(*args):
+        found = (args[0] - args[1]).square().mean()
+        losses.append(found.item().hex())
+        return found
+
+    said = types.SimpleNamespace(tokenizer=None, encode_tokens=lambda *args: [None])
+    train_util.get_optimizer = get_optimizer
+    train_util.load_arbitrary_dataset = lambda *args: Batches(_spec["samples"])
+    train_util.load_target_model = lambda *args: (Model(), Model(), unet, True)
+    train_util.get_noise_noisy_latents_and_timesteps, train_util.conditional_loss = noisy, loss
+    model_util.save_stable_diffusion_checkpoint = save
+    strategy_sd.SdTokenizeStrategy = strategy_sd.SdTextEncodingStrategy = lambda *args: said
+    for name in ("TokenizeStrategy", "LatentsCachingStrategy", "TextEncodingStrategy"):
+        getattr(strategy_base, name).set_strategy = classmethod(lambda cls, one: None)
+    fine_tune.prepare_scheduler_for_custom_training = lambda *args: None
+    fine_tune.train(fine_tune.setup_parser().parse_args())
+    Path(_spec["out"]).write_text(json.dumps({"files": files, "losses": losses}))
+
+
 class Told:
     """What a run tells: how many micro-batches it has trained on, their losses, and prints of what it leaves.
 
@@ -217,14 +274,8 @@ def trainer(told):
     return Toy()
 
 
-TOY = """
-import train_network
-from sd_scripts_train import as_script
-as_script(train_network)
-"""
 COMMON = """
---pretrained_model_name_or_path toy --network_module networks.lora --dataset_class of.Toys
---mixed_precision no --network_dim 2 --max_data_loader_n_workers 0
+--pretrained_model_name_or_path toy --dataset_class of.Toys --mixed_precision no --max_data_loader_n_workers 0
 """
 _spec = {}
 
@@ -258,10 +309,12 @@ def as_script(train_network):
 def one(folder):
     """Makes the run `_spec`, and ends the process."""
     torch.set_num_threads(1)
+    base = _spec.get("script", "train_network")
     words = [*COMMON.split(), "--seed", "1", *_spec["words"]]
+    words += ["--network_module", "networks.lora", "--network_dim", "2"] if base == "train_network" else []
     if _spec.get("unseeded"):
         words.remove("--seed"), words.remove("1")
-    script = Path(folder) / "toy_train_network.py"
+    script = Path(folder) / f"toy_{base}.py"
     with contextlib.redirect_stdout(sys.stderr):
         if _spec.get("launched"):
             from sftorch.trainers.sd_scripts import __main__ as launcher
@@ -269,7 +322,7 @@ def one(folder):
             code = launcher.main([str(script), *words])
         else:
             sys.argv = [str(script), *words]
-            as_script(importlib.import_module("train_network"))
+            {"train_network": as_script, "fine_tune": as_fine_tuning}[base](importlib.import_module(base))
             code = 0
     sys.stderr.flush()
     os._exit(code)

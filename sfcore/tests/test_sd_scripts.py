@@ -36,6 +36,7 @@ from sfcore.plan import ConfigError, check
 from sfcore.plan import _sd_scripts as facts
 from sfcore.plan._text import as_text, tomllib
 from sfcore.plan._trainers import SD_SCRIPTS
+from sftorch.trainers import sd_scripts as launcher
 
 SD, MUSUBI = (os.environ.get(name, "") for name in ("SD_SCRIPTS", "MUSUBI_TUNER"))
 needs_sd = pytest.mark.skipif(not SD, reason="SD_SCRIPTS names no checkout of kohya-ss/sd-scripts")
@@ -397,7 +398,7 @@ def test_a_resumed_run_trains_on_as_many_micro_batches_as_the_plan_says(tmp_path
 def beside(checkout, folder, patch=None):
     """Returns a folder with a toy of a script beside what it needs of a checkout, patched or not."""
     folder.mkdir()
-    for name in ("train_network.py", "library", "networks"):
+    for name in ("train_network.py", "fine_tune.py", "library", "networks"):
         if patch is None:
             (folder / name).symlink_to(Path(checkout, name).resolve())
         else:
@@ -405,11 +406,12 @@ def beside(checkout, folder, patch=None):
             copy(Path(checkout, name), folder / name)
     if patch is not None:
         subprocess.run(["git", "apply", str(patch)], cwd=folder, check=True)
-    (folder / "toy_train_network.py").write_text(TOY)
+    for base, run in (("train_network", "as_script"), ("fine_tune", "as_fine_tuning")):
+        text = f"import {base}\nfrom sd_scripts_train import {run}\n\n{run}({base})\n"
+        (folder / f"toy_{base}.py").write_text(text)
     return folder
 
 
-TOY = "import train_network\nfrom sd_scripts_train import as_script\n\nas_script(train_network)\n"
 BATCHES = 23  # of an epoch, which no accumulation divides
 LAW_OPTIONS = {
     "AdamWScheduleFree": [
@@ -552,6 +554,27 @@ def test_the_launcher_goes_on_with_workers_without_a_seed_and_from_the_end_of_an
     assert_the_same(told[3], told[5])
     assert_the_same(told[6], told[7])
     assert_the_same(told[6], told[8])
+
+
+@needs_sd
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_with_the_launcher_fine_tune_saves_x_and_trains_as_before(tmp_path, accumulation):
+    """The loop of fine_tune.py, which never calls optimizer.eval()."""
+    folder, runs = beside(SD, tmp_path / "scripts"), []
+    for law, launched in itertools.product(LAW_OPTIONS, (True, False)):
+        words = ["--optimizer_type", f"sftorch.{law}", *LAW_OPTIONS[law], "--output_name", "a"]
+        words += ["--gradient_accumulation_steps", str(accumulation), "--max_train_steps", "9"]
+        words += ["--save_every_n_steps", "4", "--output_dir", str(tmp_path / f"{law} {launched}")]
+        runs.append({"script": "fine_tune", "launched": launched, "words": words, "samples": BATCHES})
+    told = trained_with(folder, runs)
+    for launched, plain in zip(told[::2], told[1::2], strict=True):
+        assert launched["losses"] == plain["losses"]
+        assert len(launched["losses"]) > 8
+        assert [*launched["files"]] == ["a-step00000004.ckpt", "a-step00000008.ckpt", "a.ckpt"]
+        assert launched["files"]["a.ckpt"]["x"] != launched["files"]["a.ckpt"]["y"]
+        for name, file in launched["files"].items():
+            assert file["weights"] == file["x"]
+            assert plain["files"][name] == file | {"weights": file["y"]}  # it ships y
 
 
 @needs_sd
@@ -796,6 +819,23 @@ def test_no_preset_of_kohya_ss_that_runs_is_said_to_stop(tmp_path, monkeypatch):
     assert not wrong, "\n".join(wrong)
     assert found == RAISED
     assert len(presets) > 60
+
+
+def test_the_plan_knows_which_scripts_the_launcher_lets_save_x():
+    launched = (
+        "accelerate launch -m sftorch.trainers.sd_scripts {}.py --learning_rate 1e-3 --optimizer_type {}"
+    )
+    options = "--optimizer_args warmup_steps=80"
+    for name, script in facts.SCRIPTS.items():
+        ours = check(f"{launched.format(name, 'sftorch.AdamWScheduleFree')} {options}")
+        theirs = check(f"{launched.format(name, 'AdamWScheduleFree')} {options}")
+        assert script.mended == (name in launcher.SHIPPING)
+        found = [bool(plan.problems) for plan in (ours, theirs)]
+        assert found == [not script.evaluates and not script.mended, not script.evaluates or script.musubi]
+    (problem,) = check(
+        "fine_tune.py --learning_rate 1e-3 --optimizer_type sftorch.RAdamScheduleFree"
+    ).problems
+    assert (problem.code, problem.fix[:46]) == ("SF506", "start it with schedulefree launch sd-scripts a")
 
 
 def signature(made):
