@@ -99,6 +99,21 @@ def test_what_is_changed_is_said(scripts, capsys):
     assert "--skip" not in capsys.readouterr().err
 
 
+def test_what_a_resume_cannot_keep_is_said(monkeypatch, tmp_path):
+    args = argparse.Namespace(resume="user/repository/state", initial_step=None, initial_epoch=None)
+    args.skip_until_initial_step, args.seed, said = True, None, []
+    sd_scripts._resume(args, said.append)
+    assert ["the same if --seed is that of user/repository/state" in one for one in said] == [True]
+    (tmp_path / "train_state.json").write_text('{"current_step": 3, "seed": 1}')
+    args.resume = str(tmp_path)
+    said.clear()
+    sd_scripts._resume(args, said.append)
+    assert said == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sd_scripts._resume(args, said.append)
+    assert ["random numbers of the first process alone" in one for one in said] == [True]
+
+
 def test_a_state_that_does_not_say_where_it_stands_is_refused(scripts, capsys):
     (scripts / "old").mkdir()
     assert program.main([str(scripts / "train_network.py"), "--resume", str(scripts / "old")]) == 2

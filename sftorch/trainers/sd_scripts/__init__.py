@@ -177,7 +177,7 @@ def launch(script: str | os.PathLike[str], words: Sequence[str], say: Callable[[
     """
     path = Path(script)
     base = _base(path)
-    sys.path.insert(0, str(path.parent))
+    sys.path.insert(0, str(path.parent.absolute()))
     text = _read(path.with_name(f"{NETWORK}.py")) if base == NETWORK else ""
     train_util = importlib.import_module("library.train_util")
     _check(train_util)
@@ -343,8 +343,8 @@ def _resume(args: argparse.Namespace, say: Callable[[str], object]) -> None:
     """
     if not args.resume or args.initial_step is not None or args.initial_epoch is not None:
         return
-    path = os.path.join(args.resume, "train_state.json")
-    if os.path.isdir(args.resume) and not os.path.exists(path):
+    is_here = os.path.isdir(args.resume)  # or on Hugging Face
+    if is_here and not os.path.exists(os.path.join(args.resume, "train_state.json")):
         raise LaunchError(
             f"resume must be a state with train_state.json, got {args.resume}: say --initial_step, the "
             "updates that it has done"
@@ -352,8 +352,12 @@ def _resume(args: argparse.Namespace, say: Callable[[str], object]) -> None:
     if not args.skip_until_initial_step:
         args.skip_until_initial_step = True
         say("--skip_until_initial_step is added, so that it goes on behind the last batch trained on")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        say("a state has the random numbers of the first process alone: the others draw other noise now")
     seed = seed_of_state(args.resume)
-    if seed is None:
+    if not is_here:
+        say(f"--resume is no folder here: the order is the same if --seed is that of {args.resume}")
+    elif seed is None:
         say("the state was not saved by this launcher: the order of its data is another one than up to here")
     elif args.seed not in (None, seed):
         say(f"--seed is {args.seed}, and was {seed} before: the order of the data is another one")
