@@ -343,6 +343,15 @@ def test_the_scripts_do_what_the_table_says():
         assert script.evaluates == evaluates(root, path), path.stem
         assert script.resumes == (path.stem == "train_network" or "(train_network.NetworkTrainer)" in text)
         assert script.blockwise == ('"--blockwise_fused_optimizers"' in text), path.stem
+        if script.mended and path.stem != "train_controlnet":  # which is train_control_net by another name
+            assert "train_util.get_optimizer(" in text
+            assert "accelerator.prepare(" in text
+            assert "sample_images(" in text
+            assert (
+                "train_util.save_sd_model_on_" in text
+                or "sdxl_train_util.save_sd_model_on_" in text
+                or ("model.state_dict()" in text.split("def save_model(")[1].split("torch.save(")[0])
+            ), path.stem
 
 
 @needs_musubi
