@@ -558,11 +558,15 @@ def test_the_launcher_goes_on_with_workers_without_a_seed_and_from_the_end_of_an
     runs = [each for one in (workers, ends) for each in (one.whole(), one.killed(), one.resumed("killed"))]
     runs += [unseeded.run("killed", "--save_state", "--save_every_n_steps", "14")]
     runs += [unseeded.resumed("killed"), unseeded.resumed("killed")]
+    by_epochs = ["--save_state", "--save_every_n_epochs", "1"]
+    runs += [ends.run("by epochs", *by_epochs, kill=BATCHES + 5)]
+    runs += [ends.run("last", "--resume", str(ends.folder / "by epochs" / "a-000001-state"))]
     told = trained_with(folder, runs)
     assert_the_same(told[0], told[2])
     assert_the_same(told[3], told[5])
     assert_the_same(told[6], told[7])
     assert_the_same(told[6], told[8])
+    assert_the_same(told[3], told[10])
 
 
 @needs_sd
