@@ -161,9 +161,7 @@ class Run:
     @property
     def resumes_exactly(self) -> bool:
         """Whether it is run by the launcher of sd-scripts, which goes on where the state stands."""
-        get = self.config.get
-        said = {"initial_step", "initial_epoch"} & {*self.config.values} - {*self.config.facts}
-        return bool(get("launched")) and (bool(get("skip_done")) or not said)
+        return bool(self.config.get("launched"))
 
     @cached_property
     def resumed(self) -> tuple[int, int] | None:

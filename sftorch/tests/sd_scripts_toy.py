@@ -116,7 +116,7 @@ class NetworkTrainer:
                 steps_from_state = json.load(f)["current_step"]
         num_update_steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         num_train_epochs = math.ceil(args.max_train_steps / num_update_steps_per_epoch)
-        initial_step = steps_from_state or args.initial_step or 0
+        initial_step = args.initial_step or steps_from_state or 0
         epoch_to_start = 0
         if initial_step > 0:
             if args.skip_until_initial_step:

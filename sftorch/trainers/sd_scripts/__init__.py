@@ -341,10 +341,11 @@ def _resume(args: argparse.Namespace, say: Callable[[str], object]) -> None:
     Raises:
         LaunchError: if that is not known.
     """
-    if not args.resume or args.initial_step is not None or args.initial_epoch is not None:
+    if not args.resume:
         return
+    is_said = args.initial_step is not None or args.initial_epoch is not None
     is_here = os.path.isdir(args.resume)  # or on Hugging Face
-    if is_here and not os.path.exists(os.path.join(args.resume, "train_state.json")):
+    if is_here and not is_said and not os.path.exists(os.path.join(args.resume, "train_state.json")):
         raise LaunchError(
             f"resume must be a state with train_state.json, got {args.resume}: say --initial_step, the "
             "updates that it has done"
