@@ -262,10 +262,10 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 else:
                     SHIPPED.pop(p, None)
 
-    def _gives_y(self) -> bool:
-        """Tells whether a state dict of its model is one of y, and not of x."""
+    def _trains_at_y(self) -> bool:
+        """Tells whether parameters hold y, and not x."""
         books = [self._books(group) for group in self.param_groups]
-        return not self._ships_x and any(of["train_mode"] and of["k"] for of in books)
+        return any(of["train_mode"] and of["k"] for of in books)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self.param_groups:

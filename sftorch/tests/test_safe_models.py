@@ -405,6 +405,17 @@ def test_a_merge_of_adapters_is_that_of_x():
     assert not torch.equal(merged[0].weight, net(nn.LayerNorm)[0].weight)
 
 
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_a_merge_of_y_is_not_made_without_a_warning(merge, safe):
+    model = adapted()
+    optimizer = optimizer_of(model, safe=safe)
+    train(model, optimizer, 0, STEPS)
+    with pytest.warns(UserWarning, match=rf"^{merge} of a .* merges y.*optimizer\.evaluation\(\)") as caught:
+        getattr(model, merge)()
+    assert [one.filename for one in caught if "merges y" in str(one.message)] == [__file__]
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_with_nothing_on_y_is_not_shipped_without_a_warning(tool, tmp_path):
     with pytest.warns(UserWarning, match=r"is one of y.*sftorch\.ship_x\(model, optimizer\)") as caught:
