@@ -90,9 +90,9 @@ def _refuse_replicas(optimizer: YAtRest) -> None:
     for one in gc.get_objects():
         if issubclass(type(one), DistributedDataParallel) and not own.isdisjoint(one.parameters()):
             raise RuntimeError(
-                "step_in_backward must not be used with DistributedDataParallel, which averages gradients only "
-                "after they were used: divide the model with torch.distributed.fsdp.fully_shard (FSDP2), or "
-                "take ordinary steps"
+                "step_in_backward must not be used with DistributedDataParallel, which averages gradients "
+                "only after they were used: divide the model with torch.distributed.fsdp.fully_shard "
+                "(FSDP2), or take ordinary steps"
             )
 
 

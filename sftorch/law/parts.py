@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PLAIN = {Tensor, torch.nn.Parameter}
-# What `DTensor.__tensor_flatten__` names. `to_local()` makes a new view of a parameter at each call, for 2 us.
+# What `DTensor.__tensor_flatten__` names. `to_local()` makes a new view of a parameter each time, in 2 us.
 _LOCAL = attrgetter("_local_tensor")
 _LAYOUT = attrgetter("placements", "device_mesh")
 

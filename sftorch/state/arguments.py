@@ -106,8 +106,8 @@ def _check_tensors(params: list[Any], seen: set[int]) -> None:
             wrong = f"hold its own values, got a conjugate view of shape {shape}, which the step cannot "
             wrong += "write to: make it of tensor.resolve_conj()"
         elif getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
-            wrong = f"lie whole or be a DTensor, got a flat one of FullyShardedDataParallel (FSDP1), shape {shape}"
-            wrong += ": use torch.distributed.fsdp.fully_shard (FSDP2)"
+            wrong = f"be whole or a DTensor, got one of FullyShardedDataParallel (FSDP1), of shape {shape}: "
+            wrong += "use torch.distributed.fsdp.fully_shard (FSDP2)"
         elif id(p) in seen:
             wrong = (
                 f"be in one group, once, got a tensor of shape {shape} a second time: leave one of them out"
@@ -118,15 +118,15 @@ def _check_tensors(params: list[Any], seen: set[int]) -> None:
 
 
 def refuse_partitioner() -> None:
-    """Raises if ZeroRedundancyOptimizer is making this optimizer, and would show it a part of the parameters."""
+    """Raises if ZeroRedundancyOptimizer is making this optimizer, to show it a part of the parameters."""
     kind = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", None)
     frame = sys._getframe(1) if kind is not None else None
     while frame is not None:
         if issubclass(type(frame.f_locals.get("self")), kind):  # type: ignore[arg-type]
             raise TypeError(
-                "optimizer_class of ZeroRedundancyOptimizer must be one without modes, got a Schedule-Free one: "
-                "its eval() and train() would reach the parameters of one process only. Divide model and state "
-                "with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+                "optimizer_class of ZeroRedundancyOptimizer must be one without modes, got a Schedule-Free "
+                "one: its eval() and train() would reach the parameters of one process only. Divide model "
+                "and state with torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
         frame = frame.f_back
 
@@ -141,10 +141,10 @@ def refuse_flat_partitions(built: int, params: list[Tensor]) -> None:
     if "deepspeed" not in sys.modules or sum(p.numel() for p in params) == built:
         return
     raise RuntimeError(
-        f"params must be those of the model, got {len(params)} of shape {tuple(params[0].shape)} in their place, "
-        "as DeepSpeed's ZeRO has them: eval() would put x into its flat copies, and the model would not see it. "
-        "Divide model and state with torch.distributed.fsdp.fully_shard (FSDP2), or set zero_optimization.stage "
-        "to 0"
+        f"params must be those of the model, got {len(params)} of shape {tuple(params[0].shape)} in their "
+        "place, as DeepSpeed's ZeRO has them: eval() would put x into its flat copies, and the model would "
+        "not see it. Divide model and state with torch.distributed.fsdp.fully_shard (FSDP2), or set "
+        "zero_optimization.stage to 0"
     )
 
 

@@ -194,7 +194,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             gap = x - forms.z_of(y, state)
             squares.append(torch.linalg.vector_norm(gap.abs().double()).square().cpu())
         sums = torch.stack(squares)
-        meshes.add_up_([sums[0], *started], sums)
+        meshes.add_up_(sums, [None, *map(meshes.layout, started)])
         return float(sums.sum().sqrt())
 
     def describe(self, **facts: Any) -> str:

@@ -1,7 +1,7 @@
-"""What the processes that hold parts of one model do together: they add up, and they raise or none of them does.
+"""What processes that hold parts of one model do together: they add up, and all of them raise or none does.
 
-All of it is for parameters that are DTensors, whose mesh says who belongs together. A replica of DDP is a model
-of its own, which one process may evaluate alone: nothing waits for the others there.
+All of it is for parameters that are DTensors, whose mesh says who belongs together. A replica of DDP is a
+model of its own, which one process may evaluate alone: nothing waits for the others there.
 """
 
 from __future__ import annotations
@@ -30,22 +30,35 @@ def _meshes(tensors: Iterable[Tensor]) -> list[Any]:
     return list(found.values())
 
 
-def add_up_(tensors: list[Tensor], sums: Tensor) -> None:
+Layout = tuple[Any, Any] | None
+
+
+def layout(tensor: Tensor) -> Layout:
+    """Returns the mesh and the placements of a DTensor, None for a tensor that is whole."""
+    if type(tensor) in PLAIN or not is_divided(tensor):
+        return None
+    divided: Any = tensor
+    return divided.device_mesh, divided.placements
+
+
+def add_up_(sums: Tensor, layouts: list[Layout]) -> None:
     """Adds up, in place, what the processes have found in their parts.
 
     Args:
-        tensors: some of them DTensors.
-        sums: one for each of them.
+        sums: of shape (n,).
+        layouts: n of them, of the tensors that the sums are of.
     """
+    if not any(layouts):
+        return
     import torch.distributed as dist
 
-    for mesh in _meshes(tensors):
-        of_mesh = [i for i, t in enumerate(tensors) if getattr(t, "device_mesh", None) is mesh]
+    for mesh in {id(one[0]): one[0] for one in layouts if one}.values():
+        of_mesh = [i for i, one in enumerate(layouts) if one and one[0] is mesh]
         for dim in range(mesh.ndim):
             if mesh.size(dim) == 1:
                 continue
             # Copies of a part are not to be counted twice, so only the dimensions that divide it are summed.
-            cut = [i for i in of_mesh if not tensors[i].placements[dim].is_replicate()]  # type: ignore[attr-defined]
+            cut = [i for i in of_mesh if not layouts[i][1][dim].is_replicate()]  # type: ignore[index]
             if cut:
                 some = sums[cut].to(mesh.device_type)
                 dist.all_reduce(some, group=mesh.get_group(dim))
@@ -112,8 +125,8 @@ def _nobody() -> None:
 def gather_anew(optimizer: Any, params: Iterable[Tensor]) -> None:
     """Lets FSDP2 gather weights anew; to be called after writing to parts of parameters outside of a step.
 
-    After a forward pass without a backward pass, as an evaluation has it, the outermost module keeps its whole
-    weights for the next one, and does not see that an optimizer writes to the parts meanwhile.
+    After a forward pass without a backward pass, as an evaluation has it, the outermost module keeps its
+    whole weights for the next one, and does not see that an optimizer writes to the parts meanwhile.
     """
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if kind is None or not _meshes(params):

@@ -1,7 +1,7 @@
 """A 64-bit print of a tensor's bits, cheap enough to take of every parameter on its own device.
 
-It tells whether weights are the ones a state dict was saved with; it is no protection against forgery. It is a
-sum over elements, so that the parts of a DTensor add up to the print of the whole, in every layout.
+It tells whether weights are the ones a state dict was saved with; it is no protection against forgery. It is
+a sum over elements, so that the parts of a DTensor add up to the print of the whole, in every layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sftorch.law.parts import Place, indices, is_divided, part, place
+from sftorch.law.parts import Place, indices, part, place
 from sftorch.state import meshes
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,14 +49,15 @@ def take(tensors: Iterable[Tensor]) -> list[int]:
         >>> a == b
         False
     """
-    given = list(tensors)
-    sums = [_sum(part(tensor), place(tensor)) for tensor in given]
+    sums, layouts = [], []
+    for tensor in tensors:  # one at a time: they may be made as they are asked for
+        sums.append(_sum(part(tensor), place(tensor)))
+        layouts.append(meshes.layout(tensor))
     found = [0] * len(sums)
     for device in {s.device for s in sums}:
         here = [i for i, s in enumerate(sums) if s.device == device]
         stacked = torch.stack([sums[i] for i in here])
-        if any(is_divided(given[i]) for i in here):
-            meshes.add_up_([given[i] for i in here], stacked)
+        meshes.add_up_(stacked, [layouts[i] for i in here])
         for i, value in zip(here, stacked.tolist(), strict=True):
             found[i] = value
     return found

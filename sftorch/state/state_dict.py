@@ -315,11 +315,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             {name: dict(value) if isinstance(value, dict) else value for name, value in group.items()}
             for group in packed["param_groups"]
         ]
+        known = {} if pending else self._prints()
         for group, live in zip(groups, self.param_groups, strict=True):
             group["shapes"] = [list(p.shape) for p in live["params"]]
             started = self._started(live)
             group[HOLD] = pending.saved[started[0]] if pending and started else self._wanted(live)
-            notes = pending.prints if pending else self._prints(live, started)
+            notes = pending.prints if pending else known
             for index, p in zip(group["params"], live["params"], strict=True):
                 if p in notes:
                     state[index].update(zip(PRINTS, notes[p], strict=True))
@@ -330,10 +331,13 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         return packed | {"state": state, "param_groups": groups}
 
     @torch.no_grad()
-    def _prints(self, group: dict[str, Any], started: list[Tensor]) -> dict[Tensor, tuple[int, int]]:
-        """Returns the prints of x and y of each parameter."""
-        flat = prints.take(iterate for p in started for iterate in self._x_and_y(p, group))
-        return dict(zip(started, zip(flat[::2], flat[1::2], strict=True), strict=True))
+    def _prints(self) -> dict[Tensor, tuple[int, int]]:
+        """Returns the prints of x and y of each started parameter."""
+        owned = [(p, group) for group in self.param_groups for p in self._started(group)]
+        flat = prints.take(iterate for p, group in owned for iterate in self._x_and_y(p, group))
+        return {
+            p: notes for (p, _), notes in zip(owned, zip(flat[::2], flat[1::2], strict=True), strict=True)
+        }
 
     def _x_and_y(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns the x and y, in its dtype, of a parameter that holds x."""
