@@ -26,7 +26,7 @@ def test_zero_redundancy_optimizer_is_refused(group):
         warnings.simplefilter("ignore")  # torch's own, of torch.jit
         from torch.distributed.optim import ZeroRedundancyOptimizer
     model = nn.Linear(3, 2)
-    with pytest.raises(TypeError, match=r"without modes, got a Schedule-Free one: .* fully_shard \(FSDP2\)"):
+    with pytest.raises(TypeError, match=r"without modes, got a Schedule-Free one: .*fully_shard \(FSDP2\)"):
         ZeroRedundancyOptimizer(model.parameters(), optimizer_class=sftorch.AdamWScheduleFree, lr=0.1)
     sftorch.AdamWScheduleFree(model.parameters(), lr=0.1)  # beside it, nothing is wrong
 
