@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/fsdp.py
     torchrun --nproc-per-node 2 examples/fsdp.py        again: it goes on where it stopped
 
-Every process calls the same things: step, eval, train, save. The state goes through torch.distributed.checkpoint,
-from which a run goes on with any number of processes.
+Every process calls the same things: step, eval, train, save. The state goes through
+torch.distributed.checkpoint, from which a run goes on with any number of processes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/jax_mesh.py                 eight devices that the CPU plays
     python examples/jax_mesh.py --devices 1     the same run on one, to compare
 
-State lies like the parameters by itself. An update exchanges nothing between devices; the gradient of a batch that
-is cut over them does, and XLA sees to it.
+State lies like the parameters by itself. An update exchanges nothing between devices; the gradient of a
+batch that is cut over them does, and XLA sees to it.
 """
 
 from __future__ import annotations
