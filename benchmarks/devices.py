@@ -10,6 +10,7 @@ waited for. JAX: an update on a mesh of virtual devices over that of one device,
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -116,7 +117,7 @@ def _work(rank: int, world: int, tree: str, rounds: int, seed: int, folder: Path
             calls[name, "step", where] = optimizer.step
             if hasattr(optimizer, "eval"):
                 optimizer.train()
-                calls[name, "flips", where] = lambda optimizer=optimizer: _flip(optimizer)
+                calls[name, "flips", where] = functools.partial(_flip, optimizer)
     taken: dict[Any, list[tuple[float, float]]] = {key: [] for key in calls}
     collectives: dict[Any, int] = {}
     for number in range(-3, rounds):  # the first ones warm up
