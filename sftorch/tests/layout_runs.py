@@ -151,6 +151,21 @@ def large(world: int) -> dict[str, Any]:
     return found
 
 
+def distances(world: int) -> dict[str, float]:
+    """Returns the norm of x - z of one parameter in each layout."""
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for name, dim in (("whole", None), ("rows", 0), ("columns", 1)):
+        start, grad = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(3))
+        p = nn.Parameter(start if dim is None else distribute_tensor(start, mesh, [Shard(dim)]))
+        optimizer = sftorch.SGDScheduleFree([p], lr=0.3)
+        for _ in range(3):
+            p.grad = grad if dim is None else distribute_tensor(grad, mesh, [Shard(dim)])
+            optimizer.step()
+        found[name] = optimizer.metrics(distance=True)[0]["x_z_distance"]
+    return found
+
+
 def main(rank: int, folder: Path, *kinds: str) -> dict[str, Any]:
     world = dist.get_world_size()
     found = {
@@ -159,4 +174,4 @@ def main(rank: int, folder: Path, *kinds: str) -> dict[str, Any]:
         for kind in kinds
         for precision in PRECISIONS
     }
-    return {"runs": found, "large": large(world)}
+    return {"runs": found, "large": large(world), "distances": distances(world)}

@@ -46,6 +46,14 @@ def test_a_print_is_the_same_however_a_tensor_is_cut_and_sees_every_part(two):
         assert changed != prints["whole"]
 
 
+def test_the_distance_of_x_from_z_is_that_of_the_whole(two):
+    for of_rank in two:
+        found = of_rank["distances"]
+        assert found["whole"] > 0.1
+        assert found["rows"] == pytest.approx(found["whole"], rel=1e-12)
+        assert found["columns"] == pytest.approx(found["whole"], rel=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)

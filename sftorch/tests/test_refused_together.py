@@ -38,7 +38,7 @@ def test_a_plain_step_takes_no_collective_and_a_check_takes_one(found):
         assert counts == {"step": 0, "eval": 0, "train": 1, "eval_params": 0, "state_dict": 1, "metrics": 0}
 
 
-@pytest.mark.parametrize("how", ["sleeps", "ends"])
+@pytest.mark.parametrize("how", ["ends", pytest.param("sleeps", marks=pytest.mark.slow)])
 def test_a_process_that_never_calls_is_waited_for_no_longer_than_its_group_says(how, tmp_path):
     first, _ = ranks.run("sftorch.tests.absent_runs", 2, tmp_path, "fsdp", how)
     assert first is not None
