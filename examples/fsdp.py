@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def build(settings: Settings) -> tuple[nn.Module, sftorch.AdamWScheduleFree]:
 
 def state_of(model: nn.Module, optimizer: Any, step: int) -> dict[str, Any]:
     """Returns what is saved; loading writes into it."""
-    weights, state = get_state_dict(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the state dict of a .* is one of y")  # it is, to go on from
+        weights, state = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": state, "step": step}
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 from sfcore import __version__, convert, inspection, plan
 from sfcore.exchange import CheckpointError
 from sfcore.plan import _report
-from sfcore.plan._config import SOURCES, with_settings
-from sfcore.plan._text import as_text, literal, plain
+from sfcore.plan._config import SOURCES, rendered
+from sfcore.plan._text import literal, plain
 
 FINE, FOUND, UNUSABLE = 0, 1, 2
 _ABOUT = "Checks a run before it starts, looks at files to resume from, and turns one kind into another."
@@ -29,6 +29,7 @@ exit codes:
 
 problems are printed on standard output, what could not be done on standard error
 """
+_OF_A_TABLE = ("fix", "out", "json", "strict", "preview")
 _PATHS = ("config", "dst", "map", "out", "path", "preview", "rules", "src")
 
 
@@ -56,6 +57,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     ahead.add_argument("--strict", action="store_true", help="exit code 1 for warnings too")
     ahead.add_argument("--preview", type=Path, metavar="PNG", help="draw lr and c over the run")
     ahead.add_argument("--rules", type=Path, metavar="FILE", help="write the page of all rules, and stop")
+    ahead.add_argument("--ui", action="store_true", help="open it in a page of this machine's browser")
+    ahead.add_argument(
+        "--host", metavar="ADDRESS", help="with --ui: where to listen, if not at 127.0.0.1 alone"
+    )
+    ahead.add_argument("--port", type=int, help="with --ui: default the first free one from 7860")
     look = commands.add_parser("inspect", help="what it is, where it stands, what a resume would do", **shape)
     look.add_argument(
         "path", help="checkpoint, folder of checkpoints, safetensors, torch file, or Orbax folder"
@@ -82,12 +88,14 @@ def _plan(chosen: argparse.Namespace) -> int:
             given = ", ".join(wrong)
             raise plan.ConfigError(f"--set must be key=value, got {given}: write {wrong[0]}=VALUE")
         facts = {name: literal(text) for name, _, text in pairs}
+        if chosen.ui or chosen.host or chosen.port:
+            return _serve(chosen, facts)
         found = plan.check(chosen.config, fix=chosen.fix, source=chosen.source, ignore=chosen.ignore, **facts)
         if chosen.preview:
             _report.preview(found, chosen.preview)
         written = [chosen.preview] if chosen.preview else []
         written += _write(found, chosen.out) if chosen.out else []
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
     if chosen.json:
@@ -97,16 +105,33 @@ def _plan(chosen: argparse.Namespace) -> int:
     return FOUND if found.errors or (chosen.strict and found.warnings) else FINE
 
 
+def _serve(chosen: argparse.Namespace, facts: Mapping[str, Any]) -> int:
+    """Serves the page of a plan until Ctrl-C."""
+    if not chosen.ui:
+        raise plan.ConfigError(
+            "--host and --port must be given with --ui, got none: add --ui, or leave them out"
+        )
+    if idle := [f"--{name}" for name in _OF_A_TABLE if getattr(chosen, name)]:
+        raise plan.ConfigError(f"--ui must be alone, got {', '.join(idle)}: the page has what they do")
+    plan.ui.serve(
+        chosen.config,
+        host=chosen.host or "127.0.0.1",
+        port=chosen.port,
+        browser=sys.stdout.isatty(),
+        told=lambda address: print(f"{address} until Ctrl-C", flush=True),
+        source=chosen.source,
+        ignore=chosen.ignore,
+        **facts,
+    )
+    return FINE
+
+
 def _write(found: plan.Plan, out: Path) -> list[Path]:
     """Writes a repaired configuration; with a command line that names a file of settings, that file too."""
-    config, written = found.config, [out]
-    for fields in found.files.values():
-        settings = out.with_suffix(".toml")
-        out = out.with_suffix(".sh") if out == settings else out
-        settings.write_text(as_text(fields, ".toml"), encoding="utf-8")
-        config, written = with_settings(config, settings), [out, settings]
-    out.write_text(as_text(config, out.suffix), encoding="utf-8")
-    return written
+    written = rendered(found.config, found.files, out)
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return list(written)
 
 
 def _inspect(path: str, as_json: bool) -> None:

@@ -193,8 +193,8 @@ class Run:
 
     @cached_property
     def warmup(self) -> float:
-        """Optimizer steps until the full lr."""
-        return max(self.own_warmup, self.scheduler_warmup if self.scheduler_acts else 0.0)
+        """Optimizer steps until the full lr; NaN for a part of an unknown run."""
+        return float(np.maximum(self.own_warmup, self.scheduler_warmup if self.scheduler_acts else 0.0))
 
     @cached_property
     def lr(self) -> float:

@@ -37,6 +37,11 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Tells whether this has no values: it is of torch's FakeTensorMode, or on the device "meta"."""
+    return hasattr(tensor, "fake_mode") or tensor.is_meta
+
+
 def part(tensor: Tensor) -> Tensor:
     """Returns a DTensor's own part, which shares its memory and no graph, and any other tensor as it is."""
     if type(tensor) in PLAIN or not is_divided(tensor):
@@ -130,8 +135,10 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
     """Returns the part of each gradient that belongs to its parameter's; all processes must call it.
 
     A gradient that is a DTensor exactly where its parameter is one; `arguments.check_gradients` sees to it.
+    A sparse one becomes dense: every element of y and z moves in every step.
     """
     found: list[Any] = [p.grad for p in params]
+    found = [grad if grad.layout is torch.strided else grad.to_dense() for grad in found]
     if PLAIN.issuperset(map(type, found)) and PLAIN.issuperset(map(type, params)):
         return found
     if is_divided(found[0]) and len(set(map(type, found))) == 1:

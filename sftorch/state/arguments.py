@@ -180,14 +180,15 @@ def check_module(model: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}: pass the model itself")
 
 
-def check_gradients(params: Iterable[Tensor]) -> None:
-    """Raises on a gradient that the step cannot use."""
+def check_gradients(params: Iterable[Tensor], or_sparse: bool = False) -> None:
+    """Raises on a gradient that the step cannot use; without moments it can use a sparse one."""
+    layouts = {torch.strided, torch.sparse_coo} if or_sparse else {torch.strided}
     for p in params:
         grad = p.grad
-        if grad is not None and grad.layout is not torch.strided:
+        if grad is not None and grad.layout not in layouts:
             raise RuntimeError(
                 f"gradients must be dense, got {grad.layout} for a parameter of shape {tuple(p.shape)}: "
-                "use sparse=False in the embedding"
+                "use sparse=False in the embedding, or SGD"
             )
         if grad is not None and is_divided(p) != is_divided(grad):
             raise RuntimeError(

@@ -16,8 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates
-from sftorch.law.parts import like, note_written, part, parts, parts_of
-from sftorch.state import arguments, forms
+from sftorch.law.parts import is_fake, like, note_written, part, parts, parts_of
+from sftorch.state import arguments, forms, unshipped
 from sftorch.state.compiler import uncompiled, uncompiled_itself
 from sftorch.state.meshes import gather_anew, together
 from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
@@ -274,7 +274,14 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 else:
                     SHIPPED.pop(p, None)
 
+    def _gives_y(self) -> bool:
+        """Tells whether a state dict of its model is one of y, and not of x."""
+        books = [self._books(group) for group in self.param_groups]
+        return not self._ships_x and any(of["train_mode"] and of["k"] for of in books)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if not self.param_groups:
+            unshipped.watch(self)
         super().add_param_group(param_group)
         self._ship_x()
 
@@ -283,6 +290,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        unshipped.watch(self)
         self._ship_x()
 
     def _wanted(self, group: dict[str, Any]) -> str:
@@ -327,7 +335,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             untouched = {} if differ else held
             for index, p in enumerate(group["params"]):
                 aside = p not in untouched and "y" in self.state.get(p, {})
-                if aside and not self._holds_x(p, group):
+                if aside and not is_fake(p) and not self._holds_x(p, group):
                     changed.append((index, p))
         if changed:
             index, p = changed[0]

@@ -117,6 +117,7 @@ class Work:
         self.may_be_kept = (
             self.parts[0][1] is move
             and PLAIN.issuperset(map(type, [*held, *grads]))
+            and all(p.grad.layout is torch.strided for p in self.params)  # type: ignore[union-attr]
             # Elsewhere people move state away to free memory, which a plan would hold.
             and all(t.is_cpu for t in held)
             # Which gradients are DTensors is then known by their type.
@@ -280,7 +281,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         self._begin()
         with together(self._to_agree()):
             self._check_settings()
-            arguments.check_gradients(self._params())
+            arguments.check_gradients(self._params(), or_sparse=not self.law.buffers)
         with together(self._to_agree()):
             plan = self._new_plan([(group, group["params"]) for group in groups], x)
         self._agrees = True
@@ -348,6 +349,6 @@ class YAtRest(DirectedOptimizer, TrainEvalOptimizer):
             self._check_settings()
         if last is not None and last.stands(self, group, [p], None):
             return last
-        arguments.check_gradients([p])
+        arguments.check_gradients([p], or_sparse=not self.law.buffers)
         (plan,) = self._new_plan([(group, [p])])
         return plan
