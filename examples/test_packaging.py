@@ -64,7 +64,7 @@ def test_what_people_install_has_no_upper_bound():
 
 def test_what_the_packages_import_is_what_their_extras_bring():
     # What else they import, they import where a user has it already, or they say what to install.
-    optional = {"accelerate", "flax", "gradio", "lightning", "matplotlib", "rich", "shtab"}
+    optional = {"accelerate", "fastai", "flax", "gradio", "lightning", "matplotlib", "rich", "shtab"}
     optional |= {"transformers", "triton"}
     asked = [*PROJECT["dependencies"], *EXTRAS["jax"], *EXTRAS["torch"]]
     brought = {name_of(item).replace("-", "_") for item in asked} | {

@@ -1,4 +1,4 @@
-"""The program `schedulefree`, also `python -m sfcore`: plan, inspect, convert, completion."""
+"""The program `schedulefree`, also `python -m sfcore`: plan, inspect, convert, launch, completion."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sfcore.plan._config import SOURCES, rendered
 from sfcore.plan._text import literal, plain
 
 FINE, FOUND, UNUSABLE = 0, 1, 2
+# Whoever has a launcher registers `main(words) -> exit code` under the trainer's name.
+LAUNCHERS = "schedulefree_twin.launchers"
 _ABOUT = "Checks a run before it starts, looks at files to resume from, and turns one kind into another."
 _EXIT_CODES = """\
 exit codes:
@@ -72,6 +75,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     turn.add_argument("dst", help="a folder for a checkpoint; for --to inference a new safetensors file")
     turn.add_argument("--to", required=True, choices=convert.TARGETS, help="names and layouts, or x alone")
     turn.add_argument("--map", metavar="FILE", help='JSON between names, such as {"Dense_0": "fc1"}')
+    begin = commands.add_parser(
+        "launch", help="run a trainer's own script, with what it gets wrong made right"
+    )
+    begin.add_argument("trainer", choices=["sd-scripts"], help="whose script it is")
+    begin.add_argument("words", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help="it, and its options")
     complete = commands.add_parser("completion", help="print what a shell needs to complete it", **shape)
     complete.add_argument("shell", choices=["bash", "zsh", "fish"], help="for this shell")
     return parser, commands.choices
@@ -144,6 +152,20 @@ def _inspect(path: str, as_json: bool) -> None:
     _show.show(found)
 
 
+def _launch(trainer: str, words: list[str]) -> int:
+    for launcher in entry_points(group=LAUNCHERS, name=trainer):
+        try:
+            run = launcher.load()
+        except ImportError as error:
+            print(f"error: the launcher of {trainer} cannot be loaded here: {error}", file=sys.stderr)
+            return UNUSABLE
+        code: int = run(words[words[:1] == ["--"] :])
+        return code
+    needs = "pip install 'schedulefree-twin[torch]'"
+    print(f"error: no launcher of {trainer} is installed: {needs}", file=sys.stderr)
+    return UNUSABLE
+
+
 def _completion(shell: str) -> int:
     try:
         import shtab
@@ -180,6 +202,8 @@ def _run(chosen: argparse.Namespace) -> int:
         return _completion(chosen.shell)
     if chosen.command == "plan":
         return _plan(chosen)
+    if chosen.command == "launch":
+        return _launch(chosen.trainer, chosen.words)
     source = chosen.path if chosen.command == "inspect" else chosen.src
     try:
         if chosen.command == "inspect":

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from sfcore import _safetensors
 from sfcore.checks import nearest
 from sfcore.exchange import CheckpointError
-from sfcore.plan import _sd_scripts, _text, _trainers
+from sfcore.plan import _datasets, _sd_scripts, _text, _trainers
 from sfcore.plan._model import ERROR, ConfigError, Problem
 from sfcore.plan._tables import (
     EXPECTED,
@@ -175,7 +175,7 @@ class Config:
 
     def name(self, neutral: str) -> str:
         """Returns the user's name of a neutral field, given or not."""
-        if neutral in self.facts or neutral == "script":  # which is no option
+        if neutral in self.facts or neutral in ("script", "launched"):  # which is no option
             return neutral
         if neutral in self.places:
             return self.shown(self.places[neutral])
@@ -229,6 +229,11 @@ def read(
         found = _read_command(command, config, files or {})
     else:
         raw = _fields_of(config)
+        if isinstance(raw.get("datasets"), list):
+            raise ConfigError(
+                "config must be of a run, got datasets, which is of its data: give the command line or the "
+                "preset that names it as dataset_config"
+            )
         # What HF nests are settings of other programs, not sections.
         fields = raw if any(mark in raw for mark in _MARKS["hf"]) else flat(raw)
         found = Config(_source(source, fields), fields, raw)
@@ -272,6 +277,8 @@ def _read_command(tokens: list[str], original: Any, files: Mapping[str, dict[str
             shown = found.shown(Place(name))
             found.problems.append(Problem("SF001", ERROR, shown, "an abbreviation", "one option", why, fix))
     found.put("script", launch.script if script else None, "script")
+    before = " ".join(tokens[: launch.start])
+    found.put("launched", any(one in before for one in _sd_scripts.LAUNCHERS) or None, "launched")
     _read_sd(found)
     return found
 
@@ -492,9 +499,17 @@ def _read_kohya(config: Config) -> None:
     ]
     config.raw = {key: value for key, value in config.raw.items() if key not in zero}
     config.put_fields()
+    for model in ("flux1", "sd3"):  # each has a field of its own, of which the GUI takes one
+        if config.raw.get(f"{model}_checkbox"):
+            key = f"{model.rstrip('1')}_fused_backward_pass"
+            config.put("fused_backward", config.raw.get(key, False), key)
     config.put("weights", config.raw.get("network_weights"), "network_weights")
     if "total_steps" not in config.values and "epochs" not in config.values:
-        config.put("epochs", config.raw.get("epoch", 1), "epoch")  # of which the GUI computes the steps
+        steps = _datasets.steps_of_the_form(config.raw)
+        if steps:
+            config.put("total_steps", steps, "epoch")
+        else:
+            config.put("epochs", config.raw.get("epoch", 1), "epoch")  # of which the GUI computes the steps
     by_flag = {flag: name for name, flag in _trainers.SD_SCRIPTS.fields.items()}
     if "lr_warmup_steps" in extra:
         for name in WARMUP:

@@ -1,7 +1,7 @@
-"""sftorch inside the trainers that people use: `hf` for transformers, `lightning`, `fastai`.
+"""sftorch inside the trainers that people use: `hf` (transformers), `lightning`, `fastai`, `sd_scripts`.
 
 Each framework is imported by its own module only, when that is first used. accelerate needs nothing but
-`unwrap`; sd-scripts (Kohya_SS) needs nothing, see docs/kohya.md.
+`unwrap`; sd-scripts (Kohya_SS) needs nothing to train, see docs/kohya.md, and `sd_scripts` to resume.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from sftorch.trainers import fastai as fastai
     from sftorch.trainers import hf as hf
     from sftorch.trainers import lightning as lightning
+    from sftorch.trainers import sd_scripts as sd_scripts
 else:  # a type checker would take it for leave to use any name
-    __getattr__, __dir__ = _on_demand(globals(), ("fastai", "hf", "lightning"))
+    __getattr__, __dir__ = _on_demand(globals(), ("fastai", "hf", "lightning", "sd_scripts"))
 
 
 def unwrap(optimizer: object) -> TrainEvalOptimizer:
