@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cost, hlo, precision, resume_rows, step_report
+from benchmarks import cost, devices, hlo, precision, resume_rows, step_report
 from parity_tests.matrix import BEGIN, END
 
 DOCS = Path(__file__).parent
@@ -33,6 +33,7 @@ TABLES = {
     ("precision.md", "hlo"): lambda: hlo.markdown(rows("hlo")),
     ("resuming.md", "restart"): restart,
     ("resuming.md", "cost"): lambda: cost.markdown(rows("cost")),
+    ("many-devices.md", "devices"): lambda: devices.markdown(rows("devices")),
 }
 
 
