@@ -151,7 +151,7 @@ def start(
     optimizer._is_half_restored = True
     for name, value in live.items():
         value.copy_(weights[name])
-    for name in extra.keys() & unwrapped(model).state_dict().keys():
+    for name in extra.keys() & unwrapped(model).state_dict(keep_vars=True).keys():
         put_extra_state(model, name, extra[name])
     return notices + empty(optimizer, prior_steps, trained)
 
