@@ -33,14 +33,22 @@ def ramp(t: Any, warmup_steps: Any, xp: Any = floats) -> Any:
     return xp.where(t - 1 < warmup_steps, t / full, 1.0)  # S2
 
 
-def largest_lr(lr_max: Any, lr_t: Any, xp: Any = floats) -> Any:
-    """Returns lr_max after a step of size lr_t."""
-    return xp.maximum(lr_max, lr_t)  # S3
+def weighed(t: Any, lr_t: Any, lr_max: Any, options: Options, xp: Any = floats) -> tuple[Any, Any]:
+    """Returns lr_max after a step of size lr_t, and what the step adds to the sum of weights.
 
-
-def weight_lr(lr_max: Any, lr_t: Any, options: Options) -> Any:
-    """Returns the lr that a step is weighed by: the largest so far, or with weight_lr="current" its own."""
-    return lr_t if options["weight_lr"] == "current" else lr_max  # F3
+    Args:
+        t: one-based time.
+        lr_t: its step size.
+        lr_max: before the step.
+        options: r, weight_lr_power, prior_steps, weight_lr and c_warmup are read.
+    """
+    lr_max = xp.maximum(lr_max, lr_t)  # S3
+    ref = lr_t if options["weight_lr"] == "current" else lr_max  # F3
+    r, exponent, first = (options[name] for name in ("r", "weight_lr_power", "c_warmup"))
+    weight = step_weight(t, ref, r, exponent, options["prior_steps"], xp)
+    if not isinstance(first, int | float) or first:  # one that is traced may be 0, and is not left out
+        weight = xp.where(t <= first, 0.0, weight)  # F5
+    return lr_max, weight
 
 
 def step_weight(t: Any, lr_max: Any, r: Any, weight_lr_power: Any, prior_steps: Any, xp: Any = floats) -> Any:
@@ -48,40 +56,30 @@ def step_weight(t: Any, lr_max: Any, r: Any, weight_lr_power: Any, prior_steps: 
     return power(t + prior_steps, r, xp) * power(lr_max, weight_lr_power, xp)  # S4
 
 
-def averaging_weight(weight: Any, weight_sum: Any, xp: Any = floats) -> Any:
-    """Returns c, of the weight of a step and the sum of all weights up to it."""
-    counts = weight_sum > 0
-    return xp.where(counts, weight / xp.where(counts, weight_sum, 1.0), 0.0)  # S5
-
-
-def given(value: Any) -> bool:
-    """Tells whether an option may be on: what a program traces may, and the Python number 0 is not."""
-    return not (isinstance(value, int | float) and value == 0)
-
-
-def counted_weight(weight: Any, t: Any, options: Options, xp: Any = floats) -> Any:
-    """Returns what the step at time t adds to the sum of weights: nothing in the first c_warmup steps."""
-    first = options["c_warmup"]
-    return xp.where(t <= first, 0.0, weight) if given(first) else weight  # F5
-
-
-def averaging_share(weight: Any, weight_sum: Any, t: Any, options: Options, xp: Any = floats) -> Any:
-    """Returns c under the options of the average.
+def averaging_weight(
+    weight: Any, weight_sum: Any, xp: Any = floats, t: Any = 0, options: Options | None = None
+) -> Any:
+    """Returns c.
 
     Args:
-        weight, weight_sum: of the step, and the sum with it.
-        t: one-based time.
-        options: beta, c_warmup, refined_c, window and window_rule are read.
+        weight, weight_sum: of a step, and the sum with it.
+        t: its one-based time.
+        options: beta, c_warmup, refined_c, window and window_rule are read; None is the plain average.
     """
-    c = averaging_weight(weight, weight_sum, xp)
+    counts = weight_sum > 0
+    c = xp.where(counts, weight / xp.where(counts, weight_sum, 1.0), 0.0)  # S5
+    if options is None:
+        return c
     first, refined, window = (options[name] for name in ("c_warmup", "refined_c", "window"))
-    if given(refined):
+    if not isinstance(refined, int | float) or refined:
         c = xp.where(refined > 0, xp.minimum(1.0, c * (1.0 - options["beta"]) * refined), c)  # F5
-    if given(window):
+    if not isinstance(window, int | float) or window:
         least = 1.0 / xp.where(window > 0, window, 1.0)
         floor = least if options["window_rule"] == "constant" else xp.maximum(c, least)
         c = xp.where(window > 0, floor, c)  # F5
-    return xp.where(t <= first, 1.0, c) if given(first) else c
+    if not isinstance(first, int | float) or first:
+        c = xp.where(t <= first, 1.0, c)  # F5
+    return c
 
 
 def power(base: Any, exponent: Any, xp: Any = floats) -> Any:
@@ -196,8 +194,8 @@ STEP_SIZES: Mapping[str, StepSize] = {
     "rectified": StepSize(_rectified, False, ("b2", "silent_sgd_phase")),
     "base": StepSize(lambda t, options, xp: 1.0, True),
 }
-# (weight, weight_sum with it, t, options, xp) -> c
-AVERAGES: Mapping[str, Callable[[Any, Any, Any, Options, Any], Any]] = {"weights": averaging_share}
+# (weight, weight_sum with it, xp, t, options) -> c
+AVERAGES: Mapping[str, Callable[[Any, Any, Any, Any, Options], Any]] = {"weights": averaging_weight}
 # weight_decay -> (wd_y, wd_z) of delta = -lr_t (direction + wd_y y + wd_z z)
 DECAYS: Mapping[str, Callable[[Any], tuple[Any, Any]]] = {
     "y": lambda wd: (wd, 0.0),

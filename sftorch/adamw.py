@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from sfcore.laws import LAWS
 from sftorch.law.iterates import Scalar
 from sftorch.step.backends import Direction
 from sftorch.step.plan import DirectedOptimizer, Precision, YAtRest, given
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def average_single_(old: Tensor, new: Tensor, share: Scalar) -> None:
@@ -59,7 +61,7 @@ def adamw_foreach(grads: list[Tensor], buffers: dict[str, list[Tensor]], *number
 ADAMW = Direction(adamw_single, adamw_foreach, "ADAMW")
 
 
-def _ninth_by_type(init: Callable[..., None]) -> Callable[..., None]:
+def _ninth_by_type(init: Init) -> Init:
     """Takes a number in the ninth place for inner_momentum, which schedulefree has there since 1.4.1."""
 
     @functools.wraps(init)
@@ -69,7 +71,7 @@ def _ninth_by_type(init: Callable[..., None]) -> Callable[..., None]:
         else:
             init(self, *args, **kwargs)
 
-    return told_apart
+    return cast(Init, told_apart)
 
 
 class AdamWDirection(DirectedOptimizer):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -251,7 +251,7 @@ class Run:
             return np.empty(0)
         given = self.config.values
         # What no optimizer takes is told by a rule, and has no curve.
-        rules = {
+        rules: dict[str, Any] = {
             one.name: given[one.name] if one.metadata["rule"].holds(given.get(one.name)) else one.default
             for one in fields(ScheduleFree)
         }
@@ -267,11 +267,11 @@ class Run:
             block = self.lr_t[start : start + _BLOCK]
             t = np.arange(start + 1, start + len(block) + 1, dtype=np.float64)  # S1
             largest = np.maximum(np.maximum.accumulate(block), lr_max)  # S3
-            of_lr = averaging.weight_lr(largest, block, rules) / lr
+            of_lr = (block if rules["weight_lr"] == "current" else largest) / lr  # F3
             weight = averaging.step_weight((t + prior) / age, of_lr, r, exponent, 0, np)  # S4
-            weight = averaging.counted_weight(weight, t, rules, np)
-            sums = np.cumsum(weight + np.zeros_like(t)) + weight_sum
-            found[start : start + _BLOCK] = averaging.averaging_share(weight, sums, t, rules, np)  # S5
+            weight = np.where(t <= rules["c_warmup"], 0.0, weight)  # F5
+            sums = np.cumsum(weight) + weight_sum
+            found[start : start + _BLOCK] = averaging.averaging_weight(weight, sums, np, t, rules)  # S5
             lr_max, weight_sum = largest[-1], sums[-1]
         return found
 

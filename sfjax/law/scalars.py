@@ -13,16 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sfcore import averaging
-from sfcore.averaging import (
-    AVERAGES,
-    BETAS,
-    STEP_SIZES,
-    counted_weight,
-    largest_lr,
-    step_weight,
-    sum_of_powers,
-    weight_lr,
-)
+from sfcore.averaging import AVERAGES, BETAS, STEP_SIZES, sum_of_powers, weighed
 from sfcore.laws import Law
 
 
@@ -126,10 +117,8 @@ def next_step(law: Law, clock: Clock, values: Mapping[str, Any]) -> Next:
     t = as_scalar(step)
     factor = STEP_SIZES[law.step_size].factor(t, values, jnp)
     lr_t = as_scalar(lr(clock.step) if callable(lr) else lr) * factor
-    lr_max = largest_lr(clock.lr_max, lr_t, jnp)
-    r, power, prior = (as_scalar(values[name]) for name in ("r", "weight_lr_power", "prior_steps"))
-    weight = step_weight(t, weight_lr(lr_max, lr_t, values), r, power, prior, jnp)
-    weight = counted_weight(weight, t, values, jnp)
+    scalars = {name: as_scalar(values[name]) for name in ("r", "weight_lr_power", "prior_steps")}
+    lr_max, weight = weighed(t, lr_t, clock.lr_max, {**values, **scalars}, jnp)
     added = weight + clock.weight_sum_low
     weight_sum = clock.weight_sum + added
     grown = weight_sum - clock.weight_sum
@@ -137,7 +126,7 @@ def next_step(law: Law, clock: Clock, values: Mapping[str, Any]) -> Next:
     weight_sum_low = (clock.weight_sum - (weight_sum - grown)) + (added - grown)
     if weight_sum.dtype == jnp.float64:  # wide enough by itself, and all that the torch twin has
         weight_sum_low = jnp.zeros_like(weight_sum)
-    c = AVERAGES[law.averaging](weight, weight_sum, t, values, jnp)
+    c = AVERAGES[law.averaging](weight, weight_sum, jnp, t, values)
     beta, _ = BETAS[law.beta_rule](values["beta"], t, values, jnp)
     new, old, stores_x = as_scalar(beta), clock.b1, clock.b1 == 0
     divisor = jnp.where(stores_x, 1.0, old)

@@ -79,7 +79,7 @@ def test_c_is_right_after_10_million_float32_steps(lr, warmup_steps, r, power, p
         ({"window": 300, "window_rule": "constant"}, lambda t, w: 1 / 300),
         ({"weight_lr": "current", "weight_lr_power": 1.0}, lambda t, w: w[t - 1] / math.fsum(w[:t])),
     ],
-    ids=str,
+    ids=["c_warmup", "refined_c", "window", "window not reached", "constant", "current lr"],
 )
 def test_the_rules_of_the_average_are_right_after_a_million_float32_steps(rule, expected):
     values = LAWS["sgd"].defaults | {"lr": 0.003, "warmup_steps": 50, "beta": 0.9, "r": 0.5} | rule

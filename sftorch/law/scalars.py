@@ -9,16 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sfcore import averaging
-from sfcore.averaging import (
-    AVERAGES,
-    STEP_SIZES,
-    counted_weight,
-    floats,
-    largest_lr,
-    step_weight,
-    sum_of_powers,
-    weight_lr,
-)
+from sfcore.averaging import AVERAGES, STEP_SIZES, floats, sum_of_powers, weighed
 from sfcore.laws import Law
 
 
@@ -60,10 +51,7 @@ def next_step(law: Law, clock: Clock, group_step: int, values: Mapping[str, Any]
     """
     rule, t = STEP_SIZES[law.step_size], clock.step + 1  # S1
     lr_t = float(values["lr"] * rule.factor(group_step + 1 if rule.of_group else t, values, floats))
-    lr_max = largest_lr(clock.lr_max, lr_t)
-    of_lr = weight_lr(lr_max, lr_t, values)
-    weight = step_weight(t, of_lr, values["r"], values["weight_lr_power"], values["prior_steps"])
-    weight = counted_weight(weight, t, values)
+    lr_max, weight = weighed(t, lr_t, clock.lr_max, values)
     weight_sum = clock.weight_sum + weight
-    c = float(AVERAGES[law.averaging](weight, weight_sum, t, values, floats))
+    c = float(AVERAGES[law.averaging](weight, weight_sum, floats, t, values))
     return Next(Clock(t, lr_max, weight_sum), c, lr_t)
