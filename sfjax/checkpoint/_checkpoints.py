@@ -45,6 +45,8 @@ class Checkpoints(Saving):
         wait_for_writer: seconds that a save, and a restore, wait for another process that writes into the
             folder, >= 0, default 0: a save is refused at once, and a restore says so and goes on. For a job
             that is requeued while the old one still has time to save, as in wait_for_writer=120.
+        wait_for_ranks: seconds that a rank of a run of several processes waits for another in a save or a
+            restore, > 0, default 600; then every rank raises, after at most twice that.
 
     Raises:
         HyperparameterError: for numbers out of range.
@@ -72,9 +74,18 @@ class Checkpoints(Saving):
         metric: str = "loss",
         background: bool = True,
         wait_for_writer: float = 0.0,
+        wait_for_ranks: float = 600.0,
     ) -> None:
         super().__init__(
-            folder, keep_newest, keep_best, metric, background, wait_for_writer, _orbax.LAYOUT, _log
+            folder,
+            keep_newest,
+            keep_best,
+            metric,
+            background,
+            wait_for_writer,
+            wait_for_ranks,
+            _orbax.LAYOUT,
+            _log,
         )
         if jax.process_count() > 1:
             raise CheckpointError(

@@ -171,7 +171,13 @@ class TestDTensors:
         with pytest.raises(ValueError, match="precision must be 'exact' for DTensor parameters"):
             sftorch.AdamWScheduleFree(model.parameters(), precision="lean")
 
-    def test_checkpoints_name_the_tool_that_knows_them(self, mesh, tmp_path):
+    def test_a_checkpoint_of_one_process_holds_them_whole(self, mesh, tmp_path):
         model, optimizer = self.build(mesh, 0)
-        with pytest.raises(CheckpointError, match=r"got DTensors: use torch\.distributed\.checkpoint"):
-            Checkpoints(tmp_path).save(model, optimizer)
+        self.advance(mesh, model, optimizer, 0, 3)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(model, optimizer)
+        other, resumed = self.build(mesh, 1)
+        assert Checkpoints(tmp_path).restore(other, resumed).notices == []
+        assert torch.equal(other.weight.to_local(), model.weight.to_local())
+        z, saved = resumed.state[other.weight]["z"], optimizer.state[model.weight]["z"]
+        assert torch.equal(z.to_local(), saved.to_local())

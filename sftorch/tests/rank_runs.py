@@ -1,0 +1,147 @@
+"""What several processes do with one folder of checkpoints, started by test_checkpoint_ranks.py."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import sftorch
+from sftorch.checkpoint import Checkpoints
+
+STATE = ("z", "gap", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
+SAVED, LAST = 3, 6
+
+
+class Net(torch.nn.Module):
+    """7, 5 and 1 rows: parts of different sizes, none at all on some ranks, and a buffer."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Linear(6, 7), torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+        self.to(dtype)
+
+    def forward(self, inputs):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(inputs)))))
+
+
+class Even(Net):
+    """8 and 4 rows, which TP wants."""
+
+    def __init__(self, dtype):
+        super().__init__(dtype)
+        self.a, self.b, self.c = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1)
+        self.to(dtype)
+
+
+def divided(kind, model, world):
+    """Returns a model laid out in one way, and what is called in its place."""
+    if kind == "one":
+        return model, model
+    if kind == "ddp":
+        return model, DistributedDataParallel(model)
+    if kind in ("tp", "tp x fsdp"):
+        shape = (world,) if kind == "tp" else (world // 2, 2)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("tp",) if kind == "tp" else ("dp", "tp"))
+        plan = {"a": ColwiseParallel(), "b": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        if kind == "tp":
+            return model, model
+        fully_shard(model, mesh=mesh["dp"])
+        return model, model
+    mesh = init_device_mesh("cpu", (world // 2, 2) if kind == "hsdp" else (world,))
+    for layer in (model.a, model.b):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, model
+
+
+def build(kind, world, seed=0, dtype="float32", lr=0.01, **options):
+    torch.manual_seed(seed)
+    make = Even if kind.startswith("tp") or options.pop("even", False) else Net
+    model, called = divided(kind, make(getattr(torch, dtype)), world)
+    if options.pop("wrapper", False):
+        base = torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)
+        return model, called, sftorch.ScheduleFreeWrapper(base, momentum=0.9)
+    return model, called, sftorch.AdamWScheduleFree(model.parameters(), lr=lr, **options)
+
+
+def train(called, optimizer, first, last):
+    dtype = next(called.parameters()).dtype
+    for step in range(first, last):
+        # The same batch on all ranks: the mean of equal gradients has the bits of each.
+        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+        optimizer.zero_grad()
+        called(inputs).square().mean().backward()
+        optimizer.step()
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    if tensor.dtype == torch.int16:  # gloo has none
+        tensor = tensor.to(torch.int32)
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def everything(model, optimizer):
+    """Returns weights, buffers and state in full, by name."""
+    found = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    base = getattr(optimizer, "base", None)
+    for name, p in model.named_parameters():
+        found |= {f"{name} {k}": whole(v) for k, v in optimizer.state[p].items() if k in STATE}
+        if base is not None:
+            found |= {f"{name} base {k}": whole(v) for k, v in base.state[p].items()}
+    return found
+
+
+def drawn():
+    """Returns a number of each generator."""
+    return torch.rand(1).item(), float(np.random.rand()), random.random()
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def saved(rank, world, folder, kind, options, mode="train", background=True):
+    """Saves after some steps and goes on; returns everything then and at the end, and what is drawn."""
+    model, called, optimizer = build(kind, world, **options)
+    model.seen += 5
+    seed_all(100 + rank)
+    train(called, optimizer, 0, SAVED)
+    getattr(optimizer, mode)()
+    with Checkpoints(folder, background=background) as checkpoints:
+        checkpoints.save(model, optimizer, position=10 + rank, extra={"rank": torch.tensor(rank)})
+    then, numbers = everything(model, optimizer), drawn()
+    optimizer.train()
+    train(called, optimizer, SAVED, LAST)
+    return {"then": then, "end": everything(model, optimizer), "drawn": numbers}
+
+
+def restored(rank, world, folder, kind, options, mode="train", resume="auto"):
+    """Restores and goes on; returns what `saved` does, and what the restore said."""
+    model, called, optimizer = build(kind, world, seed=9, **options)
+    seed_all(200 + rank)
+    getattr(optimizer, mode)()
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore(model, optimizer, resume=resume)
+    then, numbers = everything(model, optimizer), drawn()
+    optimizer.train()
+    train(called, optimizer, SAVED, LAST)
+    return {
+        "then": then,
+        "end": everything(model, optimizer),
+        "drawn": numbers,
+        "notices": found.notices,
+        "position": found.meta.position if found.meta else None,
+        "extra": found.extra,
+    }
