@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import sftorch
-from sftorch.checkpoint import Checkpoints
+from sftorch.checkpoint import CheckpointError, Checkpoints
 
 STATE = ("z", "gap", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
 SAVED, LAST = 3, 6
@@ -56,7 +56,9 @@ def divided(kind, model, world):
             return model, model
         fully_shard(model, mesh=mesh["dp"])
         return model, model
-    mesh = init_device_mesh("cpu", (world // 2, 2) if kind == "hsdp" else (world,))
+    hybrid = kind == "hsdp"
+    shape, names = ((world // 2, 2), ("replicate", "shard")) if hybrid else ((world,), ("shard",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for layer in (model.a, model.b):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -145,3 +147,17 @@ def restored(rank, world, folder, kind, options, mode="train", resume="auto"):
         "position": found.meta.position if found.meta else None,
         "extra": found.extra,
     }
+
+
+def refused(rank, world, folder, kind, resume="auto"):
+    """Restores what must not be restored; returns the error and whether anything has changed."""
+    model, called, optimizer = build(kind, world, seed=9)
+    train(called, optimizer, 0, 2)
+    before, numbers = everything(model, optimizer), torch.get_rng_state()
+    try:
+        Checkpoints(folder).restore(model, optimizer, resume=resume)
+    except CheckpointError as error:
+        said = str(error)
+    after = everything(model, optimizer)
+    unchanged = all(torch.equal(after[name], before[name]) for name in before)
+    return {"error": said, "unchanged": unchanged and torch.equal(torch.get_rng_state(), numbers)}

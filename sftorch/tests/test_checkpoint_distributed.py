@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import sftorch
-from sftorch.checkpoint import CheckpointError, Checkpoints
+from sftorch.checkpoint import Checkpoints
 from sftorch.tests.checkpoint_runs import LENGTH, Case, build, digest, train
 
 CASES = [Case(kind, "float32", 1, 10, "train") for kind in ("sgd", "adamw", "radam", "wrapper")]
