@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def write_tensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
     sealed: bool = False,
-    places: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None,
+    places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a safetensors file, synced to the disk; returns leaf -> `describe(leaf)` to read it back by.
 
@@ -103,7 +103,7 @@ def write_tensors(
         metadata: text for the file's header, such as {"format": "pt"}.
         sealed: let the header say what is returned, for a file that is read without a record: "leaves" is
             that as JSON, and "crc32" the CRC-32 of all the header's text. Default False.
-        places: leaf -> (where it begins, the shape of the whole), of those that are pieces of one.
+        places: leaf -> `sfcore.shards.Place`, of those that are pieces of an array.
 
     Raises:
         CheckpointError: naming the first leaf whose dtype cannot be stored; nothing is written then.
@@ -118,8 +118,8 @@ def write_tensors(
     )
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
     record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
-    for leaf, (start, of) in (places or {}).items():
-        record[leaf] |= {"start": list(start), "of": list(of)}
+    for leaf, place in (places or {}).items():
+        record[leaf] |= place.as_record()
     if sealed:
         text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
         metadata = text | {_CRC: str(crc_of(text))}
@@ -154,7 +154,7 @@ def _as_record(path: Path, text: str) -> dict[str, Any]:
         record = None
     known = {"dtype", "shape", "crc32"}
     if not isinstance(record, dict) or any(
-        not isinstance(one, dict) or set(one) - {"start", "of"} != known for one in record.values()
+        not isinstance(one, dict) or set(one) - {"start", "of", "leaf"} != known for one in record.values()
     ):
         raise CheckpointError(
             f"{path} is damaged: {_LEAVES!r} in its header must be a record of leaves; {OLDER}"

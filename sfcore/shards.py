@@ -11,13 +11,31 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sfcore.exchange import OLDER, CheckpointError
 
-Place = Sequence[int]
+Indices = Sequence[int]
+
+
+class Place(NamedTuple):
+    """Where a piece lies.
+
+    Attributes:
+        leaf: the name of the whole.
+        start: its first index on every axis.
+        of: the shape of the whole.
+    """
+
+    leaf: str
+    start: Indices
+    of: Indices
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns what is recorded beside dtype, shape and CRC-32."""
+        return {"leaf": self.leaf, "start": list(self.start), "of": list(self.of)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ class Spread:
         """Number of elements."""
         return math.prod(self.shape)
 
-    def region(self, start: Place, shape: Place) -> np.ndarray:
+    def region(self, start: Indices, shape: Indices) -> np.ndarray:
         """Returns a part of the whole, of the pieces that have some of it.
 
         Raises:
@@ -86,18 +104,17 @@ class Spread:
             )
         return found
 
+    def astype(self, dtype: Any) -> np.ndarray:
+        """Returns the whole in another dtype."""
+        return np.asarray(self).astype(dtype)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self.region([0] * len(self.shape), self.shape)
         return whole if dtype is None else whole.astype(dtype)
 
 
-def _cut(low: Place, ends: Place, start: Place) -> tuple[slice, ...]:
+def _cut(low: Indices, ends: Indices, start: Indices) -> tuple[slice, ...]:
     return tuple(slice(a - s, b - s) for a, b, s in zip(low, ends, start, strict=True))
-
-
-def in_part(start: Place, of: Place) -> dict[str, list[int]]:
-    """Returns what is recorded of a piece beside dtype, shape and CRC-32."""
-    return {"start": list(start), "of": list(of)}
 
 
 def joined(files: Mapping[str, Mapping[str, Any]], read: Callable[[str, str], np.ndarray]) -> dict[str, Any]:
@@ -112,16 +129,17 @@ def joined(files: Mapping[str, Mapping[str, Any]], read: Callable[[str, str], np
     """
     found: dict[str, Any] = {}
     for file, leaves in files.items():
-        for leaf, about in leaves.items():
+        for key, about in leaves.items():
             if "of" not in about:
-                found[leaf] = read(file, leaf)
+                found[key] = read(file, key)
                 continue
+            leaf = about["leaf"]
             of = tuple(about["of"])
             whole = found.setdefault(leaf, Spread(leaf, _dtype(about["dtype"]), of))
             if not isinstance(whole, Spread) or whole.shape != of or whole.dtype != _dtype(about["dtype"]):
                 raise CheckpointError(f"{file} has a piece of {leaf!r} that does not fit the others; {OLDER}")
             place = tuple(about["start"]), tuple(about["shape"])
-            whole.pieces.append(Piece(*place, partial(read, file, leaf)))
+            whole.pieces.append(Piece(*place, partial(read, file, key)))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from sfcore import exchange, files, store
 from sfcore.meta import Meta
 from sfcore.ranks import Ranks
+from sfcore.shards import Place
 from sfcore.store import INFERENCE, PLAIN, STATE, Chosen, Layout, Skipped
 
 
@@ -95,14 +96,14 @@ class Part:
     Attributes:
         state: leaf -> array, or piece of one.
         inference: entry -> array, or piece of one.
-        places: leaf -> (where it begins, shape of the whole) of those that are pieces.
+        places: leaf -> where it lies, of those that are pieces.
         inference_places: the same of entries.
     """
 
     state: Mapping[str, np.ndarray] = field(default_factory=dict)
     inference: Mapping[str, np.ndarray] = field(default_factory=dict)
-    places: Mapping[str, tuple[Sequence[int], Sequence[int]]] = field(default_factory=dict)
-    inference_places: Mapping[str, tuple[Sequence[int], Sequence[int]]] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
+    inference_places: Mapping[str, Place] = field(default_factory=dict)
 
 
 def write(ranks: Ranks, folder: Path, meta: Meta, part: Part, in_pieces: bool) -> Path:

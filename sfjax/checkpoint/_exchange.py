@@ -150,7 +150,7 @@ def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.nd
     """
     checks.require(TypeError, path=(checks.PATH, path))
     saved = _orbax.read(Path(path).absolute())
-    state = _portable(saved.leaves)
+    state = _portable({role: np.asarray(array) for role, array in saved.leaves.items()})
     return saved.meta, state, _orbax.read_inference(saved.path, saved.meta)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sfcore import shards
 from sfcore.exchange import CheckpointError
 from sfcore.ranks import Ranks
 from sftorch.law.parts import is_divided, part
@@ -80,7 +81,7 @@ def places_of(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
 
 def written_by(
     rank: int, tensors: Mapping[str, Tensor], places: Sequence[Mapping[str, Place]]
-) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], list[int]]], bool]:
+) -> tuple[dict[str, Tensor], dict[str, shards.Place], bool]:
     """Returns what a rank writes: each part is written by the first rank that has it.
 
     Args:
@@ -89,10 +90,12 @@ def written_by(
         places: what `places_of` returned on every rank.
 
     Returns:
-        Leaf -> its part; leaf -> (start, shape of the whole) of those that are less than the whole; and
-        whether there are any such on any rank.
+        Leaf -> its part; leaf -> where it lies, of those that are less than the whole; and whether there are
+        any such on any rank.
     """
-    found, starts, in_pieces = {}, {}, False
+    found: dict[str, Tensor] = {}
+    starts: dict[str, shards.Place] = {}
+    in_pieces = False
     for leaf, tensor in tensors.items():
         everywhere = [one.get(leaf) for one in places]
         mine = everywhere[rank]
@@ -107,7 +110,7 @@ def written_by(
             continue
         found[leaf] = part(tensor)
         if not is_whole:
-            starts[leaf] = (mine[0], list(tensor.shape))
+            starts[leaf] = shards.Place(leaf, mine[0], tensor.shape)
     return found, starts, in_pieces
 
 

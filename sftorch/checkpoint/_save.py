@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfcore import exchange, store, together
 from sfcore.ranks import Ranks
+from sfcore.shards import Place
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._record import REST, Capture
 from sftorch.state import forms
@@ -60,12 +61,12 @@ class Share(NamedTuple):
 
     Attributes:
         leaves: leaf -> tensor, on the host once a `Snapshot` has taken it: its part of a DTensor.
-        places: leaf -> (where the part begins, shape of the whole), of those that are less than the whole.
+        places: leaf -> where the part lies, of those that are less than the whole.
         in_pieces: whether any rank has such.
     """
 
     leaves: dict[str, Tensor]
-    places: dict[str, tuple[list[int], list[int]]]
+    places: dict[str, Place]
     in_pieces: bool
 
 
@@ -104,7 +105,7 @@ def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
         inference,
         {leaf: where for leaf, where in share.places.items() if leaf in arrays},
         {
-            entry: places[leaf]
+            entry: places[leaf]._replace(leaf=entry)
             for entry, leaf in captured.inference.items()
             if entry in inference and leaf in places
         },

@@ -67,8 +67,8 @@ def divided(kind, model, world):
 
 def build(kind, world, seed=0, dtype="float32", lr=0.01, **options):
     torch.manual_seed(seed)
-    make = Even if kind.startswith("tp") or options.pop("even", False) else Net
-    model, called = divided(kind, make(getattr(torch, dtype)), world)
+    even = options.pop("even", False)
+    model, called = divided(kind, (Even if even else Net)(getattr(torch, dtype)), world)
     if options.pop("wrapper", False):
         base = torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)
         return model, called, sftorch.ScheduleFreeWrapper(base, momentum=0.9)

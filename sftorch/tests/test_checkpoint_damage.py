@@ -101,7 +101,7 @@ DAMAGE = {
     ),
     "missing file": (lambda path: (path / STATE).unlink(), r"state\.safetensors is missing", "latest-good"),
     "empty folder": (empty, r"must be a folder with meta\.json, got an empty folder", "latest-good"),
-    "newer format": (newer, "must have format version <= 1, got 99", "pip install -U schedulefree-twin"),
+    "newer format": (newer, "must have format version <= 2, got 99", "pip install -U schedulefree-twin"),
 }
 
 
