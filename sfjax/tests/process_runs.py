@@ -75,7 +75,7 @@ def program(seed=0):
     mesh = jax.make_mesh((jax.device_count(),), ("d",))
     rng = np.random.default_rng(seed)
     forms = {
-        "w": ((64, 8), np.float32, PartitionSpec("d")),
+        "w": ((512, 8), np.float32, PartitionSpec("d")),
         "v": ((4, 8), jnp.bfloat16, PartitionSpec(None, "d")),
         "b": ((5,), np.float32, PartitionSpec()),
         "scale": ((), np.float32, PartitionSpec()),

@@ -46,7 +46,7 @@ def test_no_process_writes_what_another_has(two):
     sizes = [
         sum(np.prod(one["shape"]) for one in part.values() if one["leaf"] == "params/w") for part in parts
     ]
-    assert sizes == [256, 256]
+    assert sizes == [2048, 2048]
     assert sum(one["leaf"] == "params/b" for part in parts for one in part.values()) == 1
 
 
@@ -54,10 +54,10 @@ def test_here_it_is_read_and_converted(two, tmp_path):
     folder, _ = two
     meta, state, inference = read(folder / "3")
     assert (meta.step, len(meta.ranks)) == (3, 2)
-    assert state["z/w"].shape == (64, 8)
+    assert state["z/w"].shape == (512, 8)
     found = inspect(folder)
     assert found["verified"]
-    assert (found["step"], found["parameters"], found["elements"]) == (3, 4, 550)
+    assert (found["step"], found["parameters"], found["elements"]) == (3, 4, 4134)
     path, _ = convert(folder, tmp_path / "x.safetensors", "inference")
     assert path.exists()
     assert inference["v"].dtype.name == "bfloat16"
