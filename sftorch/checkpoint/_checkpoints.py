@@ -23,7 +23,7 @@ from sfcore.saving import Saving
 from sfcore.store import Skipped
 from sftorch import _rng
 from sftorch.checkpoint import _arrays, _parts, _restore, _weights
-from sftorch.checkpoint._record import MODEL_EXTRA, Capture, capture, trained_by_others
+from sftorch.checkpoint._record import MODEL_EXTRA, Capture, capture, parameter_names, trained_by_others
 from sftorch.checkpoint._save import Share, Snapshot, write
 from sftorch.checkpoint._steps import steps_of
 from sftorch.law.parts import is_divided
@@ -51,39 +51,36 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
-def _of_run(captured: Capture) -> dict[str, Any]:
-    """Returns what a rank tells the others of a save: what must be the same, and where its parts lie."""
-    meta = captured.meta
-    places = _parts.places_of(captured.tensors)
-    leaves = {
-        leaf: [_arrays.name_of(tensor.dtype), list(tensor.shape)]
-        for leaf, tensor in captured.tensors.items()
-        if not leaf.startswith(("extra/", "grad/"))
-    }
-    if any(map(is_divided, captured.own.values())):
-        raise CheckpointError("extra must hold plain tensors, got DTensors: save full_tensor() of them")
-    same = {"step": meta.step, "optimizer": meta.optimizer, "accumulation": meta.accumulation}
-    return {"same": same, "leaves": leaves, "places": places}
+def _run_of(
+    model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns what a rank tells the others before a save: what must be the same on all."""
+    names = parameter_names(model, optimizer)
+    params = {name: [_arrays.name_of(p.dtype), list(p.shape)] for p, name in names.items()}
+    run = {"step": place["step"], "accumulation": place["accumulation"], "optimizer": optimizer.law.name}
+    return {"run": run, "params": params}
 
 
-def _check_alike(ranks: Ranks, told: Sequence[Mapping[str, Any]]) -> None:
+def _check_alike(ranks: Ranks, told: Sequence[Any]) -> None:
     """Raises on every rank unless all are about to save the same step of the same model."""
-    for name in told[0]["same"]:
-        ranks.require_same(name, [one["same"][name] for one in told], "let all ranks take the same steps")
-    leaves = [one["leaves"] for one in told]
-    for leaf in sorted(set().union(*leaves)) if any(one != leaves[0] for one in leaves) else ():
+    if ranks.count == 1:
+        return
+    for name in told[0]["run"]:
+        ranks.require_same(name, [one["run"][name] for one in told], "let all ranks take the same steps")
+    params = [one["params"] for one in told]
+    for name in sorted(set().union(*params)) if any(one != params[0] for one in params) else ():
         ranks.require_same(
-            f"{leaf!r} (dtype and shape) of the model",
-            [one.get(leaf) for one in leaves],
+            f"parameter {name!r} (dtype and shape)",
+            [one.get(name) for one in params],
             "build the same model and optimizer on all ranks",
         )
 
 
-def _share(ranks: Ranks, captured: Capture, told: Sequence[Mapping[str, Any]]) -> Share:
-    """Returns what this rank writes."""
-    places = [one["places"] for one in told]
-    mine, starts, in_pieces = _parts.written_by(ranks.rank, captured.tensors, places)
-    return Share(mine | captured.own, starts, in_pieces)
+def _places_of(captured: Capture) -> dict[str, _parts.Place]:
+    """Returns where this rank's parts lie."""
+    if any(map(is_divided, captured.own.values())):
+        raise CheckpointError("extra must hold plain tensors, got DTensors: save full_tensor() of them")
+    return _parts.places_of(captured.tensors)
 
 
 class Checkpoints(Saving):
@@ -182,20 +179,28 @@ class Checkpoints(Saving):
         with self._lock:
             ranks = self._ranks
 
-            def gathered() -> Capture:
+            def asked() -> dict[str, Any]:
                 arguments.check_module(model)
                 check_optimizer(optimizer)
                 own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
                 place = as_place(own if step is None else step, epoch, position, metrics, extra)
                 place["accumulation"] = as_accumulation(accumulation, batch_size)
                 self._background.wait()
+                return place
+
+            def gathered() -> Capture:
                 found = capture(model, optimizer, place, ranks.rank)
                 found.arrays.update(_rng.capture(ranks.rank))
                 return found
 
-            captured, told = ranks.agree("save", gathered, tell=_of_run)
+            # All of the same run, before any of them begins what needs the others.
+            place, told = ranks.agree(
+                "save", asked, tell=lambda place: ranks.count > 1 and _run_of(model, optimizer, place)
+            )
             _check_alike(ranks, told)
-            share = _share(ranks, captured, told)
+            captured, places = ranks.agree("save a copy", gathered, tell=_places_of)
+            share = Share(*_parts.written_by(ranks.rank, captured.tensors, places))
+            share.leaves.update(captured.own)
             leaves = self._snapshot.take(share.leaves, to_keep=self._background.is_used)
 
             def save() -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -13,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import sftorch
+from sfcore import exchange
 from sftorch.checkpoint import CheckpointError, Checkpoints
 
 STATE = ("z", "gap", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
@@ -161,3 +164,75 @@ def refused(rank, world, folder, kind, resume="auto"):
     after = everything(model, optimizer)
     unchanged = all(torch.equal(after[name], before[name]) for name in before)
     return {"error": said, "unchanged": unchanged and torch.equal(torch.get_rng_state(), numbers)}
+
+
+def bad_calls(rank, world, folder, kind):
+    """Returns what is said where the ranks do not call the same, and what is then in the folder."""
+    model, called, optimizer = build(kind, world)
+    train(called, optimizer, 0, 2)
+    found = {}
+
+    def refused(case, model=model, optimizer=optimizer, **options):
+        try:
+            with Checkpoints(folder, background=False, wait_for_ranks=0.5) as checkpoints:
+                checkpoints.save(model, optimizer, **options)
+        except (CheckpointError, TypeError) as error:
+            found[case] = str(error)
+
+    refused("step", step=7 + rank)
+    other = torch.nn.Linear(6, 3 + rank)
+    refused("model", other, sftorch.AdamWScheduleFree(other.parameters()))
+    refused(
+        "optimizer",
+        other,
+        (sftorch.SGDScheduleFree if rank else sftorch.AdamWScheduleFree)(other.parameters()),
+    )
+    refused("argument", position=-rank)
+    refused("every argument", position=-1)
+    refused("type", optimizer if rank else model)
+    refused("extra", extra={"it": object() if rank else 1})
+    refused("metric", metrics={"loss": float("nan") if rank else 0.1})
+    if rank == 0:
+        refused("never")
+    left = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+    return {"said": found, "left": left, "step": optimizer.metrics()[0]["step"]}
+
+
+def one_writer(rank, world, folder, kind):
+    """Saves beside another run that holds the folder; returns what is said."""
+    model, called, optimizer = build(kind, world)
+    train(called, optimizer, 0, 2)
+    try:
+        Checkpoints(folder).save(model, optimizer)
+    except CheckpointError as error:
+        return str(error)
+
+
+def failing_disk(rank, world, folder, kind, background):
+    """Saves where one rank cannot write; returns what each says, and whether the next save succeeds."""
+    model, called, optimizer = build(kind, world)
+    train(called, optimizer, 0, 2)
+    write, said = exchange.write_tensors, []
+
+    def broken(*arguments, **options):
+        if rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments, **options)
+
+    with Checkpoints(folder, background=background) as checkpoints:
+        checkpoints.save(model, optimizer)
+        checkpoints.wait()
+        train(called, optimizer, 2, 3)
+        exchange.write_tensors = broken
+        try:
+            checkpoints.save(model, optimizer)
+            checkpoints.wait()
+        except CheckpointError as error:
+            said.append(str(error))
+        exchange.write_tensors = write
+        left = sorted(file.name for file in folder.glob("*"))
+        dist.barrier()
+        train(called, optimizer, 3, 4)
+        checkpoints.save(model, optimizer)
+        path = checkpoints.wait()
+    return {"said": said, "left": left, "path": str(path)}

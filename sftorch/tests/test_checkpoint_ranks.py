@@ -1,6 +1,7 @@
 """One folder of checkpoints of many processes: any layout and number of them goes on from any other."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from sfcore import exchange, store
 from sfcore.convert import convert
 from sfcore.inspection import inspect
+from sfcore.lock import WriterLock
 from sftorch.tests.ranks import Launcher
 
 slow = pytest.mark.slow
@@ -249,3 +251,50 @@ def inspect_or_error(folder):
         return inspect(folder)
     except exchange.CheckpointError:
         return None
+
+
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=slow)])
+def test_ranks_that_differ_are_refused_on_all_and_nothing_is_written(ranks, tmp_path, kind):
+    found = ranks.run(2, "bad_calls", tmp_path / "run", kind)
+    expected = {
+        "step": "step must be the same on every rank, got 7 on rank 0 of 2 and 8 on rank 1 of 2",
+        "model": "parameter 'bias' (dtype and shape) must be the same on every rank, got ['float32', [3]] on",
+        "optimizer": "optimizer must be the same on every rank, got 'adamw' on rank 0 of 2 and 'sgd' on",
+        "argument": "rank 1 of 2 cannot save, so none does: position must be a whole number >= 0, got -1",
+        "every argument": "position must be a whole number >= 0, got -1",
+        "extra": "rank 1 of 2 cannot save a copy, so none does: extra/rank1/it must be JSON-like",
+        "metric": "rank 1 of 2 cannot save, so none does: metrics must be finite numbers, got loss = nan",
+    }
+    for one in found:
+        assert {case: one["said"][case][: len(text)] for case, text in expected.items()} == expected
+        assert one["left"] == []
+        assert one["step"] == 2
+    first, second = (one["said"]["type"] for one in found)
+    assert first.startswith(
+        "rank 1 of 2 cannot save, so none does: TypeError: model must be a torch.nn.Module"
+    )
+    assert second.startswith("model must be a torch.nn.Module")
+    assert found[0]["said"]["never"] == (
+        "every rank must save, got no word of rank 1 of 2 within 0.5 s: make the same calls on every rank, "
+        "or see why it stopped."
+    )
+
+
+def test_a_second_run_on_the_folder_is_refused_on_every_rank(ranks, tmp_path):
+    lock = WriterLock(tmp_path)
+    lock.take()
+    try:
+        found = ranks.run(2, "one_writer", tmp_path, "ddp")
+    finally:
+        lock.release()
+    assert all(f"process {os.getpid()}" in said and "must have one writer" in said for said in found)
+
+
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=slow)])
+def test_a_full_disk_of_one_rank_fails_on_all_and_leaves_the_older_checkpoint(ranks, tmp_path, background):
+    for one in ranks.run(2, "failing_disk", tmp_path / "run", "fsdp", background):
+        assert len(one["said"]) == 1
+        assert "rank 1 of 2 cannot write its part, so none does" in one["said"][0]
+        assert "the disk or the quota is full" in one["said"][0]
+        assert [name for name in one["left"] if name.startswith(("step", ".partial"))] == ["step_000000002"]
+        assert one["path"].endswith("step_000000004")
