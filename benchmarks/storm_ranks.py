@@ -1,8 +1,8 @@
 """A run of several processes under SIGKILL: of a random rank at a random moment, saves in flight.
 
-The others are killed a moment later, as torchrun and jax.distributed do, and all start again: until there were
-enough kills, and then to the end. Torch: FSDP2 over gloo, dropout and data of every rank's own random numbers.
-JAX: a mesh over jax.distributed, with a generator of its own on every process.
+The others are killed a moment later, as torchrun and jax.distributed do, and all start again: until there
+were enough kills, and then to the end. Torch: FSDP2 over gloo, dropout and data of every rank's own random
+numbers. JAX: a mesh over jax.distributed, with a generator of its own on every process.
 """
 
 from __future__ import annotations
