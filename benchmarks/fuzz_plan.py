@@ -65,8 +65,14 @@ def fields(draw: random.Random) -> dict[Any, Any]:
 
 
 def a_dict(draw: random.Random, folder: Path) -> Any:
-    """Returns arguments as a mapping."""
-    return fields(draw)
+    """Returns arguments as a mapping, whose keys need not be text."""
+    found = fields(draw)
+    if draw.random() < 0.05:
+        inner = found.get("section") if draw.random() < 0.5 else None
+        (inner if isinstance(inner, dict) else found)[draw.choice([1, 1.5, None, (), b"lr", True])] = value(
+            draw
+        )
+    return found
 
 
 def a_command(draw: random.Random, folder: Path) -> Any:

@@ -38,6 +38,10 @@ OWN: dict[str, st.SearchStrategy[Any]] = {
 # Where rho_t passes 4 the last bit decides whether a step is taken: values that stay clear of it.
 RECTIFIED = {"b2": st.sampled_from([0.7, 0.9, 0.95, 0.99, 0.999])}
 OPTIMIZERS = list(laws.directed())
+TWINS = ("sfjax traced", "sftorch fused", "sftorch foreach", "sftorch single", "sftorch closure")
+FOLLOWERS = [
+    (twin, optimizer) for twin in TWINS for optimizer in OPTIMIZERS if optimizer in DRIVERS[twin].runs()
+]
 
 
 def options_of(optimizer: str) -> dict[str, st.SearchStrategy[Any]]:
@@ -66,10 +70,7 @@ def check(driver: str, case: Case) -> None:
     assert_same(f"{driver} on {case}", got, want, TOLERANCES["float64", "hypothesis"])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "driver", ["sfjax traced", "sftorch fused", "sftorch foreach", "sftorch single", "sftorch closure"]
-)
+@pytest.mark.parametrize(("driver", "optimizer"), FOLLOWERS)
 def test_a_twin_follows_the_reference_everywhere(driver: str, optimizer: str):
     @settings(ALIKE, max_examples=100)
     @given(cases(optimizer))

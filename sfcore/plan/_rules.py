@@ -80,7 +80,7 @@ SF205 error: counted in optimizer steps
 SF206 error: absent with RAdam
     RAdam rectifies its lr in place of a warm-up, and has none.
 SF207 warning: about 5% of the run
-    Schedule-Free SGD and AdamW are better with a warm-up (README of facebookresearch/schedule_free).
+    What has a warm-up, not a rectification, is better with it (README of facebookresearch/schedule_free).
 SF208 warning: a fraction of the run on several devices
     accelerate counts one scheduler step for every process, so a number of steps ends that many times
     sooner; a fraction does not.
@@ -536,7 +536,7 @@ def warmup_on_radam(run: Run) -> Problems:
 
 
 def no_warmup_at_all(run: Run) -> Problems:
-    """SF207: Schedule-Free SGD or AdamW from scratch without a warm-up."""
+    """SF207: from scratch without the warm-up that the optimizer has."""
     wanted = "warmup_steps" in run.kind.uses and run.owner == "nobody" and not given_warmups(run)
     if wanted and not run.config.get("prior_steps") and not run.config.get("resume"):
         right = max(1, round(_SHARE * run.total_steps)) if run.total_steps else None
