@@ -316,6 +316,7 @@ FOLDER: dict[str, Sequence[Any]] = KEPT | {
     "folder": (*NO_PATH, None),
     "background": (*NO_FLAG, None),
     "wait_for_writer": (INF, *NO_SECONDS, None),
+    "wait_for_ranks": (INF, 0, *NO_SECONDS, None),
 }
 PLACE: dict[str, Sequence[Any]] = {
     "epoch": (*NO_COUNT, None),
@@ -389,6 +390,7 @@ TABLE = [
         tensors=(*NO_MAPPING, None),
         metadata=NO_MAPPING,
         sealed=(*NO_FLAG, None),
+        places=NO_MAPPING,
     ),
     *rows("sfcore.exchange.fingerprint", TypeError, tensors=(*NO_MAPPING, None)),
     *rows("sfcore.exchange.of_role", TypeError, tensors=(*NO_MAPPING, None), role=(*NO_TEXT, None)),

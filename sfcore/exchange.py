@@ -115,6 +115,7 @@ def write_tensors(
         tensors=(checks.MAPPING, tensors),
         metadata=(checks.optional(checks.MAPPING), metadata),
         sealed=(checks.FLAG, sealed),
+        places=(checks.optional(checks.MAPPING), places),
     )
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
     record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}

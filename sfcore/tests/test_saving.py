@@ -19,7 +19,7 @@ ONE_NAME = store.PLAIN._replace(
 
 class Saver(Saving):
     def __init__(self, folder, background=True):
-        super().__init__(folder, 2, 0, "loss", background, 0.0, store.PLAIN, logging.getLogger("saver"))
+        super().__init__(folder, 2, 0, "loss", background, 0.0, 600.0, store.PLAIN, logging.getLogger("saver"))
 
     def save(self, step, write=None):
         def plain():
