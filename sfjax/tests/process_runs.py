@@ -184,6 +184,44 @@ def restore(request, folder, again=None, resume="auto"):
     }
 
 
+def take_over(request, source, folder):
+    """Goes on from a run of the torch twin on a mesh, and saves; returns what it says."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import sfjax
+    from sfcore.hyperparameters import AdamW
+    from sfjax.checkpoint import Checkpoints
+
+    mesh = jax.make_mesh((jax.device_count(),), ("d",))
+    layers = {"a": ((6, 8), (None, "d")), "b": ((8, 4), ("d",)), "c": ((4, 1), ("d",))}
+
+    @jax.jit
+    def zeros():
+        return {
+            name: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
+            for name, (shape, _) in layers.items()
+        }
+
+    places = {
+        name: {
+            "kernel": NamedSharding(mesh, PartitionSpec(*axes)),
+            "bias": NamedSharding(mesh, PartitionSpec()),
+        }
+        for name, (_, axes) in layers.items()
+    }
+    params = jax.jit(zeros, out_shardings=places)()
+    tx = sfjax.schedule_free_adamw(0.01)
+    state = jax.jit(tx.init)(params)
+    configured = AdamW(lr=0.01)
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore(params, state, resume=source, hyperparameters=configured)
+        laid = found.params["a"]["kernel"].sharding == places["a"]["kernel"]
+        checkpoints.save(found.meta.step, found.params, found.opt_state, hyperparameters=configured)
+    return {"step": found.meta.step, "laid": laid, "notices": found.notices[1:]}
+
+
 def bad_calls(request, folder):
     """Returns what is said where the processes do not call the same."""
     import jax.numpy as jnp

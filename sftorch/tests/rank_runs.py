@@ -70,8 +70,10 @@ def divided(kind, model, world):
 
 def build(kind, world, seed=0, dtype="float32", lr=0.01, **options):
     torch.manual_seed(seed)
-    even = options.pop("even", False)
-    model, called = divided(kind, (Even if even else Net)(getattr(torch, dtype)), world)
+    model = (Even if options.pop("even", False) else Net)(getattr(torch, dtype))
+    if options.pop("no buffer", False):
+        del model.seen
+    model, called = divided(kind, model, world)
     if options.pop("wrapper", False):
         base = torch.optim.AdamW(model.parameters(), lr=lr, foreach=False)
         return model, called, sftorch.ScheduleFreeWrapper(base, momentum=0.9)
@@ -120,7 +122,8 @@ def seed_all(seed):
 def saved(rank, world, folder, kind, options, mode="train", background=True):
     """Saves after some steps and goes on; returns everything then and at the end, and what is drawn."""
     model, called, optimizer = build(kind, world, **options)
-    model.seen += 5
+    if hasattr(model, "seen"):
+        model.seen += 5
     seed_all(100 + rank)
     train(called, optimizer, 0, SAVED)
     getattr(optimizer, mode)()
