@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sfcore import checks, store, together
+from sfcore import checks, exchange, store, together
 from sfcore.changes import Change, check_batches, check_laws, of_batches, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta, as_accumulation, as_place, of_rank
@@ -76,11 +76,27 @@ def _check_alike(ranks: Ranks, told: Sequence[Any]) -> None:
         )
 
 
-def _places_of(captured: Capture) -> dict[str, _parts.Place]:
-    """Returns where this rank's parts lie."""
+def _parts_of(captured: Capture) -> dict[str, Any]:
+    """Returns where this rank's parts lie, and the CRCs of gradients that have none."""
     if any(map(is_divided, captured.own.values())):
         raise CheckpointError("extra must hold plain tensors, got DTensors: save full_tensor() of them")
-    return _parts.places_of(captured.tensors)
+    whole = {n: t for n, t in captured.tensors.items() if n.startswith("grad/") and not is_divided(t)}
+    crcs = {name: exchange.describe(_arrays.to_numpy(t.cpu()))["crc32"] for name, t in whole.items()}
+    return {"places": _parts.places_of(captured.tensors), "gradients": crcs}
+
+
+def _check_gradients(ranks: Ranks, captured: Capture, told: Sequence[Any]) -> None:
+    """Raises on every rank unless what is accumulated is the same on all, or lies in parts."""
+    if ranks.count == 1 or not captured.meta.accumulation["position"]:
+        return
+    found = [one["gradients"] for one in told]
+    none = not any(leaf.startswith("grad/") for leaf in captured.tensors)
+    if none or any(one != found[0] for one in found):
+        kind = "none in p.grad" if none else "others on each"
+        raise CheckpointError(
+            f"gradients of an unfinished update must be the same on every rank, got {kind}, as no_sync() and "
+            "set_requires_gradient_sync(False) leave them: save after an update, with accumulation=(N, 0)"
+        )
 
 
 class Checkpoints(Saving):
@@ -198,7 +214,11 @@ class Checkpoints(Saving):
                 "save", asked, tell=lambda place: ranks.count > 1 and _run_of(model, optimizer, place)
             )
             _check_alike(ranks, told)
-            captured, places = ranks.agree("save a copy", gathered, tell=_places_of)
+            captured, told = ranks.agree(
+                "save a copy", gathered, tell=lambda captured: ranks.count > 1 and _parts_of(captured)
+            )
+            _check_gradients(ranks, captured, told)
+            places = [one["places"] if one else {} for one in told]
             share = Share(*_parts.written_by(ranks.rank, captured.tensors, places))
             share.leaves.update(captured.own)
             leaves = self._snapshot.take(share.leaves, to_keep=self._background.is_used)

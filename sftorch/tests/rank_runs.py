@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 
@@ -199,6 +200,29 @@ def bad_calls(rank, world, folder, kind):
         refused("never")
     left = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
     return {"said": found, "left": left, "step": optimizer.metrics()[0]["step"]}
+
+
+def accumulated(rank, world, folder, kind, synchronised):
+    """Saves in the middle of an update; returns what is said, or the gradients saved and restored."""
+    model, called, optimizer = build(kind, world)
+    train(called, optimizer, 0, 2)
+    optimizer.zero_grad()
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(rank))
+    with contextlib.ExitStack() as stack:
+        if not synchronised and kind == "ddp":
+            stack.enter_context(called.no_sync())
+        elif not synchronised:
+            model.set_requires_gradient_sync(False)
+        called(inputs).square().mean().backward()
+    try:
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(model, optimizer, accumulation=(2, 1))
+    except CheckpointError as error:
+        return str(error)
+    before = {name: whole(p.grad) for name, p in model.named_parameters()}
+    other, _, optimizer = build(kind, world, seed=9)
+    Checkpoints(folder).restore(other, optimizer)
+    return [before, {name: whole(p.grad) for name, p in other.named_parameters()}]
 
 
 def one_writer(rank, world, folder, kind):

@@ -298,3 +298,17 @@ def test_a_full_disk_of_one_rank_fails_on_all_and_leaves_the_older_checkpoint(ra
         assert "the disk or the quota is full" in one["said"][0]
         assert [name for name in one["left"] if name.startswith(("step", ".partial"))] == ["step_000000002"]
         assert one["path"].endswith("step_000000004")
+
+
+@slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_of_an_unfinished_update_go_on(ranks, tmp_path, kind):
+    for before, after in ranks.run(2, "accumulated", tmp_path, kind, True):
+        assert_same(after, before)
+
+
+@slow
+@pytest.mark.parametrize(("kind", "finding"), [("ddp", "others on each"), ("fsdp", "none in p.grad")])
+def test_gradients_that_differ_by_rank_are_refused(ranks, tmp_path, kind, finding):
+    for said in ranks.run(2, "accumulated", tmp_path, kind, False):
+        assert f"must be the same on every rank, got {finding}" in said
