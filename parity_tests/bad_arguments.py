@@ -336,6 +336,7 @@ TABLE = [
         signals=(3, "x", NAN, [], [-1], [9], ["SIGTERM"], None),
         patience=(*NO_SECONDS, None),
         grace=(*NO_SECONDS, None),
+        ranks=(3, "all", [0, 1]),
     ),
     *rows(
         "sfcore.watch.Recorder.add",

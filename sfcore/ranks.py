@@ -59,7 +59,7 @@ class Ranks:
         limit: float = 600.0,
     ):
         self.rank, self.count, self.limit = rank, count, limit
-        self._store, self._name, self._calls = store, name, 0
+        self._store, self._name, self._calls, self._named = store, name, 0, 0
         self._parted: str | None = None
 
     @property
@@ -113,6 +113,27 @@ class Ranks:
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise CheckpointError(f"{self._label(rank)}{more} cannot {what}, so none does: {text}") from error
         return value, [one["told"] for one in said]  # type: ignore[return-value]
+
+    def named(self, name: str, limit: float) -> Ranks:
+        """Returns the same ranks with a limit and a name of their own, such as for another thread."""
+        self._named += 1  # all ranks ask for them in the same order
+        return Ranks(self.rank, self.count, self._store, f"{self._name}/{name} {self._named}", limit)
+
+    def call(self) -> None:
+        """Lets all ranks know of something at once; see `is_called`.
+
+        Raises:
+            RuntimeError: as the store gives it.
+        """
+        if self._store is not None:
+            self._store.put(f"{self._name}/called", b"1")
+
+    def is_called(self) -> bool:
+        """Tells whether any rank has called; False too where the store is gone."""
+        try:
+            return self._store is not None and self._store.get(f"{self._name}/called") is not None
+        except (RuntimeError, OSError, ValueError):
+            return False
 
     def require_same(self, what: str, values: Sequence[Any], fix: str) -> None:
         """Raises `CheckpointError` unless all ranks told the same of something."""

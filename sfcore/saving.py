@@ -204,7 +204,8 @@ class Saving:
         return Ranks()
 
     @property
-    def _ranks(self) -> Ranks:
+    def ranks(self) -> Ranks:
+        """The processes that call this together, for `sfcore.preemption.Preemption`; one in a run of one."""
         # At first use: a program may make its Checkpoints before it joins the others.
         if self._team is None:
             name = str(self.folder)
@@ -214,7 +215,7 @@ class Saving:
 
     def _heed_writer(self) -> None:
         """Waits, before a restore, as a save would; says who goes on writing."""
-        if self._ranks.is_first and is_written_to(self.folder, self._writer.wait):
+        if self.ranks.is_first and is_written_to(self.folder, self._writer.wait):
             self._log.warning(
                 "%s: %s, so what is restored may not be its last, and this run may not save before it ends",
                 self.folder,
@@ -229,12 +230,12 @@ class Saving:
 
     def _start(self, step: int, write: Callable[[], Path]) -> None:
         """Starts a save of a step; `write` writes it and returns its path."""
-        self._ranks.agree("save", self._writer.take if self._ranks.is_first else _nothing)
+        self.ranks.agree("save", self._writer.take if self.ranks.is_first else _nothing)
         self._background.start(lambda: self._save(step, write))
 
     def _save(self, step: int, write: Callable[[], Path]) -> None:
         try:
-            ranks = self._ranks
+            ranks = self.ranks
             ranks.agree("make room", lambda: self._make_room(step) if ranks.is_first else None)
             self._path = write()
             ranks.agree("remove what is old", self._prune if ranks.is_first else _nothing)

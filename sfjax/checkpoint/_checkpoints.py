@@ -134,7 +134,7 @@ class Checkpoints(Saving):
                 is no space or no permission.
         """
         with self._lock:
-            ranks = self._ranks
+            ranks = self.ranks
 
             def asked() -> tuple[dict[str, Any], Named, dict[str, Any]]:
                 values = as_place(step, epoch, position, metrics, extra)
@@ -221,7 +221,7 @@ class Checkpoints(Saving):
             HyperparameterError: for hyperparameters out of range or of no known name (a ValueError).
             TypeError: for params that are no arrays.
         """
-        ranks = self._ranks
+        ranks = self.ranks
 
         def asked() -> None:
             checks.require(TypeError, strict=(checks.FLAG, strict))

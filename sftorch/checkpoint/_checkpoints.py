@@ -193,7 +193,7 @@ class Checkpoints(Saving):
             TypeError: if the optimizer is not one of sftorch's, or the model no module.
         """
         with self._lock:
-            ranks = self._ranks
+            ranks = self.ranks
 
             def asked() -> dict[str, Any]:
                 arguments.check_module(model)
@@ -282,7 +282,7 @@ class Checkpoints(Saving):
             HyperparameterError: for prior_steps out of range (a ValueError); nothing has changed then.
             TypeError: if the optimizer is not one of sftorch's, the model no module, or a flag no bool.
         """
-        ranks = self._ranks
+        ranks = self.ranks
 
         def asked() -> None:
             arguments.check_module(model)

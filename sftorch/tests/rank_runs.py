@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import random
+import signal
+import time
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sftorch
 from sfcore import exchange
+from sfcore.preemption import Preemption
 from sftorch.checkpoint import CheckpointError, Checkpoints
 
 STATE = ("z", "gap", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
@@ -223,6 +227,37 @@ def accumulated(rank, world, folder, kind, synchronised):
     other, _, optimizer = build(kind, world, seed=9)
     Checkpoints(folder).restore(other, optimizer)
     return [before, {name: whole(p.grad) for name, p in other.named_parameters()}]
+
+
+def preempted(rank, world, folder, kind, signalled, at):
+    """Trains until one rank gets SIGTERM in the middle of an update; returns the exit code, and the end."""
+    model, called, optimizer = build(kind, world)
+    seed_all(rank)
+    checkpoints, code = Checkpoints(folder), None
+
+    def save():
+        checkpoints.save(model, optimizer)
+        return checkpoints.wait()
+
+    restored = checkpoints.restore(model, optimizer)
+    done = restored.meta.step if restored else 0
+    try:
+        with checkpoints, Preemption(save, ranks=checkpoints.ranks) as preemption:
+            for step in range(done, LAST * 3):
+                with preemption.updating():
+                    if step == at and rank == signalled:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    train(called, optimizer, step, step + 1)
+                    torch.rand(1)
+                time.sleep(0.02)
+    except SystemExit as error:
+        code = error.code
+    return {
+        "code": code,
+        "from": done,
+        "step": optimizer.metrics()[0]["step"],
+        "end": everything(model, optimizer),
+    }
 
 
 def one_writer(rank, world, folder, kind):

@@ -12,6 +12,7 @@ from sfcore import exchange, store
 from sfcore.convert import convert
 from sfcore.inspection import inspect
 from sfcore.lock import WriterLock
+from sfcore.preemption import EXIT_SAVED
 from sftorch.tests.ranks import Launcher
 
 slow = pytest.mark.slow
@@ -312,3 +313,16 @@ def test_gradients_of_an_unfinished_update_go_on(ranks, tmp_path, kind):
 def test_gradients_that_differ_by_rank_are_refused(ranks, tmp_path, kind, finding):
     for said in ranks.run(2, "accumulated", tmp_path, kind, False):
         assert f"must be the same on every rank, got {finding}" in said
+
+
+@pytest.mark.parametrize("signalled", [1, pytest.param(0, marks=slow)])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=slow)])
+def test_a_signal_to_one_rank_saves_on_all_after_the_same_update(ranks, tmp_path, kind, signalled):
+    stopped = ranks.run(2, "preempted", tmp_path / "run", kind, signalled, 4)
+    assert [one["code"] for one in stopped] == [EXIT_SAVED] * 2
+    assert len({one["step"] for one in stopped}) == 1
+    assert 5 <= stopped[0]["step"] < 18
+    resumed = ranks.run(2, "preempted", tmp_path / "run", kind, signalled, None)
+    assert [(one["code"], one["from"]) for one in resumed] == [(None, stopped[0]["step"])] * 2
+    whole = ranks.run(2, "preempted", tmp_path / "whole", kind, signalled, None)
+    assert_same(resumed[0]["end"], whole[0]["end"])
