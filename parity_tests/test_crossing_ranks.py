@@ -6,7 +6,7 @@ import torch
 from sfcore import store
 from sfcore.convert import convert
 from sfjax.tests import process_runs
-from sftorch.tests.ranks import Launcher
+from sftorch.tests.launcher import Launcher
 
 OPTIONS = {"even": True, "no buffer": True}
 

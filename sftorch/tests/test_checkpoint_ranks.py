@@ -13,7 +13,7 @@ from sfcore.convert import convert
 from sfcore.inspection import inspect
 from sfcore.lock import WriterLock
 from sfcore.preemption import EXIT_SAVED
-from sftorch.tests.ranks import Launcher
+from sftorch.tests.launcher import Launcher
 
 slow = pytest.mark.slow
 

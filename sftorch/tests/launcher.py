@@ -1,6 +1,6 @@
 """Runs cases on several processes over gloo: torch is imported once, and every case forks its ranks.
 
-`Launcher` starts `python -m sftorch.tests.ranks MODULE`, which runs functions of that module:
+`Launcher` starts `python -m sftorch.tests.launcher MODULE`, which runs functions of that module:
 `function(rank, world, folder, *arguments)` on every rank.
 """
 
@@ -29,7 +29,7 @@ class Launcher:
         root = Path(__file__).parents[2]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sftorch.tests.ranks", module],
+            [sys.executable, "-m", "sftorch.tests.launcher", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
