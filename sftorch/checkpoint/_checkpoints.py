@@ -214,11 +214,9 @@ class Checkpoints(Saving):
                 "save", asked, tell=lambda place: ranks.count > 1 and _run_of(model, optimizer, place)
             )
             _check_alike(ranks, told)
-            captured, told = ranks.agree(
-                "save a copy", gathered, tell=lambda captured: ranks.count > 1 and _parts_of(captured)
-            )
+            captured, told = ranks.agree("save a copy", gathered, tell=_parts_of)
             _check_gradients(ranks, captured, told)
-            places = [one["places"] if one else {} for one in told]
+            places = [one["places"] for one in told]
             share = Share(*_parts.written_by(ranks.rank, captured.tensors, places))
             share.leaves.update(captured.own)
             leaves = self._snapshot.take(share.leaves, to_keep=self._background.is_used)
