@@ -76,12 +76,12 @@ def _check_alike(ranks: Ranks, told: Sequence[Any]) -> None:
         )
 
 
-def _parts_of(captured: Capture) -> dict[str, Any]:
+def _parts_of(captured: Capture, count: int) -> dict[str, Any]:
     """Returns where this rank's parts lie, and the CRCs of gradients that have none."""
     if any(map(is_divided, captured.own.values())):
         raise CheckpointError("extra must hold plain tensors, got DTensors: save full_tensor() of them")
     whole = {n: t for n, t in captured.tensors.items() if n.startswith("grad/") and not is_divided(t)}
-    crcs = {name: exchange.describe(_arrays.to_numpy(t.cpu()))["crc32"] for name, t in whole.items()}
+    crcs = {n: exchange.describe(_arrays.to_numpy(t.cpu()))["crc32"] for n, t in whole.items() if count > 1}
     return {"places": _parts.places_of(captured.tensors), "gradients": crcs}
 
 
@@ -214,7 +214,9 @@ class Checkpoints(Saving):
                 "save", asked, tell=lambda place: ranks.count > 1 and _run_of(model, optimizer, place)
             )
             _check_alike(ranks, told)
-            captured, told = ranks.agree("save a copy", gathered, tell=_parts_of)
+            captured, told = ranks.agree(
+                "save a copy", gathered, tell=lambda found: _parts_of(found, ranks.count)
+            )
             _check_gradients(ranks, captured, told)
             places = [one["places"] for one in told]
             share = Share(*_parts.written_by(ranks.rank, captured.tensors, places))
