@@ -153,15 +153,23 @@ def save(request, folder, keys=True):
     return {"end": digest(params, state), "drawn": drawn}
 
 
-def restore(request, folder, again=None, resume="auto"):
+def restore(request, folder, again=None):
     import jax
     import numpy as np
 
+    from sfcore.shards import Spread
     from sfjax.checkpoint import Checkpoints
 
     tx, params, state, train = program(seed=1)
     generator = np.random.default_rng(77)
     extra = {"generator": generator, "key": jax.random.key(0), "seen": 0}
+    joined, join = [], Spread.__array__
+
+    def noted(self, *arguments, **options):
+        joined.append(self.name)
+        return join(self, *arguments, **options)
+
+    Spread.__array__ = noted
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore(
             params, jax.eval_shape(tx.init, params) if again else state, extra_state=extra
@@ -181,6 +189,7 @@ def restore(request, folder, again=None, resume="auto"):
         "drawn": drawn,
         "notices": found.notices,
         "position": found.meta.position,
+        "joined": [name for name in joined if name.endswith(("/w", "/v"))],
     }
 
 

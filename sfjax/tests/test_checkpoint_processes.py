@@ -30,6 +30,7 @@ def test_two_processes_go_on_in_the_same_bits(two):
     saved, restored = ([one[case] for one in found] for case in (0, 1))
     assert {one["end"] for one in restored} == {saved[0]["end"]}
     assert all(len(one["notices"]) == 1 for one in restored)
+    assert all(one["joined"] == [] for one in restored)  # no process holds all of it
 
 
 def test_each_goes_on_with_its_own_random_numbers_and_place(two):

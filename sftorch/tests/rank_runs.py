@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sftorch
 from sfcore import exchange
 from sfcore.preemption import Preemption
+from sfcore.shards import Spread
 from sftorch.checkpoint import CheckpointError, Checkpoints
 
 STATE = ("z", "gap", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
@@ -140,12 +141,28 @@ def saved(rank, world, folder, kind, options, mode="train", background=True):
     return {"then": then, "end": everything(model, optimizer), "drawn": numbers}
 
 
+@contextlib.contextmanager
+def joining():
+    """Yields a list of the arrays in pieces that are joined in the block."""
+    found, join = [], Spread.__array__
+
+    def noted(self, *arguments, **options):
+        found.append(self.name)
+        return join(self, *arguments, **options)
+
+    Spread.__array__ = noted
+    try:
+        yield found
+    finally:
+        Spread.__array__ = join
+
+
 def restored(rank, world, folder, kind, options, mode="train", resume="auto"):
     """Restores and goes on; returns what `saved` does, and what the restore said."""
     model, called, optimizer = build(kind, world, seed=9, **options)
     seed_all(200 + rank)
     getattr(optimizer, mode)()
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder) as checkpoints, joining() as joined:
         found = checkpoints.restore(model, optimizer, resume=resume)
     then, numbers = everything(model, optimizer), drawn()
     optimizer.train()
@@ -157,6 +174,7 @@ def restored(rank, world, folder, kind, options, mode="train", resume="auto"):
         "notices": found.notices,
         "position": found.meta.position if found.meta else None,
         "extra": found.extra,
+        "joined": joined,
     }
 
 

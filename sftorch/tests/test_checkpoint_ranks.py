@@ -77,6 +77,8 @@ def test_a_run_goes_on_in_any_layout(ranks, saved, of, to):
         assert_same(one["then"], before[0]["then"])
         if of == to:
             assert_same(one["end"], before[0]["end"])
+        if to[0].endswith("fsdp"):
+            assert one["joined"] == []  # no process holds all of it
 
 
 EVEN = {"even": True}
