@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -61,6 +62,7 @@ class Ranks:
         self.rank, self.count, self.limit = rank, count, limit
         self._store, self._name, self._calls, self._named = store, name, 0, 0
         self._parted: str | None = None
+        self._met = False
 
     @property
     def is_first(self) -> bool:
@@ -116,8 +118,12 @@ class Ranks:
 
     def named(self, name: str, limit: float) -> Ranks:
         """Returns the same ranks with a limit and a name of their own, such as for another thread."""
+        if self.count > 1:
+            self._meet(f"begin {name}")
         self._named += 1  # all ranks ask for them in the same order
-        return Ranks(self.rank, self.count, self._store, f"{self._name}/{name} {self._named}", limit)
+        child = Ranks(self.rank, self.count, self._store, f"{self._name}/{name} {self._named}", limit)
+        child._met = True
+        return child
 
     def call(self) -> None:
         """Lets all ranks know of something at once; see `is_called`.
@@ -149,6 +155,7 @@ class Ranks:
         assert self._store is not None
         if self._parted is not None:
             raise CheckpointError(f"{self._parted} Start all of them again")
+        self._meet(what)
         call, self._calls = self._calls, self._calls + 1
         begin = f"{self._name}/{call}"
         try:
@@ -161,17 +168,11 @@ class Ranks:
             if self.is_first and call:
                 self._store.drop(f"{self._name}/{call - 1}/all")
         except (RuntimeError, OSError, ValueError) as error:
-            self._parted = f"{self.label} cannot reach the others for {what} ({error})."
-            raise CheckpointError(f"{self._parted} Start all of them again") from error
+            raise self._unreachable(what, error) from error
         said: list[Any] = [None] + [{}] * (self.count - 1) if found is None else _unpacked(found)
         missing = [rank for rank, one in enumerate(said) if one is None]
         if missing:
-            names = ", ".join(map(self._label, missing))
-            self._parted = (
-                f"every rank must {what}, got no word of {names} within {self.limit:g} s: make the same "
-                "calls on every rank, or see why it stopped."
-            )
-            raise CheckpointError(self._parted)
+            raise self._no_word(what, missing)
         for rank, one in enumerate(said):
             if one["what"] != what:
                 self._parted = (
@@ -180,6 +181,65 @@ class Ranks:
                 )
                 raise CheckpointError(self._parted)
         return [one["value"] for one in said]
+
+    def _unreachable(self, what: str, error: Exception) -> CheckpointError:
+        self._parted = f"{self.label} cannot reach the others for {what} ({error})."
+        return CheckpointError(f"{self._parted} Start all of them again")
+
+    def _no_word(self, what: str, missing: Sequence[int]) -> CheckpointError:
+        names = ", ".join(map(self._label, missing))
+        self._parted = (
+            f"every rank must {what}, got no word of {names} within {self.limit:g} s: make the same calls on "
+            "every rank, or see why it stopped."
+        )
+        return CheckpointError(self._parted)
+
+    def _meet(self, what: str) -> None:
+        """Agrees on a name that no earlier run has used in the same store, as torchrun keeps it for the next.
+
+        So nothing found there is believed: rank 0 takes an answer that has its own new word, and the others
+        a list that has theirs.
+        """
+        if self._met or self._parted is not None:
+            return
+        assert self._store is not None
+        word = uuid.uuid4().hex
+        try:
+            found = self._invite(word) if self.is_first else self._answer(word)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise self._unreachable(what, error) from error
+        missing = [0] if found is None else found["missing"]
+        if found is None or missing:
+            raise self._no_word(what, missing)
+        self._name, self._met = f"{self._name}/{found['first']}", True
+
+    def _invite(self, word: str) -> dict[str, Any]:
+        assert self._store is not None
+        self._store.put(f"{self._name}/first", word.encode())
+        end, words = time.monotonic() + self.limit, {}
+        for rank in range(1, self.count):
+            answer = self._poll(f"{self._name}/answer/{rank}", end, lambda one: _unpacked(one)[0] == word)
+            words[str(rank)] = None if answer is None else _unpacked(answer)[1]
+        missing = [int(rank) for rank, one in words.items() if one is None]
+        found = {"first": word, "words": words, "missing": missing}
+        self._store.put(f"{self._name}/met", _packed(found))
+        return found
+
+    def _answer(self, word: str) -> dict[str, Any] | None:
+        assert self._store is not None
+        end, pause, answered = time.monotonic() + 2.1 * self.limit, _SOON, None
+        while time.monotonic() < end:
+            first = self._store.get(f"{self._name}/first")
+            if first is not None and first != answered:
+                self._store.put(f"{self._name}/answer/{self.rank}", _packed([first.decode(), word]))
+                answered = first
+            met = self._store.get(f"{self._name}/met")
+            found: dict[str, Any] = {} if met is None else _unpacked(met)
+            if found and found["words"].get(str(self.rank)) == word:
+                return found
+            time.sleep(pause)
+            pause = min(2 * pause, _SELDOM)
+        return None
 
     def _collected(self, begin: str) -> bytes:
         """Returns what the ranks said, with None for those that did not come in time."""
@@ -194,13 +254,19 @@ class Ranks:
             return self._poll(key, time.monotonic() + self.limit * 1.1 + 5.0)
         return None
 
-    def _poll(self, key: str, end: float, or_key: str = "") -> bytes | None:
+    def _poll(
+        self,
+        key: str,
+        end: float,
+        is_right: Callable[[bytes], bool] = lambda found: True,
+        or_key: str = "",
+    ) -> bytes | None:
         assert self._store is not None
         pause = _SOON
         while True:
             for one in (key, or_key) if or_key else (key,):
                 found = self._store.get(one)
-                if found is not None:
+                if found is not None and is_right(found):
                     return found
             if time.monotonic() > end:
                 return None

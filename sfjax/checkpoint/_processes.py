@@ -43,7 +43,7 @@ class _Client:
             )
 
     def put(self, key: str, value: bytes) -> None:
-        self._client.key_value_set_bytes(key, value)
+        self._client.key_value_set_bytes(key, value, allow_overwrite=True)
 
     def get(self, key: str) -> bytes | None:
         try:
