@@ -177,7 +177,11 @@ def restore(request, folder, again=None):
     if again:
         with Checkpoints(again) as checkpoints:
             checkpoints.save(
-                SAVED, found.params, found.opt_state, hyperparameters={"optimizer": "adamw", "lr": 0.1}
+                SAVED,
+                found.params,
+                found.opt_state,
+                extra_state=found.extra_state,
+                hyperparameters={"optimizer": "adamw", "lr": 0.1},
             )
     then = digest(found.params, found.opt_state)
     key = jax.random.uniform(found.extra_state["key"])

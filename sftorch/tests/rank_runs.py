@@ -310,6 +310,7 @@ def failing_disk(rank, world, folder, kind, background):
         except CheckpointError as error:
             said.append(str(error))
         exchange.write_tensors = write
+        dist.barrier()  # rank 0 has removed what was left
         left = sorted(file.name for file in folder.glob("*"))
         dist.barrier()
         train(called, optimizer, 3, 4)
