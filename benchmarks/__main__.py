@@ -14,6 +14,7 @@ BENCHMARKS = {
     "memory": "what an optimizer keeps, and what a step takes for a moment",
     "step": "what a step costs against the memory it must move, beside the peers",
     "calls": "how much of our Python a step goes through: files, functions, calls",
+    "devices": "what a step and the modes cost under FSDP2 and on a JAX mesh, beside the peers",
     "hlo": "what XLA makes of a step: kernels, bytes, copies, on an H100, a TPU and a CPU",
     "storm": "the same under SIGKILL at random moments, and of random programs cut at any line",
     "fuzz": "what readers, restores, imports and the plan make of damaged, random and hostile input",

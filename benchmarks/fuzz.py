@@ -425,9 +425,11 @@ def main(argv: Sequence[str]) -> int:
         found = fuzz(part, counts.get(part, counts.get("", 1000)), arguments.seed, arguments.first)
         print(json.dumps({"part": part, **found}, indent=1))
         if arguments.out:
-            row = {"part": part, "seed": arguments.seed, **found}
+            # A long run may be taken in pieces, each with a row.
+            piece = f"{part} from {arguments.first}" if arguments.first else part
+            row = {"part": piece, "seed": arguments.seed, **found}
             row |= {"device": "cpu", "versions": _records.versions()}
-            _records.replace_part(arguments.out / "fuzz.jsonl", part, [row])
+            _records.replace_part(arguments.out / "fuzz.jsonl", piece, [row])
         good = good and not found["problems"]
     return 0 if good else 1
 

@@ -73,7 +73,7 @@ def step(model: nn.Module, optimizer: Any) -> None:
 def digest(model: nn.Module, optimizer: Any) -> str:
     """Returns a SHA-256 of everything that the next step depends on."""
     arrays = {"rng": torch.get_rng_state().numpy()}
-    arrays |= {f"model/{name}": bits(value) for name, value in model.state_dict().items()}
+    arrays |= {f"model/{name}": bits(value) for name, value in model.state_dict(keep_vars=True).items()}
     for name, value in leaves(optimizer.state_dict()):
         arrays[f"optimizer/{name}"] = (
             bits(value) if isinstance(value, torch.Tensor) else np.array(repr(value))

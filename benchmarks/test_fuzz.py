@@ -21,13 +21,12 @@ ROOT = Path(__file__).parent.parent
 
 
 # Of each part as many as take a few seconds.
-SHORT = dict.fromkeys(fuzz.PARTS, 120) | {
-    "plan": 300,
-    "import": 60,
-    "restore torch": 60,
-    "pickles": 60,
-    "orbax": 40,
-    "restore jax": 16,
+SHORT = dict.fromkeys(fuzz.PARTS, 60) | {
+    "plan": 200,
+    "import": 30,
+    "restore torch": 30,
+    "orbax": 20,
+    "restore jax": 8,
 }
 
 

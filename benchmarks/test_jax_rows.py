@@ -8,7 +8,13 @@ import pytest
 from benchmarks import precision_jax, precision_problem, step_jax
 
 
-@pytest.mark.parametrize("name", precision_jax.METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("exact", "lean") else pytest.mark.slow)
+        for name in precision_jax.METHODS
+    ],
+)
 def test_a_row_trains_and_says_what_it_takes(name: str) -> None:
     run = precision_jax.train(name, precision_problem.make(0, steps=200), lr=0.01)
     assert len(run.curve) == 3

@@ -14,7 +14,7 @@ import pytest
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 # Their code takes names for granted, which the tests that run it provide.
-RUN_ELSEWHERE = {"trainers.md", "kohya.md", "flax.md"}
+RUN_ELSEWHERE = {"trainers.md", "kohya.md", "flax.md", "form.md", "many-devices.md"}
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

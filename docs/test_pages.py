@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cost, hlo, precision, resume_rows, step_report
+from benchmarks import cost, devices, hlo, precision, resume_rows, step_report
 from parity_tests.matrix import BEGIN, END
 
 DOCS = Path(__file__).parent
@@ -33,6 +33,7 @@ TABLES = {
     ("precision.md", "hlo"): lambda: hlo.markdown(rows("hlo")),
     ("resuming.md", "restart"): restart,
     ("resuming.md", "cost"): lambda: cost.markdown(rows("cost")),
+    ("many-devices.md", "devices"): lambda: devices.markdown(rows("devices")),
 }
 
 
@@ -84,3 +85,11 @@ def test_the_plan_of_the_page_finds_the_two_errors_and_repairs_them(capsys):
     assert [problem.code for problem in names["plan"].problems] == ["SF103", "SF401"]
     assert names["repaired"].problems == ()
     assert capsys.readouterr().out.endswith(f"{names['repaired'].config}\n")
+
+
+def test_every_test_that_the_page_on_migration_names_is_there():
+    text = (DOCS / "migration.md").read_text()
+    named = set(re.findall(r"`([\w/]*test_\w+\.py)`", text))
+    assert len(named) > 10
+    folders = ("", "sftorch/tests/", "sfjax/tests/")
+    assert [name for name in sorted(named) if not any((ROOT / (f + name)).exists() for f in folders)] == []

@@ -63,7 +63,14 @@ def nnx_loop() -> Any:
     return example.train_step.lower(model, optimizer, *next(example.batches()))
 
 
-@pytest.mark.parametrize("loop", [plain_loop, equinox_loop, linen_loop, nnx_loop])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        plain_loop,
+        nnx_loop,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (equinox_loop, linen_loop)),
+    ],
+)
 def test_an_example_copies_at_most_two_arrays_a_parameter(loop: Callable[[], Any]) -> None:
     assert copies(loop(), leaves=6) <= 2  # measured: 1 to 1.8
 

@@ -20,7 +20,9 @@ def records(folder: Path) -> dict:
     return json.loads((newest / "meta" / "metadata").read_text())["tensors"]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "flax" in name else []) for name in EXAMPLES]
+)
 def test_a_run_in_two_parts_ends_in_the_same_bits_and_has_learned(name, tmp_path):
     main = importlib.import_module(name).main
     right = main(tmp_path / "whole", 60)

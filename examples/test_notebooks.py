@@ -64,6 +64,7 @@ def executed():
     return of
 
 
+@pytest.mark.slow
 @CASES
 def test_what_it_measures_is_what_its_text_says(path, executed):
     _, found = executed(path)

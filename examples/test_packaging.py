@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # What people install to use it, not to work on it.
-RUNTIME = ("jax", "torch", "all", "trainers", "completion")
+RUNTIME = ("jax", "torch", "all", "trainers", "completion", "ui")
 PACKAGES = ("sfcore", "sfjax", "sftorch")
 
 
@@ -64,7 +64,8 @@ def test_what_people_install_has_no_upper_bound():
 
 def test_what_the_packages_import_is_what_their_extras_bring():
     # What else they import, they import where a user has it already, or they say what to install.
-    optional = {"accelerate", "flax", "lightning", "matplotlib", "rich", "shtab", "transformers", "triton"}
+    optional = {"accelerate", "fastai", "flax", "gradio", "lightning", "matplotlib", "rich", "shtab"}
+    optional |= {"transformers", "triton"}
     asked = [*PROJECT["dependencies"], *EXTRAS["jax"], *EXTRAS["torch"]]
     brought = {name_of(item).replace("-", "_") for item in asked} | {
         "orbax",

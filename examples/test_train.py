@@ -81,7 +81,7 @@ def test_result_and_picture_are_written(default_run):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("accumulate", ["1", "4"])
+@pytest.mark.parametrize("accumulate", ["1", pytest.param("4", marks=pytest.mark.slow)])
 def test_the_twins_take_the_same_path(short_run, optimizer, accumulate):
     result = short_run("--optimizer", optimizer, "--accumulate", accumulate)
     assert [gap["step"] for gap in result["twin_gap"]] == [20, 40, 60]
@@ -166,7 +166,7 @@ def killed(out: Path, *arguments: str) -> int:
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
-@pytest.mark.parametrize("how", ["auto", "latest-good"])
+@pytest.mark.parametrize("how", ["auto", pytest.param("latest-good", marks=pytest.mark.slow)])
 def test_a_killed_run_is_started_again_and_ends_in_the_same_bits(
     tmp_path, capsys, short_run, killed_run, how
 ):

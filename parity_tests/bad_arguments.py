@@ -636,6 +636,7 @@ WITHOUT_ROWS = {
     "sftorch.AdamWScheduleFree.zero_grad": "torch's own",
     "sftorch.trainers.hf": "arguments of transformers' Trainer; what we refuse is in test_trainer_hf.py",
     "sftorch.trainers.lightning": "hooks that Lightning calls",
+    "sftorch.trainers.sd_scripts": "runs a script; what it refuses is in test_trainer_sd_scripts.py",
     "sfjax.checkpoint.Checkpoints.save.extra_state": _TREE,
     "sfjax.checkpoint.Checkpoints.restore.extra_state": _TREE,
     "sfjax.nnx.save.extra_state": _TREE,

@@ -94,7 +94,9 @@ class Crossing:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(one, marks=[] if one == "float64" else pytest.mark.slow) for one in TOLERANCE]
+)
 def test_a_run_goes_on_in_the_other_framework_and_comes_back(network, dtype, tmp_path):
     with jax.enable_x64(dtype == "float64"):
         run = Crossing(network, dtype)

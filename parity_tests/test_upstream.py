@@ -62,8 +62,14 @@ def _grid() -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(
+    ("path", "closure"),
+    [
+        *((path, False) for path in PATHS),
+        # The closure forms share each path with the others.
+        *(pytest.param(path, True, marks=[pytest.mark.slow] if path != "foreach" else []) for path in PATHS),
+    ],
+)
 @pytest.mark.parametrize("optimizer", THEIRS)
 def test_the_whole_grid_follows_upstream(optimizer: str, closure: bool, path: str):
     suffix = "Closure" if closure else ""

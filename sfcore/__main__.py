@@ -1,4 +1,4 @@
-"""The program `schedulefree`, also `python -m sfcore`: plan, inspect, convert, completion."""
+"""The program `schedulefree`, also `python -m sfcore`: plan, inspect, convert, launch, completion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 from sfcore import __version__, convert, inspection, plan
 from sfcore.exchange import CheckpointError
 from sfcore.plan import _report
-from sfcore.plan._config import SOURCES, with_settings
-from sfcore.plan._text import as_text, literal, plain
+from sfcore.plan._config import SOURCES, rendered
+from sfcore.plan._text import literal, plain
 
 FINE, FOUND, UNUSABLE = 0, 1, 2
+# Whoever has a launcher registers `main(words) -> exit code` under the trainer's name.
+LAUNCHERS = "schedulefree_twin.launchers"
 _ABOUT = "Checks a run before it starts, looks at files to resume from, and turns one kind into another."
 _EXIT_CODES = """\
 exit codes:
@@ -29,6 +32,7 @@ exit codes:
 
 problems are printed on standard output, what could not be done on standard error
 """
+_OF_A_TABLE = ("fix", "out", "json", "strict", "preview")
 _PATHS = ("config", "dst", "map", "out", "path", "preview", "rules", "src")
 
 
@@ -56,6 +60,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     ahead.add_argument("--strict", action="store_true", help="exit code 1 for warnings too")
     ahead.add_argument("--preview", type=Path, metavar="PNG", help="draw lr and c over the run")
     ahead.add_argument("--rules", type=Path, metavar="FILE", help="write the page of all rules, and stop")
+    ahead.add_argument("--ui", action="store_true", help="open it in a page of this machine's browser")
+    ahead.add_argument(
+        "--host", metavar="ADDRESS", help="with --ui: where to listen, if not at 127.0.0.1 alone"
+    )
+    ahead.add_argument("--port", type=int, help="with --ui: default the first free one from 7860")
     look = commands.add_parser("inspect", help="what it is, where it stands, what a resume would do", **shape)
     look.add_argument(
         "path", help="checkpoint, folder of checkpoints, safetensors, torch file, or Orbax folder"
@@ -66,6 +75,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     turn.add_argument("dst", help="a folder for a checkpoint; for --to inference a new safetensors file")
     turn.add_argument("--to", required=True, choices=convert.TARGETS, help="names and layouts, or x alone")
     turn.add_argument("--map", metavar="FILE", help='JSON between names, such as {"Dense_0": "fc1"}')
+    begin = commands.add_parser(
+        "launch", help="run a trainer's own script, with what it gets wrong made right"
+    )
+    begin.add_argument("trainer", choices=["sd-scripts"], help="whose script it is")
+    begin.add_argument("words", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help="it, and its options")
     complete = commands.add_parser("completion", help="print what a shell needs to complete it", **shape)
     complete.add_argument("shell", choices=["bash", "zsh", "fish"], help="for this shell")
     return parser, commands.choices
@@ -82,12 +96,14 @@ def _plan(chosen: argparse.Namespace) -> int:
             given = ", ".join(wrong)
             raise plan.ConfigError(f"--set must be key=value, got {given}: write {wrong[0]}=VALUE")
         facts = {name: literal(text) for name, _, text in pairs}
+        if chosen.ui or chosen.host or chosen.port:
+            return _serve(chosen, facts)
         found = plan.check(chosen.config, fix=chosen.fix, source=chosen.source, ignore=chosen.ignore, **facts)
         if chosen.preview:
             _report.preview(found, chosen.preview)
         written = [chosen.preview] if chosen.preview else []
         written += _write(found, chosen.out) if chosen.out else []
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
     if chosen.json:
@@ -97,16 +113,33 @@ def _plan(chosen: argparse.Namespace) -> int:
     return FOUND if found.errors or (chosen.strict and found.warnings) else FINE
 
 
+def _serve(chosen: argparse.Namespace, facts: Mapping[str, Any]) -> int:
+    """Serves the page of a plan until Ctrl-C."""
+    if not chosen.ui:
+        raise plan.ConfigError(
+            "--host and --port must be given with --ui, got none: add --ui, or leave them out"
+        )
+    if idle := [f"--{name}" for name in _OF_A_TABLE if getattr(chosen, name)]:
+        raise plan.ConfigError(f"--ui must be alone, got {', '.join(idle)}: the page has what they do")
+    plan.ui.serve(
+        chosen.config,
+        host=chosen.host or "127.0.0.1",
+        port=chosen.port,
+        browser=sys.stdout.isatty(),
+        told=lambda address: print(f"{address} until Ctrl-C", flush=True),
+        source=chosen.source,
+        ignore=chosen.ignore,
+        **facts,
+    )
+    return FINE
+
+
 def _write(found: plan.Plan, out: Path) -> list[Path]:
     """Writes a repaired configuration; with a command line that names a file of settings, that file too."""
-    config, written = found.config, [out]
-    for fields in found.files.values():
-        settings = out.with_suffix(".toml")
-        out = out.with_suffix(".sh") if out == settings else out
-        settings.write_text(as_text(fields, ".toml"), encoding="utf-8")
-        config, written = with_settings(config, settings), [out, settings]
-    out.write_text(as_text(config, out.suffix), encoding="utf-8")
-    return written
+    written = rendered(found.config, found.files, out)
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return list(written)
 
 
 def _inspect(path: str, as_json: bool) -> None:
@@ -117,6 +150,20 @@ def _inspect(path: str, as_json: bool) -> None:
     from sfcore import _show
 
     _show.show(found)
+
+
+def _launch(trainer: str, words: list[str]) -> int:
+    for launcher in entry_points(group=LAUNCHERS, name=trainer):
+        try:
+            run = launcher.load()
+        except ImportError as error:
+            print(f"error: the launcher of {trainer} cannot be loaded here: {error}", file=sys.stderr)
+            return UNUSABLE
+        code: int = run(words[words[:1] == ["--"] :])
+        return code
+    needs = "pip install 'schedulefree-twin[torch]'"
+    print(f"error: no launcher of {trainer} is installed: {needs}", file=sys.stderr)
+    return UNUSABLE
 
 
 def _completion(shell: str) -> int:
@@ -155,6 +202,8 @@ def _run(chosen: argparse.Namespace) -> int:
         return _completion(chosen.shell)
     if chosen.command == "plan":
         return _plan(chosen)
+    if chosen.command == "launch":
+        return _launch(chosen.trainer, chosen.words)
     source = chosen.path if chosen.command == "inspect" else chosen.src
     try:
         if chosen.command == "inspect":

@@ -125,7 +125,9 @@ def accumulate(
             return inner.update(mean, inner_state, params, **extra_args)
 
         like, _ = jax.eval_shape(lambda: move(state.acc_grads, state.inner_opt_state, None))
-        return go(updates, state, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), like), move)
+        # On explicit axes the layout is part of the type, which a loop keeps; it is that of the means.
+        zeros = jax.tree.map(lambda u, mean: jnp.zeros_like(mean, dtype=u.dtype), like, state.acc_grads)
+        return go(updates, state, zeros, move)
 
     def step_fn(
         params: Any, state: Any, *more: Any, gradients: Any = None, **extra_args: Any

@@ -8,6 +8,7 @@ to evaluate, save and ship; `optimizer.train()` puts y back, bit for bit. `ship_
 
 from __future__ import annotations
 
+import sys as _sys
 from typing import TYPE_CHECKING
 
 from sfcore import __version__ as __version__
@@ -25,6 +26,7 @@ except ImportError as error:
         f"sftorch needs torch >= 2.6, got {error}: pip install 'schedulefree-twin[torch]'"
     ) from error
 
+from sftorch import adamw, closure, radam, schedule_free, sgd
 from sftorch.adamw import AdamWScheduleFree
 from sftorch.closure import AdamWScheduleFreeClosure, RAdamScheduleFreeClosure, SGDScheduleFreeClosure
 from sftorch.in_backward import step_in_backward
@@ -44,6 +46,17 @@ __all__ = [
     "ship_x",
     "step_in_backward",
 ]
+
+# The paths of schedulefree: `from sftorch.adamw_schedulefree import AdamWScheduleFree`.
+for _module, *_paths in (
+    (adamw, "adamw_schedulefree"),
+    (radam, "radam_schedulefree"),
+    (sgd, "sgd_schedulefree"),
+    (schedule_free, "wrap_schedulefree"),
+    (closure, "adamw_schedulefree_closure", "radam_schedulefree_closure", "sgd_schedulefree_closure"),
+):
+    for _path in _paths:
+        _sys.modules[f"{__name__}.{_path}"] = globals()[_path] = _module
 
 if TYPE_CHECKING:
     from sftorch import checkpoint as checkpoint

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,11 +59,25 @@ def adamw_foreach(grads: list[Tensor], buffers: dict[str, list[Tensor]], *number
 ADAMW = Direction(adamw_single, adamw_foreach, "ADAMW")
 
 
+def _ninth_by_type(init: Callable[..., None]) -> Callable[..., None]:
+    """Takes a number in the ninth place for inner_momentum, which schedulefree has there since 1.4.1."""
+
+    @functools.wraps(init)
+    def told_apart(self: AdamWDirection, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 8 and isinstance(args[8], (int, float)) and not isinstance(args[8], bool):
+            init(self, *args[:8], *args[9:], inner_momentum=args[8], **kwargs)
+        else:
+            init(self, *args, **kwargs)
+
+    return told_apart
+
+
 class AdamWDirection(DirectedOptimizer):
     """Abstract: constructor and direction of AdamW."""
 
     law = LAWS["adamw"]
 
+    @_ninth_by_type
     def __init__(
         self,
         params: ParamsT,
@@ -104,7 +119,8 @@ class AdamWScheduleFree(AdamWDirection, YAtRest):
         warmup_steps: optimizer steps of linear warm-up, default 0; about 5% of a run helps.
         r: the average weighs step t by t^r, >= 0, default 0.
         weight_lr_power: and by the largest lr so far to this power, >= 0, default 2.
-        foreach: one call for a list of tensors instead of a loop, default True.
+        foreach: one call for a list of tensors instead of a loop, default True. A number in its place is
+            inner_momentum, as in schedulefree after 1.4.1, and the place after it is foreach's.
         inner_momentum: decay of a first moment in the numerator, in [0, 1); 0 (default) keeps no buffer.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
         maximize: ascend instead of descend, default False.

@@ -13,6 +13,7 @@ from sftorch.radam import RAdamDirection
 from sftorch.sgd import SGDDirection
 from sftorch.state import forms
 from sftorch.state.compiler import uncompiled, uncompiled_itself
+from sftorch.state.meshes import gather_anew
 from sftorch.state.modes import Loss
 from sftorch.state.state_dict import settle
 from sftorch.step.plan import DirectedOptimizer, given
@@ -72,6 +73,7 @@ class XAtRest(DirectedOptimizer):
             for p in self._started(group):
                 y = forms.y_from_x(x[p], self.state[p], self._beta(group))  # S9
                 forms.put_(p, self.state[p], y, self._rest)
+        gather_anew(self, params)
         return x
 
     @uncompiled
@@ -81,6 +83,7 @@ class XAtRest(DirectedOptimizer):
                 forms.put_(p, self.state[p], value, self._rest)
             else:
                 p.copy_(value)
+        gather_anew(self, x)
 
 
 class SGDScheduleFreeClosure(SGDDirection, XAtRest):

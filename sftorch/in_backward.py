@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from sftorch.step.plan import GroupPlan, YAtRest
 
@@ -40,9 +42,8 @@ def step_in_backward(optimizer: YAtRest) -> InBackward:
 
     What needs all gradients at once cannot work. A second backward before `step()`, as in gradient
     accumulation, raises. These go unnoticed, because nobody asks the optimizer: clipping by global norm
-    (it finds no gradients; clip each by `p.register_hook`), GradScaler (the step would use scaled
-    gradients), and DistributedDataParallel (it averages gradients after they were used). If backward
-    raises, some parameters may have taken the step: `optimizer.step()` ends it.
+    (it finds no gradients; clip each by `p.register_hook`) and GradScaler (the step would use scaled
+    gradients). If backward raises, some parameters may have taken the step: `optimizer.step()` ends it.
 
     Args:
         optimizer: SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree, whose gradients are None.
@@ -52,7 +53,8 @@ def step_in_backward(optimizer: YAtRest) -> InBackward:
 
     Raises:
         TypeError: for the closure forms and the wrapper, which need all gradients at once.
-        RuntimeError: if it is on already, or a parameter has a gradient.
+        RuntimeError: if it is on already, or a parameter has a gradient; and with DistributedDataParallel,
+            which averages gradients after they were used, here or in the first backward pass.
 
     Example:
         >>> import sftorch, torch
@@ -76,7 +78,22 @@ def step_in_backward(optimizer: YAtRest) -> InBackward:
         raise RuntimeError(
             "gradients must be None when steps move into backward, got some: call optimizer.zero_grad() first"
         )
+    _refuse_replicas(optimizer)
     return InBackward(optimizer)
+
+
+def _refuse_replicas(optimizer: YAtRest) -> None:
+    """Raises if DistributedDataParallel has wrapped parameters of an optimizer; a look at every object."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    own = set(optimizer._params())
+    for one in gc.get_objects():
+        if issubclass(type(one), DistributedDataParallel) and not own.isdisjoint(one.parameters()):
+            raise RuntimeError(
+                "step_in_backward must not be used with DistributedDataParallel, which averages gradients "
+                "only after they were used: divide the model with torch.distributed.fsdp.fully_shard "
+                "(FSDP2), or take ordinary steps"
+            )
 
 
 @torch.no_grad()
@@ -84,6 +101,8 @@ def _step_one(optimizer: YAtRest, plans: dict[Tensor, GroupPlan | None], index: 
     """Takes the coming step of one parameter, as a group of its own, and frees its gradient."""
     ahead = optimizer._ahead
     assert ahead is not None  # hooks and set come and go together
+    if not plans:  # the first one: replicas may have been made since
+        _refuse_replicas(optimizer)
     if p in ahead:
         p.grad = None  # or step() would take it for one that is left
         raise RuntimeError(

@@ -19,6 +19,7 @@ from sftorch.law.scalars import Next, next_step
 from sftorch.state import arguments, forms
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch
+from sftorch.state.meshes import together
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer, groups_of
 from sftorch.step.plan import given
@@ -89,12 +90,12 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         """
         if any(param_group is group for group in self.base.param_groups):
             self.param_groups.append(param_group)  # the constructor hands over the base's own
-            self._note_lr(param_group)
+            self._note_built(param_group)
             return
         group = arguments.as_group(param_group, self.base.defaults, self._params())
         drawer = self._new_drawer(self.base.defaults | group)
         self.base.add_param_group(group | {_DRAWER: drawer})
-        self._note_lr(self.base.param_groups[-1])
+        self._note_built(self.base.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the whole state in torch's shape; the base's lies under "base" in each parameter's."""
@@ -166,8 +167,10 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
     def _prepare(self) -> dict[Tensor, dict[str, Any]]:
         """Returns the state of the parameters that are to move."""
         self._begin()
-        self._check_settings()
-        arguments.check_gradients(self._params())
+        with together(self._to_agree()):
+            self._check_settings()
+            arguments.check_gradients(self._params())
+        self._agrees = True
         moving: dict[Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
             moving |= {p: self._ready(p, group) for p in group["params"] if p.grad is not None}

@@ -31,9 +31,10 @@ def ship_x(model: nn.Module, optimizer: TrainEvalOptimizer) -> XShipped:
     `optimizer.state_dict()` is that of eval mode: with both loaded, in any order, training goes on in the
     same bits. In a run, `load_state_dict` of the model's own x leaves y in place; other weights become x, y
     and z (as by `optimizer.rebase()`), unless an optimizer's state is loaded as well. A copy of the model
-    (`copy.deepcopy`, pickle) gives x of the moment it was made, until its weights change; copied together
-    with the optimizer, it goes on by itself. What reads the parameters and not a state dict, such as a merge
-    of adapters, still needs `optimizer.evaluation()` around it.
+    (`copy.deepcopy`, pickle) turns into x of the moment it was made when it is first asked, unless its
+    weights have changed by then; copied together with the optimizer, it goes on by itself. What reads the
+    parameters and not a state dict, such as a merge of adapters, still needs `optimizer.evaluation()` around
+    it.
 
     Args:
         model: a module with parameters of the optimizer, before or after torch.compile, DDP or peft wrap it.
@@ -142,8 +143,11 @@ class _Saving:
                 x = shared[p]() if p in shared else None
                 state_dict[prefix + name] = x = _x(p, *owner) if x is None else x
                 shared[p] = weakref.ref(x)
-            elif name in self._kept and prints.take([p]) == [self._kept[name][0]]:
-                state_dict[prefix + name] = self._kept[name][1].to(p.device, copy=True)
+            elif name in self._kept:
+                # Into the copy itself, as an EMA of timm writes to the entries of its copy's state dict.
+                y_print, x = self._kept.pop(name)
+                if prints.take([p]) == [y_print]:
+                    p.detach().copy_(x)
         local_metadata["weights_hold"] = "x"
 
     def _of_copy(self) -> tuple[Any, ...]:

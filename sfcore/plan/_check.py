@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from sfcore.checks import nearest
 from sfcore.plan import _config, _rules, _sd_rules
 from sfcore.plan._config import SOURCES, Config, ConfigLike, SourceName
-from sfcore.plan._model import Change, FieldState, Plan, Problem
+from sfcore.plan._model import Change, ConfigError, FieldState, Plan, Problem
 from sfcore.plan._run import Run
-from sfcore.plan._tables import SHAPE, WARMUP, inner
+from sfcore.plan._sd_scripts import ONLY_OURS
+from sfcore.plan._tables import SHAPE, WARMUP, inner, is_ours
 
 _ROUNDS = 8  # a repair may lay bare the next problem; none of the rules' chains is longer than 4
 
@@ -38,7 +40,8 @@ def check(
             `param_dtype`, `weights`, ...; docs/rules.md lists all fields.
 
     Raises:
-        ConfigError: if the configuration cannot be read; with line and column where it is text.
+        ConfigError: if the configuration cannot be read, with line and column where it is text; for a code
+            that no rule has.
 
     Example:
         >>> from sfcore.plan import check
@@ -48,26 +51,47 @@ def check(
         >>> check(plan.config, fix=True).config["scheduler"]
         'constant_with_warmup'
     """
-    ignored = frozenset(ignore)
+    return judged(_config.read(config, source, facts), fix, known_codes(ignore))[0]
+
+
+def judged(found: Config, fix: bool, ignored: frozenset[str]) -> tuple[Plan, Config]:
+    """Returns the plan of a configuration, and what the configuration is after the repair."""
 
     def look(found: Config) -> tuple[Problem, ...]:
         problems = (one for one in _problems(Run(found)) if one.code not in ignored)
         return tuple(sorted(problems, key=lambda one: one.code))
 
-    found = _config.read(config, source, facts)
     problems, changes = look(found), []
     for _ in range(_ROUNDS if fix else 0):
         wanted, codes = _merge(problems)
         if not wanted:
             break
-        before = found
-        new = _config.written(before, wanted)
-        # A command line is no named source: it tells itself.
-        named = next((key for key, known in SOURCES.items() if known is before.source), None)
-        found = _config.read(new.original, named, new.facts, new.files)
+        before, found = found, changed(found, wanted)
         changes += _listed(before, found, codes)
         problems = look(found)
-    return _plan(found, problems, changes)
+    return _plan(found, problems, changes), found
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns a configuration with changes made: neutral field -> value, None to take it away."""
+    new = _config.written(config, changes)
+    # A command line is no named source: it tells itself.
+    named = next((key for key, known in SOURCES.items() if known is config.source), None)
+    return _config.read(new.original, named, new.facts, new.files)
+
+
+def known_codes(codes: Iterable[str]) -> frozenset[str]:
+    """Returns codes of rules.
+
+    Raises:
+        ConfigError: for one that no rule has, with the nearest that one has.
+    """
+    given = frozenset([codes] if isinstance(codes, str) else codes)
+    for code in sorted(given - {*_rules.RULES}, key=str):
+        near = nearest(str(code).upper(), _rules.RULES)
+        fix = f"did you mean {near}?" if near else "docs/rules.md lists them"
+        raise ConfigError(f"ignore must be codes of rules, got {code!r}: {fix}")
+    return given
 
 
 def _computable(problems: Iterable[Problem]) -> bool:
@@ -135,6 +159,7 @@ def _plan(config: Config, problems: tuple[Problem, ...], changes: Iterable[Chang
         changes=tuple(changes),
         optimizer=run.optimizer,
         scheduler=None if scheduler is None else str(scheduler),
+        scheduler_ignored=run.ignored and scheduler is not None,
         warmup_steps=run.warmup if known else 0.0,
         warmup_owner=run.owner if known else "nobody",
         total_steps=run.total_steps,
@@ -176,21 +201,39 @@ def field_states(
         >>> field_states(form, before=off)["lr_warmup"].value
         10
     """
-    run = Run(_config.read(config, source, facts))
-    states: dict[str, FieldState] = {}
-    for field in _switchable(run):
-        name, reason, given = run.config.name(field), _reason(run, field), run.config.values.get(field)
-        off = (
-            0 if field in WARMUP or field == "warmup_steps" else "constant" if field == "scheduler" else None
-        )
-        earlier = (before or {}).get(name)
+    run, before = Run(_config.read(config, source, facts)), before or {}
+    named = ((field, run.config.name(field)) for field in switchable(run))
+    return by_name(run.config, states(run, {field: before[name] for field, name in named if name in before}))
+
+
+def by_name(config: Config, found: Mapping[str, FieldState]) -> dict[str, FieldState]:
+    """Returns the states by the user's names, of which one may be several neutral fields."""
+    named: dict[str, FieldState] = {}
+    for field, state in found.items():
+        name = config.name(field)
+        if name not in named or (state.enabled and not named[name].enabled):
+            named[name] = state
+    return named
+
+
+def states(run: Run, before: Mapping[str, FieldState]) -> dict[str, FieldState]:
+    """Returns the same by neutral fields, of which several may be one field of the user's."""
+    found: dict[str, FieldState] = {}
+    for field in switchable(run):
+        reason, given, off = _reason(run, field), run.config.values.get(field), off_value(field)
+        earlier = before.get(field)
         kept = earlier.restore if earlier and not earlier.enabled and given in (None, off) else given
-        if name not in states or (reason == "" and not states[name].enabled):
-            states[name] = FieldState(not reason, off if reason else kept, reason, kept)
-    return states
+        found[field] = FieldState(not reason, off if reason else kept, reason, kept)
+    return found
 
 
-def _switchable(run: Run) -> Iterator[str]:
+def off_value(field: str) -> Any:
+    """Returns what a disabled field holds."""
+    return 0 if field in WARMUP or field == "warmup_steps" else "constant" if field == "scheduler" else None
+
+
+def switchable(run: Run) -> Iterator[str]:
+    """Yields the neutral fields that a choice can switch off, of those that the trainer has."""
     source = run.config.source
     arguments = inner() if source.inner or source.bare_is_ours else ()
     for field in ("scheduler", "scheduler_class", "scheduler_args", *WARMUP, *SHAPE, *arguments):
@@ -203,9 +246,10 @@ def _reason(run: Run, field: str) -> str:
     if field == "warmup_steps" and field not in run.kind.uses:
         return f"{run.kind.name} has no warm-up of its own"
     if field in inner():
-        return f"{run.kind.name} has no {field}" if field in run.kind.forbids else ""
+        return f"{run.kind.name} has no {field}" if field in run.kind.forbids else _lacks(run, field)
     if run.ignored:
-        return f"{run.config.source.title} ignores it with {run.optimizer}, which needs no schedule"
+        trainer = run.config.source.title.removesuffix(" command line")
+        return f"{trainer} ignores it with {run.optimizer}, which needs no schedule"
     setting = "warmup" if field in WARMUP else field
     if run.scheduler is None or setting in ("scheduler", "scheduler_class"):
         return ""
@@ -217,3 +261,15 @@ def _reason(run: Run, field: str) -> str:
         return ""  # the same field is the optimizer's own
     verb = "has no" if setting in run.scheduler.forbids else "does not look at"
     return f"{run.scheduler_name} {verb} {'warm-up' if setting == 'warmup' else setting}"
+
+
+def _lacks(run: Run, field: str) -> str:
+    """Returns why the class that will be built does not take an argument of its family; "" if it does."""
+    source = run.config.source
+    if field in ONLY_OURS and run.kind.schedule_free and not is_ours(run.optimizer, source.bare_is_ours):
+        here = run.kind.law is not None and field in run.kind.uses and not source.shares_warmup
+        instead = f"; {_rules.full_name(run)} has" if here else ""
+        return f"{run.optimizer} has no {field}{instead}"
+    takes = run.built.arguments if source.dummy_scheduler else None
+    called = {"beta": ("betas", "momentum", "beta1"), "b2": ("betas",)}.get(field, (field,))
+    return "" if takes is None or {*called} & {*takes} else f"{run.optimizer} has no {field}"

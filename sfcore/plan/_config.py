@@ -9,15 +9,26 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from sfcore import _safetensors
 from sfcore.checks import nearest
 from sfcore.exchange import CheckpointError
-from sfcore.plan import _sd_scripts, _text, _trainers
+from sfcore.plan import _datasets, _sd_scripts, _text, _trainers
 from sfcore.plan._model import ERROR, ConfigError, Problem
-from sfcore.plan._tables import EXPECTED, FIELDS, WARMUP, inner, is_set, optimizer_kind, parse, whole
+from sfcore.plan._tables import (
+    EXPECTED,
+    FIELDS,
+    WARMUP,
+    OptimizerKind,
+    inner,
+    is_set,
+    optimizer_kind,
+    parse,
+    whole,
+)
 from sfcore.plan._trainers import Source
 
 SourceName = Literal["own", "sd-scripts", "kohya", "hf"]
@@ -145,11 +156,11 @@ class Config:
 
     def note_unknown(self, keys: Iterable[str], known: Iterable[str], inside: str = "") -> None:
         """Notes every key that nobody knows, with the nearest that somebody does."""
-        known = list(known)
+        known = tuple(known)
         why = "A misspelt field is ignored by some programs and stops others."
         for key in keys:
             if key not in known:
-                near = nearest(key, known)
+                near = _nearest(key, known)
                 fix = f"did you mean {near}?" if near else "remove it, or look up its name"
                 place = self.shown(Place(inside, key) if inside else self.at.get(key, Place(key)))
                 self.problems.append(
@@ -164,7 +175,7 @@ class Config:
 
     def name(self, neutral: str) -> str:
         """Returns the user's name of a neutral field, given or not."""
-        if neutral in self.facts or neutral == "script":  # which is no option
+        if neutral in self.facts or neutral in ("script", "launched"):  # which is no option
             return neutral
         if neutral in self.places:
             return self.shown(self.places[neutral])
@@ -212,12 +223,17 @@ def read(
         config, facts = dict(facts), {}
     config = _script(config)
     command = [str(word) for word in config] if isinstance(config, list | tuple) else None
-    if isinstance(config, str) and _is_command(config):
+    if isinstance(config, str) and is_command(config):
         command = _text.words(config)
     if command is not None:
         found = _read_command(command, config, files or {})
     else:
         raw = _fields_of(config)
+        if isinstance(raw.get("datasets"), list):
+            raise ConfigError(
+                "config must be of a run, got datasets, which is of its data: give the command line or the "
+                "preset that names it as dataset_config"
+            )
         # What HF nests are settings of other programs, not sections.
         fields = raw if any(mark in raw for mark in _MARKS["hf"]) else flat(raw)
         found = Config(_source(source, fields), fields, raw)
@@ -261,6 +277,8 @@ def _read_command(tokens: list[str], original: Any, files: Mapping[str, dict[str
             shown = found.shown(Place(name))
             found.problems.append(Problem("SF001", ERROR, shown, "an abbreviation", "one option", why, fix))
     found.put("script", launch.script if script else None, "script")
+    before = " ".join(tokens[: launch.start])
+    found.put("launched", any(one in before for one in _sd_scripts.LAUNCHERS) or None, "launched")
     _read_sd(found)
     return found
 
@@ -295,11 +313,12 @@ def _script(config: Any) -> Any:
     # A command line may end in such a suffix too, and be too long for a path.
     if isinstance(config, str | Path) and Path(config).suffix in SCRIPTS and os.path.isfile(config):
         text = _text.read_text(Path(config))
-        return text if _is_command(text) else config
+        return text if is_command(text) else config
     return config
 
 
-def _is_command(text: str) -> bool:
+def is_command(text: str) -> bool:
+    """Returns whether a text is a command line."""
     return bool(text.split()[1:]) and "--" in text
 
 
@@ -412,8 +431,8 @@ def _read_sd(config: Config) -> None:
 def _put_sd_warmup(config: Config) -> None:
     """Takes the option that is steps as a whole number, and a part of the run as a float."""
     warmup = config.raw.get("lr_warmup_steps")
-    unit = "fraction" if isinstance(warmup, float) else "steps"
-    config.put(f"scheduler_warmup_{unit}", warmup, "lr_warmup_steps")
+    unit = "fraction" if isinstance(warmup, float) and warmup else "steps"
+    config.put(f"scheduler_warmup_{unit}", 0 if warmup == 0 else warmup, "lr_warmup_steps")
 
 
 def _read_loras(config: Config) -> None:
@@ -458,8 +477,12 @@ def _read_items(config: Config, key: str, found: dict[str, Any]) -> None:
 def _note_close(config: Config) -> None:
     """Notes the fields that are almost one of those we read: a trainer has hundreds of others."""
     known = {*config.source.fields.values(), *config.source.neighbours}
-    close = [key for key in config.raw if key not in known and nearest(key, config.source.fields.values())]
-    config.note_unknown(close, config.source.fields.values())
+    names = tuple(config.source.fields.values())
+    config.note_unknown([key for key in config.raw if key not in known and _nearest(key, names)], names)
+
+
+# A form reads its file at every key, and a file may have thousands of unknown fields.
+_nearest = lru_cache(maxsize=2**16)(nearest)
 
 
 def _read_kohya(config: Config) -> None:
@@ -476,9 +499,17 @@ def _read_kohya(config: Config) -> None:
     ]
     config.raw = {key: value for key, value in config.raw.items() if key not in zero}
     config.put_fields()
+    for model in ("flux1", "sd3"):  # each has a field of its own, of which the GUI takes one
+        if config.raw.get(f"{model}_checkbox"):
+            key = f"{model.rstrip('1')}_fused_backward_pass"
+            config.put("fused_backward", config.raw.get(key, False), key)
     config.put("weights", config.raw.get("network_weights"), "network_weights")
     if "total_steps" not in config.values and "epochs" not in config.values:
-        config.put("epochs", config.raw.get("epoch", 1), "epoch")  # of which the GUI computes the steps
+        steps = _datasets.steps_of_the_form(config.raw)
+        if steps:
+            config.put("total_steps", steps, "epoch")
+        else:
+            config.put("epochs", config.raw.get("epoch", 1), "epoch")  # of which the GUI computes the steps
     by_flag = {flag: name for name, flag in _trainers.SD_SCRIPTS.fields.items()}
     if "lr_warmup_steps" in extra:
         for name in WARMUP:
@@ -549,30 +580,45 @@ def written(config: Config, changes: Mapping[str, Any]) -> Rewritten:
     found = Rewritten(copy.deepcopy(config.original), dict(config.facts), copy.deepcopy(config.files))
     places = dict(config.places)
     kind = optimizer_kind(str(changes.get("optimizer") or config.get("optimizer")))
-    shown = kind.law.torch_names if kind.law else {}
     for name in sorted(changes, key=lambda name: changes[name] is not None):  # what goes, goes first
         value, place = changes[name], places.get(name) or config.home(name)
         if name in found.facts or place is None:
             found.facts[name] = value
             continue
         if name not in places and place.item:
-            place = replace(place, item=shown.get(name, name).partition("[")[0])
+            place = replace(place, item=_named_argument(config, kind, name, changes))
         if "betas" in (place.key, place.item):
-            if value is None:  # SGD has no second one: the first stays, by the name it has there
+            pair = {"beta": config.get("beta", 0.9), "b2": config.get("b2", 0.999)}
+            gone = [one for one in pair if changes.get(one, 0) is None]
+            if gone == ["b2"]:  # SGD has no second one: the first stays, by the name it has there
                 found = _put(found, place, None)
                 place = replace(place, item="momentum") if place.item else replace(place, key="beta")
                 places["beta"], value = place, config.get("beta")
-            else:
-                pair = {"beta": config.get("beta", 0.9), "b2": config.get("b2", 0.999)}
-                value = tuple((pair | {name: value}).values())
+            elif len(gone) < len(pair):
+                value = tuple((pair | {name: 0.9 if value is None else value}).values())
         found = _put(found, place, value)
     facts = {name: value for name, value in found.facts.items() if value is not None}
     return found._replace(facts=facts)
 
 
-def with_settings(command: Any, path: Path) -> Any:
-    """Returns a command line that takes its settings from another file."""
-    return _put(Rewritten(copy.deepcopy(command), {}, {}), Place("config_file"), str(path)).original
+def _named_argument(config: Config, kind: OptimizerKind, name: str, changes: Mapping[str, Any]) -> str:
+    """Returns what the optimizer's class calls an argument."""
+    if kind.law:
+        return kind.law.torch_names.get(name, name).partition("[")[0]
+    takes = _sd_scripts.built(str(changes.get("optimizer") or config.get("optimizer"))).arguments or ()
+    theirs = {"beta": ("betas", "momentum"), "b2": ("betas",)}.get(name, ())
+    return next((one for one in theirs if one in takes), name)
+
+
+def rendered(config: Any, files: Mapping[str, dict[str, Any]], out: Path) -> dict[Path, str]:
+    """Returns file -> content of a configuration; of a command line that names one of settings, that too."""
+    written: dict[Path, str] = {}
+    for fields in files.values():
+        settings = out.with_suffix(".toml")
+        out = out.with_suffix(".sh") if out == settings else out
+        written[settings] = _text.as_text(fields, ".toml")
+        config = _put(Rewritten(copy.deepcopy(config), {}, {}), Place("config_file"), str(settings)).original
+    return {out: _text.as_text(config, out.suffix), **written}
 
 
 def _put(found: Rewritten, place: Place, value: Any) -> Rewritten:

@@ -96,7 +96,9 @@ class Plan:
         problems: every error and every warning, by code.
         changes: what `fix=True` has changed; empty without.
         optimizer, scheduler: the names as given; scheduler is None when there is none.
-        warmup_steps: optimizer steps until the full lr, whoever ramps it; a fraction stays one.
+        scheduler_ignored: whether the trainer ignores it, and keeps the lr as it is.
+        warmup_steps: optimizer steps until the full lr, whoever ramps it; a fraction stays one, and what is
+            a part of a run of unknown length is NaN.
         warmup_owner: "optimizer", "scheduler", "both" or "nobody".
         total_steps: optimizer steps of the run, after accumulation; None where it cannot be known.
         epochs, devices, accumulation: None where it is not known; devices and accumulation default to 1.
@@ -115,6 +117,7 @@ class Plan:
     changes: tuple[Change, ...]
     optimizer: str
     scheduler: str | None
+    scheduler_ignored: bool
     warmup_steps: float
     warmup_owner: str
     total_steps: int | None

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sfcore.plan._model import Plan
 from sfcore.plan._rules import RULES
 from sfcore.plan._tables import FIELDS, SCHEDULERS, optimizers
@@ -21,19 +23,37 @@ def text(plan: Plan) -> str:
         >>> print(text(check(lr=0.01, warmup_steps=50, total_steps=1000)).splitlines()[0])
         optimizer     AdamWScheduleFree
     """
-    rows = [("optimizer", plan.optimizer), ("scheduler", plan.scheduler or "none")]
+    lines = [f"{name:<13} {value}" for name, value in facts(plan)]
+    lines += [f"changed       {change}" for change in plan.changes]
+    lines += [f"{problem.severity:<13} {problem}" for problem in plan.problems]
+    return "\n".join(lines)
+
+
+def facts(plan: Plan) -> list[tuple[str, str]]:
+    """Returns what the run will do: name and value, for people."""
+    rows = [("optimizer", plan.optimizer), ("scheduler", _scheduler(plan))]
     rows.append(("steps", _steps(plan)))
-    rows.append(("warm-up", f"{plan.warmup_steps:g} optimizer steps, by {plan.warmup_owner}"))
+    rows.append(("warm-up", _warmup(plan)))
     for name, values in (("lr", plan.lr), ("c", plan.c)):
         if len(values):
             rows.append((f"{name} at step", ", ".join(f"{i + 1}: {values[i]:.3g}" for i in _places(plan))))
     if plan.resumed:
         ran, left = plan.resumed
         rows.append(("resume", f"{ran} micro-batches will be trained on, {left} are left"))
-    lines = [f"{name:<13} {value}" for name, value in rows]
-    lines += [f"changed       {change}" for change in plan.changes]
-    lines += [f"{problem.severity:<13} {problem}" for problem in plan.problems]
-    return "\n".join(lines)
+    return rows
+
+
+def _scheduler(plan: Plan) -> str:
+    name = plan.scheduler or "none"
+    return f"{name}, which is ignored" if plan.scheduler_ignored else name
+
+
+def _warmup(plan: Plan) -> str:
+    if plan.warmup_owner == "nobody":
+        return "none"
+    if not math.isfinite(plan.warmup_steps):
+        return f"a part of a run of unknown length, by {plan.warmup_owner}"
+    return f"{plan.warmup_steps:g} optimizer steps, by {plan.warmup_owner}"
 
 
 def _steps(plan: Plan) -> str:
@@ -61,6 +81,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "source": plan.source,
         "optimizer": plan.optimizer,
         "scheduler": plan.scheduler,
+        "scheduler_ignored": plan.scheduler_ignored,
         "warmup_steps": finite,
         "warmup_owner": plan.warmup_owner,
         "total_steps": plan.total_steps,
@@ -80,7 +101,38 @@ def preview(plan: Plan, path: Path) -> None:
     """Draws lr and c over the run into a PNG; matplotlib is imported only here.
 
     Raises:
-        ValueError: if the steps of the run are unknown, or the scheduler's course; without matplotlib.
+        ValueError: as `curves` does; without matplotlib.
+    """
+    drawn = curves(plan)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a preview needs the package matplotlib: pip install matplotlib") from error
+
+    figure = Figure(figsize=(7, 2.2 * len(drawn)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (name, values, is_log) in enumerate(drawn, start=1):
+        axes, every = figure.add_subplot(len(drawn), 1, number), max(1, len(values) // 5000)
+        axes.plot(range(1, len(values) + 1, every), values[::every])
+        axes.set_ylabel(name)
+        axes.set_yscale("log" if is_log else "linear")
+    axes.set_xlabel("optimizer step")
+    figure.suptitle(title(plan))
+    figure.savefig(path, dpi=110)
+
+
+def title(plan: Plan) -> str:
+    """Returns what the curves of a plan are those of."""
+    scheduler = "no scheduler" if plan.scheduler is None else f"scheduler {_scheduler(plan)}"
+    return f"{plan.optimizer}, {scheduler}\n{len(plan.lr)} optimizer steps, warm-up {_warmup(plan)}"
+
+
+def curves(plan: Plan) -> list[tuple[str, np.ndarray, bool]]:
+    """Returns what there is to draw: what it is, float64 of shape (steps,), whether on a logarithmic axis.
+
+    Raises:
+        ValueError: if the steps of the run are unknown, or the scheduler's course.
     """
     if not len(plan.lr):
         found, fix = f"the scheduler {plan.scheduler!r}, whose course is not known", "leave the preview out"
@@ -89,25 +141,8 @@ def preview(plan: Plan, path: Path) -> None:
         elif plan.errors:
             found, fix = f"{len(plan.errors)} error(s), of {plan.errors[0].field} first", "mend them first"
         raise ValueError(f"lr at every step must be known for a preview, got {found}: {fix}")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a preview needs the package matplotlib: pip install matplotlib") from error
-
-    drawn = slice(None, None, max(1, len(plan.lr) // 5000))
-    curves = {"lr": plan.lr} | ({"c, averaging weight": plan.c} if len(plan.c) else {})
-    figure = Figure(figsize=(7, 2.2 * len(curves)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for number, (name, values) in enumerate(curves.items(), start=1):
-        axes = figure.add_subplot(len(curves), 1, number)
-        axes.plot(range(1, len(values) + 1)[drawn], values[drawn])
-        axes.set_ylabel(name)
-        if name != "lr":
-            axes.set_yscale("log")
-    axes.set_xlabel("optimizer step")
-    figure.suptitle(f"{plan.optimizer}, {plan.scheduler or 'no scheduler'}")
-    figure.savefig(path, dpi=110)
+    drawn = [("lr, step size of the update", plan.lr, False)]
+    return drawn + [("c, share of the newest z in x", plan.c, True)] * bool(len(plan.c))
 
 
 _HEAD = """# Rules of the plan checker

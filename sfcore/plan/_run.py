@@ -12,7 +12,7 @@ import numpy as np
 
 from sfcore import averaging
 from sfcore.hyperparameters import weighed
-from sfcore.plan import _sd_scripts
+from sfcore.plan import _datasets, _sd_scripts
 from sfcore.plan._config import Config, steps_of_state, trained_steps
 from sfcore.plan._sd_scripts import SCRIPTS, Built, Script, built
 from sfcore.plan._tables import SCHEDULERS, OptimizerKind, SchedulerKind, is_set, optimizer_kind, whole
@@ -80,9 +80,12 @@ class Run:
 
     @cached_property
     def micro_steps_per_epoch(self) -> int | None:
-        """Micro-batches of one epoch on each device."""
+        """Micro-batches of one epoch on each device: as said, or of sd-scripts' data, if it is here."""
         samples, batch = (whole(self.config.get(name)) for name in ("samples", "batch_size"))
-        return None if samples is None else math.ceil(samples / ((batch or 1) * self.devices))
+        if samples is not None:
+            return math.ceil(samples / ((batch or 1) * self.devices))
+        found = _datasets.batches(self.config.raw) if self.config.source.dummy_scheduler else None
+        return None if found is None else math.ceil(found / self.devices)
 
     @cached_property
     def total_steps(self) -> int | None:
@@ -155,6 +158,11 @@ class Run:
         """Whether sd-scripts goes on from a state."""
         return self.config.source.dummy_scheduler and bool(self.config.get("resume"))
 
+    @property
+    def resumes_exactly(self) -> bool:
+        """Whether it is run by the launcher of sd-scripts, which goes on where the state stands."""
+        return bool(self.config.get("launched"))
+
     @cached_property
     def resumed(self) -> tuple[int, int] | None:
         """Micro-batches that a resumed run of sd-scripts trains on, and those that are left of the run."""
@@ -169,6 +177,8 @@ class Run:
         left = trained(total) - trained(done)
         if self.script is not None and not self.script.resumes:
             return trained(total), left  # it begins anew
+        if self.resumes_exactly:
+            return left, left
         skip = bool(self.config.get("skip_done"))
         return _sd_scripts.resumed(batches, self.accumulation, done, total, skip), left
 
@@ -193,8 +203,8 @@ class Run:
 
     @cached_property
     def warmup(self) -> float:
-        """Optimizer steps until the full lr."""
-        return max(self.own_warmup, self.scheduler_warmup if self.scheduler_acts else 0.0)
+        """Optimizer steps until the full lr; NaN for a part of an unknown run."""
+        return float(np.maximum(self.own_warmup, self.scheduler_warmup if self.scheduler_acts else 0.0))
 
     @cached_property
     def lr(self) -> float:

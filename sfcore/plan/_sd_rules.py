@@ -162,8 +162,12 @@ def unsaid_rate(run: Run) -> Problems:
 
 def script_ships_y(run: Run) -> Problems:
     """SF506: a script that never switches to x."""
-    if run.script is not None and not run.script.evaluates and run.ignored:
-        fix = "train with a script that calls optimizer.eval(), or turn its file into x from a saved state"
+    if run.script is None or run.script.evaluates or not run.ignored:
+        return
+    if not (run.config.get("launched") and run.script.mended and run.optimizer.startswith("sftorch.")):
+        mended = "start it with schedulefree launch sd-scripts and an optimizer of sftorch"
+        other = "train with a script that calls optimizer.eval()"
+        fix = f"{mended if run.script.mended else other}, or turn its file into x from a saved state"
         detail = f"{run.config.get('script')}.py never calls optimizer.eval()."
         yield problem(run, "SF506", "script", fix, None, detail)
 
@@ -193,22 +197,26 @@ def resume(run: Run) -> Problems:
     if not run.is_resumed:
         return
     anew = run.script is not None and not run.script.resumes
-    skips, accumulation = bool(run.config.get("skip_done")) and not anew, run.config.name("accumulation")
+    skips = bool(run.config.get("skip_done")) and not anew
     if not anew and run.steps_done and run.total_steps and run.steps_done >= run.total_steps:
         fix = f"set it above {run.steps_done}, which the state has done"
         yield problem(run, "SF404", "total_steps", fix, found=run.total_steps)
+        return
+    if run.resumes_exactly and not anew:
         return
     ran, left = run.resumed or (None, None)
     count = f"Here it trains on {ran} micro-batches, and {left} are left."
     if ran is None or left is None:
         count = "Say samples=, and initial_step= if the state is not here, to see how many."
     ends = "resume from a state of the end of an epoch"
+    launcher = "start it with schedulefree launch sd-scripts"
     if skips and (ran is None or left is None or ran < left):
         if ran is not None or run.accumulation > 1:
-            fix = f"remove it, and {ends}, or train with {accumulation} = 1"
+            fix = f"{launcher}, or remove it, and {ends}"
             yield problem(run, "SF402", "skip_done", fix, None, count)
     elif ran is None or ran != left:
-        fix = f"set {run.config.name('total_steps')} to the steps that are left" if anew else ends
+        fix = f"{launcher}, or {ends}"
+        fix = f"set {run.config.name('total_steps')} to the steps that are left" if anew else fix
         where = "counts from 0 again" if anew else "counts from the start of an epoch"
         detail = f"{run.config.get('script', 'train_network')}.py {where}. {count}"
         yield problem(run, "SF403", "resume", fix, None, detail)

@@ -16,6 +16,13 @@ from sfcore.checks import nearest
 
 COMMIT, MUSUBI_COMMIT = "48d368fa557731ad0488c07304dfeba8c07910eb", "30c658c4f4b0bf05038b3346eff9670259b10fc7"
 
+# In a command line before the script: it resumes from where its state stands.
+LAUNCHERS = (
+    "schedulefree launch sd-scripts ",
+    "sfcore launch sd-scripts ",
+    "-m sftorch.trainers.sd_scripts ",
+)
+
 
 class Script(NamedTuple):
     """One training script.
@@ -25,12 +32,14 @@ class Script(NamedTuple):
         resumes: it counts what a saved state has done, and has --skip_until_initial_step.
         blockwise: it has --blockwise_fused_optimizers.
         musubi: it is one of musubi-tuner, whose `get_optimizer` knows fewer names.
+        mended: it writes y, and x when our launcher runs it.
     """
 
     evaluates: bool = True
     resumes: bool = False
     blockwise: bool = False
     musubi: bool = False
+    mended: bool = False
 
 
 _SCRIPTS = {
@@ -40,8 +49,9 @@ _SCRIPTS = {
         hunyuan_image_train_network anima_train_network""",
     Script(blockwise=True): "flux_train flux_train_control_net sd3_train lumina_train",
     Script(): "anima_train",
+    Script(evaluates=False, mended=True): """
+        sdxl_train train_db fine_tune train_control_net train_controlnet sdxl_train_control_net""",
     Script(evaluates=False): """
-        sdxl_train train_db fine_tune train_control_net train_controlnet sdxl_train_control_net
         sdxl_train_control_net_lllite sdxl_train_control_net_lllite_old train_textual_inversion
         sdxl_train_textual_inversion train_textual_inversion_XTI""",
     Script(musubi=True): """

@@ -80,6 +80,7 @@ _OF_RUN: dict[str, Field] = {
     "initial_epoch": Field("number", "sd-scripts: the epoch that a resumed run begins with, from 1"),
     "skip_done": Field("flag", "sd-scripts: a resumed run skips the data of the steps that are done"),
     "script": Field("text", "sd-scripts, musubi-tuner: the training script"),
+    "launched": Field("flag", "sd-scripts: `schedulefree launch sd-scripts` runs it, which resumes exactly"),
     "norm_limit": Field("number", "sd-scripts: weights are scaled down to this norm after every step"),
     "blockwise": Field("flag", "sd-scripts: each block has an optimizer, which steps in the backward pass"),
     "fused_backward": Field("flag", "sd-scripts: the optimizer steps in the backward pass"),

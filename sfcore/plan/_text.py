@@ -37,10 +37,26 @@ def read_file(path: Path) -> dict[str, Any]:
     """Returns the content of a TOML or JSON file.
 
     Raises:
-        ConfigError: with line and column of what is garbled or missing.
+        ConfigError: with line and column of what is garbled or missing; for YAML.
     """
     text = read_text(path)
-    is_toml = path.suffix.lower() == ".toml"
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{path} must be TOML, JSON or a script with a command line, got YAML: write its fields as one "
+            "of these, or pass what yaml.safe_load makes of it to sfcore.plan.check"
+        )
+    return fields_of(text, path, path.suffix.lower() == ".toml")
+
+
+def fields_of(text: str, path: Path | str, is_toml: bool) -> dict[str, Any]:
+    """Returns the fields of a text in TOML or JSON.
+
+    Args:
+        path: what the text is called in a message.
+
+    Raises:
+        ConfigError: with line and column of what is garbled or missing.
+    """
     try:
         found = tomllib.loads(text) if is_toml else json.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -59,8 +75,11 @@ def read_file(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, name: str = "") -> str:
     """Returns the content of a text file, without its byte order mark.
+
+    Args:
+        name: what it is called in a message; default "": its path.
 
     Raises:
         ConfigError: if it cannot be read; with line and column of what is no text.
@@ -73,17 +92,19 @@ def read_text(path: Path) -> str:
             size = f"{about.st_size / 2**20:.0f} MiB"
             raise ConfigError(f"{path} must be a file of settings, got {size}: check the path")
         return path.read_bytes().decode("utf-8-sig")
+    except ConfigError:  # which is a ValueError
+        raise
     except OSError as error:
         raise ConfigError(f"{path} must be a readable file, got {error.strerror}: check the path") from error
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-        raise _garbled(path, "text in UTF-8", "another byte", line, column) from error
+        raise _garbled(name or path, "text in UTF-8", "another byte", line, column) from error
     except ValueError as error:  # a NUL or half a character in it
         raise ConfigError(f"{str(path)!r} must be a path, got one that no system has: check it") from error
 
 
-def _garbled(path: Path, rule: str, found: str, line: int, column: int) -> ConfigError:
+def _garbled(path: Path | str, rule: str, found: str, line: int, column: int) -> ConfigError:
     place = f"line {line}, column {column}"
     message = f"{path} must be {rule}, got {found} at {place}: repair it there; the file may be half written"
     return ConfigError(message, line, column)

@@ -84,6 +84,8 @@ _NEIGHBOURS = frozenset(
         "epoch",
         "batch_size",
         "learning_rate_value",
+        "flux_fused_backward_pass",
+        "sd3_fused_backward_pass",
         "lr_warmup",
         "num_machines",
         "lora_network_weights",

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sfcore import __main__
-from sfcore.plan import check
+from sfcore.plan import _report, check
 from sfcore.plan._text import as_text, tomllib
 
 GOOD = {"optimizer": "sftorch.AdamWScheduleFree", "lr": 0.001, "warmup_steps": 50, "total_steps": 1000}
@@ -31,6 +31,7 @@ def good(tmp_path):
         (["--set", "batchnorm=True"], 1),
         (["--set", "batchnorm=True", "--fix"], 0),
         (["--set", "lr"], 2),
+        (["--ignore", "SF999"], 2),
     ],
 )
 def test_exit_codes(good, capsys, more, code):
@@ -140,6 +141,59 @@ def test_a_preview_is_a_png(tmp_path, good):
     path = tmp_path / "plan.png"
     assert __main__.main(["plan", good, "--preview", str(path)]) == 0
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_preview_says_what_is_drawn():
+    config = {"LoRA_type": "Standard", "optimizer": "AdamWScheduleFree", "lr_scheduler": "cosine"}
+    plan = check(config | {"max_train_steps": 1000, "lr_warmup": 10})
+    ignored = "AdamWScheduleFree, scheduler cosine, which is ignored"
+    assert _report.title(plan) == f"{ignored}\n1000 optimizer steps, warm-up none"
+    drawn = [(name, log) for name, _, log in _report.curves(plan)]
+    assert drawn == [("lr, step size of the update", False), ("c, share of the newest z in x", True)]
+    plan = check(optimizer="AdamW", scheduler="linear", warmup_ratio=0.1, total_steps=1000)
+    told = "AdamW, scheduler linear\n1000 optimizer steps, warm-up 100 optimizer steps, by scheduler"
+    assert _report.title(plan) == told
+    assert [name for name, *_ in _report.curves(plan)] == ["lr, step size of the update"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"warmup_ratio": 0.1, "max_steps": 1000}, "100 optimizer steps, by scheduler"),
+        ({"warmup_ratio": 0.1}, "a part of a run of unknown length, by scheduler"),
+        ({"warmup_steps": 0.05, "max_steps": 1000}, "50 optimizer steps, by scheduler"),
+        ({"max_steps": 1000}, "none"),
+    ],
+)
+def test_a_share_of_the_run_is_shown_in_steps(tmp_path, capsys, fields, told):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"optim": "adamw_torch", "lr_scheduler_type": "cosine"} | fields))
+    __main__.main(["plan", str(path)])
+    assert f"warm-up       {told}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.yaml"], "run.yaml must be TOML, JSON or a script with a command line, got YAML: write its"),
+        (["none.json"], "none.json must be a readable file, got No such file or directory: check the path"),
+        (
+            ["run.json", "--ignore", "SF999"],
+            "ignore must be codes of rules, got 'SF999': docs/rules.md lists them",
+        ),
+        (
+            ["run.json", "--ignore", "sf101"],
+            "ignore must be codes of rules, got 'sf101': did you mean SF101?",
+        ),
+    ],
+)
+def test_what_cannot_be_looked_at_gets_a_clear_answer(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("optimizer: AdamW\n")
+    (tmp_path / "run.json").write_text(json.dumps(GOOD))
+    assert __main__.main(["plan", *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.startswith(f"error: {message}")) == ("", True), error
 
 
 def test_a_preview_of_an_unknown_length_is_refused(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The plan checker reads what each trainer writes, in its words, and says where a file is garbled."""
 
 import json
+import os
 import shlex
 from enum import Enum
 from pathlib import Path
@@ -152,6 +153,59 @@ def test_a_file_of_settings_is_read_in_scripts_too(tmp_path, monkeypatch):
 def test_a_file_of_settings_among_the_additional_parameters_is_refused():
     with pytest.raises(ConfigError, match=r"must not have --config_file, got 'lora\.toml'"):
         check({"LoRA_type": "Standard", "additional_parameters": "--config_file lora.toml"})
+
+
+def test_a_file_of_settings_that_names_one_ends_there_as_it_does_in_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text('config_file = "b"\nmax_train_steps = 7\nlearning_rate = 1e-4')
+    (tmp_path / "b.toml").write_text('config_file = "a"\nmax_train_steps = 8')
+    plan = check("train_network.py --config_file a")
+    assert (plan.total_steps, list(plan.files)) == (7, ["a.toml"])
+
+
+def test_links_are_followed_and_a_ring_of_them_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text("max_train_steps = 7\nlearning_rate = 1e-4")
+    (tmp_path / "link.toml").symlink_to("a.toml")
+    assert check("train_network.py --config_file link").total_steps == 7
+    for name, target in (("ring.toml", "other.toml"), ("other.toml", "ring.toml")):
+        (tmp_path / name).symlink_to(target)
+    for config in ("train_network.py --config_file ring", "ring.toml"):
+        with pytest.raises(ConfigError, match=r"ring\.toml must be a readable file, got Too many levels"):
+            check(config)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    path = tmp_path / "run.toml"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=r"run\.toml must be a readable file, got a pipe or a device"):
+        check(path)
+
+
+def test_what_is_too_large_for_settings_is_not_read(tmp_path):
+    path = tmp_path / "model.toml"
+    with path.open("wb") as file:
+        file.truncate(17 * 2**20)
+    with pytest.raises(ConfigError, match=r"model\.toml must be a file of settings, got 17 MiB"):
+        check(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("é = 1".encode("latin-1"), (1, 1)),
+        (b"a = 1\nb = '\xff'", (2, 6)),
+        ("a = 1".encode("utf-16-le"), (1, 2)),
+        ("a = 1".encode("utf-32"), (1, 1)),
+        (b"a = 1\nb = '\x00'", (2, 6)),
+    ],
+)
+def test_another_encoding_gets_its_line_and_column(tmp_path, text, place):
+    path = tmp_path / "run.toml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError) as raised:
+        check(path)
+    assert (raised.value.line, raised.value.column) == place
 
 
 @pytest.mark.parametrize("end", ["--config_file", "--config_file --max_train_steps 9"])

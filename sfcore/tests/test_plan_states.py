@@ -55,3 +55,36 @@ def test_the_states_of_a_schedulers_fields_are_those_of_the_table(name):
     for field in SHAPE:
         assert states[field].enabled == (field in (*kind.needs, *kind.uses)), field
     assert states["scheduler_warmup_steps"].enabled == ("warmup" in kind.uses)
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"),
+    [
+        ({"optimizer": "AdamWScheduleFree", "LoRA_type": "Standard"}, "optimizer_args "),
+        ({"optimizer": "schedulefree.AdamWScheduleFree", "LoRA_type": "Standard"}, "optimizer_args "),
+        ({"optim": "schedule_free_adamw"}, "optim_args "),
+        ({"optimizer": "schedulefree.AdamWScheduleFree"}, ""),
+    ],
+)
+def test_upstreams_class_is_offered_upstreams_arguments_alone(config, prefix):
+    states = field_states(config)
+    for name in ("prior_steps", "inner_momentum"):
+        assert not states[prefix + name].enabled
+        assert f"has no {name}" in states[prefix + name].reason
+    assert states[prefix + "r"].enabled
+    if "optimizer" in config:
+        ours = field_states(config | {"optimizer": "sftorch.AdamWScheduleFree"})
+        assert ours[prefix + "prior_steps"].enabled
+
+
+def test_the_reason_says_which_class_has_the_argument():
+    states = field_states({"optimizer": "AdamWScheduleFree", "LoRA_type": "Standard"})
+    told = "AdamWScheduleFree has no prior_steps; sftorch.AdamWScheduleFree has"
+    assert states["optimizer_args prior_steps"].reason == told
+
+
+def test_a_class_of_the_trainer_is_offered_what_it_takes():
+    states = field_states({"optimizer": "Lion", "LoRA_type": "Standard"})
+    on = [name for name, state in states.items() if name.startswith("optimizer_args ") and state.enabled]
+    assert on == ["optimizer_args beta", "optimizer_args weight_decay", "optimizer_args b2"]
+    assert states["optimizer_args eps"].reason == "Lion has no eps"

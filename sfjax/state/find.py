@@ -220,7 +220,8 @@ def _overlay(
         except ValueError as error:
             raise ValueError(
                 f"params must have the tree that tx.init got, got {jax.tree.structure(new)} for {tree}: "
-                "pass what the last update left (with flax.nnx, nnx.state(model, nnx.Param))"
+                "pass what the last update left (with flax.nnx, nnx.state(model, nnx.Param); with Equinox, "
+                "what eqx.filter gave to tx.init)"
             ) from error
         rests = [None] * len(stored) if rest is None else tree.flatten_up_to(rest)
         columns = zip(below, stored, rests, strict=True)

@@ -1,4 +1,4 @@
-"""Runs on four CPU devices: `python -m sfjax.tests.sharding_program` writes what it found as JSON."""
+"""Runs on eight CPU devices: `python -m sfjax.tests.sharding_program` writes what it found as JSON."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ MAKE = {
     "radam": lambda: sfjax.schedule_free_radam(0.1, b2=0.9, b1=0.0),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_sgd(0.1)),
 }
+EVERY = 3  # micro-steps an update
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
 def params_on(mesh: jax.sharding.Mesh | None) -> Any:
@@ -100,15 +102,97 @@ def facts(mesh: jax.sharding.Mesh, name: str, how: str) -> dict[str, Any]:
     }
 
 
+def collectives(compiled: Any) -> int:
+    """Returns how many instructions of a program exchange something between devices."""
+    lines = compiled.as_text().splitlines()
+    return sum(any(f" {one}(" in line or f" {one}-start(" in line for one in COLLECTIVES) for line in lines)
+
+
+def exchanged(mesh: jax.sharding.Mesh, name: str, like_each_other: bool = False) -> int:
+    """Returns how many collectives an update and its addition have; parameters may be cut like each other."""
+    tx, params = MAKE[name](), params_on(mesh)
+    if like_each_other:
+        rows = NamedSharding(mesh, PartitionSpec("d"))
+        params = {name: jax.device_put(jnp.ones((8, 4)), rows) for name in params}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return collectives(step.lower(params, state).compile())
+
+
+def accumulated(mesh: jax.sharding.Mesh | None, name: str, how: str) -> dict[str, Any]:
+    """Returns what there is to say of accumulated updates: by `step`, or by `update` and apply_updates."""
+    tx, params = sfjax.accumulate(MAKE[name](), EVERY), params_on(mesh)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        gradients = jax.tree.map(lambda p: p * (1 + state.mini_step).astype(p.dtype), params)
+        if how == "step":
+            return tx.step(params, state, gradients=gradients)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    means = {key: spec(leaf) for key, leaf in state.acc_grads.items()} if mesh is not None else {}
+    exchanged = collectives(step.lower(params, state).compile())
+    for _ in range(3 * EVERY + 1):
+        params, state = step(params, state)
+    found = {"collectives": exchanged, "compilations": step._cache_size(), "before": means}
+    if mesh is not None:
+        found["params"] = {key: spec(leaf) for key, leaf in params.items()}
+        found["means"] = {key: spec(leaf) for key, leaf in state.acc_grads.items()}
+    return found | {"y": {key: np.asarray(leaf).tolist() for key, leaf in params.items()}}
+
+
+def over_a_divided_batch(mesh: jax.sharding.Mesh | None, how: str) -> dict[str, Any]:
+    """Returns y and the number of compilations of accumulated updates with parameters on every device."""
+    tx, params = sfjax.accumulate(MAKE["adamw"](), EVERY), {"w": jnp.ones((4, 8)), "b": jnp.ones(8)}
+    batches = np.random.default_rng(1).standard_normal((3 * EVERY, 16, 4)).astype(np.float32)
+    put = functools.partial(jax.device_put, device=None)
+    if mesh is not None:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        put = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("d")))
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((batch @ params["w"] + params["b"]) ** 2)
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        gradients = jax.grad(loss)(params, batch)
+        if how == "step":
+            return tx.step(params, state, gradients=gradients)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for batch in batches:
+        params, state = step(params, state, put(jnp.asarray(batch)))
+    y = {key: np.asarray(leaf).tolist() for key, leaf in params.items()}
+    return {"compilations": step._cache_size(), "y": y}
+
+
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     found = {}
     for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(kind, kind))
+        mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(kind, kind))
         for name in MAKE:
             found |= {f"{kind.name}-{how}-{name}": facts(mesh, name, how) for how in ("jit", "described")}
+            found[f"{kind.name}-exchanged-{name}"] = exchanged(mesh, name)
+            found[f"{kind.name}-exchanged-rows-{name}"] = exchanged(mesh, name, like_each_other=True)
+            for how in ("step", "update"):
+                with jax.set_mesh(mesh):
+                    found[f"{kind.name}-{how}-{name}"] = accumulated(mesh, name, how)
         found[f"{kind.name}-eager-adamw"] = facts(mesh, "adamw", "eager")
+    found |= {f"alone-{name}": accumulated(None, name, "step") for name in MAKE}
+    everyone = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    found |= {f"batch-{how}": over_a_divided_batch(everyone, how) for how in ("step", "update")}
+    found["batch-alone"] = over_a_divided_batch(None, "step")
     json.dump(found, sys.stdout)
 
 

@@ -192,6 +192,7 @@ def _run(folder: Path, devices: int, mode: str) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_a_sharded_state_is_restored_onto_fewer_devices(tmp_path: Path) -> None:
     expected = _run(tmp_path, 8, "save")
     np.testing.assert_array_equal(_run(tmp_path, 2, "restore shapes"), expected)

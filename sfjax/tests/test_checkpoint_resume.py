@@ -186,6 +186,7 @@ def test_a_step_and_a_path_can_be_asked_for(tmp_path: Path) -> None:
             assert (restored.meta.step, restored.path) == (step, tmp_path / str(step))
 
 
+@pytest.mark.slow
 def test_every_wrapper_of_optax_resumes(tmp_path: Path) -> None:
     inner = sfjax.schedule_free_adamw(LR, inner_momentum=0.5)
     labels = {"a": "x", "b": "y", "c": "x"}

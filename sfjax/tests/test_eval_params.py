@@ -121,3 +121,15 @@ def test_a_state_without_schedule_free_is_refused_with_what_was_found(make, foun
             read(state)
         assert error.match(found)
     assert sfjax.find_states(state) == []
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx)])
+def test_a_whole_equinox_module_is_refused_with_what_to_pass(wrap):
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(2, 1, width_size=4, depth=1, key=jax.random.key(0))  # its activation is no array
+    params = eqx.filter(model, eqx.is_inexact_array)
+    state = wrap(sfjax.schedule_free_adamw(0.1)).init(params)
+    with pytest.raises(ValueError, match=r"params must have the tree .* with Equinox, what eqx\.filter gave"):
+        sfjax.schedule_free_eval_params(state, model)
+    x = sfjax.schedule_free_eval_params(state, params)
+    assert eqx.tree_equal(eqx.combine(x, model), model)

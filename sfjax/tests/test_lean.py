@@ -66,6 +66,7 @@ def test_bits_depend_on_seed_leaf_step_and_buffer_alone() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_it_runs_inside_the_wrappers_of_optax() -> None:
     params, grads = problem(12)

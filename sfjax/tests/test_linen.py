@@ -86,7 +86,8 @@ def go(state: State, first: int, last: int) -> State:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "accumulation"), [(jnp.float32, "accumulate"), (jnp.bfloat16, "MultiSteps")]
+    ("dtype", "accumulation"),
+    [pytest.param(jnp.float32, "accumulate", marks=pytest.mark.slow), (jnp.bfloat16, "MultiSteps")],
 )
 def test_a_run_that_is_cut_within_an_update_resumes_in_the_same_bits(dtype, accumulation, tmp_path):
     tx = transformation(accumulation)

@@ -75,7 +75,8 @@ def logits(model: Network, some: Any) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "accumulation"), [(jnp.float32, "MultiSteps"), (jnp.bfloat16, "accumulate")]
+    ("dtype", "accumulation"),
+    [pytest.param(jnp.float32, "MultiSteps", marks=pytest.mark.slow), (jnp.bfloat16, "accumulate")],
 )
 def test_a_run_that_is_cut_within_an_update_resumes_in_the_same_bits(dtype, accumulation, tmp_path):
     tx = transformation(accumulation)

@@ -76,6 +76,7 @@ def trained():
     return model, {"params": x, "batch_stats": stats}, training, at_test
 
 
+@pytest.mark.slow
 def test_stale_statistics_cost_at_x_and_new_ones_do_not():
     model, variables, training, loss = trained()
     x, stats = variables["params"], variables["batch_stats"]

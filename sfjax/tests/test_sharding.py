@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sfjax
@@ -13,12 +14,14 @@ import sfjax
 LIKE_PARAMS = {"w": ["d", "m"], "b": ["m"], "everywhere": [None]}
 TREES = {"adamw": {"z", "nu", "mu"}, "radam": {"z", "nu"}, "chain": {"z"}}
 TRAINED = [*(("jit", name) for name in TREES), ("eager", "adamw")]
+# A sum for each way that leaves are cut, for clip_by_global_norm.
+CLIPS = {"chain": 2}
 AXES = pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 
 
 @pytest.fixture(scope="module")
 def found():
-    """Facts from a process with four devices; here there may be one, and other tests may count on it."""
+    """Facts from a process with eight devices; here there may be one, and other tests may count on it."""
     path = os.pathsep.join([str(Path(sfjax.__file__).parents[1]), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -55,3 +58,31 @@ def test_updates_keep_the_layout_compile_once_and_take_the_same_steps(found, axe
     assert facts["compilations"] == 1
     # Against one device; measured: at most 2e-7, from the order of sums in the global norm.
     assert facts["error"] <= 1e-6
+
+
+@AXES
+@pytest.mark.parametrize("name", TREES)
+def test_an_update_exchanges_nothing_but_a_global_norm(found, axes, name):
+    assert found[f"{axes}-exchanged-{name}"] == CLIPS.get(name, 0)
+    assert found[f"{axes}-exchanged-rows-{name}"] == CLIPS.get(name, 0) / 2
+
+
+@AXES
+@pytest.mark.parametrize("how", ["step", "update"])
+@pytest.mark.parametrize("name", TREES)
+def test_accumulated_updates_are_laid_out_like_the_parameters_and_compile_once(found, axes, how, name):
+    facts, alone = found[f"{axes}-{how}-{name}"], found[f"alone-{name}"]
+    assert facts["compilations"] == 1
+    assert facts["before"] == facts["means"] == facts["params"] == LIKE_PARAMS
+    assert facts["collectives"] == CLIPS.get(name, 0)
+    for key, values in alone["y"].items():
+        np.testing.assert_allclose(facts["y"][key], values, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["step", "update"])
+def test_accumulated_updates_over_a_divided_batch_are_those_of_one_device(found, how):
+    facts, alone = found[f"batch-{how}"], found["batch-alone"]
+    assert facts["compilations"] == 1
+    for key, values in alone["y"].items():
+        np.testing.assert_allclose(facts["y"][key], values, rtol=0, atol=1e-6)
+        assert np.abs(np.subtract(values, 1.0)).max() > 0.01  # from where it began

@@ -110,8 +110,8 @@ def final_loss(name, lr, scale=lambda step: 1.0, **options):
     ("name", "options"),
     [
         ("sgd", {"weight_decay": 0.1, "warmup_steps": 3}),
-        ("sgd", {"b1": 0.0, "r": 1.0, "weight_lr_power": 0.5}),
-        ("adamw", {"weight_lr_power": 1.0, "prior_steps": 2}),
+        pytest.param("sgd", {"b1": 0.0, "r": 1.0, "weight_lr_power": 0.5}, marks=pytest.mark.slow),
+        pytest.param("adamw", {"weight_lr_power": 1.0, "prior_steps": 2}, marks=pytest.mark.slow),
         ("adamw", {"b1": 1.0, "inner_momentum": 0.5}),
         ("radam", {"b2": 0.9, "silent_sgd_phase": False}),
     ],

@@ -15,7 +15,6 @@ from sfcore.checks import HyperparameterError, Rule
 from sfcore.hyperparameters import weighed
 from sfcore.meta import number_in
 from sftorch.checkpoint import _changes, _weights
-from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, prints, state_dict
@@ -392,5 +391,5 @@ def _watch(optimizer: ScheduleFreeOptimizer) -> None:
     """Makes weights that are loaded after the import an error: x, y and z came from those before."""
     loaded = optimizer._loaded
     if loaded is not None:
-        found = prints.take(part(p.detach()) for p in loaded.saved)
+        found = prints.take(loaded.saved)
         loaded.prints = {p: (print_, print_) for p, print_ in zip(loaded.saved, found, strict=True)}

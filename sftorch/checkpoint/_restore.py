@@ -355,4 +355,4 @@ def _put_entries(model: nn.Module, entries: Mapping[str, Any]) -> None:
     for entry in entries.keys() - own.keys():
         put_extra_state(model, entry, entries[entry])
     if own:  # what a module's _save_to_state_dict() adds, only its _load_from_state_dict() can read
-        model.load_state_dict(model.state_dict() | own)
+        model.load_state_dict(model.state_dict(keep_vars=True) | own)

@@ -157,7 +157,7 @@ def prepare(
         for name, value in live.items():
             part(value).copy_(_own_part(weights[name], value))
         note_written(live.values())
-        for name in extra.keys() & unwrapped(model).state_dict().keys():
+        for name in extra.keys() & unwrapped(model).state_dict(keep_vars=True).keys():
             put_extra_state(model, name, extra[name])
         return notices + empty(optimizer, prior_steps, trained)
 

@@ -112,6 +112,22 @@ def alike(first: Tensor, *others: Tensor) -> bool:
     )
 
 
+def all_alike(rows: Sequence[Sequence[Tensor]]) -> bool:
+    """Tells whether `alike` holds of every row, and all are contiguous and of one dtype: a list at a time."""
+    if not rows:
+        return True
+    columns = list(zip(*rows, strict=True))
+    every = [tensor for column in columns for tensor in column]
+    shapes = [t.shape for t in columns[0]]
+    return (
+        PLAIN.issuperset(map(type, every))
+        and len(dtypes := {t.dtype for t in every}) == 1
+        and dtypes <= set(_WIDE)
+        and {t.is_cpu and t.is_contiguous() and not t.is_neg() for t in every} == {True}
+        and all([t.shape for t in column] == shapes for column in columns[1:])
+    )
+
+
 def _kind_of(tensor: Tensor) -> str:
     sign = " with a pending sign" if tensor.is_neg() else ""
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}{sign}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -104,6 +105,9 @@ def _check_tensors(params: list[Any], seen: set[int]) -> None:
         elif p.is_conj():
             wrong = f"hold its own values, got a conjugate view of shape {shape}, which the step cannot "
             wrong += "write to: make it of tensor.resolve_conj()"
+        elif getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+            wrong = f"be whole or a DTensor, got one of FullyShardedDataParallel (FSDP1), of shape {shape}: "
+            wrong += "use torch.distributed.fsdp.fully_shard (FSDP2)"
         elif id(p) in seen:
             wrong = (
                 f"be in one group, once, got a tensor of shape {shape} a second time: leave one of them out"
@@ -111,6 +115,37 @@ def _check_tensors(params: list[Any], seen: set[int]) -> None:
         if wrong:
             raise ValueError(f"params[{index}] must {wrong}")
         seen.add(id(p))
+
+
+def refuse_partitioner() -> None:
+    """Raises if ZeroRedundancyOptimizer is making this optimizer, to show it a part of the parameters."""
+    kind = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", None)
+    frame = sys._getframe(1) if kind is not None else None
+    while frame is not None:
+        if issubclass(type(frame.f_locals.get("self")), kind):  # type: ignore[arg-type]
+            raise TypeError(
+                "optimizer_class of ZeroRedundancyOptimizer must be one without modes, got a Schedule-Free "
+                "one: its eval() and train() would reach the parameters of one process only. Divide model "
+                "and state with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+            )
+        frame = frame.f_back
+
+
+def refuse_flat_partitions(built: int, params: list[Tensor]) -> None:
+    """Raises if DeepSpeed has put its flat partitions into a group in place of the parameters.
+
+    Args:
+        built: elements that the group was built with.
+        params: those it has now.
+    """
+    if "deepspeed" not in sys.modules or sum(p.numel() for p in params) == built:
+        return
+    raise RuntimeError(
+        f"params must be those of the model, got {len(params)} of shape {tuple(params[0].shape)} in their "
+        "place, as DeepSpeed's ZeRO has them: eval() would put x into its flat copies, and the model would "
+        "not see it. Divide model and state with torch.distributed.fsdp.fully_shard (FSDP2), or set "
+        "zero_optimization.stage to 0"
+    )
 
 
 def find_problems(group: Mapping[str, Any], beta: Any, may_be_lean: bool) -> list[str]:
@@ -133,10 +168,9 @@ def find_problems(group: Mapping[str, Any], beta: Any, may_be_lean: bool) -> lis
     if beta == 0:
         found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
     params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
-    wrong = [p for p in params if p.dtype not in forms.LEAN_DTYPES or is_divided(p)]
+    wrong = [p for p in params if p.dtype not in forms.LEAN_DTYPES]
     if wrong:
-        kind = wrong[0].dtype if wrong[0].dtype not in forms.LEAN_DTYPES else "DTensor"
-        found.append(f"{start} for {kind} parameters, got 'lean': give them a group of their own")
+        found.append(f"{start} for {wrong[0].dtype} parameters, got 'lean': give them a group of their own")
     return found
 
 
@@ -146,14 +180,21 @@ def check_module(model: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}: pass the model itself")
 
 
-def check_gradients(params: Iterable[Tensor]) -> None:
-    """Raises on a gradient that the step cannot use."""
+def check_gradients(params: Iterable[Tensor], or_sparse: bool = False) -> None:
+    """Raises on a gradient that the step cannot use; without moments it can use a sparse one."""
+    layouts = {torch.strided, torch.sparse_coo} if or_sparse else {torch.strided}
     for p in params:
         grad = p.grad
-        if grad is not None and grad.layout is not torch.strided:
+        if grad is not None and grad.layout not in layouts:
             raise RuntimeError(
                 f"gradients must be dense, got {grad.layout} for a parameter of shape {tuple(p.shape)}: "
-                "use sparse=False in the embedding"
+                "use sparse=False in the embedding, or SGD"
+            )
+        if grad is not None and is_divided(p) != is_divided(grad):
+            raise RuntimeError(
+                f"gradients must be DTensors where their parameters are, got {type(grad).__name__} for "
+                f"{type(p).__name__} of shape {tuple(p.shape)}: divide it with distribute_tensor(grad, "
+                "p.device_mesh, p.placements)"
             )
 
 

@@ -13,9 +13,9 @@ from torch.optim.optimizer import ParamsT
 from sfcore import checks
 from sfcore.averaging import effective_lr
 from sfcore.laws import Law
-from sftorch.law.parts import part
+from sftorch.law.parts import part, parts_of
 from sftorch.law.scalars import Clock, Next, prior_weight
-from sftorch.state import arguments, forms
+from sftorch.state import arguments, forms, meshes
 from sftorch.state.compiler import uncompiled, without_compiler
 
 
@@ -61,9 +61,14 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     _rest: ClassVar[str] = forms.Y_REST  # of what the parameters hold between steps
     _may_be_lean: ClassVar[bool] = False
     _built_lrs: tuple[float, ...] = ()
+    _built_sizes: tuple[int, ...] = ()  # in elements
     _watch: Any = None
+    _agrees = (
+        False  # whether the step that is first after a start or a load has been checked on all processes
+    )
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]):
+        arguments.refuse_partitioner()
         super().__init__(arguments.as_list(params, or_empty=False), defaults | new_books())
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -96,16 +101,17 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         group = arguments.as_group(param_group, self.defaults, self._params())
         group |= self._opening_books(self.defaults | group)
         without_compiler(torch.optim.Optimizer.add_param_group)(self, group)
-        self._note_lr(self.param_groups[-1])
+        self._note_built(self.param_groups[-1])
 
     @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets all gradients to None, or to zeros in place, as torch's optimizers do."""
         without_compiler(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
-    def _note_lr(self, group: dict[str, Any]) -> None:
-        """Notes what lr a new group was built with; a resume compares it, whatever the run made of lr."""
+    def _note_built(self, group: dict[str, Any]) -> None:
+        """Notes what a new group was built with: its lr, which a resume compares, and its size."""
         self._built_lrs = (*self._built_lrs, float(group["lr"]))
+        self._built_sizes = (*self._built_sizes, sum(p.numel() for p in group["params"]))
 
     def _built_lr(self, group: dict[str, Any]) -> float | None:
         """Returns the lr that a group of this optimizer was built with, None if it is not known."""
@@ -135,13 +141,15 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             found += self._problems(group, self._values(group)[0] | {"prior_steps": 0})
         if found:
             raise checks.HyperparameterError(found)
+        for size, group in zip(self._built_sizes, self.param_groups, strict=False):
+            arguments.refuse_flat_partitions(size, group["params"])
 
     def metrics(self, distance: bool = False) -> list[dict[str, float]]:
         """Returns what the last step of each group used, for logging.
 
         Args:
             distance: whether to measure `x_z_distance` too, a pass over the weights and one wait for each
-                group; default False.
+                group; default False. With DTensors all processes must ask for it.
 
         Returns:
             One dict a group: `lr` (with warm-up and rectification), `lr_max`, `c` (averaging weight),
@@ -172,19 +180,22 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def _distance(self, group: dict[str, Any]) -> float:
-        """Returns the norm of x - z over a group."""
-        squares, beta = [torch.zeros((), dtype=torch.float64)], self._y_beta(group)
-        for p in self._started(group):
-            state = self.state[p]
+        """Returns the norm of x - z over a group, of DTensors over all processes of their mesh."""
+        started, beta = self._started(group), self._y_beta(group)
+        squares = [torch.zeros((), dtype=torch.float64)]
+        for p in started:
+            state, own = parts_of(self.state[p]), part(p)
             if self._wanted(group) == "y" or "y" in state:
-                y = forms.joined(state.get("y", p), state)
+                y = forms.joined(state.get("y", own), state)
                 x = forms.x_from_y(y, state, beta)
             else:
-                x = forms.joined(p, state, forms.X_REST)
+                x = forms.joined(own, state, forms.X_REST)
                 y = forms.y_from_x(x, state, beta)
-            gap = part(x - forms.z_of(y, state))
+            gap = x - forms.z_of(y, state)
             squares.append(torch.linalg.vector_norm(gap.abs().double()).square().cpu())
-        return float(torch.stack(squares).sum().sqrt())
+        sums = torch.stack(squares)
+        meshes.add_up_(sums, [None, *map(meshes.layout, started)])
+        return float(sums.sum().sqrt())
 
     def describe(self, **facts: Any) -> str:
         """Returns what a run will do, and what is wrong with it, as a table a group to print at its start.
@@ -230,6 +241,14 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def _is_lean(self, group: dict[str, Any]) -> bool:
         """Tells whether a group's state is kept in the lean form of `forms`."""
         return self._may_be_lean and group["precision"] == "lean"
+
+    def _to_agree(self) -> list[Tensor]:
+        """Returns the parameters whose processes are to raise together: all in the first step, then none.
+
+        What is wrong with gradients or options mostly is so from the first step after a start or a load on;
+        in every step it would cost a wait for the slowest.
+        """
+        return [] if self._agrees else self._params()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
@@ -16,9 +16,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates
-from sftorch.law.parts import part
-from sftorch.state import arguments, forms
+from sftorch.law.parts import is_fake, like, note_written, part, parts, parts_of
+from sftorch.state import arguments, forms, unshipped
 from sftorch.state.compiler import uncompiled, uncompiled_itself
+from sftorch.state.meshes import gather_anew, together
 from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
 
 # Parameter -> the optimizer that knows its x, and the index of its group there, while `ship_x` is on.
@@ -95,12 +96,13 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     @uncompiled
     def _begin(self) -> None:
         """Raises unless gradients are, or will be, taken at y."""
-        for group in self.param_groups:
-            if not self._books(group)["train_mode"]:
-                raise RuntimeError(
-                    "the optimizer must be in train mode for step(), got eval mode: call optimizer.train() "
-                    "before training and optimizer.eval() before evaluating or saving"
-                )
+        with together(self._to_agree()):
+            for group in self.param_groups:
+                if not self._books(group)["train_mode"]:
+                    raise RuntimeError(
+                        "the optimizer must be in train mode for step(), got eval mode: call "
+                        "optimizer.train() before training and optimizer.eval() before evaluating or saving"
+                    )
         if self._loaded is not None:
             before_step(self)
 
@@ -119,9 +121,11 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 for p, y in ys.items():
                     self.state[p]["y"] = y
                 for p in left:
-                    x = self._x(p, group)
+                    x = self._x_of_part(p, group)
                     self.state[p]["y"] = p.detach().clone(memory_format=torch.preserve_format)
-                    p.copy_(x)
+                    part(p).copy_(x)
+                note_written(left)
+                gather_anew(self, group["params"])
                 self._books(group)["train_mode"] = False
 
     @torch.no_grad()
@@ -134,15 +138,23 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         """
         settle(self, train_mode=True)
         resting = [group for group in self.param_groups if not self._books(group)["train_mode"]]
-        self._require_untouched(resting)
+        if not resting:
+            return
+        with together(self._params()):
+            self._require_untouched(resting)
         for group in resting:
+            aside: dict[Tensor, Tensor] = {}
             for p in self._started(group):
                 state = self.state[p]
                 y = state.pop("y", None)
                 if y is None:  # an eval-mode checkpoint of schedulefree, which keeps no y
                     forms.put_(p, state, forms.y_from_x(p, state, self._y_beta(group)))
                 else:
-                    p.copy_(y)
+                    aside[p] = y
+            if aside:
+                torch._foreach_copy_(parts(aside), parts(aside.values()))
+            note_written(aside)
+            gather_anew(self, group["params"])
             self._books(group)["train_mode"] = True
 
     @contextmanager
@@ -262,7 +274,14 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 else:
                     SHIPPED.pop(p, None)
 
+    def _trains_at_y(self) -> bool:
+        """Tells whether parameters hold y, and not x."""
+        books = [self._books(group) for group in self.param_groups]
+        return any(of["train_mode"] and of["k"] for of in books)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if not self.param_groups:
+            unshipped.watch(self)
         super().add_param_group(param_group)
         self._ship_x()
 
@@ -271,6 +290,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        unshipped.watch(self)
         self._ship_x()
 
     def _wanted(self, group: dict[str, Any]) -> str:
@@ -294,8 +314,12 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
     def _x(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Returns the x that a parameter's y leads to, in z's dtype; in eval mode y lies aside."""
-        state = self.state[p]
-        return forms.x_from_y(forms.y_of(p, state), state, self._y_beta(group))
+        return like(p, self._x_of_part(p, group))
+
+    def _x_of_part(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Returns the same for the part of a DTensor."""
+        state = parts_of(self.state[p])
+        return forms.x_from_y(forms.y_of(part(p), state), state, self._y_beta(group))
 
     def _x_and_y(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self._wanted(group) == "y":
@@ -311,7 +335,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             untouched = {} if differ else held
             for index, p in enumerate(group["params"]):
                 aside = p not in untouched and "y" in self.state.get(p, {})
-                if aside and not self._holds_x(p, group):
+                if aside and not is_fake(p) and not self._holds_x(p, group):
                     changed.append((index, p))
         if changed:
             index, p = changed[0]
@@ -324,8 +348,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
     def _holds_x(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Tells whether a parameter still holds x, to the rounding that another device may do differently."""
-        state = self.state[p]
-        x, y = self._x(p, group), forms.y_of(p, state)
+        x, state, p = self._x_of_part(p, group), parts_of(self.state[p]), part(p)
+        y = forms.y_of(p, state)
         p, x, y, z = (iterates.as_real(tensor) for tensor in (p, x, y, forms.z_of(y, state)))
         reach = (y - z).abs() / (self._y_beta(group) or 1.0)
         slack = 8 * torch.finfo(z.dtype).eps * (y.abs() + reach)
@@ -352,24 +376,31 @@ def _flip(
     wanted = group.get("fused") is not False and group.get("foreach") is not False
     if not wanted or not beta or isinstance(build.find(), str):
         return {}, started, False
-    fast: dict[Tensor, Tensor] = {}
-    slow: list[Tensor] = []
-    for p in started:
-        others = [states[p][name] for name in ("z", "y") if name in states[p]]
-        there = len(others) == 2 if kind is Kind.HOLDS else "z" in states[p]
-        if p.is_cpu and there and call.alike(*map(_real, (p, *others))):
-            fast[p] = others[-1] if kind is Kind.HOLDS else torch.empty_like(p, requires_grad=False)
-        else:
-            slow.append(p)
+    names = ("z", "y") if kind is Kind.HOLDS else ("z",)
+    ready = [p for p in started if all(name in states[p] for name in names)]
+    rows = list(
+        zip(*map(_reals, (ready, *([states[p][name] for p in ready] for name in names))), strict=True)
+    )
+    if not call.all_alike(rows):
+        rows = [row if call.alike(*row) else () for row in rows]
+    fast = [p for p, row in zip(ready, rows, strict=True) if row]
+    taken = set(fast)
+    if kind is Kind.HOLDS:
+        found = {p: states[p]["y"] for p in fast}
+    else:
+        found = {p: torch.empty_like(p, requires_grad=False) for p in fast}
+    xs = _reals(list(found.values()))
     differ = False
-    for dtype in {p.dtype for p in fast}:
-        rows = [(p, states[p]["z"], x) for p, x in fast.items() if p.dtype == dtype]
-        columns = ([_real(t) for t in column] for column in zip(*rows, strict=True))
+    whole = [(*row[:2], x) for row, x in zip(filter(None, rows), xs, strict=True)]
+    for dtype in {row[0].dtype for row in whole}:
+        columns = map(list, zip(*(row for row in whole if row[0].dtype == dtype), strict=True))
         # The same doubles as in iterates.recover_x, rounded to the tensors' dtype by both.
         numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], 1.0 / beta - 1.0)
         differ |= call.Job(kind).run(dict(zip("yzx", columns, strict=True)), numbers)
-    return fast, slow, differ
+    return found, [p for p in started if p not in taken], differ
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return iterates.as_real(part(tensor.detach()))
+def _reals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the parts of tensors, complex ones as pairs of reals."""
+    found = parts(tensors)
+    return [iterates.as_real(t) for t in found] if any(t.is_complex() for t in found) else found

@@ -2,8 +2,7 @@
 
 `state_dict()` notes two prints of each started parameter, of its x and of its y. After `load_state_dict`
 the weights are compared with them, at once and again at every use, until the first step has been taken.
-State without prints (schedulefree's, or of DTensors, which are stored in parts) is believed: its
-weights hold what its saved mode says.
+State without prints (schedulefree's) is believed: its weights hold what its saved mode says.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch.law.parts import is_divided, part
+from sftorch.law.parts import is_divided, laid_out_like, note_written
 from sftorch.state import forms, prints
 from sftorch.state.compiler import uncompiled, without_compiler
 from sftorch.state.groups import GroupedOptimizer
+from sftorch.state.meshes import gather_anew, together
 
 PRINTS = ("x_print", "y_print")
 HOLD = "weights_hold"
@@ -47,7 +47,7 @@ class Loaded:
 
     def look(self) -> dict[Tensor, int]:
         """Returns parameter -> print of what it holds now."""
-        return dict(zip(self.saved, prints.take(part(p.detach()) for p in self.saved), strict=True))
+        return dict(zip(self.saved, prints.take(self.saved), strict=True))
 
     def candidates(self, p: Tensor, found: int) -> set[str]:
         """Returns the iterates that a parameter of this print can be; several where x equals y."""
@@ -99,9 +99,13 @@ def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_
     found = loaded.look()
     held = {p: loaded.held(p, print_) for p, print_ in found.items()}
     strange = [p for p, name in held.items() if name is None]
-    if strange:
+    try:
+        with together(optimizer._params()):
+            if strange:
+                raise RuntimeError(_neither(optimizer, strange, len(held)))
+    except RuntimeError:
         if or_raise:
-            raise RuntimeError(_neither(optimizer, strange, len(held)))
+            raise
         return
     other = [p for p, name in held.items() if name != loaded.saved[p] and not loaded.unchanged(p, found[p])]
     if other:
@@ -119,6 +123,8 @@ def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_
             loaded.reset(p, found[p], optimizer.state[p])
             _put(optimizer, group, p, str(held[p]))
     wanted = {p: optimizer._wanted(group) for group in optimizer.param_groups for p in group["params"]}
+    note_written(loaded.saved)
+    gather_anew(optimizer, loaded.saved)
     loaded.settled = {p: (print_, wanted[p]) for p, print_ in loaded.look().items()}
 
 
@@ -192,16 +198,17 @@ def before_step(optimizer: ScheduleFreeOptimizer) -> None:
         return
     found = loaded.look()
     names = {p: loaded.candidates(p, print_) for p, print_ in found.items()}
-    strange = [p for p, candidates in names.items() if not candidates]
-    if strange:
-        raise RuntimeError(_neither(optimizer, strange, len(names)))
-    at_x = [p for p, candidates in names.items() if "y" not in candidates]
-    if at_x:
-        raise RuntimeError(
-            f"weights must hold y in the first step after load_state_dict, got x in {len(at_x)} of "
-            f"{len(names)} parameters: call optimizer.train() after loading the weights and before the "
-            "forward pass, and take the gradient anew"
-        )
+    with together(optimizer._params()):
+        strange = [p for p, candidates in names.items() if not candidates]
+        if strange:
+            raise RuntimeError(_neither(optimizer, strange, len(names)))
+        at_x = [p for p, candidates in names.items() if "y" not in candidates]
+        if at_x:
+            raise RuntimeError(
+                f"weights must hold y in the first step after load_state_dict, got x in {len(at_x)} of "
+                f"{len(names)} parameters: call optimizer.train() after loading the weights and before the "
+                "forward pass, and take the gradient anew"
+            )
     for p in names:
         loaded.reset(p, found[p], optimizer.state[p])
         optimizer.state[p].pop("y", None)
@@ -308,22 +315,29 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             {name: dict(value) if isinstance(value, dict) else value for name, value in group.items()}
             for group in packed["param_groups"]
         ]
+        known = {} if pending else self._prints()
         for group, live in zip(groups, self.param_groups, strict=True):
             group["shapes"] = [list(p.shape) for p in live["params"]]
             started = self._started(live)
             group[HOLD] = pending.saved[started[0]] if pending and started else self._wanted(live)
-            notes = pending.prints if pending else self._prints(live, started)
+            notes = pending.prints if pending else known
             for index, p in zip(group["params"], live["params"], strict=True):
                 if p in notes:
                     state[index].update(zip(PRINTS, notes[p], strict=True))
+                for name in set(forms.RESTS) & state.get(index, {}).keys():
+                    value = state[index][name]
+                    if is_divided(value) and value.dtype == torch.int16:  # neither gloo nor NCCL gathers it
+                        state[index][name] = value.to(torch.int32)
         return packed | {"state": state, "param_groups": groups}
 
     @torch.no_grad()
-    def _prints(self, group: dict[str, Any], started: list[Tensor]) -> dict[Tensor, tuple[int, int]]:
-        """Returns the prints of x and y of each parameter that lies whole on its device."""
-        whole = [p for p in started if not is_divided(p)]
-        flat = prints.take(iterate for p in whole for iterate in self._x_and_y(p, group))
-        return dict(zip(whole, zip(flat[::2], flat[1::2], strict=True), strict=True))
+    def _prints(self) -> dict[Tensor, tuple[int, int]]:
+        """Returns the prints of x and y of each started parameter."""
+        owned = [(p, group) for group in self.param_groups for p in self._started(group)]
+        flat = prints.take(iterate for p, group in owned for iterate in self._x_and_y(p, group))
+        return {
+            p: notes for (p, _), notes in zip(owned, zip(flat[::2], flat[1::2], strict=True), strict=True)
+        }
 
     def _x_and_y(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns the x and y, in its dtype, of a parameter that holds x."""
@@ -343,9 +357,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         Raises:
             ValueError: with every name, shape and entry that does not fit; nothing has changed then.
         """
-        check(self, state_dict)
+        with together(self._params()):
+            check(self, state_dict)
         live_mode = self._books(self.param_groups[0])["train_mode"]
-        self._load(state_dict)
+        with together(self._params()):
+            self._load(state_dict)
+        self._agrees = False
         self._is_half_restored = False
         loaded = Loaded()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
@@ -377,7 +394,10 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                 # lean form.
                 stays = name in _ASIDE or "gap" in saved
                 dtype = value.dtype if stays else torch.promote_types(value.dtype, torch.float32)
-                self.state[p][name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+                if name in forms.RESTS and dtype == torch.int32:  # the whole numbers of a rest in parts
+                    dtype = torch.int16
+                value = value.detach().to(device=p.device, dtype=dtype, copy=True)
+                self.state[p][name] = laid_out_like(p, value) if value.shape == p.shape else value
                 if name in forms.RESTS and dtype != forms.rest_dtype(p.dtype):
                     del self.state[p][name]  # it belongs to weights of another dtype, which these are not
         for group in self.param_groups:

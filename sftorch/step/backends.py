@@ -7,6 +7,7 @@ be safe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates
+from sftorch.law.parts import Place, indices
 from sftorch.state import forms
 
 Numbers = Sequence[Any]  # of `Move`: Python floats, or 0-d tensors under torch.compile
@@ -58,6 +60,8 @@ class Move(NamedTuple):
         foreach, fused, maximize: the group's options.
         keys: in the lean form the random words of `keys`, else None; new ones in every step.
         kept: for a backend to keep what it makes of tensors that stay from step to step.
+        places: in the lean form where each tensor lies in a larger one, None for one that is whole; empty if
+            all are.
     """
 
     direction: Direction
@@ -72,19 +76,21 @@ class Move(NamedTuple):
     maximize: bool
     keys: Tensor | None
     kept: dict[str, Any]
+    places: Sequence[Place | None] = ()
 
-    def rows(self, indices: list[int]) -> Move:
+    def rows(self, chosen: list[int]) -> Move:
         """Returns the part of a move that concerns some of its parameters."""
 
         def some(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensors[i] for i in indices] if tensors else []
+            return [tensors[i] for i in chosen] if tensors else []
 
         lists: dict[str, Any] = {
             name: some(getattr(self, name)) for name in ("ys", "rests", "xs", "zs", "grads")
         }
         buffers = {name: some(tensors) for name, tensors in self.buffers.items()}
-        keys = None if self.keys is None else self.keys[indices]
-        return self._replace(**lists, buffers=buffers, keys=keys, kept={})
+        keys = None if self.keys is None else self.keys[chosen]
+        places = [self.places[i] for i in chosen] if self.places else ()
+        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places)
 
 
 class Backend(NamedTuple):
@@ -225,7 +231,7 @@ def _run_triton(move: Move, numbers: Numbers) -> None:
 
 # The random bits of a rounding are a function of where and when, without a generator: of a seed, of the
 # parameter's ordinal, its step, the buffer and the element's index in logical order. So they are the same on
-# every device, in any number of threads, and after a resume.
+# every device, in any number of threads, in any layout over processes, and after a resume.
 
 
 def key_of(*words: int) -> tuple[int, int]:
@@ -254,24 +260,28 @@ def _fold(bits: Tensor, shift: int) -> Tensor:
     return bits ^ (torch.bitwise_right_shift(bits, shift) & ((1 << (32 - shift)) - 1))
 
 
-def noise(shape: torch.Size, key: Key, device: torch.device) -> Tensor:
+def noise(shape: torch.Size, key: Key, device: torch.device, at: Place | None = None) -> Tensor:
     """Returns int32 numbers in [0, 65536), one for each element of a shape, as if drawn evenly.
 
     Args:
         shape: of the tensor.
         key: two 32-bit numbers, or int64 tensors of them.
         device: where.
+        at: where the tensor lies in a larger one, whose numbers these are; default None: it is whole.
     """
     # An integer hash of two multiplications (Wellons' lowbias32), with the second word halfway.
-    size = shape.numel()
+    size = shape.numel() if at is None else math.prod(at.shape)
     count = torch.int32 if size < 1 << 31 else torch.int64
-    place = torch.arange(size, dtype=count, device=device).to(torch.int32).view(shape)
+    if at is None:
+        place = torch.arange(size, dtype=count, device=device).to(torch.int32).view(shape)
+    else:
+        place = indices(at, device, count).to(torch.int32).reshape(shape)
     bits = _fold(place * -0x61C88647 + key[0], 16) * 0x7FEB352D
     bits = _fold(bits ^ key[1], 15) * -0x7B935975
     return _fold(bits, 16) & 0xFFFF
 
 
-def rounded(value: Tensor, key: Key) -> Tensor:
+def rounded(value: Tensor, key: Key, at: Place | None = None) -> Tensor:
     """Returns bfloat16 numbers that are a float32 value on average: up as often as it lies above.
 
     Example:
@@ -283,7 +293,7 @@ def rounded(value: Tensor, key: Key) -> Tensor:
         [0.33203125, 0.333984375]
     """
     bits = torch.where(value.isnan(), float("nan"), value).view(torch.int32)
-    upper = torch.bitwise_right_shift(bits + noise(value.shape, key, value.device), 16)
+    upper = torch.bitwise_right_shift(bits + noise(value.shape, key, value.device, at), 16)
     return upper.to(torch.int16).view(torch.bfloat16)
 
 
@@ -303,8 +313,9 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
     lr_t, wd_y, wd_z, k1, beta, *own = numbers
     rests: Sequence[Tensor | None] = move.rests or [None] * len(move.ys)
     compiling = torch.compiler.is_compiling()
-    columns = (move.ys, rests, move.zs, move.grads, move.keys.unbind())
-    for i, (p, rest, gap, grad, words) in enumerate(zip(*columns, strict=True)):
+    places: Sequence[Place | None] = move.places or [None] * len(move.ys)
+    columns = (move.ys, rests, move.zs, move.grads, move.keys.unbind(), places)
+    for i, (p, rest, gap, grad, words, at) in enumerate(zip(*columns, strict=True)):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
         y, wide_gap, grad = forms.join(p, rest), gap.to(torch.float32), grad.to(torch.float32)
         wide = {name: tensors[i].to(torch.float32) for name, tensors in move.buffers.items()}
@@ -313,9 +324,9 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
         delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
         w = wide_gap + beta * delta
         forms.put_halves_(p, rest, y + (k1 * w + (1.0 - beta) * delta))  # S9*
-        gap.copy_(rounded((1.0 - k1) * w, of_p[0]))  # S7
+        gap.copy_(rounded((1.0 - k1) * w, of_p[0], at))  # S7
         for (name, value), key in zip(wide.items(), of_p[1:], strict=True):
-            move.buffers[name][i].copy_(rounded(value, key))
+            move.buffers[name][i].copy_(rounded(value, key, at))
 
 
 def _takes_foreach(move: Move) -> str | None:

@@ -20,11 +20,12 @@ from torch import Tensor
 from sfcore import checks
 from sfcore.averaging import BETAS, DECAYS, coefficients, floats
 from sftorch.law.iterates import as_real
-from sftorch.law.parts import PLAIN, gradients, note_written, parts
+from sftorch.law.parts import PLAIN, gradients, note_written, parts, place
 from sftorch.law.scalars import Clock, next_step
 from sftorch.state import arguments
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
+from sftorch.state.meshes import together
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 from sftorch.step import backends
@@ -74,6 +75,7 @@ class Work:
         scalars: the same as float64 of shape (n,), because torch.compile would compile Python numbers into
             its program, a new one in every step.
         after: the clock after the coming step, with its c and lr_t.
+        is_divided: whether there are DTensors among the parameters and their state.
         may_be_kept: whether it takes little time to see that this stands.
     """
 
@@ -88,46 +90,57 @@ class Work:
         rests = [optimizer._rest] if optimizer._rest in self.states[0] else []
         names = ["gap" if self.is_lean else "z", *rests, *plan.buffers]
         views = {name: viewed((s[name] for s in self.states), self.pairs) for name in names}
+        grads = gradients(self.params)
         move = Move(
             direction=direction,
             ys=viewed(self.params, self.pairs),
             rests=views[rests[0]] if rests else [],
             xs=[] if x is None else viewed(map(x.__getitem__, self.params), self.pairs),
             zs=views[names[0]],
-            grads=viewed(gradients(self.params), self.pairs),
+            grads=viewed(grads, self.pairs),
             buffers={name: views[name] for name in plan.buffers},
             foreach=group["foreach"],
             fused=group["fused"],
             maximize=group["maximize"],
             keys=self._keys(plan) if self.is_lean else None,
             kept={},
+            places=[place(p) for p in self.params] if self.is_lean else (),
         )
         self.parts = backends.assign(move)
         self._buffer = np.array(self.numbers, dtype=np.float64)
         self.scalars = torch.from_numpy(self._buffer)
         # What all of this was made of. A part that is not the move itself has copies of gradients.
-        self._names, grads = names, [p.grad for p in self.params]
+        self._names, self._kinds = names, {type(p.grad) for p in self.params}
         self._held = [*self.params, *(state[name] for name in names for state in self.states)]
+        self.is_divided = not PLAIN.issuperset(map(type, self._held))
+        held = parts(self._held)
         self.may_be_kept = (
             self.parts[0][1] is move
-            and PLAIN.issuperset(map(type, [*self._held, *grads]))
+            and PLAIN.issuperset(map(type, [*held, *grads]))
+            and all(p.grad.layout is torch.strided for p in self.params)  # type: ignore[union-attr]
             # Elsewhere people move state away to free memory, which a plan would hold.
-            and all(t.is_cpu for t in self._held)
+            and all(t.is_cpu for t in held)
+            # Which gradients are DTensors is then known by their type.
+            and (len(self._kinds) == 1 or not self.is_divided)
         )
         self._has_views = self.pairs or any(p.ndim == 0 for p in self.params)
-        self._facts = _facts(self._held, grads) if self.may_be_kept else ()
+        self._facts = _facts(held, grads) if self.may_be_kept else ()
 
     def stands(self, optimizer: DirectedOptimizer, plan: GroupPlan, x: Averages | None) -> bool:
         """Tells whether this does for the coming step, and takes its gradients, its x and its numbers."""
         params, states = self.params, self.states
         grads: list[Any] = [p.grad for p in params]
         if (
-            not PLAIN.issuperset(map(type, grads))
+            not (PLAIN if not self.is_divided else self._kinds).issuperset(map(type, grads))
             or not all(map(is_, map(optimizer.state.get, params), states))
             or not all(map(is_, self._held, [*params, *(s[name] for name in self._names for s in states)]))
             or list(map(_CLOCK, states)).count(self.clock) != len(params)
-            or _facts(self._held, grads) != self._facts
         ):
+            return False
+        held = self._held
+        if self.is_divided:
+            held, grads = parts(held), gradients(params)
+        if _facts(held, grads) != self._facts:
             return False
         ((backend, move),) = self.parts
         move.grads[:] = viewed(grads, self.pairs) if self._has_views else grads
@@ -266,9 +279,13 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
             return plan
         self._plan = None
         self._begin()
-        self._check_settings()
-        arguments.check_gradients(self._params())
-        return self._new_plan([(group, group["params"]) for group in groups], x)
+        with together(self._to_agree()):
+            self._check_settings()
+            arguments.check_gradients(self._params(), or_sparse=not self.law.buffers)
+        with together(self._to_agree()):
+            plan = self._new_plan([(group, group["params"]) for group in groups], x)
+        self._agrees = True
+        return plan
 
     def _new_plan(self, groups: list[tuple[Group, Tensors]], x: Averages | None = None) -> list[GroupPlan]:
         """Returns a plan for parameters of some groups, and makes their state ready."""
@@ -306,7 +323,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
             for work in of_group.works:
                 self._finish_batch(work.batch, work.after)
                 work.clock = work.after.clock
-                if not work.may_be_kept:
+                if work.is_divided:
                     note_written(work.params)
                 for _, move in work.parts:
                     move.grads.clear()
@@ -332,6 +349,6 @@ class YAtRest(DirectedOptimizer, TrainEvalOptimizer):
             self._check_settings()
         if last is not None and last.stands(self, group, [p], None):
             return last
-        arguments.check_gradients([p])
+        arguments.check_gradients([p], or_sparse=not self.law.buffers)
         (plan,) = self._new_plan([(group, [p])])
         return plan

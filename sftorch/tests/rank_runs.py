@@ -105,7 +105,7 @@ def whole(tensor):
 
 def everything(model, optimizer):
     """Returns weights, buffers and state in full, by name."""
-    found = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    found = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     base = getattr(optimizer, "base", None)
     for name, p in model.named_parameters():
         found |= {f"{name} {k}": whole(v) for k, v in optimizer.state[p].items() if k in STATE}

@@ -66,15 +66,13 @@ def test_options_out_of_range_are_refused(make, options, message):
     assert repr(optimizer.param_groups) == before
 
 
-def test_positional_arguments_are_those_of_schedulefree_1_4_1_and_not_of_its_later_order():
+def test_a_number_for_foreach_is_told_where_it_belongs():
     shared = (1e-3, (0.9, 0.999), 1e-8, 0, 0, 0.0, 2.0)  # lr to weight_lr_power
     for make in (sftorch.AdamWScheduleFree, sftorch.AdamWScheduleFreeClosure):
         for foreach in (True, False, None):
             assert make(some_params(), *shared, foreach).param_groups[0]["foreach"] is foreach
         with pytest.raises(HyperparameterError, match=r"foreach must be .*, got 0\.9: .*inner_momentum"):
-            make(some_params(), *shared, 0.9)
-        with pytest.raises(TypeError, match="positional"):
-            make(some_params(), *shared, 0.9, True)
+            make(some_params(), foreach=0.9)
 
 
 def test_all_problems_are_told_at_once():

@@ -107,7 +107,7 @@ def test_the_digest_sees_a_changed_bit():
 
 
 class TestDTensors:
-    """Parameters that lie in parts: no prints, their saved mode is believed."""
+    """Parameters that lie in parts."""
 
     @pytest.fixture
     def mesh(self):
@@ -135,7 +135,7 @@ class TestDTensors:
         self.advance(mesh, model, optimizer, 0, 5)
         getattr(optimizer, mode)()
         weights, state = model.weight.detach().clone(), copy.deepcopy(optimizer.state_dict())
-        assert "x_print" not in state["state"][0]
+        assert {"x_print", "y_print"} <= state["state"][0].keys()
         optimizer.train()
         self.advance(mesh, model, optimizer, 5, 8)
         other, resumed = self.build(mesh, 1, dtype)
@@ -165,11 +165,6 @@ class TestDTensors:
             other.step()
         assert torch.equal(model.weight.to_local(), whole)
         assert torch.equal(optimizer.state[model.weight]["y_rest"].to_local(), other.state[whole]["y_rest"])
-
-    def test_the_lean_form_refuses_them(self, mesh):
-        model, _ = self.build(mesh, 0, torch.bfloat16)
-        with pytest.raises(ValueError, match="precision must be 'exact' for DTensor parameters"):
-            sftorch.AdamWScheduleFree(model.parameters(), precision="lean")
 
     def test_a_checkpoint_of_one_process_holds_them_whole(self, mesh, tmp_path):
         model, optimizer = self.build(mesh, 0)

@@ -32,6 +32,7 @@ def test_a_resumed_run_ends_in_the_same_bits(case, tmp_path):
     assert saved_run(folder, case) == resume_and_finish(folder)
 
 
+@pytest.mark.slow
 def test_so_it_does_in_a_fresh_process(tmp_path):
     expected = {str(case): saved_run(tmp_path / str(case), case) for case in CASES}
     command = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import schedulefree
 import torch
 
 import sftorch
@@ -82,7 +83,38 @@ def test_maximize_ascends(kind, table, foreach):
     assert_is(params, run.y if table is CLASSES else run.x)
 
 
-@pytest.mark.parametrize("make", EVERY)
+SGDS = [sftorch.SGDScheduleFree, sftorch.SGDScheduleFreeClosure]
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("make", SGDS)
+def test_sgd_takes_sparse_gradients_as_if_they_were_dense(make, foreach):
+    """As upstream's does; the closure forms too."""
+    ends = []
+    for build in (make, getattr(schedulefree, make.__name__)):
+        for sparse in (True, False):
+            torch.manual_seed(0)
+            table, out = torch.nn.Embedding(5, 2, sparse=sparse), torch.nn.Linear(2, 2)
+            params = [*table.parameters(), *out.parameters()]
+            optimizer = build(params, lr=0.1, warmup_steps=2, foreach=foreach)
+            getattr(optimizer, "train", bool)()
+
+            def closure(table=table, out=out, optimizer=optimizer, sparse=sparse):
+                optimizer.zero_grad()
+                loss = out(table(torch.tensor([1, 3, 3]))).square().sum()
+                loss.backward()
+                assert table.weight.grad.is_sparse == sparse
+                return loss
+
+            for _ in range(6):
+                optimizer.step(closure)
+            ends.append(copies(params))
+    assert same_bits(ends[0], ends[1])
+    for ours, theirs in zip(ends[0], ends[2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [make for make in EVERY if make not in SGDS])
 def test_sparse_gradients_are_refused_before_anything_changes(make):
     dense, table = torch.nn.Linear(2, 2), torch.nn.Embedding(5, 2, sparse=True)
     params = [*dense.parameters(), *table.parameters()]

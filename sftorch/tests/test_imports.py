@@ -148,6 +148,7 @@ def test_the_compiler_is_not_imported_before_somebody_compiles():
     assert ran(LIFE + "print(json.dumps(seen))") == [True, True]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_compiled_later_is_passed_over_as_one_that_was_before():
     later = """
 step = torch.compile(optimizer.step, backend="eager")

@@ -9,6 +9,9 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import sftorch
 from sfcore.checks import HyperparameterError
@@ -578,3 +581,61 @@ def test_a_step_inside_backward_keeps_the_plan_of_each_parameter():
         if handle is not None:
             handle.remove()
     assert_same_runs(*ends)
+
+
+class TestDTensors:
+    """A plan of parameters in parts, with new gradients in every step."""
+
+    @pytest.fixture
+    def mesh(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        dist.destroy_process_group()
+
+    def divided(self, mesh, tensor):
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    def run(self, mesh, happens, gradient, anew=False):
+        """Returns an optimizer after a run, and which of its steps used the plan of the one before."""
+        whole = some_params(torch.float32, [(4, 4), (3,)])
+        params = [torch.nn.Parameter(self.divided(mesh, p.detach())) for p in whole]
+        optimizer, kept = sftorch.AdamWScheduleFree(params, lr=STEP_SIZE), []
+        for number, of_step in enumerate(some_grads(STEPS, whole)):
+            for p, g in zip(params, of_step, strict=True):
+                p.grad = gradient(g)
+            if number == AT:
+                happens(optimizer, params)
+            before = optimizer._plan
+            if anew:
+                optimizer._plan = None
+            optimizer.step()
+            kept.append(before is not None and optimizer._plan is before)
+        tensors, numbers = everything(optimizer)
+        return [t.to_local() for t in tensors], numbers, kept
+
+    def assert_is_that_of_new_plans(self, mesh, happens, gradient):
+        tensors, numbers, kept = self.run(mesh, happens, gradient)
+        others, other_numbers, never = self.run(mesh, happens, gradient, anew=True)
+        assert not any(never)
+        assert numbers == other_numbers
+        assert same_bits(tensors, others)
+        return kept
+
+    def test_it_is_kept_from_the_second_step_on(self, mesh):
+        kept = self.assert_is_that_of_new_plans(mesh, nothing, lambda g: self.divided(mesh, g))
+        assert kept == [False] + [True] * (STEPS - 1)
+
+    def test_it_is_kept_with_gradients_that_are_redistributed(self, mesh):
+        kept = self.assert_is_that_of_new_plans(
+            mesh, nothing, lambda g: DTensor.from_local(g, mesh, [Partial()], run_check=False)
+        )
+        assert kept == [False] + [True] * (STEPS - 1)
+
+    @pytest.mark.parametrize("what", ["p", "z"])
+    def test_a_part_that_lies_elsewhere_makes_it_anew(self, mesh, what):
+        def moved(optimizer, params):
+            tensor = params[0] if what == "p" else optimizer.state[params[0]]["z"]
+            tensor._local_tensor = tensor._local_tensor.clone()
+
+        kept = self.assert_is_that_of_new_plans(mesh, moved, lambda g: self.divided(mesh, g))
+        assert kept == [False] + [number != AT for number in range(1, STEPS)]

@@ -172,6 +172,20 @@ def test_copied_together_model_and_optimizer_go_on_by_themselves():
     assert same(other.state_dict(), x)  # the handle is that of the first
 
 
+def test_what_is_written_to_the_state_dict_of_a_copy_reaches_it():
+    """As timm's ModelEmaV2 and V3 do."""
+    model, optimizer = built()
+    with sftorch.ship_x(model, optimizer):
+        twin, plain = copy.deepcopy(model), Net()
+        plain.load_state_dict(model.state_dict())
+        go(model, optimizer, 8, 10)
+        for one in (twin, plain):
+            for average, new in zip(one.state_dict().values(), model.state_dict().values(), strict=True):
+                average.copy_((average + new) / 2)
+        assert same(twin.state_dict(), plain.state_dict())
+        assert not same(twin.state_dict(), model.state_dict())
+
+
 def test_averaged_models_average_x():
     model, optimizer = built()
     with sftorch.ship_x(model, optimizer):

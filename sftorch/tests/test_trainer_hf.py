@@ -129,7 +129,7 @@ def test_x_is_not_y(whole):
     assert not any(torch.equal(a, b) for a, b in zip(stored, x, strict=False))
 
 
-@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_run_that_was_interrupted_ends_in_the_same_bits(whole, step, tmp_path):
     finished, witness, _, kind = whole
     trainer(tmp_path, kind, [StopAt(step)]).train()

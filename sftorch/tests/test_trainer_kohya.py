@@ -5,16 +5,19 @@ Facts are from kohya-ss/sd-scripts, library/optimizer.py and train_network.py as
 
 import ast
 import importlib
+import re
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+import sftorch
 from sfcore import plan
 from sfcore.checks import HyperparameterError
 from sftorch.tests.accelerators import fresh_accelerate  # noqa: F401
-from sftorch.tests.pages import blocks, flags
+from sftorch.tests.pages import DOCS, blocks, flags
+from sftorch.trainers import sd_scripts
 
 ARGS = ("weight_decay=0.01", "betas=(0.9,0.99)", "warmup_steps=5")
 UPDATES, ACCUMULATE = 12, 8
@@ -232,3 +235,43 @@ def test_the_flags_of_the_page_build_the_optimizer_that_it_describes():
         )
         assert (command["--lr_scheduler"], command["--lr_warmup_steps"]) == (["constant"], ["0"])
     assert commands[1]["--network_weights"] == ["last.safetensors"]
+
+
+def test_weights_that_are_scaled_behind_the_optimizer_corrupt_x():
+    """As --scale_weight_norms does; x is the plain average of z here."""
+    for limit in (None, 0.5):
+        p = torch.nn.Parameter(torch.tensor([2.0, 1.0]))
+        optimizer = sftorch.SGDScheduleFree([p], lr=0.1, weight_lr_power=0.0)
+        z = []
+        for _ in range(5):
+            p.grad = p.detach() - torch.tensor([1.0, -1.0])
+            optimizer.step()
+            z.append(optimizer.state[p]["z"].clone())
+            if limit is not None:
+                p.data.mul_(min(1.0, limit / float(p.data.norm())))
+        gap = (optimizer.eval_params()[p] - torch.stack(z).mean(0)).abs().max()
+        assert gap < 1e-6 if limit is None else gap > 0.1
+
+
+NAMED = re.compile(r"`(test_\w+)`")
+
+
+def test_every_section_of_the_pages_names_its_tests_and_they_are_there():
+    root = DOCS.parent
+    there = {
+        name
+        for package in ("sfcore", "sftorch")
+        for path in (root / package / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    page, patch = ((DOCS / name).read_text(encoding="utf-8") for name in ("kohya.md", "kohya-patch.md"))
+    sections = re.split(r"^#+ .*$", page, flags=re.MULTILINE)[1:]
+    assert all(NAMED.search(section) for section in sections)
+    named = {*NAMED.findall(page), *NAMED.findall(patch)}
+    assert named - there == set()
+    assert len(named) > 20
+
+
+def test_the_page_of_the_patch_has_it_as_it_is_applied():
+    (diff,) = blocks("kohya-patch.md", "diff")
+    assert diff == sd_scripts.PATCH.read_text(encoding="utf-8")

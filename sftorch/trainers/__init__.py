@@ -1,7 +1,7 @@
-"""sftorch inside the trainers that people use: `hf` for transformers, `lightning` for Lightning.
+"""sftorch inside the trainers that people use: `hf` (transformers), `lightning`, `fastai`, `sd_scripts`.
 
 Each framework is imported by its own module only, when that is first used. accelerate needs nothing but
-`unwrap`; sd-scripts (Kohya_SS) needs nothing, see docs/kohya.md.
+`unwrap`; sd-scripts (Kohya_SS) needs nothing to train, see docs/kohya.md, and `sd_scripts` to resume.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from sftorch.state.modes import TrainEvalOptimizer
 __all__ = ["flat_metrics", "unwrap"]
 
 if TYPE_CHECKING:
+    from sftorch.trainers import fastai as fastai
     from sftorch.trainers import hf as hf
     from sftorch.trainers import lightning as lightning
+    from sftorch.trainers import sd_scripts as sd_scripts
 else:  # a type checker would take it for leave to use any name
-    __getattr__, __dir__ = _on_demand(globals(), ("hf", "lightning"))
+    __getattr__, __dir__ = _on_demand(globals(), ("fastai", "hf", "lightning", "sd_scripts"))
 
 
 def unwrap(optimizer: object) -> TrainEvalOptimizer:
     """Returns the sftorch optimizer inside a trainer's wrapper, with all of its methods.
 
     Args:
-        optimizer: one of sftorch's, or what accelerate, Lightning or DeepSpeed made of it.
+        optimizer: one of sftorch's, or what accelerate, Lightning, DeepSpeed or fastai made of it.
 
     Raises:
         TypeError: if there is none of sftorch's with train and eval mode inside.
@@ -39,8 +41,8 @@ def unwrap(optimizer: object) -> TrainEvalOptimizer:
     """
     inner = optimizer
     # Lightning's wrapper is an instance of the class it wraps, with a __dict__ of its own.
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
+    while (held := getattr(inner, "optimizer", getattr(inner, "opt", None))) is not None:
+        inner = held
     if not isinstance(inner, TrainEvalOptimizer):
         kind = type(inner)
         raise TypeError(

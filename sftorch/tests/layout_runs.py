@@ -1,0 +1,177 @@
+"""The same gradients on parameters in many layouts, for test_layouts.py: weights, state and prints of each.
+
+Started by `sftorch.tests.ranks` in two processes or in four, which is as many shards as there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import sftorch
+
+OPTIMIZERS = {
+    "sgd": (sftorch.SGDScheduleFree, {"lr": 0.3, "weight_decay": 0.01}),
+    "adamw": (sftorch.AdamWScheduleFree, {"lr": 0.05, "weight_decay": 0.1}),
+    # Rectified from the seventh step on, plain SGD before.
+    "radam": (sftorch.RAdamScheduleFree, {"lr": 0.05, "betas": (0.9, 0.9), "silent_sgd_phase": False}),
+}
+PRECISIONS = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "float16": (torch.float16, {"foreach": False}),  # foreach rounds otherwise, in one process too
+    "lean": (torch.bfloat16, {"precision": "lean"}),
+}
+STEPS = {"sgd": 4, "adamw": 4, "radam": 8}
+
+
+class Net(nn.Module):
+    """Shards of different sizes, and none at all for some processes; more than one chunk of a print."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 1)
+
+
+def net(dtype: torch.dtype) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.dtype == torch.int16:  # which gloo does not gather
+        tensor = tensor.to(torch.int32)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def digest(tensor: torch.Tensor) -> str:
+    value = whole(tensor).contiguous()
+    return hashlib.sha256(value.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def tensor_parallel(model: Net, mesh: Any) -> None:
+    parallelize_module(model, mesh, {"a": ColwiseParallel(), "b": RowwiseParallel()})
+
+
+def layouts(world: int) -> dict[str, Callable[[Net], None]]:
+    """Returns what divides a model, by name; `1` has it whole."""
+    flat = init_device_mesh("cpu", (world,))
+    found: dict[str, Callable[[Net], None]] = {
+        "1": lambda model: None,
+        f"fsdp {world}": lambda model: _fsdp(model, flat),
+        f"tp {world}": lambda model: tensor_parallel(model, flat),
+    }
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+
+        def both(model: Net) -> None:
+            tensor_parallel(model, mesh["model"])
+            _fsdp(model, mesh["data"])
+
+        found |= {"hsdp 2 x 2": lambda model: _fsdp(model, mesh), "tp 2 x fsdp 2": both}
+    return found
+
+
+def _fsdp(model: Net, mesh: Any) -> None:
+    for layer in (model.a, model.b):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def scalar(model: Net, dtype: torch.dtype) -> nn.Parameter:
+    """Returns a 0-d parameter that lies whole on every process, as a DTensor if the model has some."""
+    value = torch.tensor(0.7, dtype=dtype)
+    p = next(model.parameters())
+    if isinstance(p, DTensor):
+        return nn.Parameter(distribute_tensor(value, p.device_mesh, [Replicate()] * p.device_mesh.ndim))
+    return nn.Parameter(value)
+
+
+def run(divide: Callable[[Net], None], kind: str, precision: str) -> dict[str, Any]:
+    """Returns the digests of weights and state after some steps, at y and at x, and the prints."""
+    dtype, chosen = PRECISIONS[precision]
+    make, options = OPTIMIZERS[kind]
+    model = net(dtype)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    divide(model)
+    model.scale = scalar(model, dtype)
+    shapes["scale"] = torch.Size()
+    model.register_parameter("plain", nn.Parameter(torch.full((3,), 0.5, dtype=dtype)))  # beside DTensors
+    shapes["plain"] = torch.Size([3])
+    params = dict(model.named_parameters())
+    optimizer = make(list(params.values()), **options, **chosen)
+    random = torch.Generator().manual_seed(1)
+    for _ in range(STEPS[kind]):
+        for name, shape in shapes.items():
+            grad, p = torch.randn(shape, generator=random).to(dtype), params[name]
+            if isinstance(p, DTensor):
+                grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
+            p.grad = grad
+        optimizer.step()
+    found: dict[str, Any] = {}
+    for name, p in params.items():
+        found[f"{name} y"] = digest(p)
+        state = optimizer.state[p]
+        found |= {f"{name} {key}": digest(v) for key, v in state.items() if isinstance(v, torch.Tensor)}
+    found |= {f"{name} x": digest(value) for name, value in optimizer.eval_state_dict(model).items()}
+    saved = optimizer.state_dict()["state"]
+    found |= {f"{i} {key}": state[key] for i, state in saved.items() for key in ("x_print", "y_print")}
+    optimizer.eval()
+    found |= {f"{name} in eval mode": digest(p) for name, p in params.items()}
+    optimizer.train()
+    found |= {f"{name} back": digest(p) for name, p in params.items()}
+    return found
+
+
+def large(world: int) -> dict[str, Any]:
+    """Returns the prints of a tensor of several chunks in each layout, rows and columns cut unevenly."""
+    from sftorch.state import prints
+
+    mesh = init_device_mesh("cpu", (world,))
+    value = torch.randn(1031, 517, generator=torch.Generator().manual_seed(2))
+    found = {"whole": prints.take([value])}
+    for dim in (0, 1):
+        found[f"cut along {dim}"] = prints.take([distribute_tensor(value, mesh, [Shard(dim)])])
+    cut = distribute_tensor(value, mesh, [Shard(1)])
+    with torch.no_grad():
+        if dist.get_rank() == world - 1:
+            cut.to_local()[500, 3] += 1.0
+    found["changed"] = prints.take([cut])
+    return found
+
+
+def distances(world: int) -> dict[str, float]:
+    """Returns the norm of x - z of one parameter in each layout."""
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for name, dim in (("whole", None), ("rows", 0), ("columns", 1)):
+        start, grad = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(3))
+        p = nn.Parameter(start if dim is None else distribute_tensor(start, mesh, [Shard(dim)]))
+        optimizer = sftorch.SGDScheduleFree([p], lr=0.3)
+        for _ in range(3):
+            p.grad = grad if dim is None else distribute_tensor(grad, mesh, [Shard(dim)])
+            optimizer.step()
+        found[name] = optimizer.metrics(distance=True)[0]["x_z_distance"]
+    return found
+
+
+def main(rank: int, folder: Path, *kinds: str) -> dict[str, Any]:
+    world = dist.get_world_size()
+    found = {
+        (name, kind, precision): run(divide, kind, precision)
+        for name, divide in layouts(world).items()
+        for kind in kinds
+        for precision in PRECISIONS
+    }
+    return {"runs": found, "large": large(world), "distances": distances(world)}
