@@ -107,6 +107,7 @@ def test_so_does_one_with_parts_along_several_axes(ranks, saved, of, to):
 FORMS = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
+    "lean": {"dtype": "bfloat16", "precision": "lean"},
     "wrapper": {"wrapper": True},
     "x is stored": {"betas": [0.0, 0.999]},
     "momentum": {"inner_momentum": 0.8},
