@@ -1,7 +1,7 @@
 """Cuts training runs at random, saves in flight, until they have had enough; then lets them end and compares
 them with the run that was never cut.
 
-- kills: one long run, the example's, under SIGKILL at random moments.
+- kills: one long run, the example's, under SIGKILL at random moments; with --ranks of several processes.
 - programs: random short programs under SIGKILL and under KeyboardInterrupt at random moments and lines.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import _records, storm_programs
+from benchmarks import _records, storm_programs, storm_ranks
 from sfcore.lock import LOCK
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -135,13 +135,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--programs", type=int, default=200, help="of each framework; default: 200")
     parser.add_argument("--first", type=int, default=0, help="number of the first program; default: 0")
     parser.add_argument("--seed", type=int, default=0, help="of programs and moments; default: 0")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes of the run that is killed; default: 1"
+    )
     parser.add_argument("--life", type=float, help=f"seconds an attempt lives at most; default: {LIFE}")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write DIR/storm.jsonl; default: print only"
     )
     arguments = parser.parse_args(argv)
     tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and one that is killed may hold it
-    storms = {"kills": _kills, "programs": _programs}[arguments.kind]
+    kills = _kills if arguments.ranks == 1 else _kills_of_ranks
+    storms = {"kills": kills, "programs": _programs}[arguments.kind]
     rows = [storms(framework, arguments) for framework in arguments.framework or tuple(LIFE)]
     return 0 if all(rows) else 1
 
@@ -155,6 +159,22 @@ def _kills(framework: str, arguments: argparse.Namespace) -> bool:
         )
     settings = {"steps": arguments.steps, "seed": arguments.seed, "life": arguments.life or LIFE[framework]}
     _report(framework, settings | found, arguments.out)
+    enough = found["kills"] == arguments.kills
+    return found["same bits"] is True and not found["leftovers"] and enough
+
+
+def _kills_of_ranks(framework: str, arguments: argparse.Namespace) -> bool:
+    # Once, here: an attempt is a fork, and starts at once.
+    __import__({"torch": "sftorch.checkpoint", "jax": "sfjax.checkpoint"}[framework])
+    if framework == "torch":
+        __import__("torch.distributed.fsdp")
+    life = arguments.life or storm_ranks.LIFE[framework]
+    with tempfile.TemporaryDirectory() as folder:
+        found = storm_ranks.storm(
+            framework, arguments.ranks, arguments.kills, arguments.steps, arguments.seed, Path(folder), life
+        )
+    settings = {"ranks": arguments.ranks, "steps": arguments.steps, "seed": arguments.seed, "life": life}
+    _report(f"{arguments.ranks} ranks {framework}", settings | found, arguments.out)
     enough = found["kills"] == arguments.kills
     return found["same bits"] is True and not found["leftovers"] and enough
 

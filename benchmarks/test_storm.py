@@ -28,6 +28,20 @@ def test_ten_kills_change_no_bit_and_leave_nothing_behind(framework, tmp_path):
     assert (row["part"], row["kills"], row["same bits"], row["leftovers"]) == (framework, 10, True, [])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("framework", "steps"), [("torch", 300), ("jax", 60)])
+def test_ten_kills_of_two_ranks_change_no_bit_and_leave_nothing_behind(framework, steps, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "storm", "--ranks", "2"]
+    options = ["--framework", framework, "--kills", "10", "--steps", str(steps), "--seed", "1"]
+    done = subprocess.run(
+        [*command, *options, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tmp_path / "storm.jsonl").read_text())
+    assert (row["kills"], row["same bits"], row["leftovers"]) == (10, True, [])
+
+
 @pytest.mark.parametrize(
     ("framework", "count"),
     [("torch", 3), pytest.param("torch", 60, marks=SLOW), pytest.param("jax", 12, marks=SLOW)],

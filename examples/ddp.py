@@ -4,7 +4,8 @@
     python examples/ddp.py          the same run in one process, to compare
 
 DDP gives every process the same mean gradient, so all of them take the same step from the same weights:
-there is no state to exchange. All restore; one saves.
+there is no state to exchange. All of them restore and save: rank 0 writes what they have in common, and each
+its own random states.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def train(folder: Path, steps: int, every: int, rank: int, world: int) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if rank == 0 and step % every == 0:
+            if step % every == 0:
                 checkpoints.save(model, optimizer)
     with optimizer.evaluation(), torch.no_grad():
         hits = model(torch.from_numpy(digits.test_images)).argmax(-1) == torch.from_numpy(digits.test_labels)

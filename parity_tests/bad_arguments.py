@@ -316,6 +316,7 @@ FOLDER: dict[str, Sequence[Any]] = KEPT | {
     "folder": (*NO_PATH, None),
     "background": (*NO_FLAG, None),
     "wait_for_writer": (INF, *NO_SECONDS, None),
+    "wait_for_ranks": (INF, 0, *NO_SECONDS, None),
 }
 PLACE: dict[str, Sequence[Any]] = {
     "epoch": (*NO_COUNT, None),
@@ -335,6 +336,7 @@ TABLE = [
         signals=(3, "x", NAN, [], [-1], [9], ["SIGTERM"], None),
         patience=(*NO_SECONDS, None),
         grace=(*NO_SECONDS, None),
+        ranks=(3, "all", [0, 1]),
     ),
     *rows(
         "sfcore.watch.Recorder.add",
@@ -389,6 +391,7 @@ TABLE = [
         tensors=(*NO_MAPPING, None),
         metadata=NO_MAPPING,
         sealed=(*NO_FLAG, None),
+        places=NO_MAPPING,
     ),
     *rows("sfcore.exchange.fingerprint", TypeError, tensors=(*NO_MAPPING, None)),
     *rows("sfcore.exchange.of_role", TypeError, tensors=(*NO_MAPPING, None), role=(*NO_TEXT, None)),

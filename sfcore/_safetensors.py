@@ -114,6 +114,29 @@ def read(path: Path) -> dict[str, np.ndarray]:
         return {name: _read_leaf(file, name, header[name], start, size) for name in header}
 
 
+class Opened:
+    """A file whose header was read and checked; its leaves are read one by one.
+
+    Attributes:
+        names: of the leaves.
+
+    Raises:
+        Damaged, OSError, ImportError: as `read`.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        with open(path, "rb") as file:
+            self._size = os.fstat(file.fileno()).st_size
+            self._header, self._start = _read_header(file, self._size)
+        self.names = list(self._header)
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one leaf, as a new array."""
+        with open(self._path, "rb") as file:
+            return _read_leaf(file, name, self._header[name], self._start, self._size)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Returns the text of a file's header, {} if it has none; raises as `read`."""
     with open(path, "rb") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def write_tensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
     sealed: bool = False,
+    places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a safetensors file, synced to the disk; returns leaf -> `describe(leaf)` to read it back by.
 
@@ -102,6 +103,7 @@ def write_tensors(
         metadata: text for the file's header, such as {"format": "pt"}.
         sealed: let the header say what is returned, for a file that is read without a record: "leaves" is
             that as JSON, and "crc32" the CRC-32 of all the header's text. Default False.
+        places: leaf -> `sfcore.shards.Place`, of those that are pieces of an array.
 
     Raises:
         CheckpointError: naming the first leaf whose dtype cannot be stored; nothing is written then.
@@ -113,9 +115,12 @@ def write_tensors(
         tensors=(checks.MAPPING, tensors),
         metadata=(checks.optional(checks.MAPPING), metadata),
         sealed=(checks.FLAG, sealed),
+        places=(checks.optional(checks.MAPPING), places),
     )
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
     record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
+    for leaf, place in (places or {}).items():
+        record[leaf] |= place.as_record()
     if sealed:
         text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
         metadata = text | {_CRC: str(crc_of(text))}
@@ -150,7 +155,7 @@ def _as_record(path: Path, text: str) -> dict[str, Any]:
         record = None
     known = {"dtype", "shape", "crc32"}
     if not isinstance(record, dict) or any(
-        not isinstance(one, dict) or set(one) != known for one in record.values()
+        not isinstance(one, dict) or set(one) - {"start", "of", "leaf"} != known for one in record.values()
     ):
         raise CheckpointError(
             f"{path} is damaged: {_LEAVES!r} in its header must be a record of leaves; {OLDER}"
@@ -198,14 +203,37 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     record = read_header(path)[1] if record is None else record
     if record is None:
         return stored
-    unknown = set(stored) - set(record)
-    missing = set(record) - set(stored)
-    if unknown or missing:
-        raise CheckpointError(f"{path} is damaged: {_difference(missing, unknown)}; {OLDER}")
+    _check_names(path, stored, record)
     found = {leaf: _from_stored(stored[leaf], described["dtype"]) for leaf, described in record.items()}
     for leaf, array in found.items():
         check_leaf(path, leaf, array, record[leaf])
     return found
+
+
+def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
+    """Returns what reads one leaf of a safetensors file and holds it against the record.
+
+    Raises:
+        CheckpointError: as `read_tensors`; of a leaf's content when that is read.
+    """
+    with reading(path):
+        opened = _safetensors.Opened(path)
+    _check_names(path, opened.names, record)
+
+    def read(leaf: str) -> np.ndarray:
+        with reading(path):
+            found = _from_stored(opened.read(leaf), record[leaf]["dtype"])
+        check_leaf(path, leaf, found, record[leaf])
+        return found
+
+    return read
+
+
+def _check_names(path: Path, stored: Iterable[str], record: Mapping[str, Any]) -> None:
+    unknown = set(stored) - set(record)
+    missing = set(record) - set(stored)
+    if unknown or missing:
+        raise CheckpointError(f"{path} is damaged: {_difference(missing, unknown)}; {OLDER}")
 
 
 def check_metadata(path: Path, expected: Mapping[str, str]) -> None:

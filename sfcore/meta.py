@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sfcore.checks import hint
 from sfcore.exchange import OLDER, CheckpointError, crc_of
 
 FORMAT = "schedulefree-twin"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 is written where there is nothing that its readers do not know
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Meta:
         recent: what the last steps did, for the watch after a restart; see `sfcore.watch`.
         versions: package -> version.
         extra: JSON of the user's own; keys that are no strings come back as strings, tuples as lists.
+        ranks: of a run of several processes, what each had otherwise than rank 0 of "epoch", "position",
+            "extra" and "recent"; [] of one process.
     """
 
     framework: str
@@ -58,6 +60,7 @@ class Meta:
     recent: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Returns the JSON text; it carries a CRC-32 of itself, so that a changed byte is noticed.
@@ -69,6 +72,9 @@ class Meta:
         try:
             # There and back, because the CRC must be that of what a reader will see.
             own = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+            if not self.ranks:
+                own["format_version"] = 1
+                del own["ranks"]
             body = json.loads(json.dumps(own, default=_plain))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"meta must be JSON: {error}; arrays go among the tensors") from error
@@ -102,6 +108,18 @@ class Meta:
             if name not in body and of.default is MISSING and of.default_factory is MISSING:
                 raise CheckpointError(f"{source} must have the key {name!r}, got none")
         return cls(**{name: value for name, value in body.items() if name in known})
+
+
+def of_rank(meta: Meta, rank: int) -> Meta:
+    """Returns the record as one rank wrote it: with its own place in the data and its own extra.
+
+    Example:
+        >>> from sfcore.meta import Meta, of_rank
+        >>> meta = Meta("torch", "sgd", 3, position=4, ranks=[{}, {"position": 5}])
+        >>> of_rank(meta, 1).position, of_rank(meta, 0).position
+        (5, 4)
+    """
+    return replace(meta, **meta.ranks[rank]) if rank < len(meta.ranks) else meta
 
 
 def as_place(step: Any, epoch: Any, position: Any, metrics: Any = None, extra: Any = None) -> dict[str, Any]:

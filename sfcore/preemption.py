@@ -27,6 +27,8 @@ from typing import Any
 
 from sfcore import checks
 from sfcore.checks import HyperparameterError, Rule
+from sfcore.exchange import CheckpointError
+from sfcore.ranks import Ranks
 
 EXIT_SAVED = 75
 EXIT_UNSAVED = 74
@@ -40,6 +42,8 @@ _SIGNALS = Rule(
     lambda v: isinstance(v, Collection) and all(isinstance(one, int) for one in v),
     "(signal.SIGTERM, signal.SIGINT) is usual",
 )
+_RANKS = checks.optional(checks.kind_of("a sfcore.ranks.Ranks", Ranks, "Checkpoints.ranks is one"))
+_GLANCE = 0.2  # seconds between two looks for a signal to another rank
 _active: Preemption | None = None
 _exit_code: int | None = None
 
@@ -53,6 +57,9 @@ class Preemption:
         signals: which ones, default SIGTERM and SIGINT (Ctrl-C).
         patience: seconds to wait for an update to end before giving up on a save, >= 0, default 25:
             schedulers usually send SIGKILL after 30.
+        ranks: the processes of a run of several, `Checkpoints.ranks`, default this one alone: a signal to any
+            of them saves on all, after the same update, and ends all. Every rank then makes the same calls of
+            `updating`.
         grace: seconds in which the main thread may leave the block (through its `finally` clauses) after
             the save before the process is ended under it, >= 0, default 5. One in a long C call cannot.
 
@@ -78,6 +85,7 @@ class Preemption:
         signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT),
         patience: float = 25.0,
         grace: float = 5.0,
+        ranks: Ranks | None = None,
     ):
         checks.require(
             HyperparameterError,
@@ -85,6 +93,7 @@ class Preemption:
             signals=(_SIGNALS, signals),
             patience=(checks.SECONDS, patience),
             grace=(checks.SECONDS, grace),
+            ranks=(_RANKS, ranks),
         )
         if not signals:
             raise HyperparameterError(
@@ -97,6 +106,7 @@ class Preemption:
             )
         self._save, self._signals = save, tuple(dict.fromkeys(signals))
         self._patience, self._grace = min(patience, threading.TIMEOUT_MAX), min(grace, threading.TIMEOUT_MAX)
+        self._ranks = (ranks or Ranks()).named("preemption", limit=2 * self._patience + 5.0)
         self._reset()
 
     def _reset(self) -> None:
@@ -107,6 +117,10 @@ class Preemption:
         self._inside = 0
         self._update = threading.RLock()
         self._decided, self._left = threading.Event(), threading.Event()
+        # Of several ranks: how many updates were begun and ended here, and after which all of them save.
+        self._begun = self._ended = 0
+        self._gate, self._agreed = threading.Condition(), False
+        self._last_update: int | None = None
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -114,13 +128,15 @@ class Preemption:
 
         Hold it around everything that changes what `save` reads: the update, in torch the whole micro-batch
         (gradients and random states), `optimizer.train()` and `eval()`, and every other save. Do not hold
-        it while compiling or evaluating: the save would wait for that.
+        it while compiling or evaluating: the save would wait for that. In JAX on several processes do hold it
+        around all that their devices compute together, because a save does too.
 
         Raises:
             SystemExit: if a signal came, after the save.
         """
         # The save's own thread may hold it too: there it must not wait for itself.
-        if self.requested and not self._inside and threading.current_thread() is not self._thread:
+        is_outer = not self._inside and threading.current_thread() is not self._thread
+        if is_outer and not self._may_begin():
             self._decided.wait()
             raise SystemExit(self._code)
         with self._update:
@@ -129,6 +145,21 @@ class Preemption:
                 yield
             finally:
                 self._inside -= 1
+                if is_outer:
+                    with self._gate:
+                        self._ended += 1
+                        self._gate.notify_all()
+
+    def _may_begin(self) -> bool:
+        """Tells whether an update may begin; of several ranks some may have begun it when the signal came."""
+        with self._gate:
+            if self._ranks.count == 1:
+                return not self.requested
+            self._gate.wait_for(lambda: self._last_update is None or self._agreed)
+            if self._last_update is not None and self._begun >= self._last_update:
+                return False
+            self._begun += 1
+            return True
 
     def __enter__(self) -> Preemption:
         global _active, _exit_code
@@ -191,8 +222,16 @@ class Preemption:
 
     def _watch(self) -> None:
         """Waits for a signal's number; passes on what belongs to others, such as asyncio."""
+        if self._ranks.count > 1:
+            self._receiver.settimeout(_GLANCE)
         while True:
-            numbers = self._receiver.recv(64)
+            try:
+                numbers = self._receiver.recv(64)
+            except TimeoutError:
+                if self._ranks.is_called():
+                    self._stop(self._signals[0])
+                    return
+                continue
             if self._outer_fd != -1:
                 _pass_on(self._outer_fd, numbers.replace(_CLOSE, b""))
             ours = [number for number in numbers if number in self._signals]
@@ -207,22 +246,47 @@ class Preemption:
         global _exit_code
         self.requested = True
         _log.warning("%s: saving before the end", _name(number))
-        # Never released: what was saved is what the program ends with.
-        if self._update.acquire(timeout=self._patience):
-            self._code = self._try_to_save()
-        else:
-            _log.error(
-                "not saved: the update did not end within %s s; the newest checkpoint counts. Exit code %d",
-                self._patience,
-                EXIT_UNSAVED,
-            )
+        try:
+            self._wait_for_update()
+        except CheckpointError as error:
+            _log.error("not saved: %s; the newest checkpoint counts. Exit code %d", error, EXIT_UNSAVED)
             self._code = EXIT_UNSAVED
+        else:
+            self._code = self._try_to_save()
         _exit_code = self._code
         self._decided.set()
         _interrupt_main_thread(number)
         if not self._left.wait(self._grace):
             _flush()
             os._exit(self._code)
+
+    def _wait_for_update(self) -> None:
+        """Waits for the update to end, of several ranks for the last that any of them has begun.
+
+        Raises:
+            CheckpointError: if it does not, within `patience`.
+        """
+        if self._ranks.count > 1:
+            with suppress(RuntimeError):  # then nobody answers
+                self._ranks.call()
+            with self._gate:
+                begun = self._last_update = self._begun  # from here on none begins
+            told = [begun]
+            try:
+                _, told = self._ranks.agree("stop", lambda: begun, tell=int)
+            finally:
+                with self._gate:
+                    self._last_update, self._agreed = max(told), True
+                    self._gate.notify_all()
+        self._ranks.agree("end its update", self._hold_update)
+
+    def _hold_update(self) -> None:
+        last = self._last_update
+        with self._gate:
+            ended = last is None or self._gate.wait_for(lambda: self._ended >= last, self._patience)
+        # Never released: what was saved is what the program ends with.
+        if not ended or not self._update.acquire(timeout=self._patience):
+            raise CheckpointError(f"the update did not end within {self._patience:g} s")
 
     def _try_to_save(self) -> int:
         try:

@@ -15,6 +15,7 @@ from sfcore import checks, store
 from sfcore.checks import HyperparameterError, Rule
 from sfcore.exchange import CheckpointError
 from sfcore.lock import WriterLock, is_written_to, writer
+from sfcore.ranks import Ranks
 from sfcore.store import Layout
 
 Self = TypeVar("Self", bound="Saving")
@@ -99,6 +100,9 @@ if hasattr(os, "register_at_fork"):
 
 
 _METRIC = Rule("a name", checks.TEXT.holds, "save(metrics=...) has it")
+_LIMIT = Rule(
+    "a number > 0 of seconds", lambda v: checks.SECONDS.holds(v) and 0 < v < float("inf"), "600 is usual"
+)
 _WAIT = Rule(checks.SECONDS.text, lambda v: checks.SECONDS.holds(v) and v < float("inf"), "0 does not wait")
 
 
@@ -110,11 +114,16 @@ def _at_least(least: int) -> Rule:
     )
 
 
+# How many Checkpoints of a folder have asked who the ranks are: the same number on all of them.
+_teams: dict[str, int] = {}
+
+
 class Saving:
     """What `Checkpoints` of both twins do alike.
 
     Args:
-        folder, keep_newest, keep_best, metric, background, wait_for_writer: as for `Checkpoints`.
+        folder, keep_newest, keep_best, metric, background, wait_for_writer, wait_for_ranks: as for
+            `Checkpoints`.
         layout: of the folder.
         log: of the package; its name is that of the thread too.
     """
@@ -127,6 +136,7 @@ class Saving:
         metric: str,
         background: bool,
         wait_for_writer: float,
+        wait_for_ranks: float,
         layout: Layout,
         log: logging.Logger,
     ):
@@ -138,10 +148,12 @@ class Saving:
             metric=(_METRIC, metric),
             background=(checks.FLAG, background),
             wait_for_writer=(_WAIT, wait_for_writer),
+            wait_for_ranks=(_LIMIT, wait_for_ranks),
         )
         self.folder = Path(folder).absolute()  # a save in the background must not follow a chdir
         self._writer = WriterLock(self.folder, wait_for_writer)
-        self.metric = metric
+        self.metric, self._limit = metric, wait_for_ranks
+        self._team: Ranks | None = None
         self._keep, self._layout, self._log = (keep_newest, keep_best), layout, log
         self._background = Background(log.name, background)
         # A signal may save from another thread (sfcore.preemption) while the main one is in here.
@@ -187,9 +199,23 @@ class Saving:
             if error is None:  # it is logged; the one that ends the block matters more
                 raise
 
+    def _make_ranks(self, name: str, limit: float) -> Ranks:
+        """Returns the ranks of the run, of which this process is one."""
+        return Ranks()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that call this together, for `sfcore.preemption.Preemption`; one in a run of one."""
+        # At first use: a program may make its Checkpoints before it joins the others.
+        if self._team is None:
+            name = str(self.folder)
+            count = _teams[name] = _teams.get(name, 0) + 1
+            self._team = self._make_ranks(f"{self._log.name}/{name}/{count}", self._limit)
+        return self._team
+
     def _heed_writer(self) -> None:
         """Waits, before a restore, as a save would; says who goes on writing."""
-        if is_written_to(self.folder, self._writer.wait):
+        if self.ranks.is_first and is_written_to(self.folder, self._writer.wait):
             self._log.warning(
                 "%s: %s, so what is restored may not be its last, and this run may not save before it ends",
                 self.folder,
@@ -204,22 +230,32 @@ class Saving:
 
     def _start(self, step: int, write: Callable[[], Path]) -> None:
         """Starts a save of a step; `write` writes it and returns its path."""
-        self._writer.take()
+        self.ranks.agree("save", self._writer.take if self.ranks.is_first else _nothing)
         self._background.start(lambda: self._save(step, write))
 
     def _save(self, step: int, write: Callable[[], Path]) -> None:
         try:
-            self._clean()
-            for newer in store.set_aside(self.folder, step, self._layout):
-                self._log.warning(
-                    "%s is newer than step %d, where this run is: it was set aside", newer, step
-                )
+            ranks = self.ranks
+            ranks.agree("make room", lambda: self._make_room(step) if ranks.is_first else None)
             self._path = write()
-            store.prune(self.folder, *self._keep, self.metric, self._layout)
-            self._layout.read_meta(self._path)  # it is there: nothing else has been at work in the folder
+            ranks.agree("remove what is old", self._prune if ranks.is_first else _nothing)
         except CheckpointError as error:
             self._log.error("%s", error)
             raise
         except Exception as error:
             self._log.error("the save of step %d failed: %r", step, error)
             raise CheckpointError(f"the save of step {step} failed: {error!r}") from error
+
+    def _make_room(self, step: int) -> None:
+        self._clean()
+        for newer in store.set_aside(self.folder, step, self._layout):
+            self._log.warning("%s is newer than step %d, where this run is: it was set aside", newer, step)
+
+    def _prune(self) -> None:
+        store.prune(self.folder, *self._keep, self.metric, self._layout)
+        assert self._path is not None
+        self._layout.read_meta(self._path)  # it is there: nothing else has been at work in the folder
+
+
+def _nothing() -> None:
+    """Is the part of a rank in what rank 0 does for all."""

@@ -3,6 +3,8 @@
 FOLDER/step_000000100/meta.json              the record (sfcore.meta)
                       state.safetensors      everything a resume needs
                       inference.safetensors  x and the buffers, plain names: what to ship
+                                             of several processes, what each has of an array in pieces:
+                      state-00001-of-00004.safetensors, inference-00001-of-00004.safetensors
 FOLDER/set-aside/...                          newer than a save that came after: another timeline
 FOLDER/.partial-...                          a save or removal that was interrupted; `clean` removes it
 FOLDER/.replaced/...                          one on its way out; `clean` brings it back if no new one came
@@ -14,15 +16,16 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfcore import exchange, files
+from sfcore import exchange, files, shards
 from sfcore.exchange import OLDER, CheckpointError
 from sfcore.lock import writing
 from sfcore.meta import Meta
@@ -98,12 +101,56 @@ def read(path: Path, file: str = STATE) -> tuple[Meta, dict[str, np.ndarray]]:
         CheckpointError: naming file and leaf of the first difference from the record.
     """
     meta = read_meta(path)
-    if file not in meta.tensors:
-        raise CheckpointError(f"{path / META} must record {file}, got {sorted(meta.tensors)}; {OLDER}")
+    if is_spread(meta, file):
+        return meta, {leaf: np.asarray(array) for leaf, array in open_parts(path, meta, file).items()}
     tensors = exchange.read_tensors(path / file, meta.tensors[file])
     if file == INFERENCE:
         exchange.check_metadata(path / file, about_inference(meta))
     return meta, tensors
+
+
+def is_spread(meta: Meta, file: str = STATE) -> bool:
+    """Tells whether several processes wrote a file's content, each into one of its own."""
+    return files_of(meta, file) != [file]
+
+
+def files_of(meta: Meta, file: str) -> list[str]:
+    """Returns the files of a checkpoint that hold what a file of one process would."""
+    stem, _, ending = file.rpartition(".")
+    own = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.{re.escape(ending)}")
+    return [name for name in meta.tensors if own.fullmatch(name)]
+
+
+def part_name(file: str, rank: int, count: int) -> str:
+    """Returns the name of what a rank writes of a file.
+
+    Example:
+        >>> from sfcore.store import STATE, part_name
+        >>> part_name(STATE, 0, 4)
+        'state-00001-of-00004.safetensors'
+    """
+    stem, _, ending = file.rpartition(".")
+    return f"{stem}-{rank + 1:05d}-of-{count:05d}.{ending}"
+
+
+def open_parts(path: Path, meta: Meta, file: str = STATE) -> dict[str, Any]:
+    """Returns leaf -> array of one file or of all its parts, read and verified; or `Spread`, read on demand.
+
+    Args:
+        path: the checkpoint.
+        meta: its record.
+        file: STATE or INFERENCE.
+
+    Raises:
+        CheckpointError: naming the file that is missing, or that differs from the record.
+    """
+    names = files_of(meta, file)
+    if not names:
+        raise CheckpointError(f"{path / META} must record {file}, got {sorted(meta.tensors)}; {OLDER}")
+    readers = {name: exchange.open_tensors(path / name, meta.tensors[name]) for name in names}
+    for name in names if file == INFERENCE else ():
+        exchange.check_metadata(path / name, about_inference(meta))
+    return shards.joined({name: meta.tensors[name] for name in names}, lambda name, leaf: readers[name](leaf))
 
 
 def _verify(path: Path) -> None:
@@ -172,22 +219,40 @@ def put(folder: Path, step: int, fill: Callable[[Path], None], layout: Layout = 
         OSError: as the system gives it; nothing of the attempt stays.
         CheckpointError: if another process writes into the folder.
     """
+    with placing(folder, step, layout) as new:
+        fill(new.path)
+    assert new.final is not None
+    return new.final
+
+
+@dataclass
+class Placing:
+    """A checkpoint that is being filled: where, and what its name is once it has one."""
+
+    path: Path
+    final: Path | None = None
+
+
+@contextmanager
+def placing(folder: Path, step: int, layout: Layout = PLAIN) -> Iterator[Placing]:
+    """Yields where to fill a checkpoint; when the block ends well, it gets its name. As `put`."""
     with writing(folder), files.partial(folder) as new:
         new.mkdir()
-        fill(new / str(step))
+        one = Placing(new / str(step))
+        yield one
         older = steps(folder, layout).get(step)
         final = folder / layout.name(step, older)
         _placing.add(final)
         try:
             if older == final:
                 older = files.move(older, folder / REPLACED)
-            files.rename(new / str(step), final)
+            files.rename(one.path, final)
         finally:
             _placing.discard(final)
     if older is not None:
         files.remove(older)
         _drop_if_empty(folder / REPLACED)
-    return final
+    one.final = final
 
 
 def newest(folder: Path, layout: Layout = PLAIN) -> Path:

@@ -14,8 +14,12 @@ _CPU = {"rng/torch", "rng/numpy", "rng/python"}
 _CUDA = "rng/torch_cuda/"
 
 
-def capture() -> dict[str, np.ndarray]:
-    """Returns leaf -> state, as bytes. Generators of your own go through `extra`."""
+def capture(rank: int = 0) -> dict[str, np.ndarray]:
+    """Returns leaf -> state, as bytes. Generators of your own go through `extra`.
+
+    Args:
+        rank: of this process; what is not rank 0's has names of its own, rng/rank1/...
+    """
     of_numpy: Any = np.random.get_state(legacy=True)
     name, keys, *rest = of_numpy
     found = {
@@ -26,11 +30,24 @@ def capture() -> dict[str, np.ndarray]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states = torch.cuda.get_rng_state_all()
         found |= {f"{_CUDA}{i}": state.cpu().numpy().copy() for i, state in enumerate(states)}
-    return found
+    return {_of_rank(leaf, rank): state for leaf, state in found.items()}
+
+
+def _of_rank(leaf: str, rank: int) -> str:
+    return leaf.replace("rng/", f"rng/rank{rank}/", 1) if rank else leaf
+
+
+def own(arrays: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+    """Returns a rank's states under the names that one process gives them, {} if there are none."""
+    first = {leaf: array for leaf, array in arrays.items() if leaf.startswith("rng/")}
+    if not rank:
+        return {leaf: array for leaf, array in first.items() if not leaf.startswith("rng/rank")}
+    start = f"rng/rank{rank}/"
+    return {f"rng/{leaf.removeprefix(start)}": a for leaf, a in first.items() if leaf.startswith(start)}
 
 
 def restore(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Sets the generators to the saved states and returns what could not be set, in sentences."""
+    """Sets the generators to the saved states, of `own`; returns what could not be set, in sentences."""
     if not arrays.keys() >= _CPU:
         return [
             "random numbers: the checkpoint has no states of torch's, NumPy's and Python's generators, so "

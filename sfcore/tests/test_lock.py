@@ -135,12 +135,12 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
 def test_a_restore_beside_a_writer_says_so_and_a_save_is_refused(start, tmp_path, caplog):
     first = start()
     first.stdout.readline()
-    second = Saving(tmp_path, 2, 1, "loss", False, 0.0, store.PLAIN, logging.getLogger("second"))
+    second = Saving(tmp_path, 2, 1, "loss", False, 0.0, 600.0, store.PLAIN, logging.getLogger("second"))
     second._heed_writer()
     assert f"process {first.pid} on" in caplog.text
     with pytest.raises(CheckpointError, match=f"must have one writer, .* process {first.pid} on "):
         second._start(1, lambda: pytest.fail("it must not write"))
-    waiting = Saving(tmp_path, 2, 1, "loss", False, 60.0, store.PLAIN, logging.getLogger("waiting"))
+    waiting = Saving(tmp_path, 2, 1, "loss", False, 60.0, 600.0, store.PLAIN, logging.getLogger("waiting"))
     caplog.clear()
     threading.Timer(0.3, first.stdin.close).start()
     waiting._heed_writer()

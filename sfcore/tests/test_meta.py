@@ -60,7 +60,7 @@ def test_a_value_without_a_json_form_is_refused(value):
 
 def test_a_newer_version_says_to_upgrade():
     body = json.loads(examples.meta().to_json()) | {"format_version": FORMAT_VERSION + 1}
-    with pytest.raises(CheckpointError, match=r"version <= 1, got 2: .*upgrade with pip install -U") as error:
+    with pytest.raises(CheckpointError, match=r"version <= 2, got 3: .*upgrade with pip install -U") as error:
         Meta.from_json(_signed(body))
     assert "damaged" not in str(error.value)
 

@@ -19,7 +19,8 @@ ONE_NAME = store.PLAIN._replace(
 
 class Saver(Saving):
     def __init__(self, folder, background=True):
-        super().__init__(folder, 2, 0, "loss", background, 0.0, store.PLAIN, logging.getLogger("saver"))
+        log = logging.getLogger("saver")
+        super().__init__(folder, 2, 0, "loss", background, 0.0, 600.0, store.PLAIN, log)
 
     def save(self, step, write=None):
         def plain():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,14 +19,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta
+from sfcore.shards import Spread
 
-OBJECTS = "sfjax.objects"  # the key of Meta.extra under which they lie
+# Keys of Meta.extra: where objects lie, and a rank's own small arrays.
+OBJECTS, OWN = "sfjax.objects", "sfjax.own"
 Number = bool | int | float | complex
 
 
 def is_key(leaf: Any) -> bool:
     """Tells whether a leaf, concrete or abstract, is a typed PRNG key or an array of them."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def is_spread(leaf: Any) -> bool:
+    """Tells whether a leaf is an array over several processes."""
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
 def is_weak(leaf: Any) -> bool:
@@ -139,6 +148,21 @@ def array_like(name: str, leaf: Any) -> Any:
     )
 
 
+def hidden(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the user gave of a record's extra."""
+    return {key: value for key, value in extra.items() if key not in (OBJECTS, OWN)}
+
+
+def with_own(arrays: Mapping[str, Any], meta: Meta) -> dict[str, Any]:
+    """Returns the arrays with a rank's own in place of rank 0's."""
+    own = meta.extra.get(OWN, {})
+    found = dict(arrays)
+    for name, text in own.items():
+        like = np.asarray(found[name])
+        found[name] = np.frombuffer(bytes.fromhex(text), like.dtype).reshape(like.shape)
+    return found
+
+
 def stored_form(leaf: Any) -> tuple[str, tuple[int, ...]]:
     """Returns (dtype name, shape) that a target leaf has in a checkpoint."""
     if is_key(leaf):
@@ -148,7 +172,7 @@ def stored_form(leaf: Any) -> tuple[str, tuple[int, ...]]:
     return np.dtype(leaf.dtype).name, tuple(leaf.shape)
 
 
-def place(targets: Sequence[Any], arrays: Sequence[np.ndarray], weak: Sequence[bool]) -> list[Any]:
+def place(targets: Sequence[Any], arrays: Sequence[Any], weak: Sequence[bool]) -> list[Any]:
     """Returns the arrays as the targets' types, on their devices.
 
     Args:
@@ -162,9 +186,9 @@ def place(targets: Sequence[Any], arrays: Sequence[np.ndarray], weak: Sequence[b
     together: dict[Any, list[int]] = {}
     for i, (target, array) in enumerate(zip(targets, arrays, strict=True)):
         if isinstance(target, Number):
-            placed[i] = type(target)(array.item())
+            placed[i] = type(target)(np.asarray(array).item())
         elif isinstance(target, np.ndarray | np.generic):
-            copied = np.array(array, target.dtype)
+            copied = np.array(np.asarray(array), target.dtype)
             placed[i] = copied if isinstance(target, np.ndarray) else copied[()]
         else:
             sharding = shardings[i]
@@ -215,9 +239,26 @@ def _concrete(shardings: list[Any]) -> list[Any]:
 
 
 def _put(array: Any, weak: bool, sharding: Any) -> Any:
+    if sharding is not None and (isinstance(array, Spread) or not sharding.is_fully_addressable):
+        placed = jax.make_array_from_callback(array.shape, sharding, partial(_region, array))
+        return placed if not weak else _as_weak(placed, sharding)
+    array = np.asarray(array)
     if weak:  # which only comes from a Python number
         array = jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
     return jax.device_put(array, sharding)
+
+
+def _region(array: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """Returns a part of a file's array; of one in pieces no more is read than has some of it."""
+    if not isinstance(array, Spread):
+        return np.asarray(array[index])
+    ends = [part.indices(n)[:2] for part, n in zip(index, array.shape, strict=True)]
+    return array.region([a for a, _ in ends], [b - a for a, b in ends])
+
+
+def _as_weak(array: jax.Array, sharding: Any) -> Any:
+    zero = array.dtype.type(0).item()
+    return jax.jit(lambda leaf: jnp.full(leaf.shape, zero).at[...].set(leaf), out_shardings=sharding)(array)
 
 
 def _owned(leaves: list[Any], shardings: list[Any]) -> list[Any]:

@@ -13,16 +13,16 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from sfcore import checks, files, store
-from sfcore.exchange import CheckpointError
-from sfcore.meta import as_place
+from sfcore import checks, files, store, together
+from sfcore.meta import Meta, as_place
+from sfcore.ranks import Ranks
 from sfcore.saving import Saving
-from sfjax.checkpoint import _orbax, _record
-from sfjax.checkpoint._arrays import OBJECTS
+from sfjax.checkpoint import _orbax, _processes, _record
+from sfjax.checkpoint._arrays import OBJECTS, OWN, is_spread
 from sfjax.checkpoint._exchange import import_exchange
-from sfjax.checkpoint._leaves import beside, check_trees, named, parameters, whole
+from sfjax.checkpoint._leaves import Named, beside, check_trees, named, parameters, whole
 from sfjax.checkpoint._restore import Restored, restore_into
-from sfjax.checkpoint._save import Job, Snapshot, evaluated, on_host
+from sfjax.checkpoint._save import Host, Job, Snapshot, evaluated, on_host
 from sfjax.checkpoint._steps import Steps
 from sfjax.checkpoint._weights import start_from_weights
 from sfjax.state.arguments import Configurations, MicroBatches
@@ -45,10 +45,11 @@ class Checkpoints(Saving):
         wait_for_writer: seconds that a save, and a restore, wait for another process that writes into the
             folder, >= 0, default 0: a save is refused at once, and a restore says so and goes on. For a job
             that is requeued while the old one still has time to save, as in wait_for_writer=120.
+        wait_for_ranks: seconds that a rank of a run of several processes waits for another in a save or a
+            restore, > 0, default 600; then every rank raises, after at most twice that.
 
     Raises:
         HyperparameterError: for numbers out of range.
-        CheckpointError: in a run of several processes, which is not supported.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, sfjax
@@ -72,14 +73,19 @@ class Checkpoints(Saving):
         metric: str = "loss",
         background: bool = True,
         wait_for_writer: float = 0.0,
+        wait_for_ranks: float = 600.0,
     ) -> None:
         super().__init__(
-            folder, keep_newest, keep_best, metric, background, wait_for_writer, _orbax.LAYOUT, _log
+            folder,
+            keep_newest,
+            keep_best,
+            metric,
+            background,
+            wait_for_writer,
+            wait_for_ranks,
+            _orbax.LAYOUT,
+            _log,
         )
-        if jax.process_count() > 1:
-            raise CheckpointError(
-                f"Checkpoints must run in one process, got {jax.process_count()}: use Orbax for several"
-            )
         self._snapshot = Snapshot()
         self._steps = Steps()
 
@@ -127,27 +133,55 @@ class Checkpoints(Saving):
                 parameter's name, before anything is written; if the save before this one failed; if there
                 is no space or no permission.
         """
-        values = as_place(step, epoch, position, metrics, extra)
-        _record.check_configured(hyperparameters, accumulation, batch_size)
-        flat = named(whole(_pure(params), _pure(opt_state), extra_state))
-        given = beside(buffers, params)
         with self._lock:
-            self._background.wait()
-            self._steps.add(params, opt_state)
-            host = on_host(flat, self._snapshot)
-            x = evaluated(_pure(opt_state), _pure(params))  # goes on while this thread does
-            values["extra"] |= {OBJECTS: host.objects} if host.objects else {}
-            values["recent"] = self._steps.recent()
-            batches = _record.accumulated(host.tree["opt_state"], accumulation, batch_size)
-            meta = _record.make(host.tree, hyperparameters, batches, **values)
-            meta.to_json()  # what JSON has no form for must not fail later, in the background
-            meta.extra = copy.deepcopy(meta.extra)  # the run goes on writing to its lists
-            with files.cannot(f"write into {self.folder}"):
-                files.make(self.folder)
-            # Copied, because the next step may write to them, or delete them if they are donated to it.
-            held = {name: np.array(leaf) for name, leaf in given.items()}
-            job = Job(meta, host, parameters(x), held)
-            self._start(meta.step, partial(job.write, self.folder))
+            ranks = self.ranks
+
+            def asked() -> tuple[dict[str, Any], Named, dict[str, Any]]:
+                values = as_place(step, epoch, position, metrics, extra)
+                _record.check_configured(hyperparameters, accumulation, batch_size)
+                flat = named(whole(_pure(params), _pure(opt_state), extra_state))
+                given = beside(buffers, params)
+                self._background.wait()
+                if ranks.is_first:
+                    with files.cannot(f"write into {self.folder}"):
+                        files.make(self.folder)
+                return values, flat, given
+
+            def gathered() -> tuple[Meta, Host, dict[str, jax.Array], dict[str, Any]]:
+                self._steps.add(params, opt_state)
+                spread: dict[str, jax.Array] = {}
+                if ranks.count == 1:
+                    host = on_host(flat, self._snapshot)
+                else:
+                    host, spread = _processes.on_devices(flat)
+                x = evaluated(_pure(opt_state), _pure(params))  # goes on while this thread does
+                values["extra"] |= {OBJECTS: host.objects} if host.objects else {}
+                values["recent"] = self._steps.recent()
+                batches = _record.accumulated(host.tree["opt_state"], accumulation, batch_size)
+                meta = _record.make(host.tree, hyperparameters, batches, **values)
+                meta.to_json()  # what JSON has no form for must not fail later, in the background
+                meta.extra = copy.deepcopy(meta.extra)  # the run goes on writing to its lists
+                # Copied, because the next step may write to them, or delete them if they are donated to it.
+                over_all = {name: leaf for name, leaf in given.items() if is_spread(leaf)}
+                held = {name: np.array(leaf) for name, leaf in given.items() if name not in over_all}
+                shipped = {**parameters(x), **held, **_processes.copied(over_all)}
+                return meta, host, spread, shipped
+
+            # All of the same program, before any of them begins what needs the others' devices.
+            (values, flat, given), said = ranks.agree(
+                "save", asked, tell=lambda found: _processes.program_of(found[0]["step"], found[1])
+            )
+            _processes.check_alike(ranks, said)
+            (meta, host, spread, x), said = ranks.agree(
+                "save a copy", gathered, tell=lambda found: _processes.crcs_of(found[1])
+            )
+            if ranks.count == 1:
+                write = Job(meta, host, x).write
+            else:
+                own = _processes.own_arrays(ranks, host, said)
+                meta.extra |= {OWN: own} if own else {}
+                write = _processes.Job(ranks, meta, host, spread, x, flat).write
+            self._start(meta.step, partial(write, self.folder))
         return self.folder / str(meta.step)
 
     def restore(
@@ -187,17 +221,26 @@ class Checkpoints(Saving):
             HyperparameterError: for hyperparameters out of range or of no known name (a ValueError).
             TypeError: for params that are no arrays.
         """
-        checks.require(TypeError, strict=(checks.FLAG, strict))
-        check_trees(params, opt_state)
-        _record.check_configured(hyperparameters, accumulation, batch_size)
-        self.wait()
-        self._heed_writer()
+        ranks = self.ranks
+
+        def asked() -> None:
+            checks.require(TypeError, strict=(checks.FLAG, strict))
+            check_trees(params, opt_state)
+            _record.check_configured(hyperparameters, accumulation, batch_size)
+            self.wait()
+            self._heed_writer()
+
+        _, told = ranks.agree("restore", asked, tell=lambda _: str(resume))
+        ranks.require_same("resume", told, "pass the same on all processes")
         configured: dict[str, Any] = {"hyperparameters": hyperparameters, "accumulation": accumulation}
         if isinstance(resume, str) and resume.startswith("weights:"):
-            start = start_from_weights(resume.removeprefix("weights:"), params, opt_state, **configured)
+            weights = resume.removeprefix("weights:")
+            start, _ = ranks.agree(
+                "read the weights", lambda: start_from_weights(weights, params, opt_state, **configured)
+            )
             return self._watched(start, None)
         configured |= {"batch_size": batch_size, "strict": strict}
-        path, skipped, saved = store.choose(self.folder, resume, _orbax.LAYOUT)
+        path, skipped, saved = together.choose(ranks, self.folder, resume, _orbax.LAYOUT)
         if path is None:
             _log.info(
                 "starting anew: resume is %r, and %s was not looked at or is empty", resume, self.folder
@@ -205,10 +248,19 @@ class Checkpoints(Saving):
             return None
         path = path.absolute()
         if (path / store.META).is_file():
-            restored = import_exchange(path, params, opt_state, buffers=extra_state, **configured)
+            restored, _ = ranks.agree(
+                "restore", lambda: import_exchange(path, params, opt_state, buffers=extra_state, **configured)
+            )
         else:
-            saved = saved or _orbax.read(path)
-            restored = restore_into(saved, params, opt_state, extra_state, skipped=skipped, **configured)
+            restored = restore_into(
+                lambda: saved or _orbax.read(path),
+                params,
+                opt_state,
+                extra_state,
+                skipped=skipped,
+                ranks=ranks,
+                **configured,
+            )
         return self._watched(restored, restored.meta.recent)
 
     def observe(self, params: Any, opt_state: Any, loss: ArrayLike | None = None) -> None:
@@ -239,6 +291,9 @@ class Checkpoints(Saving):
             `restart_jump` (0 or 1), the keys of the torch twin.
         """
         return self._steps.metrics()
+
+    def _make_ranks(self, name: str, limit: float) -> Ranks:
+        return _processes.ranks_of(name, limit)
 
     def _free(self) -> None:
         self._snapshot = Snapshot()

@@ -21,7 +21,7 @@ from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.checks import Rule
 from sfcore.exchange import CheckpointError, fingerprint, of_role
 from sfcore.iterates import beta_of, widened
-from sfcore.meta import Meta, as_place
+from sfcore.meta import Meta, as_place, of_rank
 from sfcore.names import NameMap
 from sfcore.names.translate import renamed, translate
 from sfjax.checkpoint import _orbax, _record
@@ -150,7 +150,7 @@ def read(path: str | Path) -> tuple[Meta, dict[str, np.ndarray], dict[str, np.nd
     """
     checks.require(TypeError, path=(checks.PATH, path))
     saved = _orbax.read(Path(path).absolute())
-    state = _portable(saved.leaves)
+    state = _portable({role: np.asarray(array) for role, array in saved.leaves.items()})
     return saved.meta, state, _orbax.read_inference(saved.path, saved.meta)
 
 
@@ -193,6 +193,7 @@ def import_exchange(
     _record.check_configured(hyperparameters, accumulation, batch_size)
     folder = store.at(Path(path).absolute())
     meta, stored = store.read(folder)
+    meta, places = _own_place(meta)
     arrays = widened(stored)
     if meta.framework == "torch":
         leaves = parameters(params) | parameters(buffers or {})
@@ -217,11 +218,22 @@ def import_exchange(
         accumulation=accumulation,
         batch_size=batch_size,
         strict=strict,
-        differences=differences + left,
+        differences=places + differences + left,
     )
     if buffers is None:
         return restored
     return replace(restored, extra_state=_buffers(folder, arrays, buffers))
+
+
+def _own_place(meta: Meta) -> tuple[Meta, list[str]]:
+    """Returns the record as the rank of this number wrote it, and a word if there were not as many."""
+    own, count = of_rank(meta, jax.process_index()), jax.process_count()
+    differ = any({"epoch", "position"} & set(one) for one in meta.ranks)
+    said = (
+        f"the place in the data is that of one of the {len(meta.ranks)} processes that wrote the checkpoint, "
+        f"which differ in it; this run has {count}"
+    )
+    return replace(own, ranks=[]), [said] if differ and len(meta.ranks) != count else []
 
 
 def _jax_names(meta: Meta, names: NameMap) -> Meta:

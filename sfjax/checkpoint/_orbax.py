@@ -2,7 +2,8 @@
 
 FOLDER/100/meta/metadata                        the record (sfcore.meta), JSON
            state/...                            everything a resume needs (Orbax, tensorstore)
-           inference/inference.safetensors      x, plain names: what to ship
+           inference/inference.safetensors      x, plain names: what to ship; of several processes in
+                                                parts, as inference-00001-of-00004.safetensors
 
 What comes and goes beside them, and when, is `sfcore.store`'s.
 
@@ -20,7 +21,8 @@ import contextlib
 import errno
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +31,12 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath  # type: ignore[import-untyped]
 
 from sfcore import exchange, files, store
 from sfcore.exchange import OLDER, CheckpointError
 from sfcore.meta import Meta
+from sfcore.shards import Piece, Spread
 from sfjax.checkpoint._leaves import named
 
 STATE, META, INFERENCE = "state", "meta", "inference"
@@ -47,13 +51,13 @@ class Saved(NamedTuple):
     Attributes:
         path: where it was read.
         meta: its record.
-        arrays: name -> host array.
+        arrays: name -> host array; `sfcore.shards.Spread` of those that several processes wrote.
         roles: name -> role (see `_leaves`), of the leaves that have one.
     """
 
     path: Path
     meta: Meta
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Any]
     roles: dict[str, str]
 
     @property
@@ -108,7 +112,7 @@ def read(path: Path) -> Saved:
     """
     meta = read_meta(path)
     record = _recorded(path, meta, STATE)
-    arrays = _verified(path / STATE, record)
+    arrays = _verified(path / STATE, record, _pieces_of(meta))
     roles = {name: about["role"] for name, about in record.items() if "role" in about}
     return Saved(path, meta, arrays, roles)
 
@@ -119,6 +123,10 @@ def read_inference(path: Path, meta: Meta) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: as `read`.
     """
+    names = store.files_of(meta, INFERENCE_FILE)
+    if names and names != [INFERENCE_FILE]:
+        found = store.open_parts(path / INFERENCE, meta, INFERENCE_FILE)
+        return {name: np.asarray(array) for name, array in found.items()}
     record = _recorded(path, meta, INFERENCE_FILE)
     file = path / INFERENCE / INFERENCE_FILE
     tensors = exchange.read_tensors(file, record)
@@ -129,6 +137,9 @@ def read_inference(path: Path, meta: Meta) -> dict[str, np.ndarray]:
 def _verify(path: Path) -> Saved:
     saved = read(path)
     read_inference(path, saved.meta)
+    for array in saved.arrays.values():
+        if isinstance(array, Spread):
+            np.asarray(array)  # which reads and verifies it
     return saved
 
 
@@ -142,11 +153,50 @@ def _recorded(path: Path, meta: Meta, item: str) -> Mapping[str, Any]:
     return record
 
 
-def _verified(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def part_of_state(rank: int, count: int) -> str:
+    """Returns the key under which the record has a rank's shards."""
+    return f"{STATE}-{rank + 1:05d}-of-{count:05d}"
+
+
+def _pieces_of(meta: Meta) -> dict[str, list[Mapping[str, Any]]]:
+    """Returns name -> what is recorded of its shards."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for rank in range(len(meta.ranks)):
+        for about in meta.tensors.get(part_of_state(rank, len(meta.ranks)), {}).values():
+            found.setdefault(about["leaf"], []).append(about)
+    return found
+
+
+def _spread(
+    path: Path, name: str, about: Mapping[str, Any], shards: list[Mapping[str, Any]], of: Any
+) -> Spread:
+    """Returns an array that several processes wrote; its shards are read on demand, and verified."""
+
+    def read(one: Mapping[str, Any]) -> np.ndarray:
+        place = tuple(slice(a, a + n) for a, n in zip(one["start"], one["shape"], strict=True))
+        found = np.asarray(_done(path, name.split("/"), of[place].read()))
+        exchange.check_leaf(path, name, found, one, "the files were changed after they were written")
+        return found
+
+    shape = tuple(about["shape"])
+    if tuple(of.shape) != shape:
+        raise CheckpointError(f"{path} is damaged: {name!r} must have shape {shape}, got {of.shape}; {OLDER}")
+    dtype = np.dtype(getattr(ml_dtypes, about["dtype"], about["dtype"]))
+    parts = [Piece(tuple(one["start"]), tuple(one["shape"]), partial(read, one)) for one in shards]
+    return Spread(name, dtype, shape, parts)
+
+
+def _verified(
+    path: Path, record: Mapping[str, Any], pieces: Mapping[str, list[Mapping[str, Any]]]
+) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is missing: check the path, or {OLDER}")
-    found, arrays = read_arrays(path), {}
+    found: dict[str, Any] = read_arrays(path, later=pieces)
+    arrays: dict[str, Any] = {}
     for name, about in record.items():
+        if name in found and "crc32" not in about:
+            arrays[name] = _spread(path, name, about, pieces.get(name, []), found.pop(name))
+            continue
         if 0 in about["shape"]:  # of which nothing is stored
             dtype = np.dtype(getattr(ml_dtypes, about["dtype"], about["dtype"]))
             found.setdefault(name, np.zeros(about["shape"], dtype))
@@ -161,8 +211,12 @@ def _verified(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, later: Collection[str] = ()) -> dict[str, Any]:
     """Returns name -> host array of an Orbax item; names are paths in its tree, joined by "/".
+
+    Args:
+        path: of the item.
+        later: names of those that are only opened: they come as tensorstore's.
 
     Raises:
         CheckpointError: naming the file or the leaf that cannot be read.
@@ -181,8 +235,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         tensorstore.open(_spec(path, driver, parts), open=True, read=True, context=context) for parts in keys
     ]
     stores = [_done(path, parts, future) for parts, future in zip(keys, opened, strict=True)]
-    reading = [one.read() for one in stores]
-    return {"/".join(parts): _done(path, parts, future) for parts, future in zip(keys, reading, strict=True)}
+    names = ["/".join(parts) for parts in keys]
+    reading = [None if name in later else one.read() for name, one in zip(names, stores, strict=True)]
+    return {
+        name: one if future is None else _done(path, name.split("/"), future)
+        for name, one, future in zip(names, stores, reading, strict=True)
+    }
 
 
 def _layout(path: Path) -> dict[str, Any]:
@@ -283,8 +341,15 @@ def write(folder: Path, step: int, state: Any, meta: Write, inference: Write) ->
                 _join_threads()
                 raise
 
-    try:
+    with refused(folder, step):
         return store.put(folder, step, fill, LAYOUT)
+
+
+@contextlib.contextmanager
+def refused(folder: Path, step: int) -> Iterator[None]:
+    """Turns what the system refuses Orbax into a CheckpointError with the way out."""
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:
@@ -293,6 +358,37 @@ def write(folder: Path, step: int, state: Any, meta: Write, inference: Write) ->
             cause = cause.__cause__ or cause.__context__ or cause
         why = files.why(cause if isinstance(cause, OSError) else _of_the_system(str(error)))
         raise CheckpointError(f"cannot write the checkpoint of step {step} into {folder}: {why}") from error
+
+
+def write_shards(path: Path, state: Any) -> None:
+    """Writes what this process has of a tree of arrays into a folder that is there; waits for nobody.
+
+    Args:
+        path: of the item, the same on all processes.
+        state: tree of arrays over several processes, whose shards are written where they are; of host arrays,
+            the same on all; and of None.
+    """
+    held = jax.tree.map(lambda leaf: leaf.view(_Held) if isinstance(leaf, np.ndarray) else leaf, state)
+    held = jax.tree.map(lambda leaf: leaf if leaf.size else None, held)
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        handler.save(epath.Path(path), args=ocp.args.StandardSave(held))
+    finally:
+        _join_threads()
+        handler.close()
+
+
+def end_shards(path: Path) -> None:
+    """Makes one item of what all processes wrote."""
+    handler = ocp.StandardCheckpointHandler()
+    handler.finalize(epath.Path(path))
+    handler.close()
+
+
+def write_word(folder: Path, meta: Meta) -> None:
+    """Writes a word about the inference weights as JSON, for Orbax's sake."""
+    word = {"weights_hold": "x", "step": meta.step, "file": INFERENCE_FILE}
+    files.write_text(folder / META_FILE, json.dumps(word))
 
 
 def _join_threads() -> None:

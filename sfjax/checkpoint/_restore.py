@@ -6,7 +6,7 @@ Every leaf of the target gets what the checkpoint holds for it: by role, else by
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,21 @@ from sfcore import changes, laws
 from sfcore.changes import DROPPED, Change, at_last_update, check_laws, effect_of, refuse
 from sfcore.exchange import CheckpointError
 from sfcore.iterates import beta_of
-from sfcore.meta import Meta
+from sfcore.meta import Meta, of_rank
+from sfcore.ranks import Ranks
 from sfcore.store import Skipped
 from sfjax.checkpoint import _changes, _orbax, _record
-from sfjax.checkpoint._arrays import OBJECTS, array_like, is_object, is_weak, place, set_objects, stored_form
+from sfjax.checkpoint._arrays import (
+    OBJECTS,
+    array_like,
+    hidden,
+    is_object,
+    is_weak,
+    place,
+    set_objects,
+    stored_form,
+    with_own,
+)
 from sfjax.checkpoint._leaves import (
     CLOCK,
     ONE_VECTOR,
@@ -82,7 +93,7 @@ class Restored:
 
 
 def restore_into(
-    saved: Saved,
+    saved: Saved | Callable[[], Saved],
     params: Any,
     opt_state: Any,
     extra_state: Any = None,
@@ -94,46 +105,69 @@ def restore_into(
     skipped: Sequence[Skipped] = (),
     differences: Sequence[str] = (),
     quiet: bool = False,
+    ranks: Ranks | None = None,
 ) -> Restored:
     """Returns a checkpoint in the shape of a target.
 
     Args:
-        saved: the checkpoint, verified.
+        saved: the checkpoint, verified; or what reads it.
         params, opt_state, extra_state, hyperparameters, accumulation, batch_size, strict: as for
             `Checkpoints.restore`.
         skipped: what was passed over to get here.
         differences: sentences of the caller's, about what was changed before.
         quiet: leave the notices to the caller.
+        ranks: that restore it together; default this process alone.
 
     Raises:
         CheckpointError: with everything that does not fit, or with every difference if strict.
     """
-    check_laws(saved.path, saved.meta)
+    given, ranks = saved, ranks or Ranks()
+
+    def read() -> Saved:
+        found = given() if callable(given) else given
+        check_laws(found.path, found.meta)
+        meta = of_rank(found.meta, ranks.rank)
+        return found._replace(meta=meta, arrays=with_own(found.arrays, meta))
+
+    def built() -> tuple[Saved, list[Change], list[str], Fit, list[Any]]:
+        saved = read()
+        batches = _record.accumulated((), accumulation or 0, batch_size)
+        saved, dropped = _without_partial_update(saved, batches["steps"])
+        result = fit(saved, target, roles(params, opt_state), own, configured)
+        if result.problems:
+            problems = "\n  ".join(result.problems)
+            raise CheckpointError(f"{saved.path} does not fit the program:\n  {problems}")
+        before = [saved.meta.groups[_saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
+        pairs = list(zip(before, configured, strict=True))
+        table = _changes.compare(saved.meta, pairs, batches, injected(opt_state))
+        found = [*differences, *map(str, table), *dropped, *result.differences]
+        if strict:
+            refuse(saved.path, found)
+        return saved, table, found, result, _placed(target, result)
+
     target = named(whole(params, opt_state, extra_state))
     own = groups(params, opt_state)
     configured = [
         one._replace(values=concrete_beta(group.state) | one.values)
         for group, one in zip(own, _record.configured(hyperparameters, own), strict=True)
     ]
-    batches = _record.accumulated((), accumulation or 0, batch_size)
-    saved, dropped = _without_partial_update(saved, batches["steps"])
-    result = fit(saved, target, roles(params, opt_state), own, configured)
-    if result.problems:
-        raise CheckpointError(f"{saved.path} does not fit the program:\n  " + "\n  ".join(result.problems))
-    before = [saved.meta.groups[_saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
-    pairs = list(zip(before, configured, strict=True))
-    table = _changes.compare(saved.meta, pairs, batches, injected(opt_state))
-    differences = [*differences, *map(str, table), *dropped, *result.differences]
-    if strict:
-        refuse(saved.path, differences)
+    (saved, table, found, result, leaves), _ = ranks.agree("restore", built)
     notices = [f"resuming at step {saved.meta.step} from {saved.path}"]
-    notices += [f"skipped {one.path}: {one.why}" for one in skipped] + differences
+    notices += [f"skipped {one.path}: {one.why}" for one in skipped] + found
     if extra_state is None and any(name.startswith("extra_state") for name in saved.arrays):
         notices.append("the checkpoint has an extra_state that was not asked for")
+    before = len(saved.meta.ranks) or 1
+    if before != ranks.count:
+        notices.append(
+            f"the checkpoint is of {before} process(es), this run has {ranks.count}: what each had of its "
+            f"own (place in the data, iterators, extra) goes on on {min(before, ranks.count)} of them"
+            + "; the others take that of rank 0"
+            * (before < ranks.count)
+        )
     if not quiet:
         tell(notices)
-    state = _assemble(target, result)
-    meta = replace(saved.meta, extra={k: v for k, v in saved.meta.extra.items() if k != OBJECTS})
+    state = _assemble(target, result, leaves)
+    meta = replace(saved.meta, extra=hidden(saved.meta.extra))
     return Restored(
         state["params"],
         state["opt_state"],
@@ -181,18 +215,21 @@ def concrete_beta(state: Any) -> dict[str, Any]:
     return {"beta": float(np.asarray(state.b1))}
 
 
-def _assemble(target: Any, result: Fit) -> Any:
-    """Returns the target's tree with its new leaves; objects are moved last, when nothing else can fail."""
+def _placed(target: Any, result: Fit) -> list[Any]:
+    """Returns the target's leaves with new arrays; objects are still those of the target."""
     leaves = list(target.leaves)
-    objects = [i for i, leaf in enumerate(leaves) if is_object(leaf)]
     arrays = [i for i, leaf in enumerate(leaves) if not is_object(leaf)]
+    placed = place(*([values[i] for i in arrays] for values in (leaves, result.values, result.weak)))
+    for i, leaf in zip(arrays, placed, strict=True):
+        leaves[i] = leaf
+    return leaves
 
-    def those(values: Sequence[Any], where: Sequence[int]) -> list[Any]:
-        return [values[i] for i in where]
 
-    placed = place(those(leaves, arrays), those(result.values, arrays), those(result.weak, arrays))
-    moved = set_objects(those(target.names, objects), those(leaves, objects), those(result.values, objects))
-    for i, leaf in zip(arrays + objects, placed + moved, strict=True):
+def _assemble(target: Any, result: Fit, leaves: list[Any]) -> Any:
+    """Returns the target's tree with its new leaves; objects are moved last, when nothing else can fail."""
+    objects = [i for i, leaf in enumerate(leaves) if is_object(leaf)]
+    moved = set_objects(*([values[i] for i in objects] for values in (target.names, leaves, result.values)))
+    for i, leaf in zip(objects, moved, strict=True):
         leaves[i] = leaf
     return target.tree.unflatten(leaves)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,13 +87,24 @@ def on_host(flat: Named, snapshot: Snapshot) -> Host:
     like = {name: array_like(name, leaf) for name, leaf in leaves.items() if name not in objects}
     arrays = dict(zip(like, snapshot.take(list(like.values())), strict=True))
     tree = flat.pure.unflatten([arrays.get(name) for name in flat.names])
+    return Host(arrays, tree, about_leaves(tree, leaves, list(arrays)), objects)
+
+
+def about_leaves(tree: Any, leaves: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns what the record says of leaves beside their content.
+
+    Args:
+        tree: {"params", "opt_state"} of host arrays, or of shapes where they are more than numbers.
+        leaves: name -> live leaf.
+        names: of the arrays among them.
+    """
     about = recorded_roles(tree["params"], tree["opt_state"])
-    for name in arrays:
+    for name in names:
         if is_key(leaves[name]):
             about[name] = {"key": str(jax.random.key_impl(leaves[name]))}
         elif is_weak(leaves[name]):
             about[name] = about.get(name, {}) | {"weak": True}
-    return Host(arrays, tree, about, objects)
+    return about
 
 
 def recorded_roles(params: Any, opt_state: Any) -> dict[str, dict[str, Any]]:
@@ -118,13 +128,12 @@ class Job:
     Attributes:
         meta: the record, but for its hashes.
         host: the run.
-        x, buffers: name -> leaf, on the device or not, for the inference weights.
+        x: name -> leaf of the inference weights, buffers included, on the device or not.
     """
 
     meta: Meta
     host: Host
     x: Mapping[str, Any]
-    buffers: Mapping[str, Any]
 
     def write(self, folder: Path) -> Path:
         """Writes the checkpoint into the folder of its run; returns its path."""
@@ -132,23 +141,22 @@ class Job:
 
     def write_meta(self, folder: Path) -> None:
         """Writes the record into a folder."""
-        x = {name: np.asarray(leaf) for name, leaf in self.x.items()}
-        buffers = {name: np.asarray(leaf) for name, leaf in self.buffers.items()}
+        shipped = {name: np.asarray(leaf) for name, leaf in self.x.items()}
         self.meta.tensors = {
             _orbax.STATE: {
                 name: exchange.describe(array) | self.host.about.get(name, {})
                 for name, array in self.host.arrays.items()
             },
-            _orbax.INFERENCE_FILE: {name: exchange.describe(array) for name, array in (x | buffers).items()},
+            _orbax.INFERENCE_FILE: {name: exchange.describe(array) for name, array in shipped.items()},
         }
         y = parameters(self.host.tree["params"])
+        x = {name: shipped[name] for name in y}
         self.meta.fingerprints = {"x": exchange.fingerprint(x), "y": exchange.fingerprint(y)}
         files.write_text(folder / _orbax.META_FILE, self.meta.to_json())
 
     def write_inference(self, folder: Path) -> None:
         """Writes the inference weights into a folder, and for Orbax's sake a word about them as JSON."""
-        leaves = {name: np.asarray(leaf) for name, leaf in {**self.x, **self.buffers}.items()}
+        leaves = {name: np.asarray(leaf) for name, leaf in self.x.items()}
         about = store.about_inference(self.meta)
         exchange.write_tensors(folder / _orbax.INFERENCE_FILE, leaves, about, sealed=True)
-        word = {"weights_hold": "x", "step": self.meta.step, "file": _orbax.INFERENCE_FILE}
-        files.write_text(folder / _orbax.META_FILE, json.dumps(word))
+        _orbax.write_word(folder, self.meta)

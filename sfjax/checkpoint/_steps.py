@@ -6,6 +6,7 @@ waits until someone asks.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -13,10 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sfcore import checks, samples
 from sfcore.samples import Restart, Sample
 from sfcore.watch import WATCHED_STEPS
+from sfjax.checkpoint._arrays import is_spread
 from sfjax.checkpoint._leaves import check_trees
 from sfjax.law import iterates
 from sfjax.state.find import _overlay, _pure, _require
@@ -49,7 +52,8 @@ class Steps:
         """Notes what an update left; a micro-batch that did not update changes the loss only."""
         params, opt_state = _pure(params), _pure(opt_state)
         try:
-            row = _look(params, opt_state, jnp.nan if loss is None else loss, loss is not None)
+            look = _looking(_mesh_of(params))
+            row = look(params, opt_state, jnp.nan if loss is None else loss, loss is not None)
         except (TypeError, ValueError):  # arguments are not looked at in every step
             check_trees(params, opt_state)
             checks.require(TypeError, loss=(checks.optional(checks.LOSS), loss))
@@ -58,7 +62,7 @@ class Steps:
         if before is None or before.x.shape[1] != row.x.shape[0] or before.x.devices() != row.x.devices():
             self._factor = samples.scale([leaf.size for leaf in jax.tree.leaves(params)])
             empty = Rows(*(jnp.broadcast_to(value, (_ROWS, *value.shape)) for value in row))
-            self._rows = empty._replace(step=jnp.full(_ROWS, -1, jnp.int32))
+            self._rows = empty._replace(step=np.full(_ROWS, -1, np.int32))  # type: ignore[arg-type]
         self._rows = _push(self._rows, row)
 
     def read(self) -> list[Sample]:
@@ -105,7 +109,17 @@ class Steps:
         return samples.recent(self.read(), self._factor)
 
 
-@jax.jit
+def _mesh_of(params: Any) -> Any:
+    """Returns the mesh of arrays over several processes, each of which is to get every sample; else None."""
+    over_several = (leaf.sharding for leaf in jax.tree.leaves(params) if is_spread(leaf))
+    return next((one.mesh for one in over_several if isinstance(one, NamedSharding)), None)
+
+
+@functools.lru_cache(maxsize=4)
+def _looking(mesh: Any) -> Any:
+    return jax.jit(_look, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
 def _look(params: Any, opt_state: Any, loss: Any, has_loss: Any) -> Rows:
     states = _require(opt_state)
     recover = (iterates.recover_x, iterates.recover_z)

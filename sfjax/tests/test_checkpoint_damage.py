@@ -85,7 +85,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing file": (_remove_data, r"state is damaged: leaf '.+' cannot be read"),
     "missing leaf": (_forget_leaf, r"must hold the leaf 'params/c/d', got none"),
     "empty folder": (_empty, r"metadata is missing: the folder is empty"),
-    "newer format": (_newer_format, r"format version <= 1, got 99.*upgrade"),
+    "newer format": (_newer_format, r"format version <= 2, got 99.*upgrade"),
     "missing record": (_lose_record, r"metadata is missing"),
     "missing state": (_lose_state, r"state is missing"),
     "cut description": (_cut_tree, r"_METADATA is damaged"),

@@ -14,16 +14,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sfcore import checks, store
-from sfcore.changes import check_batches, check_laws, of_batches, refuse
-from sfcore.meta import Meta, as_accumulation, as_place
+from sfcore import checks, exchange, store, together
+from sfcore.changes import Change, check_batches, check_laws, of_batches, refuse
+from sfcore.exchange import CheckpointError
+from sfcore.meta import Meta, as_accumulation, as_place, of_rank
+from sfcore.ranks import Ranks
 from sfcore.saving import Saving
 from sfcore.store import Skipped
 from sftorch import _rng
-from sftorch.checkpoint import _arrays, _restore, _weights
-from sftorch.checkpoint._record import MODEL_EXTRA, capture, trained_by_others
-from sftorch.checkpoint._save import Snapshot, write
+from sftorch.checkpoint import _arrays, _parts, _restore, _weights
+from sftorch.checkpoint._record import MODEL_EXTRA, Capture, capture, parameter_names, trained_by_others
+from sftorch.checkpoint._save import Share, Snapshot, write
 from sftorch.checkpoint._steps import steps_of
+from sftorch.law.parts import is_divided
 from sftorch.state import arguments
 from sftorch.state.state_dict import ScheduleFreeOptimizer, check_optimizer
 
@@ -48,6 +51,54 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
+def _run_of(
+    model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns what a rank tells the others before a save: what must be the same on all."""
+    names = parameter_names(model, optimizer)
+    params = {name: [_arrays.name_of(p.dtype), list(p.shape)] for p, name in names.items()}
+    run = {"step": place["step"], "accumulation": place["accumulation"], "optimizer": optimizer.law.name}
+    return {"run": run, "params": params}
+
+
+def _check_alike(ranks: Ranks, told: Sequence[Any]) -> None:
+    """Raises on every rank unless all are about to save the same step of the same model."""
+    if ranks.count == 1:
+        return
+    for name in told[0]["run"]:
+        ranks.require_same(name, [one["run"][name] for one in told], "let all ranks take the same steps")
+    params = [one["params"] for one in told]
+    for name in sorted(set().union(*params)) if any(one != params[0] for one in params) else ():
+        ranks.require_same(
+            f"parameter {name!r} (dtype and shape)",
+            [one.get(name) for one in params],
+            "build the same model and optimizer on all ranks",
+        )
+
+
+def _parts_of(captured: Capture, count: int) -> dict[str, Any]:
+    """Returns where this rank's parts lie, and the CRCs of gradients that have none."""
+    if any(map(is_divided, captured.own.values())):
+        raise CheckpointError("extra must hold plain tensors, got DTensors: save full_tensor() of them")
+    whole = {n: t for n, t in captured.tensors.items() if n.startswith("grad/") and not is_divided(t)}
+    crcs = {n: exchange.describe(_arrays.to_numpy(t.cpu()))["crc32"] for n, t in whole.items() if count > 1}
+    return {"places": _parts.places_of(captured.tensors), "gradients": crcs}
+
+
+def _check_gradients(ranks: Ranks, captured: Capture, told: Sequence[Any]) -> None:
+    """Raises on every rank unless what is accumulated is the same on all, or lies in parts."""
+    if ranks.count == 1 or not captured.meta.accumulation["position"]:
+        return
+    found = [one["gradients"] for one in told]
+    none = not any(leaf.startswith("grad/") for leaf in captured.tensors)
+    if none or any(one != found[0] for one in found):
+        kind = "none in p.grad" if none else "others on each"
+        raise CheckpointError(
+            f"gradients of an unfinished update must be the same on every rank, got {kind}, as no_sync() and "
+            "set_requires_gradient_sync(False) leave them: save after an update, with accumulation=(N, 0)"
+        )
+
+
 class Checkpoints(Saving):
     """Saves and restores runs in a folder; a context manager that waits for the last save.
 
@@ -61,6 +112,8 @@ class Checkpoints(Saving):
         wait_for_writer: seconds that a save, and a restore, wait for another process that writes into the
             folder, >= 0, default 0: a save is refused at once, and a restore says so and goes on. For a job
             that is requeued while the old one still has time to save, as in wait_for_writer=120.
+        wait_for_ranks: seconds that a rank of a run of several processes waits for another in a save or a
+            restore, > 0, default 600; then every rank raises, after at most twice that.
 
     Raises:
         HyperparameterError: with every number that is out of range (a ValueError).
@@ -88,9 +141,18 @@ class Checkpoints(Saving):
         metric: str = "loss",
         background: bool = True,
         wait_for_writer: float = 0.0,
+        wait_for_ranks: float = 600.0,
     ):
         super().__init__(
-            folder, keep_newest, keep_best, metric, background, wait_for_writer, store.PLAIN, _log
+            folder,
+            keep_newest,
+            keep_best,
+            metric,
+            background,
+            wait_for_writer,
+            wait_for_ranks,
+            store.PLAIN,
+            _log,
         )
         self._snapshot = Snapshot()
         self._warned = False
@@ -130,20 +192,40 @@ class Checkpoints(Saving):
             CheckpointError: if something cannot be saved, or the save before this one failed.
             TypeError: if the optimizer is not one of sftorch's, or the model no module.
         """
-        arguments.check_module(model)
-        check_optimizer(optimizer)
         with self._lock:
-            own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
-            place = as_place(own if step is None else step, epoch, position, metrics, extra)
-            place["accumulation"] = as_accumulation(accumulation, batch_size)
-            self._background.wait()
-            captured = capture(model, optimizer, place)
-            captured.arrays.update(_rng.capture())
-            leaves = self._snapshot.take(captured.tensors, to_keep=self._background.is_used)
+            ranks = self.ranks
+
+            def asked() -> dict[str, Any]:
+                arguments.check_module(model)
+                check_optimizer(optimizer)
+                own = max(optimizer._books(group)["k"] for group in optimizer.param_groups)
+                place = as_place(own if step is None else step, epoch, position, metrics, extra)
+                place["accumulation"] = as_accumulation(accumulation, batch_size)
+                self._background.wait()
+                return place
+
+            def gathered() -> Capture:
+                found = capture(model, optimizer, place, ranks.rank)
+                found.arrays.update(_rng.capture(ranks.rank))
+                return found
+
+            # All of the same run, before any of them begins what needs the others.
+            place, told = ranks.agree(
+                "save", asked, tell=lambda place: ranks.count > 1 and _run_of(model, optimizer, place)
+            )
+            _check_alike(ranks, told)
+            captured, told = ranks.agree(
+                "save a copy", gathered, tell=lambda found: _parts_of(found, ranks.count)
+            )
+            _check_gradients(ranks, captured, told)
+            places = [one["places"] for one in told]
+            share = Share(*_parts.written_by(ranks.rank, captured.tensors, places))
+            share.leaves.update(captured.own)
+            leaves = self._snapshot.take(share.leaves, to_keep=self._background.is_used)
 
             def save() -> Path:
                 self._snapshot.wait()
-                return write(self.folder, captured, leaves)
+                return write(ranks, self.folder, captured, share._replace(leaves=leaves))
 
             self._start(captured.meta.step, save)
             self._warn_of(trained_by_others(model, optimizer))
@@ -200,30 +282,42 @@ class Checkpoints(Saving):
             HyperparameterError: for prior_steps out of range (a ValueError); nothing has changed then.
             TypeError: if the optimizer is not one of sftorch's, the model no module, or a flag no bool.
         """
-        arguments.check_module(model)
-        check_optimizer(optimizer)
-        checks.require(TypeError, strict=(checks.FLAG, strict), rng=(checks.FLAG, rng))
-        check_batches(accumulation, batch_size)
-        if prior_steps is not None:
-            checks.check(optimizer.law.options, {"prior_steps": prior_steps})
-        self.wait()
-        self._heed_writer()
+        ranks = self.ranks
+
+        def asked() -> None:
+            arguments.check_module(model)
+            check_optimizer(optimizer)
+            checks.require(TypeError, strict=(checks.FLAG, strict), rng=(checks.FLAG, rng))
+            check_batches(accumulation, batch_size)
+            if prior_steps is not None:
+                checks.check(optimizer.law.options, {"prior_steps": prior_steps})
+            self.wait()
+            self._heed_writer()
+
+        _, told = ranks.agree("restore", asked, tell=lambda _: str(resume))
+        ranks.require_same("resume", told, "pass the same on all ranks")
         if isinstance(resume, str) and resume.startswith("weights:"):
             weights = Path(resume.removeprefix("weights:"))
-            started = _weights.start(weights, model, optimizer, prior_steps)
-            restored = Restored(weights, None, started, [], {})
+            put, _ = ranks.agree("read the weights", lambda: _weights.prepare(weights, model, optimizer))
+            restored = Restored(weights, None, put(prior_steps), [], {})
             steps_of(optimizer).watch(optimizer, None, fresh=("clock", "v"))
             return self._report(restored)
-        path, skipped, _ = store.choose(self.folder, resume)
+        path, skipped, _ = together.choose(ranks, self.folder, resume)
         steps = steps_of(optimizer)  # sees the steps from here on, also of a run that starts anew
         if path is None:
             return None
-        meta, arrays = store.read(path)
-        check_laws(path, meta)
-        plan, changes = _restore.plan(path, meta, arrays, model, optimizer)
-        changes += of_batches(meta.accumulation, accumulation, batch_size)
-        if strict:
-            refuse(path, changes)
+
+        def planned() -> tuple[Meta, dict[str, Any], _restore.Plan, list[Change]]:
+            meta = store.read_meta(path)
+            arrays = store.open_parts(path, meta)
+            check_laws(path, meta)
+            plan, changes = _restore.plan(path, meta, arrays, model, optimizer)
+            changes += of_batches(meta.accumulation, accumulation, batch_size)
+            if strict:
+                refuse(path, changes)
+            return of_rank(meta, ranks.rank), arrays, plan, changes
+
+        (meta, arrays, plan, changes), _ = ranks.agree("restore", planned)
         extra = {k: v for k, v in meta.extra.items() if k != MODEL_EXTRA}
         notices = [f"{skip.path} was skipped: {skip.why}" for skip in skipped]
         notices += [str(change) for change in changes]
@@ -231,9 +325,21 @@ class Checkpoints(Saving):
             meta, dropped = _restore.without_partial_update(plan, meta)
             notices += dropped
         _restore.commit(plan, model, optimizer)
-        notices += _rng.restore(arrays) if rng else []
+        saved = len(meta.ranks) or 1
+        if saved != ranks.count:
+            others = "; the others keep the random states they have and take the rest of rank 0"
+            notices.append(
+                f"the checkpoint is of {saved} process(es), this run has {ranks.count}: random numbers, "
+                f"place in the data and extra go on as they were on {min(saved, ranks.count)} of them"
+                + others
+                * (saved < ranks.count)
+            )
+        if rng and ranks.rank < saved:
+            notices += _rng.restore(_rng.own(arrays, ranks.rank))
         changed = {change.name for change in changes}
-        steps.watch(optimizer, meta.recent, changed, plan.fresh)
+        # What the last steps did was seen in this rank's parts only.
+        recent = None if saved != ranks.count and store.is_spread(meta) else meta.recent
+        steps.watch(optimizer, recent, changed, plan.fresh)
         return self._report(Restored(path, meta, notices, list(skipped), _arrays.decode(extra, arrays)))
 
     def observe(self, optimizer: ScheduleFreeOptimizer, loss: float | Tensor) -> None:
@@ -254,6 +360,9 @@ class Checkpoints(Saving):
         check_optimizer(optimizer)
         checks.require(TypeError, loss=(checks.LOSS, loss))
         steps_of(optimizer).add_loss(loss)
+
+    def _make_ranks(self, name: str, limit: float) -> Ranks:
+        return _parts.ranks_of(name, limit)
 
     def _free(self) -> None:
         self._snapshot = Snapshot()

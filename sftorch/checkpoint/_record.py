@@ -15,9 +15,9 @@ import sfcore
 from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfcore.meta import Meta, number_in, precision_of
-from sftorch.checkpoint import _arrays
+from sftorch.checkpoint import _arrays, _parts
 from sftorch.checkpoint._steps import steps_of
-from sftorch.law.parts import is_divided
+from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms, state_dict
@@ -64,6 +64,7 @@ class Capture(NamedTuple):
 
     Attributes:
         tensors: leaf -> live tensor; to be copied before the next step.
+        own: the same of what is this rank's alone, in a run of several processes and not on rank 0.
         arrays: leaf -> array that is a copy already.
         averages: how to get x, one a parameter.
         inference: entry of model.state_dict() -> parameter (its x) or leaf (as it is).
@@ -72,6 +73,7 @@ class Capture(NamedTuple):
     """
 
     tensors: dict[str, Tensor]
+    own: dict[str, Tensor]
     arrays: dict[str, np.ndarray]
     averages: list[Average]
     inference: dict[str, str]
@@ -109,13 +111,9 @@ def parameter_names(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> dict[
     """Returns parameter -> name for all that the optimizer holds.
 
     Raises:
-        CheckpointError: naming those that are not in the model; for DTensors.
+        CheckpointError: naming those that are not in the model.
     """
-    if any(map(is_divided, optimizer._params())):
-        raise CheckpointError(
-            "parameters must lie whole on one device, got DTensors: use torch.distributed.checkpoint with "
-            "get_state_dict and set_state_dict, which know how they are divided"
-        )
+    _parts.gather_up(model)
     names: dict[Tensor, str] = {p: name for name, p in unwrapped(model).named_parameters()}
     lost = [
         f"parameter {i} of group {g} with shape {tuple(p.shape)}"
@@ -138,7 +136,9 @@ def trained_by_others(model: nn.Module, optimizer: ScheduleFreeOptimizer) -> lis
     return [name for name, p in named if p.requires_grad and p not in held]
 
 
-def capture(model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any]) -> Capture:
+def capture(
+    model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[str, Any], rank: int = 0
+) -> Capture:
     """Gathers everything a resume needs, without copying.
 
     Args:
@@ -146,6 +146,7 @@ def capture(model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[s
         optimizer: any Schedule-Free optimizer, in either mode.
         place: step, epoch, position, accumulation and metrics, for the record, and extra, the user's own, of
             which tensors become leaves extra/PATH.
+        rank: of this process.
 
     Raises:
         RuntimeError: if the weights are not those of the optimizer's state, as in `optimizer.train()`.
@@ -169,11 +170,12 @@ def capture(model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[s
     if place["accumulation"]["position"]:
         tensors |= {f"grad/{name}": p.grad for p, name in names.items() if p.grad is not None}
     others, inference = _model_entries(unwrapped(model), names, tensors)
-    recorded = _arrays.encode(extra, tensors, "extra")
+    own: dict[str, Tensor] = {} if rank else tensors
+    recorded = _arrays.encode(extra, own, f"extra/rank{rank}" if rank else "extra")
     if others:
         recorded[MODEL_EXTRA] = _arrays.encode(others, tensors, f"extra/{MODEL_EXTRA}")
-    for leaf, tensor in tensors.items():
-        _arrays.check_dense(tensor, leaf)
+    for leaf, tensor in (own | tensors).items():
+        _arrays.check_dense(part(tensor), leaf)
     meta = Meta(
         framework="torch",
         optimizer=optimizer.law.name,
@@ -190,7 +192,8 @@ def capture(model: nn.Module, optimizer: ScheduleFreeOptimizer, place: Mapping[s
         **{**place, "extra": recorded},
     )
     steps = steps_of(optimizer)
-    return Capture(tensors, {}, averages, inference, meta, partial(steps.recent, steps.rows()))
+    own = own if rank else {}
+    return Capture(tensors, own, {}, averages, inference, meta, partial(steps.recent, steps.rows()))
 
 
 def _parameters(

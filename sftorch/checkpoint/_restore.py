@@ -16,7 +16,7 @@ from sfcore.changes import comparable
 from sfcore.exchange import CheckpointError
 from sfcore.iterates import beta_of
 from sfcore.meta import Meta
-from sftorch.checkpoint import _arrays, _changes
+from sftorch.checkpoint import _arrays, _changes, _parts
 from sftorch.checkpoint._record import (
     MODEL_EXTRA,
     is_extra_state,
@@ -25,6 +25,7 @@ from sftorch.checkpoint._record import (
     roles,
     unwrapped,
 )
+from sftorch.law.parts import note_written, part
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms
 from sftorch.state.groups import new_books
@@ -59,10 +60,18 @@ class Saved:
     name: str
 
     def state_and_value(self) -> tuple[dict[str, Any], Tensor]:
-        """Returns the new state, {} if it had not started, and what the parameter is to hold."""
+        """Returns the new state, {} if it had not started, and what the parameter('s part) is to hold."""
         clock = self.meta.parameters[self.name]["clock"]
-        held = placed(self.arrays[f"y/{self.name}"], self.p)
-        return ({}, held.to(self.p.dtype)) if clock is None else self._started(clock, held)
+        held = self._placed(f"y/{self.name}")
+        if clock is None:
+            return {}, held.to(self.p.dtype)
+        state, value = self._started(clock, held)
+        return {
+            key: _parts.spread(one, self.p) if isinstance(one, Tensor) else one for key, one in state.items()
+        }, value
+
+    def _placed(self, leaf: str) -> Tensor:
+        return placed(_parts.taken(self.arrays[leaf], self.p), part(self.p.detach()))
 
     def fresh(self) -> set[str]:
         """Returns what starts anew although the parameter had started: "v", "m"."""
@@ -74,8 +83,8 @@ class Saved:
 
     def gradient(self) -> Tensor | None:
         """Returns the gradient accumulated so far, None if there was none."""
-        saved = self.arrays.get(f"grad/{self.name}")
-        return None if saved is None else placed(saved, self.p)
+        leaf = f"grad/{self.name}"
+        return _parts.spread(self._placed(leaf), self.p) if leaf in self.arrays else None
 
     def base_state(self) -> dict[str, Any]:
         """Returns the state in a wrapper's base, {} if that is another optimizer now."""
@@ -83,18 +92,26 @@ class Saved:
         if self.saved.get("torch", {}).get("base") != name:
             return {}
         on_device = self.group.get("capturable") or self.group.get("fused")
-        state = _arrays.decode(self.meta.parameters[self.name].get("base", {}), self.arrays)
+        start = f"base/{self.name}/"
+        leaves = [leaf for leaf in self.arrays if leaf.startswith(start)]
+        alike = {leaf for leaf in leaves if self.arrays[leaf].shape == tuple(self.p.shape)} - {f"{start}step"}
+        arrays = {
+            leaf: _parts.taken(self.arrays[leaf], self.p) if leaf in alike else np.asarray(self.arrays[leaf])
+            for leaf in leaves
+        }
+        state = _arrays.decode(self.meta.parameters[self.name].get("base", {}), arrays)
         for key, value in state.items():
             # torch keeps its step counters on the host unless the whole step runs on the device.
             if isinstance(value, Tensor) and (key != "step" or on_device):
                 # Earlier versions let the base step 16-bit parameters themselves.
                 narrow = value.dtype == self.p.dtype and forms.rest_dtype(value.dtype) is not None
-                state[key] = value.to(self.p.device, torch.float32 if narrow else None)
+                moved = value.to(self.p.device, torch.float32 if narrow else None)
+                state[key] = _parts.spread(moved, self.p) if f"{start}{key}" in alike else moved
         return state
 
     def _started(self, clock: Mapping[str, Any], held: Tensor) -> tuple[dict[str, Any], Tensor]:
         state = {
-            key: placed(self.arrays[f"{role}/{self.name}"], self.p)
+            key: self._placed(f"{role}/{self.name}")
             for key, role in roles().items()
             if f"{role}/{self.name}" in self.arrays
         }
@@ -153,7 +170,7 @@ class Saved:
 class Plan:
     """New values, ready to be put in place; nothing in it shares memory with live state."""
 
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (live, new)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (live, new, its part)
     states: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     base_states: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     gradients: dict[Tensor, Tensor | None] = field(default_factory=dict)
@@ -253,8 +270,10 @@ def plan(
                 new.base_states[p] = one.base_state()
     for entry, value in unwrapped(model).state_dict(keep_vars=True).items():
         if f"buffer/{entry}" in arrays:
-            new.copies.append((value, placed(arrays[f"buffer/{entry}"], value)))
-    new.model_extra = _arrays.decode(meta.extra.get(MODEL_EXTRA, {}), arrays)
+            whole = _parts.taken(arrays[f"buffer/{entry}"], value)
+            new.copies.append((value, placed(whole, part(value.detach()))))
+    extra = {leaf: np.asarray(array) for leaf, array in arrays.items() if leaf.startswith("extra/")}
+    new.model_extra = _arrays.decode(meta.extra.get(MODEL_EXTRA, {}), extra)
     return new, table
 
 
@@ -304,7 +323,8 @@ def commit(new: Plan, model: nn.Module, optimizer: ScheduleFreeOptimizer) -> Non
     optimizer._loaded = None
     optimizer._forget_step()
     for live, value in new.copies:
-        live.copy_(value)
+        part(live).copy_(value)
+    note_written(live for live, _ in new.copies)
     _put_states(optimizer, new.states)
     if isinstance(optimizer, ScheduleFreeWrapper):
         _put_states(optimizer.base, new.base_states)

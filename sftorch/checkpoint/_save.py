@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sfcore import exchange, store
+from sfcore import exchange, store, together
+from sfcore.ranks import Ranks
+from sfcore.shards import Place
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._record import REST, Capture
 from sftorch.state import forms
@@ -53,29 +56,61 @@ class Snapshot:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
+class Share(NamedTuple):
+    """What this rank writes of a checkpoint.
+
+    Attributes:
+        leaves: leaf -> tensor, on the host once a `Snapshot` has taken it: its part of a DTensor.
+        places: leaf -> where the part lies, of those that are less than the whole.
+        in_pieces: whether any rank has such.
+    """
+
+    leaves: dict[str, Tensor]
+    places: dict[str, Place]
+    in_pieces: bool
+
+
 @torch.no_grad()
-def write(folder: Path, captured: Capture, leaves: Mapping[str, Tensor]) -> Path:
-    """Writes a checkpoint into the folder of its run; returns its path.
+def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
+    """Writes a checkpoint into the folder of its run, with all other ranks; returns its path.
 
     Args:
+        ranks: that call this.
         folder: where checkpoints lie.
         captured: the checkpoint.
-        leaves: its tensors on the host, which do not change meanwhile.
+        share: what is written here; its tensors do not change meanwhile.
     """
-    leaves = _joined(leaves)
+    leaves = _joined(share.leaves)
     arrays = captured.arrays | {leaf: _arrays.to_numpy(tensor, leaf) for leaf, tensor in leaves.items()}
     x = {
         f"x/{average.name}": _arrays.to_numpy(average.ship(average.compute(leaves)))
         for average in captured.averages
+        if f"y/{average.name}" in leaves
     }
-    prints = {"x": exchange.fingerprint(exchange.of_role(x, "x"))}
-    if captured.meta.weights_hold == "y":
-        prints["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
+    prints = {}
+    if not share.in_pieces and ranks.is_first:
+        prints["x"] = exchange.fingerprint(exchange.of_role(x, "x"))
+        if captured.meta.weights_hold == "y":
+            prints["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
     meta = replace(captured.meta, fingerprints=prints, recent=captured.recent())
     held = arrays | x  # a stored x, of a run with beta 0, is not what is shipped
-    return store.write(
-        folder, meta, arrays, {entry: held[leaf] for entry, leaf in captured.inference.items()}
+    inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
+    if ranks.count == 1:
+        return store.write(folder, meta, arrays, inference)
+    places = share.places | {
+        f"x/{leaf.removeprefix('y/')}": where for leaf, where in share.places.items() if leaf.startswith("y/")
+    }
+    part = together.Part(
+        arrays,
+        inference,
+        {leaf: where for leaf, where in share.places.items() if leaf in arrays},
+        {
+            entry: places[leaf]._replace(leaf=entry)
+            for entry, leaf in captured.inference.items()
+            if entry in inference and leaf in places
+        },
     )
+    return together.write(ranks, folder, meta, part, share.in_pieces)
 
 
 def _joined(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from sfcore import store
 from sfcore.exchange import CheckpointError
 from sfcore.restart import WEIGHTS_ONLY, weights_only_policy
-from sftorch.checkpoint import _arrays, _unpickle
+from sftorch.checkpoint import _arrays, _parts, _unpickle
 from sftorch.checkpoint._record import is_extra_state, put_extra_state, unwrapped
 from sftorch.law import scalars
+from sftorch.law.parts import is_divided, note_written, part
 from sftorch.state.groups import new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import WRAPPERS, ScheduleFreeOptimizer
@@ -120,18 +121,19 @@ def _left(model: nn.Module, loaded: Mapping[str, Tensor]) -> list[str]:
     return [f"{len(left)} weights are not trained and not in the file: they stay, the first {left[0]!r}"]
 
 
-@torch.no_grad()
-def start(
-    path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer, prior_steps: int | None = None
-) -> list[str]:
-    """Puts the weights into the model, empties the optimizer and applies the policy; returns notices.
+def prepare(
+    path: Path, model: nn.Module, optimizer: ScheduleFreeOptimizer
+) -> Callable[[int | None], list[str]]:
+    """Reads and checks weights; returns what puts them in place.
+
+    That puts the weights into the model, empties the optimizer and applies the policy; it takes prior_steps,
+    checked already, in place of the policy's (None leaves it to the optimizer's own, and then the policy),
+    and returns notices.
 
     Args:
         path: as for `read`.
         model: built as the saved one was.
         optimizer: over its parameters.
-        prior_steps: checked already, in place of the policy's; None leaves it to the optimizer's own, and
-            then the policy.
 
     Raises:
         CheckpointError: if the weights cannot be read or do not fit; nothing has changed then.
@@ -148,12 +150,23 @@ def start(
             f"{len(cast)} weights are converted to the model's dtype, the first {name!r}: "
             f"{_arrays.name_of(cast[name])} to {_arrays.name_of(live[name].dtype)}"
         )
-    optimizer._is_half_restored = True
-    for name, value in live.items():
-        value.copy_(weights[name])
-    for name in extra.keys() & unwrapped(model).state_dict(keep_vars=True).keys():
-        put_extra_state(model, name, extra[name])
-    return notices + empty(optimizer, prior_steps, trained)
+
+    @torch.no_grad()
+    def put(prior_steps: int | None) -> list[str]:
+        optimizer._is_half_restored = True
+        for name, value in live.items():
+            part(value).copy_(_own_part(weights[name], value))
+        note_written(live.values())
+        for name in extra.keys() & unwrapped(model).state_dict(keep_vars=True).keys():
+            put_extra_state(model, name, extra[name])
+        return notices + empty(optimizer, prior_steps, trained)
+
+    return put
+
+
+def _own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Returns what of a whole tensor belongs to this rank's part of another."""
+    return _arrays.to_tensor(_parts.taken(_arrays.to_numpy(whole), like)) if is_divided(like) else whole
 
 
 def empty(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sfcore import exchange, store
-from sfcore.meta import FORMAT_VERSION
 from sftorch.checkpoint import CheckpointError, Checkpoints
 from sftorch.tests.checkpoint_runs import Case, build, saved_twice, train
 
@@ -47,11 +46,7 @@ def replace(leaf, by):
 
 
 def newer(path):
-    text = (
-        (path / "meta.json")
-        .read_text()
-        .replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
-    )
+    text = (path / "meta.json").read_text().replace('"format_version": 1', '"format_version": 99')
     (path / "meta.json").write_text(text)
 
 
@@ -106,7 +101,7 @@ DAMAGE = {
     ),
     "missing file": (lambda path: (path / STATE).unlink(), r"state\.safetensors is missing", "latest-good"),
     "empty folder": (empty, r"must be a folder with meta\.json, got an empty folder", "latest-good"),
-    "newer format": (newer, "must have format version <= 1, got 99", "pip install -U schedulefree-twin"),
+    "newer format": (newer, "must have format version <= 2, got 99", "pip install -U schedulefree-twin"),
 }
 
 

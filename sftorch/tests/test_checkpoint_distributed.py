@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import sftorch
-from sftorch.checkpoint import CheckpointError, Checkpoints
+from sftorch.checkpoint import Checkpoints
 from sftorch.tests.checkpoint_runs import LENGTH, Case, build, digest, train
 
 CASES = [Case(kind, "float32", 1, 10, "train") for kind in ("sgd", "adamw", "radam", "wrapper")]
@@ -166,7 +166,13 @@ class TestDTensors:
         assert torch.equal(model.weight.to_local(), whole)
         assert torch.equal(optimizer.state[model.weight]["y_rest"].to_local(), other.state[whole]["y_rest"])
 
-    def test_checkpoints_name_the_tool_that_knows_them(self, mesh, tmp_path):
+    def test_a_checkpoint_of_one_process_holds_them_whole(self, mesh, tmp_path):
         model, optimizer = self.build(mesh, 0)
-        with pytest.raises(CheckpointError, match=r"got DTensors: use torch\.distributed\.checkpoint"):
-            Checkpoints(tmp_path).save(model, optimizer)
+        self.advance(mesh, model, optimizer, 0, 3)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(model, optimizer)
+        other, resumed = self.build(mesh, 1)
+        assert Checkpoints(tmp_path).restore(other, resumed).notices == []
+        assert torch.equal(other.weight.to_local(), model.weight.to_local())
+        z, saved = resumed.state[other.weight]["z"], optimizer.state[model.weight]["z"]
+        assert torch.equal(z.to_local(), saved.to_local())
