@@ -240,7 +240,7 @@ class Run:
         """Returns what the scheduler multiplies the lr by at every step of `step`, in a run of `steps`."""
         times = self.scheduler_devices
         warmup = self.scheduler_warmup * times if self.scheduler_acts else 0.0
-        time = _Time(step * times, warmup, float((self.total_steps or steps) * times))
+        time = _Time(step * times, warmup, float(self.total_steps or steps) * times)
         ramp = _ramp_of_min_lr if self.scheduler_name == "cosine_warmup_with_min_lr" else _ramp
         return np.where(time.step < warmup, ramp(self, time), COURSES[self.scheduler_name or ""](self, time))
 

@@ -164,6 +164,17 @@ def test_a_number_beyond_every_float_is_reported_like_any_other_nonsense():
     assert [(p.code, p.field) for p in plan.problems] == [("SF301", "warmup_steps")]
 
 
+def test_more_scheduler_steps_than_a_float_has_are_endless():
+    run = {
+        "optimizer_type": "AdamW",
+        "lr_scheduler": "cosine",
+        "learning_rate": 0.1,
+        "max_train_steps": 10**10,
+    }
+    plan = check(run, source="sd-scripts", devices=10**300)
+    assert plan.lr[0] == plan.lr[-1] == 0.1
+
+
 def test_a_huge_run_is_computed_to_its_first_ten_million_steps():
     plan = check(optimizer="AdamW", total_steps=10**9)
     assert plan.total_steps == 10**9
