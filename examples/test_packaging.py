@@ -68,6 +68,7 @@ def test_what_the_packages_import_is_what_their_extras_bring():
     optional |= {"transformers", "triton"}
     asked = [*PROJECT["dependencies"], *EXTRAS["jax"], *EXTRAS["torch"]]
     brought = {name_of(item).replace("-", "_") for item in asked} | {
+        "etils",
         "orbax",
         "tensorstore",
     }  # by orbax_checkpoint

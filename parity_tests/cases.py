@@ -136,7 +136,14 @@ def _decay(o: str) -> list[Case]:
         case("z", "decay at the base iterate", weight_decay=0.1, decay_at="z"),
         case("z-beta-0", "y is z, and x is stored", weight_decay=0.1, decay_at="z", beta=0.0),
         case("squared", "lr^2 in the decay", weight_decay=0.9 / LRS[o], decay_power=2, schedule="sawtooth"),
-        case("z-squared", "both", weight_decay=5.0, decay_at="z", decay_power=2, schedule="from zero"),
+        case(
+            "z-squared",
+            "both of these at once",
+            weight_decay=5.0,
+            decay_at="z",
+            decay_power=2,
+            schedule="from zero",
+        ),
     ]
 
 

@@ -28,7 +28,15 @@ SHARED = {
     "weight_lr_power": st.just(0.0) | st.floats(0.1, 4.0),
     "weight_decay": st.just(0.0) | st.floats(1e-4, 0.5),
 }
+OFF = st.just(0)
 OWN: dict[str, st.SearchStrategy[Any]] = {
+    "c_warmup": OFF | st.integers(1, 8),
+    "refined_c": OFF | st.floats(1.0, 30.0),
+    "window": OFF | st.integers(1, 20),
+    "window_rule": st.sampled_from(["floor", "constant"]),
+    "weight_lr": st.sampled_from(["max", "current"]),
+    "decay_at": st.sampled_from(["y", "z"]),
+    "decay_power": st.sampled_from([1, 2]),
     "warmup_steps": st.integers(0, 20),
     "eps": st.floats(1e-10, 1.0),
     "b2": st.just(0.0) | st.floats(0.1, 0.999),
@@ -55,7 +63,13 @@ def options_of(optimizer: str) -> dict[str, st.SearchStrategy[Any]]:
 def cases(draw: st.DrawFn, optimizer: str) -> Case:
     """Draws a valid case."""
     changed = draw(st.fixed_dictionaries(options_of(optimizer)))
-    prior = draw(st.integers(0, 50)) if changed["lr"] > 0 else 0  # a prior of weight 0 is refused
+    # What is refused together: two lengths of an average, one that is constant without any.
+    if changed["window"]:
+        changed["refined_c"] = 0
+    else:
+        changed["window_rule"] = "floor"
+    can = changed["lr"] > 0 and not changed["c_warmup"]  # a prior of weight 0, or that is thrown away
+    prior = draw(st.integers(0, 50)) if can else 0
     schedule = draw(st.sampled_from([name for name in SCHEDULES if not prior or SCHEDULES[name](0) == 1]))
     problem = draw(st.sampled_from(list(PROBLEMS)))
     return Case(

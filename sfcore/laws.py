@@ -119,6 +119,10 @@ class Law:
                 found[name] = value[half]
         return found
 
+    def missing(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns option -> default of those that a torch group, as of an older release, has not."""
+        return {name: value for name, value in self.defaults.items() if self._place(name)[0] not in group}
+
     def to_torch(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns options as keyword arguments of the torch class; of a pair, the other half is the default.
 

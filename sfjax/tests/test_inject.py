@@ -26,7 +26,8 @@ def test_all_hyperparameters_at_once_may_be_traced(name):
     grads = runs.gradients(10, like=params)
     tx = optax.inject_hyperparams(runs.FACTORIES[name])(0.1, **options)
     state = jax.jit(tx.init)(runs.typed(params))
-    assert set(state.hyperparams) == {"learning_rate", "seed", *options}  # every number, says optax
+    rules = {"c_warmup", "refined_c", "window", "decay_power"}
+    assert set(state.hyperparams) == {"learning_rate", "seed", *rules, *options}  # every number, says optax
     y, state = runs.run(tx, runs.typed(params), grads, state)
     # Measured: at most 3e-15.
     runs.assert_iterates(state, y, runs.plain_points(name, params, grads, **options), 1e-13)

@@ -73,7 +73,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         """Returns a group's hyperparameters by canonical name, and the names its user knows."""
-        values = self.law.of_torch_group(group)
+        values = self.law.missing(group) | self.law.of_torch_group(group)
         return values | {"lr": arguments.as_number(values["lr"])}, dict(self.law.torch_names)
 
     @abstractmethod

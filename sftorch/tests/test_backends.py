@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 import sftorch
 from sfcore import averaging
 from sfcore.laws import LAWS
-from sftorch.adamw import AdamWDirection
 from sftorch.closure import XAtRest
 from sftorch.kernels import build
 from sftorch.sgd import SGDDirection
@@ -92,14 +92,8 @@ def test_fused_true_names_the_direction_that_has_no_kernel_before_anything_chang
     feed(optimizer, params, some_grads(1, params))
 
 
-class AtZ(AdamWDirection, YAtRest):
-    """Decay at z: another number, and no other code."""
-
-    law = replace(LAWS["adamw"], decay_at="z")
-
-
-class AtZClosure(AdamWDirection, XAtRest):
-    law = replace(LAWS["adamw"], decay_at="z")
+AtZ = functools.partial(sftorch.AdamWScheduleFree, decay_at="z")
+AtZClosure = functools.partial(sftorch.AdamWScheduleFreeClosure, decay_at="z")
 
 
 def at_z(params, grads, steps, beta=0.9, b2=0.9, decay=0.3, eps=1e-8):
@@ -120,7 +114,7 @@ def at_z(params, grads, steps, beta=0.9, b2=0.9, decay=0.3, eps=1e-8):
 
 
 @pytest.mark.parametrize("options", PATHS, ids=str)
-@pytest.mark.parametrize("make", [AtZ, AtZClosure])
+@pytest.mark.parametrize("make", [AtZ, AtZClosure], ids=["y", "closure"])
 def test_decay_at_z_needs_no_new_kernel(make, options):
     params = some_params(torch.float64)
     grads = some_grads(9, params)
@@ -133,7 +127,7 @@ def test_decay_at_z_needs_no_new_kernel(make, options):
 
 
 @pytest.mark.usefixtures("exact_root")
-@pytest.mark.parametrize("make", [AtZ, AtZClosure])
+@pytest.mark.parametrize("make", [AtZ, AtZClosure], ids=["y", "closure"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_decay_at_z_has_the_same_bits_fused(dtype, make):
     if dtype is torch.bfloat16 and make is AtZClosure:

@@ -9,6 +9,7 @@ import torch
 
 import sftorch
 from sfcore.checks import HyperparameterError
+from sfcore.laws import LAWS
 from sfcore.restart import WEIGHTS_ONLY
 from sftorch.checkpoint import Checkpoints, import_state_dict
 from sftorch.tests.checkpoint_runs import Case, build, digest
@@ -85,6 +86,8 @@ def test_todays_checkpoint_restores_every_bit():
     assert restored.extra == {"note": (1, 2)}
     (group,) = optimizer.param_groups
     later = {"precision": "exact", "seed": 0}  # options that there were not, at their defaults
+    rules = {"c_warmup", "refined_c", "window", "window_rule", "weight_lr", "decay_at", "decay_power"}
+    later |= {name: value for name, value in LAWS["adamw"].defaults.items() if name in rules}
     assert {name: group.pop(name) for name in later} == later
     assert digest(model, optimizer) == (folder.parent / "digest.txt").read_text().strip()
 
