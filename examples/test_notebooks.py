@@ -83,6 +83,7 @@ def test_what_it_measures_is_what_its_text_says(path, executed):
         assert abs(ahead[-1]) < deviation
 
 
+@pytest.mark.slow
 @CASES
 def test_a_restart_goes_on_in_the_same_bits_and_what_is_shipped_is_x_and_not_y(path, executed):
     _, found = executed(path)
@@ -121,6 +122,7 @@ def assert_same_text(committed: str, fresh: str) -> None:
         assert float(old[0]) == pytest.approx(float(new[0]), rel=0, abs=3.01 * 10 ** -len(old[1]))
 
 
+@pytest.mark.slow
 @CASES
 def test_committed_outputs_are_those_of_the_committed_cells(path, executed):
     committed, (fresh, _) = nbformat.read(path, as_version=4), executed(path)

@@ -121,7 +121,14 @@ def put_another_library(kept: Path) -> None:
 DAMAGES = [halve, zero, empty, change_a_bit, let_all_write, put_a_link, put_another_library]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(damage, marks=[] if damage in (halve, change_a_bit, put_a_link) else pytest.mark.slow)
+        for damage in DAMAGES
+    ],
+    ids=lambda damage: damage.__name__,
+)
 def test_a_damaged_kernel_is_built_anew_with_one_line(damage, around):
     find(around)
     (kept,) = folder(around).iterdir()
