@@ -25,8 +25,9 @@ def cases(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
 
 
 def name(case: unittest.TestCase) -> str:
-    """Returns what absl calls it, without its number."""
-    return re.sub(r"^.*\.(\w+?)\d* \(", r"\1(", str(case.shortDescription()).splitlines()[0])
+    """Returns what absl calls it, without its number and addresses, which differ by process."""
+    told = re.sub(r"^.*\.(\w+?)\d* \(", r"\1(", str(case.shortDescription()).splitlines()[0])
+    return re.sub(r" at 0x[0-9a-f]+", "", told)
 
 
 EVERY = [
