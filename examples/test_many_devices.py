@@ -22,8 +22,8 @@ def said(*command, **environment):
         text=True,
         check=False,
     )
-    # torch 2.13 lets gloo's threads live on after destroy_process_group, and in 2 of 60 runs measured one of them
-    # came too late for the interpreter's end. All has been said, saved and agreed on by then.
+    # torch 2.13 lets gloo's threads live on after destroy_process_group, and in 2 of 60 runs one of them came
+    # too late for the interpreter's end. All has been said, saved and agreed on by then.
     if "terminate called without an active exception" not in done.stderr:
         assert done.returncode == 0, done.stderr
     (found,) = re.findall(r"steps: ([\d.]+)% of the test digits right at x", done.stdout)
