@@ -28,7 +28,8 @@ def group():
     dist.destroy_process_group()
 
 
-def test_the_code_of_the_page_runs(group, tmp_path):
+def test_the_code_of_the_page_runs(group, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     page, inputs = "many-devices.md", torch.ones(2, 3)
     torch.manual_seed(0)
     names = run(page, "FSDP2", model=Net(), inputs=inputs)
@@ -36,8 +37,17 @@ def test_the_code_of_the_page_runs(group, tmp_path):
     other = fully_shard(Net())
     own = sftorch.AdamWScheduleFree(other.parameters(), lr=0.01)
     known = {"model": names["model"], "optimizer": names["optimizer"], "folder": tmp_path / "saved"}
-    run(page, "The state crosses", **known, other_model=other, other_optimizer=own)
+    run(
+        page,
+        "The state crosses torch.distributed.checkpoint",
+        **known,
+        other_model=other,
+        other_optimizer=own,
+    )
     pairs = list(zip(names["model"].parameters(), other.parameters(), strict=True))
     assert len(pairs) == 4
     assert all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs)
     assert own.metrics()[0]["step"] == 1
+    taken = []
+    run(page, "Checkpoints", model=other, optimizer=own, loader=[inputs], train_on=taken.append)
+    assert len(taken) == 1
