@@ -69,7 +69,6 @@ def main() -> None:
     if rank == 0:
         print(f"{world} process(es), {options.steps} steps: {accuracy:.2%} of the test digits right at x")
     if world > 1:
-        dist.barrier()  # nobody leaves while another still reads from it
         dist.destroy_process_group()
 
 

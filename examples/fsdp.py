@@ -75,7 +75,6 @@ def main() -> None:
     accuracy = train(options.out, options.steps, options.save_every, rank, world)
     if rank == 0:
         print(f"{world} process(es), {options.steps} steps: {accuracy:.2%} of the test digits right at x")
-    dist.barrier()  # nobody leaves while another still reads from it
     dist.destroy_process_group()
 
 

@@ -13,36 +13,41 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
+ABORTED = "terminate called without an active exception"
+
+
+def run(*command, **environment):
+    """Runs an example to its end."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 def said(*command, **environment):
     """Returns the share of test digits that an example got right, as it prints it."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # torch 2.13 lets gloo's threads live on after destroy_process_group, and in 2 of 60 runs one of them came
-    # too late for the interpreter's end. All has been said, saved and agreed on by then.
-    if "terminate called without an active exception" not in done.stderr:
-        assert done.returncode == 0, done.stderr
+    done = run(*command, **environment)
+    if ABORTED in done.stderr:
+        # In 2 of about 60 runs a process of torchrun aborted so, cause not found; threads of gloo are alive
+        # after destroy_process_group. Nothing may be lost: started again, it finds its run and ends well.
+        done = run(*command, **environment)
+    assert done.returncode == 0, done.stderr
     (found,) = re.findall(r"steps: ([\d.]+)% of the test digits right at x", done.stdout)
     return float(found)
 
 
 @pytest.mark.slow
 def test_fsdp_resumes_in_the_same_run_on_other_processes(tmp_path):
-    def run(processes, name, steps):
+    def accuracy(processes, name, steps):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         options = ["--out", str(tmp_path / name), "--steps", str(steps), "--save-every", "20"]
         return said(*torchrun, str(FOLDER / "fsdp.py"), *options)
 
-    whole = run(2, "whole", 40)
+    whole = accuracy(2, "whole", 40)
     assert whole > 85
-    run(2, "stopped", 20)
-    assert run(2, "stopped", 40) == whole
-    run(2, "changed", 20)
-    assert run(1, "changed", 40) == pytest.approx(whole, abs=1)  # batches are summed in another order
+    accuracy(2, "stopped", 20)
+    assert accuracy(2, "stopped", 40) == whole
+    accuracy(2, "changed", 20)
+    assert accuracy(1, "changed", 40) == pytest.approx(whole, abs=1)  # batches are summed in another order
 
 
 @pytest.mark.slow

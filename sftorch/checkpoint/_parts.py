@@ -129,19 +129,3 @@ def taken(array: Any, like: Tensor) -> np.ndarray:
         found: np.ndarray = array.region(start, shape)
         return found
     return array[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
-
-
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns a rank's part as the DTensor that it is a part of; of a plain one itself."""
-    if not is_divided(like):
-        return tensor
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        tensor,
-        like.device_mesh,  # type: ignore[attr-defined]
-        like.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )

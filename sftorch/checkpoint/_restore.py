@@ -25,7 +25,7 @@ from sftorch.checkpoint._record import (
     roles,
     unwrapped,
 )
-from sftorch.law.parts import note_written, part
+from sftorch.law.parts import like, note_written, part
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import forms
 from sftorch.state.groups import new_books
@@ -67,7 +67,7 @@ class Saved:
             return {}, held.to(self.p.dtype)
         state, value = self._started(clock, held)
         return {
-            key: _parts.spread(one, self.p) if isinstance(one, Tensor) else one for key, one in state.items()
+            key: like(self.p, one) if isinstance(one, Tensor) else one for key, one in state.items()
         }, value
 
     def _placed(self, leaf: str) -> Tensor:
@@ -84,7 +84,7 @@ class Saved:
     def gradient(self) -> Tensor | None:
         """Returns the gradient accumulated so far, None if there was none."""
         leaf = f"grad/{self.name}"
-        return _parts.spread(self._placed(leaf), self.p) if leaf in self.arrays else None
+        return like(self.p, self._placed(leaf)) if leaf in self.arrays else None
 
     def base_state(self) -> dict[str, Any]:
         """Returns the state in a wrapper's base, {} if that is another optimizer now."""
@@ -106,7 +106,7 @@ class Saved:
                 # Earlier versions let the base step 16-bit parameters themselves.
                 narrow = value.dtype == self.p.dtype and forms.rest_dtype(value.dtype) is not None
                 moved = value.to(self.p.device, torch.float32 if narrow else None)
-                state[key] = _parts.spread(moved, self.p) if f"{start}{key}" in alike else moved
+                state[key] = like(self.p, moved) if f"{start}{key}" in alike else moved
         return state
 
     def _started(self, clock: Mapping[str, Any], held: Tensor) -> tuple[dict[str, Any], Tensor]:
