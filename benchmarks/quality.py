@@ -1,9 +1,9 @@
 """Whether one run without a schedule beats a tuned schedule: `python -m benchmarks quality`.
 
-Trains every method at every rate of a grid on five seeds, tunes the rate on validation data, and measures test data
-at x; then replays the chosen settings in torch. About half an hour on two cores. `--fetch` brings the data first.
-A row is written as soon as it is measured: what is cut short goes on where it was. Writes OUT/quality.jsonl and
-OUT/quality.png.
+Trains every method at every rate of a grid on five seeds, tunes the rate on validation data, and measures
+test data at x; then replays the chosen settings in torch. About half an hour on two cores. `--fetch` brings
+the data first. A row is written as soon as it is measured: what is cut short goes on where it was. Writes
+OUT/quality.jsonl and OUT/quality.png.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def run(jobs: Sequence[Job], options: argparse.Namespace, path: Path) -> None:
         print(f"left out: {problem}; python -m benchmarks quality --fetch brings its data")
     if not todo:
         return
-    # A process a row, each on a core of its own: they share nothing, and small products gain nothing from threads.
+    # A process a row, each on a core of its own: small products gain nothing from threads.
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"

@@ -1,9 +1,10 @@
-"""The data of `benchmarks quality`, from packages of Debian: fetched once, checked, kept out of the repository.
+"""The data of `benchmarks quality`, from packages of Debian: fetched once, checked, kept out of the
+repository.
 
-`python -m benchmarks quality --fetch` writes into the data folder what is not there yet. It takes installed files
-where there are some (`apt-get install dataset-fashion-mnist bible-kjv-text r-cran-mlbench`), and else downloads the
-three packages with apt-get, without installing them. Whatever release the files come from, their content must have
-the checksums below. Digits, Iris and Wine come with scikit-learn.
+`python -m benchmarks quality --fetch` writes into the data folder what is not there yet. It takes installed
+files where there are some (`apt-get install dataset-fashion-mnist bible-kjv-text r-cran-mlbench`), and else
+downloads the three packages with apt-get, without installing them. Whatever release the files come from,
+their content must have the checksums below. Digits, Iris and Wine come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Source(NamedTuple):
 
 
 def plain_text(packed: bytes) -> bytes:
-    """Returns the text of bible.data: blocks that `compress` packed one after another, each line with its verse."""
+    """Returns the text of bible.data: blocks that `compress` packed, one after another."""
     starts = [found.start() for found in re.finditer(b"\x1f\x9d\x90", packed)] + [len(packed)]
     text, at = b"", 0
     while at < len(starts) - 1:
@@ -89,16 +90,29 @@ def unpacked(packed: bytes) -> bytes:
 
 
 SOURCES = {
-    "fashion-train-images": _mnist("train-images-idx3", "?"),
-    "fashion-train-labels": _mnist("train-labels-idx1", "?"),
-    "fashion-test-images": _mnist("t10k-images-idx3", "?"),
-    "fashion-test-labels": _mnist("t10k-labels-idx1", "?"),
-    "kjv.txt": Source("bible-kjv-text", "usr/lib/bible.data", "?", plain_text),
-    "glass": _r("Glass", "?"),
-    "vehicle": _r("Vehicle", "?"),
-    "vowel": _r("Vowel", "?"),
-    "dna": _r("DNA", "?"),
-    "letter": _r("LetterRecognition", "?"),
+    "fashion-train-images": _mnist(
+        "train-images-idx3", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
+    ),
+    "fashion-train-labels": _mnist(
+        "train-labels-idx1", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
+    ),
+    "fashion-test-images": _mnist(
+        "t10k-images-idx3", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
+    ),
+    "fashion-test-labels": _mnist(
+        "t10k-labels-idx1", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+    ),
+    "kjv.txt": Source(
+        "bible-kjv-text",
+        "usr/lib/bible.data",
+        "b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5d",
+        plain_text,
+    ),
+    "glass": _r("Glass", "6d740b8023661263c637f261e1d7c24b6fdb9dbe65aacbb67d95e3865171da6c"),
+    "vehicle": _r("Vehicle", "bb9b43b8bd2b087cd2fda9715acf4076437a0416d0a04ed9a90c38c50e5df598"),
+    "vowel": _r("Vowel", "eefe4e7c077a7637bc53aeef0fb9fd1f3abda57ea27859f2ea251839966a8ac6"),
+    "dna": _r("DNA", "2b15a9b2d1dfb0c08f108668e2ac65c7720499a022636140eccae92d4c06b291"),
+    "letter": _r("LetterRecognition", "92844a4562cfe66720dea2b19f30cf83c155dec85c96a20f041f3e4e6db01c61"),
 }
 
 
@@ -182,14 +196,14 @@ def digits() -> Arrays:
 
 
 def fashion(part: str) -> Arrays:
-    """Returns Fashion-MNIST, "train" (60,000) or "test" (10,000), 14 by 14 (means of four pixels), in [0, 1]."""
+    """Returns Fashion-MNIST, "train" or "test", (n, 196) in [0, 1]: means of four pixels each."""
     images = np.frombuffer(read(f"fashion-{part}-images"), np.uint8, offset=16).reshape(-1, 14, 2, 14, 2)
     classes = np.frombuffer(read(f"fashion-{part}-labels"), np.uint8, offset=8)
     return (images.mean((2, 4)).reshape(len(images), -1) / 255).astype(np.float32), classes.astype(np.int32)
 
 
 def kjv() -> tuple[np.ndarray, int]:
-    """Returns the King James Bible as indices of characters, int32 (n,), and how many characters there are."""
+    """Returns the King James Bible as indices of characters, int32 (n,), and how many there are."""
     text = np.frombuffer(read("kjv.txt"), np.uint8)
     characters, indices = np.unique(text, return_inverse=True)
     return indices.astype(np.int32), len(characters)
@@ -212,7 +226,7 @@ def convex(name: str) -> Arrays:
 
 
 def _table(content: bytes) -> Arrays:
-    """Returns inputs and classes of the data frame of an .rda file: the one factor that is named as the class is."""
+    """Returns inputs and classes of the data frame of an .rda file."""
     ((_, (columns, attributes)),) = _read_rda(content)
     names = attributes["names"]
     target = next(name for name in ("Class", "Type", "lettr") if name in names)
@@ -224,7 +238,7 @@ def _table(content: bytes) -> Arrays:
 
 
 def _read_rda(content: bytes) -> list[tuple[str, Any]]:
-    """Returns the (name, (value, attributes)) of a file that R's `save` wrote in format 2, as its manual has it."""
+    """Returns the (name, (value, attributes)) of a file that R's `save` wrote in its format 2."""
     stream = BytesIO(content)
     if stream.read(7) != b"RDX2\nX\n":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""quality.png: one run without a schedule, and cosine schedules for three lengths; quality-rates.png: the rates."""
+"""quality.png: one run without a schedule beside cosines for three lengths; quality-rates.png: the rates."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The sweeps of `benchmarks quality`: one program for all rates and seeds of a row.
 
-The learning rate is a traced argument of the transformation, so that runs differ in data alone: weights and states
-have two leading axes, seeds and rates.
+The learning rate is a traced argument of the transformation, so that runs differ in data alone: weights and
+states have two leading axes, seeds and rates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The methods of `benchmarks quality`, a row each, and what a row is in JAX and in torch.
 
-Nothing decays weights, and every second moment has b2 = 0.99. A row that has `scale` tries the grid of its problem
-times that number.
+Nothing decays weights, and every second moment has b2 = 0.99. A row that has `scale` tries the grid of its
+problem times that number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Method(NamedTuple):
 
     Attributes:
         name, label: in results, and in tables.
-        law: "sgd", "adamw", "radam" or "muon", Schedule-Free; or "plain adamw", "plain muon", of optax and torch.
+        law: "sgd", "adamw", "radam", "muon", Schedule-Free; or "plain adamw", "plain muon" of optax.
         options: hyperparameters by their names in JAX; `window` as a share of the run.
         schedule: "constant", "cosine", "linear" or "wsd".
         warmup: share of the run.
@@ -130,7 +130,7 @@ def transformation(method: Method, run: Setting, rate: Any) -> Any:
 def torch_step(
     method: Method, run: Setting, rate: float, named: list[tuple[str, Any]]
 ) -> tuple[Callable[[], None], Any] | None:
-    """Returns the row in torch: a function that takes a step, and the optimizer; None where there is no twin."""
+    """Returns the row in torch: a function that takes a step, and the optimizer; None without a twin."""
     import numpy as np
     import torch
 

@@ -1,7 +1,8 @@
-"""The problems of `benchmarks quality`, in NumPy alone: data, first weights and batches, the same for both twins.
+"""The problems of `benchmarks quality`, in NumPy alone: data, first weights and batches, the same for both
+twins.
 
-Every problem has a training, a validation and a test part. Rates are tuned on the validation loss; what a table
-shows is the test loss. A seed gives the first weights and the batches; it does not change the parts.
+Every problem has a training, a validation and a test part. Rates are tuned on the validation loss; what a
+table shows is the test loss. A seed gives the first weights and the batches; it does not change the parts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +70,7 @@ class Problem(NamedTuple):
         return _loaded(self.load)
 
     def random(self, purpose: int, seed: int) -> np.random.Generator:
-        """Returns the stream of a purpose; problems that differ in steps or batch alone share their weights."""
+        """Returns the stream of a purpose; problems of the same sizes share their first weights."""
         return np.random.default_rng([zlib.crc32(repr((self.model, self.sizes)).encode()), purpose, seed])
 
     def weights(self, seed: int) -> Weights:
@@ -77,7 +79,7 @@ class Problem(NamedTuple):
         return {name: np.asarray(weight, np.float32) for name, weight in drawn.items()}
 
     def batches(self, seed: int, steps: int) -> np.ndarray:
-        """Returns the examples (or starts) of the first steps, int32 (steps, batch); of a quadratic the noise."""
+        """Returns the examples (or starts) of the first steps, (steps, batch); of a quadratic the noise."""
         random = self.random(BATCHES, seed)
         if self.model == "quadratic":
             return (self.noise * random.standard_normal((steps, *self.sizes))).astype(np.float32)
@@ -161,11 +163,11 @@ def _fashion() -> Data:
 
 
 def _kjv() -> Data:
-    """The first 90% of the text are trained on; windows of the next 5% are validation, of the last 5% test."""
+    """The first 90% of the text are trained on; the next 5% are for validation, the last for the test."""
     text, _ = quality_data.kjv()
     at, width = [int(0.9 * len(text)), int(0.95 * len(text)), len(text)], KJV_SIZES[-1] + 1
     random, nothing, parts = np.random.default_rng(SPLIT), np.zeros(0, np.int32), []
-    for first, last in zip(at[:-1], at[1:], strict=True):
+    for first, last in pairwise(at):
         starts = random.integers(first, last - width, 256)
         parts.append(Part(text[starts[:, None] + np.arange(width)], nothing))
     return Data(Part(text[: at[0]], nothing), *parts)
@@ -192,7 +194,7 @@ def rates(first: float, factor: float, count: int) -> tuple[float, ...]:
 
 GRID = rates(0.001, 2, 7)
 WIDE = rates(0.001, 10**0.5, 7)
-KJV_SIZES = (72, 32, 2, 2, 32)
+KJV_SIZES = (63, 32, 2, 2, 32)
 FASHION_SIZES = (196, 64, 64, 10)
 FASHION_STEPS = 2000
 DIGITS = Problem("digits", "digits, batch 32", "mlp", (64, 64, 64, 10), _digits, 32, 600, GRID)

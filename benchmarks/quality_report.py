@@ -1,4 +1,4 @@
-"""The tables of `benchmarks quality`, for a terminal and for the pages, all from the rows of its result file."""
+"""The tables of `benchmarks quality`, for a terminal and for the pages, from its result file."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def rates(found: Sequence[Row]) -> str:
 
 
 def loses(found: Sequence[Row]) -> str:
-    """Returns a table of the problems on which a scheduled AdamW is better than Schedule-Free AdamW, or as good."""
+    """Returns the problems on which a scheduled AdamW is better than Schedule-Free AdamW, or as good."""
     rows = []
     for problem in PROBLEMS:
         of_problem = of(found, "sweep", problem)
@@ -206,7 +206,7 @@ SENSITIVE = {"b1": "beta", "r": "r", "warmup": "warm-up, share of the run"}
 
 
 def sensitivity(found: Sequence[Row]) -> str:
-    """Returns what one hyperparameter at a time does to Schedule-Free AdamW: its loss, and the rate it wants."""
+    """Returns what one hyperparameter at a time does to Schedule-Free AdamW."""
     rows = of(found, "sensitivity")
     lines = []
     for option, label in SENSITIVE.items():
@@ -269,7 +269,7 @@ def write(found: Sequence[Row], page: Path) -> None:
     wanted = [name for name in TABLES if f"<!-- {name} -->" in text]
     if not wanted:
         raise ValueError(
-            f"{page} must hold a marker as <!-- quality-overview -->, got none: add it, and <!-- /quality-overview -->"
+            f"{page} must hold a marker as <!-- quality-overview -->, got none: add it, and its end"
         )
     for name in wanted:
         write_between_markers(page, name, TABLES[name](found))

@@ -72,9 +72,9 @@ def curve(job: Job, swept: Row | None) -> Row:
 
 
 def twin(job: Job, swept: Row | None) -> Row:
-    """Returns the test losses of both twins, after the first steps of the first seed, and at the end of all seeds.
+    """Returns the test losses of both twins, after the first steps of one seed, and at the end of all seeds.
 
-    Close is: after the short run within CLOSE of each other, and at the end within a standard error of JAX's mean.
+    Close is: within CLOSE of each other after the short run, and within a standard error at the end.
     """
     import torch
 

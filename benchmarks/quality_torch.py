@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,7 +16,7 @@ Weights = dict[str, Tensor]
 
 
 def replay(problem: Problem, method: Method, rate: float, seed: int, steps: int) -> float | None:
-    """Trains one run for its first steps, and returns the test loss at x; None where torch has no such method."""
+    """Trains one run for its first steps; returns the test loss at x, None where torch has no such method."""
     weights = {
         name: torch.nn.Parameter(torch.from_numpy(weight)) for name, weight in problem.weights(seed).items()
     }
