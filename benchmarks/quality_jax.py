@@ -98,7 +98,7 @@ def _transformer(w: Any, tokens: jax.Array, sizes: tuple[int, ...]) -> jax.Array
         shares = jax.nn.softmax(jnp.where(past, scores, -1e9), -1)
         mixed = jnp.einsum("bhts,bshd->bthd", shares, v).reshape(hidden.shape)
         hidden = hidden + mixed @ w[f"hidden{layer}_o"]
-        hidden = hidden + jax.nn.gelu(normed(hidden) @ w[f"hidden{layer}_up"]) @ w[f"hidden{layer}_down"]
+        hidden = hidden + jax.nn.relu(normed(hidden) @ w[f"hidden{layer}_up"]) @ w[f"hidden{layer}_down"]
     return normed(hidden) @ w["head"]
 
 

@@ -192,16 +192,17 @@ def rates(first: float, factor: float, count: int) -> tuple[float, ...]:
     return tuple(float(f"{first * factor**index:.3g}") for index in range(count))
 
 
-GRID = rates(0.001, 2, 7)
+GRID = rates(0.001, 2, 6)
+HIGHER = rates(0.002, 2, 6)
 WIDE = rates(0.001, 10**0.5, 7)
 KJV_SIZES = (63, 32, 2, 2, 32)
 FASHION_SIZES = (196, 64, 64, 10)
 FASHION_STEPS = 2000
-DIGITS = Problem("digits", "digits, batch 32", "mlp", (64, 64, 64, 10), _digits, 32, 600, GRID)
+DIGITS = Problem("digits", "digits, batch 32", "mlp", (64, 64, 64, 10), _digits, 32, 600, HIGHER)
 FASHION = Problem(
     "fashion", "Fashion-MNIST, batch 64", "mlp", FASHION_SIZES, _fashion, 64, FASHION_STEPS, GRID
 )
-KJV = Problem("kjv", "characters of the KJV, batch 16", "transformer", KJV_SIZES, _kjv, 16, 1500, GRID)
+KJV = Problem("kjv", "characters of the KJV, batch 8", "transformer", KJV_SIZES, _kjv, 8, 1000, HIGHER)
 QUADRATIC = Problem("quadratic", "quadratic, noisy", "quadratic", (64,), _nothing, 1, 1000, WIDE, 1.0)
 # Inputs, classes, steps: 100 epochs of the smaller ones, as the paper has it; batch 16.
 CONVEX = {

@@ -80,7 +80,7 @@ def _transformer(problem: Problem, w: Weights, batch: Any) -> Tensor:
         scores = torch.einsum("bthd,bshd->bhts", q, k) * (width // heads) ** -0.5
         shares = scores.masked_fill(~past, -1e9).softmax(-1)
         hidden = hidden + torch.einsum("bhts,bshd->bthd", shares, v).flatten(2) @ w[f"hidden{layer}_o"]
-        inner = functional.gelu(normed(hidden) @ w[f"hidden{layer}_up"], approximate="tanh")
+        inner = torch.relu(normed(hidden) @ w[f"hidden{layer}_up"])
         hidden = hidden + inner @ w[f"hidden{layer}_down"]
     return functional.cross_entropy((normed(hidden) @ w["head"]).flatten(0, 1), targets.flatten())
 
