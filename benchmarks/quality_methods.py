@@ -94,6 +94,8 @@ def _options(method: Method, run: Setting) -> dict[str, Any]:
     options |= method.options
     if "window" in options:
         options["window"] = round(options["window"] * run.steps)
+    if method.law == "muon":
+        options["output_axis"] = "last"  # inputs @ weights
     return options
 
 
@@ -122,6 +124,8 @@ def transformation(method: Method, run: Setting, rate: Any) -> Any:
         options = _options(method, run)
         if method.schedule == "constant" and method.law != "radam":  # which has a warm-up of its own
             options["warmup_steps"] = run.warmup
+        if method.law == "muon":
+            options["muon_mask"] = lambda weights: {name: name in run.matrices for name in weights}
         lr = rate if method.schedule == "constant" else schedule
         made = getattr(sfjax, f"schedule_free_{method.law}")(lr, **options)
     return optax.with_extra_args_support(made)
@@ -138,7 +142,7 @@ def torch_step(
 
     if method.law == "plain muon":
         return None  # torch's own rounds to bfloat16
-    weights = [weight for _, weight in named]
+    weights: list[Any] = [weight for _, weight in named]
     if method.law == "plain adamw":
         made: Any = torch.optim.AdamW(weights, lr=rate, betas=(0.9, B2), weight_decay=0.0)
     else:
@@ -150,6 +154,11 @@ def torch_step(
             options["betas"] = (beta, options.pop("b2"))
         if method.schedule == "constant" and method.law != "radam":
             options["warmup_steps"] = run.warmup
+        if method.law == "muon":
+            weights = [
+                {"params": [w for name, w in named if (name in run.matrices) == use], "use_muon": use}
+                for use in (True, False)
+            ]
         kind = {"sgd": "SGD", "adamw": "AdamW", "radam": "RAdam", "muon": "Muon"}[method.law]
         made = getattr(sftorch, f"{kind}ScheduleFree")(weights, lr=rate, **options)
     if method.schedule_free and method.schedule == "constant":
