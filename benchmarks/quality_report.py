@@ -209,19 +209,10 @@ def sensitivity(found: Sequence[Row]) -> str:
     """Returns what one hyperparameter at a time does to Schedule-Free AdamW."""
     rows = of(found, "sensitivity")
     lines = []
-    for option, label in SENSITIVE.items():
-        for row in rows.values():
-            name, _, value = row["method"].partition("=")
-            if name == option:
-                chosen = row["chosen"]
-                lines.append(
-                    [
-                        f"{label} = {value}",
-                        shown(chosen["mean"][-1], chosen["se"][-1]),
-                        _rate(row),
-                        *_around(row),
-                    ]
-                )
+    for row in rows.values():
+        option, _, value = row["method"].partition("=")
+        chosen, label = row["chosen"], f"{SENSITIVE[option]} = {value}" if value else "the defaults"
+        lines.append([label, shown(chosen["mean"][-1], chosen["se"][-1]), _rate(row), *_around(row)])
     return table(("Fashion-MNIST, 500 steps", "test loss", "best rate", "at half of it", "at twice"), lines)
 
 
