@@ -57,12 +57,14 @@ METHODS = {
         Method("sf-adamw-c", "Schedule-Free AdamW, refined C = 30", "adamw", {"refined_c": 30.0}),
         Method("sf-radam", "Schedule-Free RAdam", "radam"),
         Method("sf-sgd", "Schedule-Free SGD", "sgd", scale=100.0),
+        Method("sf-muon", "Schedule-Free Muon", "muon", scale=2.0),
+        Method("sf-normuon", "Schedule-Free NorMuon", "muon", {"mu": 0.8, "normalize": "rows"}, scale=2.0),
         Method("gpa", "GPA-AdamW, cosine", "adamw", GPA, "cosine"),
         Method("adamw-cosine", "AdamW, cosine", "plain adamw", schedule="cosine"),
         Method("adamw-linear", "AdamW, linear", "plain adamw", schedule="linear"),
         Method("adamw-wsd", "AdamW, WSD", "plain adamw", schedule="wsd"),
         Method("adamw-constant", "AdamW, constant", "plain adamw"),
-        Method("muon-cosine", "Muon, cosine", "plain muon", schedule="cosine"),
+        Method("muon-cosine", "Muon, cosine", "plain muon", schedule="cosine", scale=2.0),
     )
 }
 

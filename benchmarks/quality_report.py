@@ -272,5 +272,5 @@ def text(found: Sequence[Row]) -> str:
     parts = [
         f"{titles.get(name, name)}\n{make(found)}" for name, make in TABLES.items() if name != "quality-rates"
     ]
-    spent = sum(row["seconds"] for row in found)
+    spent = sum(row["seconds"]["processor"] for row in found)
     return "\n\n".join([*parts, f"{len(found)} rows, {spent / 60:.1f} minutes of one core"])
