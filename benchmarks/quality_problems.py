@@ -173,13 +173,9 @@ def _kjv() -> Data:
     return Data(Part(text[: at[0]], nothing), *parts)
 
 
-def _convex(name: str) -> Callable[[], Data]:
-    @functools.cache
-    def load() -> Data:
-        arrays = quality_data.convex(name)
-        return _split(arrays, len(arrays[0]) // 5)
-
-    return load
+def _convex(name: str) -> Data:
+    arrays = quality_data.convex(name)
+    return _split(arrays, len(arrays[0]) // 5)
 
 
 def _nothing() -> Data:
@@ -226,7 +222,16 @@ PROBLEMS = {
         QUADRATIC,
         QUADRATIC._replace(name="quadratic-quiet", label="quadratic, little noise", noise=0.01),
         *(
-            Problem(name, name.capitalize(), "mlp", (inputs, classes), _convex(name), 16, steps, WIDE)
+            Problem(
+                name,
+                name.capitalize(),
+                "mlp",
+                (inputs, classes),
+                functools.partial(_convex, name),
+                16,
+                steps,
+                WIDE,
+            )
             for name, (inputs, classes, steps) in CONVEX.items()
         ),
     )

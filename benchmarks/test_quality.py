@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,13 @@ def test_the_report_says_where_it_loses_and_says_nothing_of_where_it_wins():
     ]
     lines = quality_report.loses(found).splitlines()[2:]
     assert [line.split(" | ")[:2] for line in lines] == [["| digits, batch 32", "loses"], ["| Iris", "ties"]]
+
+
+def test_every_row_can_be_sent_to_a_process_and_has_a_name_of_its_own():
+    jobs = quality.sweeps(quick=False, seeds=5)
+    sent = pickle.loads(pickle.dumps(jobs))
+    assert [job.asked() for job in sent] == [job.asked() for job in jobs]
+    assert len({job.key for job in jobs}) == len(jobs) > 100
 
 
 def test_a_rate_at_the_edge_of_its_grid_is_marked_and_a_run_that_diverged_too():
