@@ -19,7 +19,7 @@ class Method(NamedTuple):
     Attributes:
         name, label: in results, and in tables.
         law: "sgd", "adamw", "radam", "muon", Schedule-Free; or "plain adamw", "plain muon" of optax.
-        options: hyperparameters by their names in JAX; `window` as a share of the run.
+        options: hyperparameters by their names in JAX; those of SHARES as a share of the run.
         schedule: "constant", "cosine", "linear" or "wsd".
         warmup: share of the run.
         scale: of the grid of rates.
@@ -47,6 +47,7 @@ class Setting(NamedTuple):
     matrices: frozenset[str]
 
 
+SHARES = ("window", "b1_hold_steps")  # given as a share of the run
 GPA = {"b1": 0.7, "inner_momentum": 0.9, "window": 0.1, "window_rule": "constant", "decay_at": "z"}
 METHODS = {
     method.name: method
@@ -91,11 +92,10 @@ def factor(method: Method, run: Setting, step: Any, xp: Any) -> Any:
 
 
 def _options(method: Method, run: Setting) -> dict[str, Any]:
-    """Returns the row's options; a window as steps."""
+    """Returns the row's options, shares as steps."""
     options = {"b2": B2} if method.law != "sgd" else {}
     options |= method.options
-    if "window" in options:
-        options["window"] = round(options["window"] * run.steps)
+    options |= {name: round(options[name] * run.steps) for name in SHARES if name in options}
     if method.law == "muon":
         options["output_axis"] = "last"  # inputs @ weights
     return options
@@ -154,6 +154,7 @@ def torch_step(
             options["momentum"] = beta
         else:
             options["betas"] = (beta, options.pop("b2"))
+        options = {name.replace("b1_", "beta_"): value for name, value in options.items()}
         if method.schedule == "constant" and method.law != "radam":
             options["warmup_steps"] = run.warmup
         if method.law == "muon":
