@@ -35,6 +35,11 @@ OWN: dict[str, st.SearchStrategy[Any]] = {
     "window": OFF | st.integers(1, 20),
     "window_rule": st.sampled_from(["floor", "constant"]),
     "weight_lr": st.sampled_from(["max", "current"]),
+    "beta_rule": st.sampled_from(["constant", "constant", "anneal", "amuse"]),
+    "beta_max": st.floats(0.25, 0.99),
+    "beta_anneal_steps": st.integers(1, 20),
+    "beta_hold_steps": st.integers(2, 20),
+    "rho": st.floats(0.1, 3.0),
     "decay_at": st.sampled_from(["y", "z"]),
     "decay_power": st.sampled_from([1, 2]),
     "warmup_steps": st.integers(0, 20),
@@ -76,6 +81,8 @@ def cases(draw: st.DrawFn, optimizer: str) -> Case:
         changed["refined_c"] = 0
     else:
         changed["window_rule"] = "floor"
+    if changed["beta_rule"] != "constant":
+        changed["beta"] = min(max(changed["beta"], 0.25), changed["beta_max"])
     can = changed["lr"] > 0 and not changed["c_warmup"]  # a prior of weight 0, or that is thrown away
     prior = draw(st.integers(0, 50)) if can else 0
     schedule = draw(st.sampled_from([name for name in SCHEDULES if not prior or SCHEDULES[name](0) == 1]))

@@ -75,19 +75,21 @@ def test_a_bad_torch_group_is_refused_and_leaves_the_optimizer_as_it_was(optimiz
     assert len(made.param_groups) == 1
 
 
-SHARED = [bad for bad in BAD_OPTIONS if bad.name in ("beta", "r", "weight_lr_power", "prior_steps")]
+SHARED = [
+    bad for bad in BAD_OPTIONS if bad.name in ("beta", "r", "weight_lr_power", "prior_steps", *names.BETAS)
+]
 
 
 @pytest.mark.parametrize("bad", SHARED, ids=lambda bad: bad.id)
 def test_the_wrappers_refuse_too(bad: BadOption):
     name = {"beta": "momentum"}.get(bad.name, bad.name)
-    value = bad.options[bad.name]
     with pytest.raises(HyperparameterError, match=f"^{name} must be"):
         sftorch.ScheduleFreeWrapper(
-            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **{name: value}
+            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1),
+            **names.for_torch("wrapper", bad.options),
         )
     with pytest.raises(HyperparameterError, match=f"^{names.shown('jax', 'sgd', bad.name)} must be"):
-        sfjax.schedule_free(optax.sgd(0.1), 0.1, **names.for_jax({bad.name: value}))
+        sfjax.schedule_free(optax.sgd(0.1), 0.1, **names.for_jax(bad.options))
 
 
 @pytest.mark.parametrize("optimizer", DIRECTED)

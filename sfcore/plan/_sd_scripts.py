@@ -239,7 +239,7 @@ DAdaptSGD Prodigy Adafactor AdamWScheduleFree RAdamScheduleFree SGDScheduleFree
 OURS = ("foreach", "maximize", "fused", "precision", "seed", "capturable", "differentiable")
 ONLY_OURS = (
     *("prior_steps", "inner_momentum", "c_warmup", "refined_c", "window", "window_rule", "weight_lr"),
-    *("decay_at", "decay_power"),
+    *("beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho", "decay_at", "decay_power"),
 )
 
 

@@ -278,7 +278,7 @@ def build(
         deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, k, extra_args)
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, strict=True)
         moved = [
-            lean.advance(p, y, buffer, d, k, lean.Draw(seed, i, k.clock.step))
+            lean.advance(p, y, buffer, d, k, state.b1, lean.Draw(seed, i, k.clock.step))
             if is_lean and rest is not None
             else _advance(p, y, buffer, d, k, rest)
             for i, (p, y, buffer, d, rest) in enumerate(columns)

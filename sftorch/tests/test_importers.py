@@ -87,6 +87,7 @@ def test_todays_checkpoint_restores_every_bit():
     (group,) = optimizer.param_groups
     later = {"precision": "exact", "seed": 0}  # options that there were not, at their defaults
     rules = {"c_warmup", "refined_c", "window", "window_rule", "weight_lr", "decay_at", "decay_power"}
+    rules |= {"beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho"}
     later |= {name: value for name, value in LAWS["adamw"].defaults.items() if name in rules}
     assert {name: group.pop(name) for name in later} == later
     assert digest(model, optimizer) == (folder.parent / "digest.txt").read_text().strip()
