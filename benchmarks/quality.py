@@ -30,16 +30,19 @@ SEEDS = 5
 Row = dict[str, Any]
 
 ADAMW_FORMS = ("sf-adamw", "sf-radam", "sf-sgd", "adamw-cosine", "adamw-linear", "adamw-constant")
-ROWS: dict[str, Sequence[str]] = {
-    "fashion": tuple(METHODS),
-    "fashion-half": ("adamw-cosine",),
-    "fashion-quarter": ("adamw-cosine",),
-    "kjv": tuple(METHODS),
-    "digits": tuple(METHODS),
-    "digits-large": tuple(METHODS),
-    "quadratic": (*ADAMW_FORMS, "sf-adamw-95", "sf-adamw-r", "sf-adamw-c", "adamw-wsd"),
-    "quadratic-quiet": (*ADAMW_FORMS, "sf-adamw-95", "sf-adamw-r", "sf-adamw-c", "adamw-wsd"),
-} | dict.fromkeys(CONVEX, ADAMW_FORMS[:-1])
+ROWS: dict[str, Sequence[str]] = (
+    {
+        "fashion": tuple(METHODS),
+        "fashion-half": ("adamw-cosine",),
+        "fashion-quarter": ("adamw-cosine",),
+        "digits": tuple(METHODS),
+        "digits-large": tuple(METHODS),
+        "quadratic": (*ADAMW_FORMS, "sf-adamw-95", "sf-adamw-r", "sf-adamw-c", "adamw-wsd"),
+        "quadratic-quiet": (*ADAMW_FORMS, "sf-adamw-95", "sf-adamw-r", "sf-adamw-c", "adamw-wsd"),
+    }
+    | dict.fromkeys(CONVEX, ADAMW_FORMS[:-1])
+    | {"kjv": tuple(METHODS)}
+)
 TWINS = ("fashion", "kjv", "digits", "quadratic")  # problems that torch replays
 CURVES = (
     ("fashion", "sf-adamw"),
