@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import _trees, memory, step, step_report, step_torch
-from sftorch.kernels import build
+from sfcore.native import build
 
 
 @pytest.fixture(autouse=True)

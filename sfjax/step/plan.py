@@ -18,7 +18,9 @@ from sfjax.law.scalars import Clock, Next, as_scalar, first_clock, next_step
 from sfjax.state import arguments, forms
 from sfjax.state.arguments import is_zero
 from sfjax.state.forms import ScheduleFreeState
-from sfjax.step import lean
+from sfjax.step import lean, native
+from sfjax.step.native import Kernel, Scalars
+from sfjax.step.transformation import Transformation, by_name
 
 # Types of state that hold the buffers of a direction, by which a checkpoint knows one.
 STATES: set[type] = {optax.EmptyState}
@@ -36,12 +38,14 @@ class Direction(NamedTuple):
             are real and of one dtype, at least float32; a complex leaf comes as its two parts.
         numbers: (options, t) -> the numbers to call it with; t is the one-based time.
         state: the NamedTuple of its buffers, which has their names in JAX; optax.EmptyState without any.
+        kernel: the names of these numbers in `kernels.call.NUMBERS`; None where no kernel knows it.
     """
 
     law: str
     single: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     numbers: Callable[[Values, jax.Array], tuple[Any, ...]] = lambda values, t: ()
     state: type = optax.EmptyState
+    kernel: tuple[str, ...] | None = None
 
 
 def known_options(law: str) -> Callable[[Factory], Factory]:
@@ -93,15 +97,18 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     def init(params: Any) -> Any:
         return direction.state(*(jax.tree.map(zeros, params) if name in kept else None for name in fields))
 
+    def scalars(k: Next) -> Scalars:
+        scale = averaging.power(k.lr_t, values.get("decay_power", 1) - 1, jnp)
+        return Scalars(k, direction.numbers(values, k.t), {at: wd * scale for at, wd in pulls})  # F6
+
     def delta(
-        grads: Any, state: Any, ys: Any, zs: Callable[[], Any], k: Next, extra_args: Any
+        grads: Any, state: Any, ys: Any, zs: Callable[[], Any], given_scalars: Scalars, extra_args: Any
     ) -> tuple[Any, Any]:
-        numbers = direction.numbers(values, k.t)
+        k, numbers, pulled = given_scalars
         leaves, tree = jax.tree.flatten(grads)
         columns = {name: jax.tree.leaves(one) for name, one in state._asdict().items() if one is not None}
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
-        scale = averaging.power(k.lr_t, values.get("decay_power", 1) - 1, jnp)
-        points = [(wd * scale, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulls]  # F6
+        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulled.items()]
         deltas = []
         after: dict[str, list[Any]] = {name: [] for name in columns}
         for i, g in enumerate(leaves):
@@ -118,7 +125,8 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
         trees = {name: tree.unflatten(moments) for name, moments in after.items()}
         return tree.unflatten(deltas), state._replace(**trees)
 
-    return build(init, delta, law, values, given["state_dtype"], is_lean, given["seed"])
+    kernel = native.kernel_of(law, direction.kernel, values, mask)
+    return build(init, delta, law, values, given["state_dtype"], is_lean, given["seed"], scalars, kernel)
 
 
 def _along(direction: Direction, g: jax.Array, buffers: dict[str, jax.Array], numbers: Any) -> Any:
@@ -137,7 +145,9 @@ def build(
     state_dtype: Any,
     is_lean: bool = False,
     seed: Any = 0,
-) -> optax.GradientTransformationExtraArgs:
+    scalars: Callable[[Next], Scalars] = lambda k: Scalars(k, (), {}),
+    kernel: Kernel | None = None,
+) -> Transformation:
     """Returns the transformation.
 
     Args:
@@ -149,6 +159,8 @@ def build(
         values: as `arguments.read` returns them.
         state_dtype, seed: as in the factories.
         is_lean: whether parameters of 16 bits are kept so.
+        scalars: those of every law -> with them, what `delta` needs to know.
+        kernel: what runs a step on a CPU; None if none can.
     """
     rest_dtype = forms.REST if is_lean else jnp.float32
     state_dtype = arguments.read_dtype(state_dtype)
@@ -179,12 +191,14 @@ def build(
             y_rest=params if kept_rests and not jax.tree.leaves(params) else y_rest,
         )
 
-    def update_fn(
-        updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
+    def next_scalars(state: ScheduleFreeState) -> Scalars:
+        return scalars(next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values))
+
+    def updated(
+        given: Scalars, updates: Any, state: ScheduleFreeState, params: Any, extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
         held, rests, tree = forms.leaves_of(updates, state, params, is_lean)
-        stored = jax.tree.leaves(state.z)
-        k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
+        stored, k = jax.tree.leaves(state.z), given.next
         whole = list(map(forms.whole, held, rests))
         ys = tree.unflatten(whole)
 
@@ -193,7 +207,7 @@ def build(
             return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
 
         grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
-        deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, k, extra_args)
+        deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, given, extra_args)
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, strict=True)
         moved = [
             lean.advance(p, y, buffer, d, k, lean.Draw(seed, i, k.clock.step))
@@ -210,7 +224,26 @@ def build(
             **k.clock._asdict(),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def update_fn(
+        updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ScheduleFreeState]:
+        forms.leaves_of(updates, state, params, is_lean)  # before anything is made of them
+        return updated(next_scalars(state), updates, state, params, extra_args)
+
+    def step(params: Any, state: Any, gradients: Any, extra_args: Any) -> tuple[Any, ScheduleFreeState]:
+        forms.leaves_of(gradients, state, params, is_lean)
+        given = next_scalars(state)
+
+        def plain(given: Scalars, params: Any, state: Any, gradients: Any) -> tuple[Any, ScheduleFreeState]:
+            updates, state = updated(given, gradients, state, params, extra_args)
+            return optax.apply_updates(params, updates), state
+
+        found = None if kernel is None else native.step(kernel, plain, given, params, state, gradients)
+        return plain(given, params, state, gradients) if found is None else found
+
+    found = Transformation(init_fn, update_fn)
+    found.step = by_name(step)
+    return found
 
 
 def _advance(
