@@ -628,6 +628,7 @@ WITHOUT_ROWS = {
     "sfjax.ScheduleFreeState": _RECORD,
     "sfjax.Accumulation": "made by `accumulate`",
     "sfjax.Transformation": "made by the factories",
+    "sfjax.chain": "any number, by position; what it refuses is in sfjax/tests/test_native.py",
     "sfjax.linen.TrainState.apply_gradients": "Flax's own",
     "sfjax.nnx.step.grads": _TREE_OF_GRADIENTS,
     "sfjax.nnx.step.extra_args": "whatever the transformation takes",

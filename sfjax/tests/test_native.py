@@ -107,6 +107,15 @@ def test_a_donated_step_copies_nothing_and_takes_no_memory(name: str) -> None:
     assert memory.temp_size_in_bytes <= 1024  # the numbers; measured: 552 to 580
 
 
+def test_a_long_list_is_a_few_calls_which_compile_sooner_than_one(monkeypatch: Any) -> None:
+    monkeypatch.setattr(call, "MOST_LEAVES", 4)
+    tx, params = MAKE["sgd"](), {str(i): jnp.full(2, float(i)) for i in range(9)}
+    assert calls(compiled(tx, params)) == 3
+    new, _ = jax.jit(tx.step)(params, tx.init(params), gradients=params)
+    want, _ = jax.jit(plain(tx))(params, tx.init(params), gradients=params)
+    runs.assert_close(new, want, 1e-6)
+
+
 @pytest.mark.parametrize("dtypes", [("bfloat16",), ("float16",), ("bfloat16", "float32")])
 def test_gradients_may_be_narrower(dtypes: tuple[str, ...]) -> None:
     tx, params = MAKE["adamw"](), {str(i): jnp.linspace(1.0, 2.0, 7) for i in range(len(dtypes))}
