@@ -131,12 +131,15 @@ RUNS: dict[str, Run] = {"torch": run_torch, "jax": run_jax}
 
 def attempt(
     framework: str, world: int, folder: Path, steps: int, draw: random.Random | None, life: float
-) -> list[str] | None:
-    """Runs all ranks in processes of their own; returns what they returned, or None if they were killed.
+) -> tuple[list[str] | None, bool]:
+    """Runs all ranks in processes of their own.
+
+    Returns:
+        what they returned, or None if they were killed; whether a save was in flight then.
 
     Args:
-        draw: of the rank that is killed and of the moments; None lets them end.
-        life: seconds that they live at most.
+        draw: of the rank that is killed and of the moments, every second one in a save; None lets them end.
+        life: seconds that they live at most, before a save is waited for.
 
     Raises:
         RuntimeError: if one failed by itself.
@@ -155,8 +158,10 @@ def attempt(
         children.append(child)
     left = set(children)
     end = None if draw is None else time.monotonic() + draw.uniform(0, life)
+    until_saving = draw is not None and draw.random() < 0.5
+    before = _partial(folder)
     codes = {}
-    while left and (end is None or time.monotonic() < end):
+    while left and (end is None or time.monotonic() < end or (until_saving and _partial(folder) <= before)):
         for child in list(left):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -164,10 +169,12 @@ def attempt(
                 codes[child] = os.waitstatus_to_exitcode(status)
         if any(codes.values()):
             break
-        time.sleep(0.002)
-    failed = any(codes.values())
+        time.sleep(0.0005)
+    failed, saving = any(codes.values()), False
     if left and draw is not None and not failed:
+        time.sleep(draw.uniform(0, 0.004) if until_saving else 0)
         os.kill(draw.choice(sorted(left)), signal.SIGKILL)
+        saving = not _partial(folder) <= before  # now: the others put it away when they notice
         time.sleep(draw.uniform(0, 0.3))
     for child in left:
         os.kill(child, signal.SIGKILL)
@@ -175,7 +182,12 @@ def attempt(
     if failed:
         said = "\n".join(file.read_text() for file in sorted(scratch.glob("*.log")))
         raise RuntimeError(f"ranks must end well, got the exit codes {list(codes.values())}:\n{said[-6000:]}")
-    return None if left else [(scratch / f"{rank}.end").read_text() for rank in range(world)]
+    ended = None if left else [(scratch / f"{rank}.end").read_text() for rank in range(world)]
+    return ended, saving
+
+
+def _partial(folder: Path) -> set[Path]:
+    return set(folder.glob(".partial-*"))
 
 
 def _child(run: Run, rank: int, world: int, meeting: str, folder: Path, steps: int, scratch: Path) -> None:
@@ -201,16 +213,16 @@ def storm(
     """
     draw = random.Random(seed)
     calm, stormy = folder / f"{framework}-calm", folder / f"{framework}-storm"
-    expected = attempt(framework, ranks, calm, steps, None, 0)
+    expected, _ = attempt(framework, ranks, calm, steps, None, 0)
     killed, ended, in_flight = 0, None, 0
     with tqdm(total=kills, desc=f"{framework} kills") as bar:
         while killed < kills and ended is None:
-            ended = attempt(framework, ranks, stormy, steps, draw, life or LIFE[framework])
+            ended, saving = attempt(framework, ranks, stormy, steps, draw, life or LIFE[framework])
             killed += ended is None
-            in_flight += any(stormy.glob(".partial-*"))
+            in_flight += saving
             bar.update(ended is None)
     if ended is None:
-        ended = attempt(framework, ranks, stormy, steps, None, 0)
+        ended, _ = attempt(framework, ranks, stormy, steps, None, 0)
     names = [path.name for path in stormy.iterdir()]
     return {
         "kills": killed,

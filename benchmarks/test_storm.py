@@ -44,7 +44,7 @@ def test_ten_kills_of_two_ranks_change_no_bit_and_leave_nothing_behind(framework
 
 @pytest.mark.parametrize(
     ("framework", "count"),
-    [("torch", 3), pytest.param("torch", 60, marks=SLOW), pytest.param("jax", 12, marks=SLOW)],
+    [("torch", 3), pytest.param("torch", 40, marks=SLOW), pytest.param("jax", 8, marks=SLOW)],
 )
 def test_programs_that_are_cut_at_any_line_end_in_the_bits_of_the_uncut_ones(framework, count, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "storm", "--kind", "programs"]

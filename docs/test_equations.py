@@ -14,6 +14,7 @@ from parity_tests.reference import Reference
 PAGE = (Path(__file__).parent / "equations.md").read_text()
 FORMULA = re.compile(r"\$`([^`]+)`\$")
 WORDS = {
+    r"^{\top}": ".T",
     r"\text{step}": "step",
     r"_{\max}": "_max",
     r"_\infty": "_inf",
@@ -25,16 +26,45 @@ WORDS = {
 }
 
 
+class Matrix(np.ndarray):
+    """An array whose product with another is that of matrices."""
+
+    def __mul__(self, other):
+        return self @ other
+
+
+def polar(h):
+    """Runs the rows of the page that make a polar factor."""
+    names = {"h": h.T if len(h) > h.shape[1] else h}
+    run(*rows("polar, first"), names)
+    names["X"] = names["X"].view(Matrix)
+    for _ in range(5):
+        run(*rows("polar, 5 times"), names)
+    p = names["X"].view(np.ndarray)
+    return p.T if len(h) > h.shape[1] else p
+
+
+FUNCTIONS = {
+    "sqrt": np.sqrt,
+    "min": min,
+    "max": max,
+    "norm": np.linalg.norm,
+    "mean": lambda a: a.mean(1, keepdims=True),
+    "polar": polar,
+}
+
+
 def run(formula, names):
     """Runs the assignments of a formula of LaTeX."""
     for code in formula.split(r"\quad"):
         code = re.sub(r"\^\{(\w)\}", r"**\1", code)
+        code = re.sub(r"operatorname\{(\w+)\}", r"\1", code)
         for letter, word in WORDS.items():
             code = code.replace(letter, word)
         code = re.sub(r"sqrt\{([^{}]*)\}", r"sqrt(\1)", code)
         code = re.sub(r"d?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1) / (\2))", code)
         code = re.sub(r"sqrt\{([^{}]*)\}", r"sqrt(\1)", code)  # that of a fraction
-        exec(code.strip(), {"sqrt": np.sqrt, "min": min, "max": max}, names)
+        exec(code.strip(), FUNCTIONS, names)
 
 
 def rows(first, following=0):
@@ -50,10 +80,24 @@ DIRECTIONS = {
     "sgd": rows("SGD"),
     "adamw": SECOND[:1] + rows("AdamW with $`\\mu > 0`$", 1),
     "radam": SECOND + RATE,
+    "muon": rows("Muon", 3),
+    "muon original": rows("Muon", 2) + rows('Muon, `"original"`'),
+    "muon rows": rows("Muon", 2) + rows("NorMuon", 2),
+    "muon rows original": rows("Muon", 2) + rows("NorMuon", 1) + rows('NorMuon, `"original"`'),
 }
+MUON = {
+    "ns_steps": 5,
+    "nesterov": True,
+    "b2_rows": 0.7,
+    "output_axis": "first",
+    "adam_lr_ratio": 1.0,
+    "mu": 0.8,
+}
+SHAPE = (4, 3)
 SHARED = cases.AVERAGING | cases.DECAY | {"beta": 0.9, "r": 0.5, "eps": 1e-3, "weight_decay": 0.1, "b2": 0.9}
 OPTIONS = {"lr": 0.1, "weight_lr_power": 2, "prior_steps": 0, "warmup_steps": 5, "silent_sgd_phase": True}
 LETTERS = {"beta": 0.9, "r": 0.5, "epsilon": 1e-3, "decay": 0.1, "beta_2": 0.9, "p": 2, "n": 5, "mu": 0.8}
+LETTERS |= {"a": SHAPE[0], "b": SHAPE[1], "beta_u": 0.7}
 
 
 # Row of the page -> the options that it is for, and the row of the law that it replaces or follows.
@@ -78,18 +122,23 @@ def follow(optimizer, other=None):
             found = [*(found if tag == "S5" else []), *rows(other)]
         return found
 
+    kind, *of_matrices = optimizer.split()
+    size = SHAPE if kind == "muon" else 3
     random = np.random.default_rng(0)
-    start = random.normal(size=3)
-    momentum = {"inner_momentum": 0.8 if optimizer == "adamw" else 0.0}
-    reference = Reference(optimizer, {"p": start}, SHARED | OPTIONS | momentum | options)
+    start = random.normal(size=size)
+    own = {"inner_momentum": 0.8 if optimizer == "adamw" else 0.0}
+    if kind == "muon":
+        own = MUON | {"normalize": "rows" if "rows" in of_matrices else "none"}
+        own["adjust_lr"] = "original" if "original" in of_matrices else "match_rms_adamw"
+    reference = Reference(kind, {"p": start}, SHARED | OPTIONS | own | options)
     names = (
         LETTERS
         | MORE
         | dict.fromkeys("xyz", start)
-        | {"v": 0.0, "m": 0.0, "gamma_max": 0.0, "W": np.float64(0)}
+        | {"v": 0.0, "m": 0.0, "u": 0.0, "gamma_max": 0.0, "W": np.float64(0)}
     )
     for step in range(12):
-        names |= {"step": step, "gamma": 0.1 - 0.005 * step, "g": random.normal(size=3)}
+        names |= {"step": step, "gamma": 0.1 - 0.005 * step, "g": random.normal(size=size)}
         reference.update({"p": names["g"]}, names["gamma"])
         with np.errstate(invalid="ignore"):  # before rho_t > 4; and 0 / 0 while W = 0
             for formula in (*rows("S1"), *rows("S2"), *DIRECTIONS[optimizer]):
@@ -125,6 +174,10 @@ WRONG = {
     "sgd": [("(1 - c)", "c"), (r"\beta\,x", "x"), (r"_{\max}^{p}", "_t^{p}"), ("z + ", "z - ")],
     "adamw": [(r"(1 - \beta_2^{t})", "1"), (r"\mu^{t}", r"\mu"), (r"d + \lambda", r"d - \lambda")],
     "radam": [("- 4)", "- 2)"), (r"2\,t", "t")],
+    "muon": [(r"0.2\,\sqrt", r"\sqrt"), ("4.7750", "4.7755"), (r"\mu\,m +", "m +")],
+    "muon original": [("a / b", "b / a")],
+    "muon rows": [(r"a\,b", "a"), ("P^{2}", "P"), (r"(1 - \beta_u)", "0.5")],
+    "muon rows original": [(r"\,\operatorname{norm}(P)", "")],
 }
 
 

@@ -491,6 +491,7 @@ TABLE = [
             *rows(name, HyperparameterError, precision=(None, 3, "half", []), seed=("x", -1, 0.5, NAN, None)),
         )
     ),
+    *rows("sfjax.schedule_free_muon", TypeError, muon_mask=(3, "x", {"w": "yes"}, [1])),
     *rows(
         "sfjax.schedule_free.schedule_free",
         TypeError,
@@ -582,6 +583,11 @@ TABLE = [
         for name in OPTIMIZERS
         if name != "sftorch.SGDScheduleFreeClosure"
         for row in rows(name, HyperparameterError, precision=(None, 3, "half"), seed=("x", -1, 0.5, None))
+    ),
+    *(
+        row
+        for form in ("", "Closure")
+        for row in rows(f"sftorch.MuonScheduleFree{form}", HyperparameterError, use_muon=(3, "yes", []))
     ),
     *rows("sftorch.AdamWScheduleFree.step", TypeError, closure=NO_FUNCTION),
     *rows("sftorch.AdamWScheduleFreeClosure.step", TypeError, closure=(*NO_FUNCTION, None)),

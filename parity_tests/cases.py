@@ -15,9 +15,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": AVERAGING | DECAY | {"lr": 1.0, "warmup_steps": 0},
     "adamw": AVERAGING | MOMENTS | DECAY | {"warmup_steps": 0, "inner_momentum": 0.0},
     "radam": AVERAGING | MOMENTS | DECAY | {"silent_sgd_phase": True},
+    "muon": AVERAGING
+    | MOMENTS
+    | DECAY
+    | {"warmup_steps": 0, "mu": 0.95, "ns_steps": 5, "nesterov": True, "normalize": "none", "b2_rows": 0.95}
+    | {"adjust_lr": "match_rms_adamw", "output_axis": "first", "adam_lr_ratio": 1.0},
 }
 # A learning rate that moves the problems' leaves by about their size.
-LRS = {"sgd": 0.05, "adamw": 0.01, "radam": 0.05}
+LRS = {"sgd": 0.05, "adamw": 0.01, "radam": 0.05, "muon": 0.02}
 # The multiple of lr that a schedule gives at step 0, 1, 2, ...
 SCHEDULES: dict[str, Callable[[int], float]] = {
     "constant": lambda step: 1.0,
@@ -188,6 +193,39 @@ def _moments() -> list[Case]:
     ]
 
 
+def _polar() -> list[Case]:
+    """Returns the cases of Muon's matrices."""
+
+    def case(name: str, why: str, **given: Any) -> Case:
+        return _case("muon", "matrices", name, why, **given)
+
+    rows, last = {"normalize": "rows"}, {"output_axis": "last"}
+    return [
+        case("mu-0", "the polar factor is of the gradient", mu=0.0),
+        case("mu-0.5", "a short memory", mu=0.5, problem="scales"),
+        case("heavy-ball", "the polar factor is of the momentum alone", nesterov=False),
+        case("heavy-ball-zeros", "nothing to take it of, for four steps", nesterov=False, problem="zeros"),
+        case("ns-1", "one iteration leaves small singular values small", ns_steps=1),
+        case("ns-9", "more iterations than usual", ns_steps=9),
+        case("original", "tall matrices take longer steps", adjust_lr="original"),
+        case("original-last", "rows are columns here: the other ones do", adjust_lr="original", **last),
+        case("last", "the same matrices on their sides", **last, problem="scales"),
+        case("ratio", "what is no matrix is slower, its decay too", adam_lr_ratio=0.25, weight_decay=0.1),
+        case(
+            "ratio-squared", "by the square of its own lr", adam_lr_ratio=3.0, weight_decay=5.0, decay_power=2
+        ),
+        case("ratio-0", "only matrices move", adam_lr_ratio=0.0),
+        case("adam", "b2 and eps are of what is no matrix", b2=0.9, eps=0.5),
+        case("rows", "NorMuon", **rows),
+        case("rows-zeros", "rows without a size", **rows, problem="zeros"),
+        case("rows-b2-0", "rows of one size exactly", **rows, b2_rows=0.0),
+        case("rows-slow", "a second moment that is still small", **rows, b2_rows=0.999),
+        case("rows-eps", "eps is outside of the root", **rows, eps=0.5),
+        case("rows-original", "as long as the polar factor was", **rows, adjust_lr="original"),
+        case("rows-last", "the size of columns", **rows, **last, decay_at="z", weight_decay=0.1),
+    ]
+
+
 def _sgd_phase() -> list[Case]:
     """Returns the cases of RAdam's first steps."""
 
@@ -219,6 +257,7 @@ def _everything() -> list[Case]:
     return [
         case("sgd", "everything", warmup_steps=20),
         case("adamw", "everything", warmup_steps=20, inner_momentum=0.8, **moments),
+        case("muon", "everything", warmup_steps=20, mu=0.8, nesterov=False, normalize="rows", **moments),
         case("radam", "everything", **moments),
         case("radam", "everything-not-silent", silent_sgd_phase=False, **moments),
     ]
@@ -234,6 +273,7 @@ def of_law(optimizer: str) -> list[Case]:
 _ALL = (
     *(case for optimizer in DEFAULTS for case in of_law(optimizer)),
     *_moments(),
+    *_polar(),
     *_sgd_phase(),
     *_everything(),
 )

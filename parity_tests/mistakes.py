@@ -99,6 +99,27 @@ MISTAKES = (
     ),
     Mistake("silent phase not silent", 'float(not o["silent_sgd_phase"])', "1.0"),
     Mistake("rectified one step late", "if rho_t <= 4:", "if rho_t <= 5:"),
+    Mistake("Newton-Schulz without its last term", "+ 2.0315 * gram @ gram", "+ 0 * gram"),
+    Mistake("Newton-Schulz that converges", "3.4445 * x", "3.0 * x"),
+    Mistake("spectral norm for Frobenius", "(np.linalg.norm(n) + 1e-7)", "(np.linalg.norm(n, 2) + 1e-7)"),
+    Mistake("momentum without its share", '(1 - o["mu"]) * g)\n', "g)\n"),
+    Mistake(
+        "Nesterov without its share",
+        '(1 - o["mu"]) * g + o["mu"] * m[k] if',
+        '(1 - o["mu"]) * g + m[k] if',
+    ),
+    Mistake("columns for rows", 'axis = 0 if o["output_axis"] == "first"', 'axis = 0 if o["adjust_lr"]'),
+    Mistake(
+        "length of the shorter side", "0.2 * math.sqrt(max(rows, cols))", "0.2 * math.sqrt(min(rows, cols))"
+    ),
+    Mistake("rows over columns upside down", "max(1, rows / cols)", "max(1, cols / rows)"),
+    Mistake(
+        "rows by their sum", "np.mean(p * p, axis=1, keepdims=True)", "np.sum(p * p, axis=1, keepdims=True)"
+    ),
+    Mistake("rows by b2 of the others", 'o["b2_rows"] * before', 'o["b2"] * before'),
+    Mistake("rows that change the length of a step", "size / (np.linalg.norm(q) or 1.0)", "size"),
+    Mistake("AdamW's lr also in matrices", "1.0 if is_matrix(run, k) else float", "float"),
+    Mistake("AdamW's decay by the lr of matrices", '(lr_t if o.get("decay', '(full_lr if o.get("decay'),
     Mistake("rect without rho_inf", " * rho_inf / (", " / ("),
 )
 

@@ -1,4 +1,4 @@
-"""Schedule-Free SGD, AdamW and RAdam by equations S1 to S9: the truth that both twins are held to.
+"""Schedule-Free SGD, AdamW, RAdam and Muon by equations S1 to S9: the truth that both twins are held to.
 
 NumPy float64 arrays and Python floats; x, y and z are all stored; nothing is folded, fused or
 imported from the twins. `test_harness.py` breaks this file one line at a time.
@@ -64,8 +64,10 @@ class Reference:
             c = 1 / o["window"] if o["window_rule"] == "constant" else max(c, 1 / o["window"])  # F5
         if t <= o["c_warmup"]:
             c, total = 1.0, self.weight_sum  # F5
-        wd = o["weight_decay"] * (lr_t if o.get("decay_power") == 2 else 1.0)  # F6
+        full_lr = lr_t
         for k, g in grads.items():
+            lr_t = full_lr * self.rule.share(self, k)
+            wd = o["weight_decay"] * (lr_t if o.get("decay_power") == 2 else 1.0)  # F6
             direction = self.rule.direction(self, k, g, t, usable)
             decaying = self.z[k] if o.get("decay_at") == "z" else self.y[k]  # F6
             delta = -lr_t * (direction + wd * decaying)  # S6
@@ -117,12 +119,61 @@ def rms(run: Reference, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndarr
     return g / (np.sqrt(v[k] / one_minus_power(b2, t)) + run.options["eps"])
 
 
+def is_matrix(run: Reference, k: str) -> bool:
+    """Tells whether Muon takes leaf k: it has two axes or more and some elements."""
+    return run.z[k].ndim >= 2 and run.z[k].size > 0
+
+
+def share(run: Reference, k: str) -> float:
+    """Returns the lr of leaf k over that of its matrices."""
+    return 1.0 if is_matrix(run, k) else float(run.options["adam_lr_ratio"])
+
+
+def polar(n: np.ndarray, steps: int) -> np.ndarray:
+    """Returns about the polar factor of a matrix, by quintic Newton-Schulz iterations."""
+    x = n / (np.linalg.norm(n) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T if len(x) <= len(x.T) else x.T @ x
+        even = -4.7750 * gram + 2.0315 * gram @ gram
+        x = 3.4445 * x + (even @ x if len(x) <= len(x.T) else x @ even)
+    return np.asarray(x)
+
+
+def muon(run: Reference, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndarray:
+    """The direction of Muon and NorMuon: a polar factor of the momentum of a matrix, AdamW's for the rest."""
+    if not is_matrix(run, k):
+        return rms(run, k, g, t, usable)
+    o, m, u = run.options, run.buffers["momentum"], run.buffers["u"]
+    axis = 0 if o["output_axis"] == "first" else -1
+    m[k] = np.asarray(o["mu"] * m[k] + (1 - o["mu"]) * g)
+    n = (1 - o["mu"]) * g + o["mu"] * m[k] if o["nesterov"] else m[k]
+    n = np.moveaxis(n, axis, 0)
+    p = polar(n.reshape(len(n), -1), o["ns_steps"])
+    rows, cols = p.shape
+    match = o["adjust_lr"] == "match_rms_adamw"
+    length = 0.2 * math.sqrt(max(rows, cols)) if match else math.sqrt(max(1, rows / cols))
+    if o["normalize"] == "rows":
+        before = np.moveaxis(u[k], axis, 0).reshape(rows, -1)[:, :1]
+        after = o["b2_rows"] * before + (1 - o["b2_rows"]) * np.mean(p * p, axis=1, keepdims=True)
+        q = p / (np.sqrt(after) + o["eps"])
+        size = 0.2 * math.sqrt(rows * cols) if match else length * np.linalg.norm(p)
+        p, length = q, size / (np.linalg.norm(q) or 1.0)
+        u[k] = np.moveaxis(after.reshape(rows, *[1] * (n.ndim - 1)), 0, axis)
+    return np.moveaxis((length * p).reshape(n.shape), 0, axis)
+
+
 class Rule(NamedTuple):
-    """What one law does: `direction` as `gradient`, and `factor` as `ramp`."""
+    """What one law does: `direction` as `gradient`, `factor` as `ramp`, and the `share` of lr of a leaf."""
 
     direction: Callable[[Reference, str, np.ndarray, int, bool], np.ndarray]
     factor: Callable[[Reference, int], tuple[float, bool]] = ramp
+    share: Callable[[Reference, str], float] = lambda run, k: 1.0
 
 
 # A law that joins adds its own.
-RULES = {"sgd": Rule(gradient), "adamw": Rule(rms), "radam": Rule(rms, rectified)}
+RULES = {
+    "sgd": Rule(gradient),
+    "adamw": Rule(rms),
+    "radam": Rule(rms, rectified),
+    "muon": Rule(muon, share=share),
+}

@@ -83,8 +83,8 @@ def test_a_law_that_no_driver_runs_is_named(twin: str, monkeypatch: pytest.Monke
     deaf = [replace(one, optimizers=("sgd",)) if one.name.startswith(twin) else one for one in drivers.TWINS]
     monkeypatch.setattr(drivers, "TWINS", deaf)
     found = coverage.find_gaps()
-    assert len(found) == 2
-    for name, one in zip(("adamw", "radam"), found, strict=True):
+    assert len(found) == 3
+    for name, one in zip(("adamw", "radam", "muon"), found, strict=True):
         assert one.startswith(f"law {name!r} must have a driver of {twin} in parity_tests.drivers.TWINS")
 
 

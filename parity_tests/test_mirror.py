@@ -24,8 +24,8 @@ from sfcore import averaging, laws
 PACKAGES = {"sfjax": Path(sfjax.__file__).parent, "sftorch": Path(sftorch.__file__).parent}
 KINDS = list(laws.directed())
 # What one framework's users expect and the other's have no use for.
-JAX_ONLY = {"state_dtype", "mask", "base_optimizer"}
-TORCH_ONLY = {"params", "base", "foreach", "fused", "maximize", "capturable", "differentiable"}
+JAX_ONLY = {"muon_mask", "state_dtype", "mask", "base_optimizer"}
+TORCH_ONLY = {"params", "base", "foreach", "fused", "use_muon", "maximize", "capturable", "differentiable"}
 # How state is kept, not what is computed: the equations and the reference know nothing of it.
 STORAGE = {"precision", "seed"}
 

@@ -15,8 +15,9 @@ from typing import Any
 from sfcore import __version__, convert, inspection, plan
 from sfcore.exchange import CheckpointError
 from sfcore.plan import _report
-from sfcore.plan._config import SOURCES, rendered
+from sfcore.plan._config import SOURCES
 from sfcore.plan._text import literal, plain
+from sfcore.plan._written import rendered
 
 FINE, FOUND, UNUSABLE = 0, 1, 2
 # Whoever has a launcher registers `main(words) -> exit code` under the trainer's name.

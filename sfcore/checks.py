@@ -83,6 +83,12 @@ INTERPOLATION = Rule(
 DECAY_RATE = Rule(
     "a number in [0, 1)", lambda v: _finite(v) and 0 <= v < 1, "0.999 is the usual value, 0 switches it off"
 )
+MOMENTUM = Rule("a number in [0, 1)", lambda v: _finite(v) and 0 <= v < 1, "0.95 is the usual value")
+ITERATIONS = Rule(
+    "a whole number from 1 to 99",
+    lambda v: _whole(v) and 1 <= v < 100 and not isinstance(v, bool),
+    "5 is the usual value",
+)
 STEPS = Rule(
     "a whole number of optimizer steps >= 0",
     _whole,

@@ -197,6 +197,44 @@ class RAdam(Placed, Adaptive):
 
 
 @dataclass(frozen=True)
+class Muon(Ramped, Placed, Adaptive):
+    """Schedule-Free Muon: the direction of matrices is the polar factor of a momentum; AdamW for the rest."""
+
+    mu: float = option(
+        0.95,
+        checks.MOMENTUM,
+        "decay of the momentum that a polar factor is taken of",
+        f"{NEXT}; it keeps its value",
+    )
+    ns_steps: int = option(5, checks.ITERATIONS, "Newton-Schulz iterations that approximate the polar factor")
+    nesterov: bool = option(True, checks.FLAG, "the polar factor is of h = (1 - mu) g + mu m, not of m")
+    normalize: str = option(
+        "none",
+        checks.one_of("none", "rows", fix="'rows' is NorMuon"),
+        "rows of a polar factor are brought to one size, by a second moment of each",
+        "the second moment of the rows starts from zero, or is dropped",
+    )
+    b2_rows: float = option(
+        0.95,
+        checks.DECAY_RATE,
+        "decay of the second moment u of rows, with normalize='rows'",
+        f"{NEXT}; u keeps its value",
+    )
+    adjust_lr: str = option(
+        "match_rms_adamw",
+        checks.one_of("match_rms_adamw", "original", fix="the first suits the lr of AdamW"),
+        "how long a step of a matrix is: 0.2 sqrt(max(rows, cols)), or sqrt(max(1, rows / cols))",
+    )
+    output_axis: str = option(
+        "first",
+        checks.one_of("first", "last", fix="torch and Equinox have outputs first, Flax last"),
+        "the axis that rows of a matrix are counted along; all others are its columns",
+        "the second moment of the rows must have the shape of the new axis",
+    )
+    adam_lr_ratio: float = option(1.0, checks.NON_NEGATIVE, "the lr of what is no matrix is lr times this")
+
+
+@dataclass(frozen=True)
 class Wrapper(Decayed):
     """Schedule-Free around any base optimizer, which owns lr and its own decay."""
 

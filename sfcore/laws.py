@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from sfcore import averaging, checks, hyperparameters
+from sfcore import averaging, checks, hyperparameters, matrices
 
 # What users of JAX call an option; other names are those of the equations.
 JAX_NAMES: Mapping[str, str] = {"lr": "learning_rate", "beta": "b1"}
@@ -36,14 +37,16 @@ OR = " or "  # between names of laws of which a state alone cannot tell which it
 
 @dataclass(frozen=True)
 class Buffer:
-    """State of a direction, beside z: a tensor like the parameter, at least float32.
+    """State of a direction, beside z: a tensor like the parameter or one number a row, at least float32.
 
     Attributes:
         role: in a checkpoint.
         torch, jax: its name in a parameter's state, and in the base state.
         doc: what it is, in two words.
-        when: the option that must not be 0 for it to be kept; "" is always.
+        when: the option that must be neither 0 nor "none" for it to be kept; "" is always.
         lean: its dtype with precision="lean", "bfloat16"; "" for a law that then refuses "lean".
+        leaves: the parameters that have it, "matrices" or "others"; "" is all.
+        of_rows: whether it is one number a row, of size 1 in all axes but the option `output_axis`.
     """
 
     role: str
@@ -52,6 +55,23 @@ class Buffer:
     doc: str
     when: str = ""
     lean: str = "bfloat16"
+    leaves: str = ""
+    of_rows: bool = False
+
+    def is_kept(self, values: Mapping[str, Any], leaves: str = "") -> bool:
+        """Tells whether parameters need it under options of canonical names.
+
+        Args:
+            values: the options; one that has no value yet, as in JAX's tracing, is taken for on.
+            leaves: which parameters, "matrices" or "others"; "" is any.
+        """
+        value = values[self.when] if self.when else 1
+        is_off = isinstance(value, numbers.Real | str) and value in (0, "none")
+        return not is_off and (not leaves or not self.leaves or self.leaves == leaves)
+
+    def shape(self, shape: Sequence[int], values: Mapping[str, Any]) -> tuple[int, ...]:
+        """Returns its shape beside a parameter of a shape."""
+        return matrices.row_shape(shape, values["output_axis"]) if self.of_rows else tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -93,9 +113,14 @@ class Law:
         """Option -> default, in order."""
         return hyperparameters.defaults(self.options)
 
-    def kept(self, values: Mapping[str, Any]) -> tuple[Buffer, ...]:
-        """Returns the buffers that a parameter needs under options of canonical names."""
-        return tuple(one for one in self.buffers if not one.when or values[one.when])
+    def kept(self, values: Mapping[str, Any], leaves: str = "") -> tuple[Buffer, ...]:
+        """Returns the buffers that parameters need under options of canonical names; see `Buffer.is_kept`."""
+        return tuple(one for one in self.buffers if one.is_kept(values, leaves))
+
+    @property
+    def always(self) -> tuple[Buffer, ...]:
+        """The buffers that a run has whatever its options are."""
+        return tuple(one for one in self.buffers if not one.when and one.leaves != matrices.OTHERS)
 
     def of_torch_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns option -> value of a torch group or of a constructor's arguments.
@@ -239,6 +264,30 @@ _ROWS = (
             "transformers": "schedule_free_radam",
         },
     ),
+    Law(
+        "muon",
+        "Muon",
+        hyperparameters.Muon,
+        torch="MuonScheduleFree",
+        jax="schedule_free_muon",
+        torch_names=_BETAS,
+        buffers=(
+            Buffer("momentum", "momentum_buffer", "momentum", "momentum", leaves=matrices.MATRICES),
+            replace(_V, leaves=matrices.OTHERS),
+            Buffer(
+                "u",
+                "row_exp_avg_sq",
+                "row_nu",
+                "second moment of rows",
+                when="normalize",
+                leaves=matrices.MATRICES,
+                of_rows=True,
+            ),
+        ),
+        direction="polar",
+        lr_range=_ADAMW_LR,
+        lr_source=f"those of AdamW with adjust_lr='match_rms_adamw'; {_ADAMW_SOURCE}",
+    ),
     # Around any base: delta (S6) and its state are the base's.
     Law(
         "wrapper",
@@ -356,9 +405,13 @@ def roles() -> Mapping[str, Buffer]:
     Example:
         >>> from sfcore.laws import roles
         >>> {role: buffer.torch for role, buffer in roles().items()}
-        {'v': 'exp_avg_sq', 'm': 'exp_avg'}
+        {'v': 'exp_avg_sq', 'm': 'exp_avg', 'momentum': 'momentum_buffer', 'u': 'row_exp_avg_sq'}
     """
-    return {one.role: one for law in LAWS.values() for one in law.buffers}
+    found: dict[str, Buffer] = {}
+    for law in LAWS.values():
+        for one in law.buffers:
+            found.setdefault(one.role, one)
+    return found
 
 
 @derived
@@ -413,7 +466,7 @@ def recognise(buffers: Iterable[str] | None, options: Iterable[str] = ()) -> str
 
 
 def _keeps(law: Law, held: set[str]) -> bool:
-    always = {one.role for one in law.buffers if not one.when}
+    always = {one.role for one in law.always}
     return always <= held <= {one.role for one in law.buffers}
 
 

@@ -51,7 +51,7 @@ def adamw_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
 
 
 KERNEL = ("share2", "eps", "share1", "correction2", "correction1")
-ADAMW = Direction("adamw", adamw_single, adamw_numbers, MomentsState, KERNEL)
+ADAMW = Direction("adamw", adamw_single, adamw_numbers, MomentsState, kernel=KERNEL)
 
 
 @known_options("adamw")

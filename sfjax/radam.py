@@ -27,7 +27,7 @@ def radam_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
     return (rectification(values["b2"], t, jnp)[1], *adamw_numbers(values, t))
 
 
-RADAM = Direction("radam", radam_single, radam_numbers, MomentsState, ("usable", *KERNEL))
+RADAM = Direction("radam", radam_single, radam_numbers, MomentsState, kernel=("usable", *KERNEL))
 
 
 @known_options("radam")

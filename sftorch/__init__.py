@@ -28,8 +28,14 @@ except ImportError as error:
 
 from sftorch import adamw, closure, radam, schedule_free, sgd
 from sftorch.adamw import AdamWScheduleFree
-from sftorch.closure import AdamWScheduleFreeClosure, RAdamScheduleFreeClosure, SGDScheduleFreeClosure
+from sftorch.closure import (
+    AdamWScheduleFreeClosure,
+    MuonScheduleFreeClosure,
+    RAdamScheduleFreeClosure,
+    SGDScheduleFreeClosure,
+)
 from sftorch.in_backward import step_in_backward
+from sftorch.muon import MuonScheduleFree
 from sftorch.radam import RAdamScheduleFree
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.sgd import SGDScheduleFree
@@ -38,6 +44,8 @@ from sftorch.shipping import ship_x
 __all__ = [
     "AdamWScheduleFree",
     "AdamWScheduleFreeClosure",
+    "MuonScheduleFree",
+    "MuonScheduleFreeClosure",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "SGDScheduleFree",

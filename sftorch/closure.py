@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sftorch.adamw import AdamWDirection
+from sftorch.muon import MuonDirection
 from sftorch.radam import RAdamDirection
 from sftorch.sgd import SGDDirection
 from sftorch.state import forms
@@ -153,6 +154,22 @@ class RAdamScheduleFreeClosure(RAdamDirection, XAtRest):
         >>> import sftorch, torch
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = sftorch.RAdamScheduleFreeClosure([w], lr=0.1)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = w.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+    """
+
+
+class MuonScheduleFreeClosure(MuonDirection, XAtRest):
+    """Schedule-Free Muon whose parameters hold x; arguments as `MuonScheduleFree`, `step` needs a closure.
+
+    Example:
+        >>> import sftorch, torch
+        >>> w = torch.nn.Parameter(torch.ones(2, 2))
+        >>> optimizer = sftorch.MuonScheduleFreeClosure([w], lr=0.1)
         >>> def closure():
         ...     optimizer.zero_grad()
         ...     loss = w.square().sum()

@@ -104,7 +104,12 @@ class JaxRun:
         scalars = {k: np.asarray(value, getattr(self.state, k).dtype) for k, value in clock.items()}
         base = self.state.base_optimizer_state
         buffers = {one.jax: truth.buffers[role] for role, one in laws.roles().items()}
-        given = {k: self._tree(a) for k, a in buffers.items() if getattr(base, k, None) is not None}
+        given = {}
+        for field in getattr(base, "_fields", ()):
+            held = getattr(base, field)
+            if held is not None:  # a leaf may have none of it
+                new = self._tree(buffers[field])
+                given[field] = {k: None if one is None else new[k] for k, one in held.items()}
         self.params = self._tree(truth.y)
         self.state = self.state._replace(
             # At beta = 0 the parameters are z and the state holds x.

@@ -68,9 +68,34 @@ def renamed(
 ) -> dict[str, np.ndarray]:
     """Returns the leaves of every parameter under other names and in other layouts; others are left out."""
     found: dict[str, np.ndarray] = {}
-    for role in ("y", "x", "z", *laws.roles(), "buffer"):
-        found |= {f"{role}/{name}": array for name, array in rename(of_role(state, role)).items()}
+    buffers, wholes = laws.roles(), of_role(state, "y")
+    for role in ("y", "x", "z", *buffers, "buffer"):
+        arrays = of_role(state, role)
+        of_rows = role in buffers and buffers[role].of_rows
+        moved = _rows(arrays, wholes, rename) if of_rows else rename(arrays)
+        found |= {f"{role}/{name}": array for name, array in moved.items()}
     return found
+
+
+def _rows(
+    arrays: Mapping[str, np.ndarray],
+    wholes: Mapping[str, np.ndarray],
+    rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Returns numbers of rows as `renamed` does: of size 1 in all axes but those that rows lie along."""
+
+    def spread(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return rename({name: np.broadcast_to(one, wholes[name].shape) for name, one in values.items()})
+
+    places = spread({name: np.arange(one.size).reshape(one.shape) for name, one in arrays.items()})
+
+    def kept(place: np.ndarray, axis: int) -> slice:
+        return slice(None if (place != place.take([0], axis)).any() else 1)
+
+    return {
+        name: array[tuple(kept(places[name], axis) for axis in range(array.ndim))]
+        for name, array in spread(arrays).items()
+    }
 
 
 def _with_counters(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sfcore.checks import nearest
-from sfcore.plan import _config, _rules, _sd_rules
+from sfcore.plan import _config, _rules, _sd_rules, _written
 from sfcore.plan._config import SOURCES, Config, ConfigLike, SourceName
 from sfcore.plan._model import Change, ConfigError, FieldState, Plan, Problem
 from sfcore.plan._run import Run
@@ -74,7 +74,7 @@ def judged(found: Config, fix: bool, ignored: frozenset[str]) -> tuple[Plan, Con
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """Returns a configuration with changes made: neutral field -> value, None to take it away."""
-    new = _config.written(config, changes)
+    new = _written.written(config, changes)
     # A command line is no named source: it tells itself.
     named = next((key for key, known in SOURCES.items() if known is config.source), None)
     return _config.read(new.original, named, new.facts, new.files)

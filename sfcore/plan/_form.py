@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfcore import laws
-from sfcore.plan import _check, _config, _sd_scripts, _text, _trainers
+from sfcore.plan import _check, _config, _sd_scripts, _text, _trainers, _written
 from sfcore.plan._config import Config, SourceName
 from sfcore.plan._model import Change, ConfigError, FieldState, Plan
 from sfcore.plan._run import Run
@@ -67,7 +67,7 @@ class Form:
     def files(self) -> dict[str, str]:
         """Name -> content of the file that it becomes, and of one of settings that a command line names."""
         out = Path(f"{self.name}-checked{self.suffix}")
-        found = _config.rendered(self.config.original, self.config.files, out)
+        found = _written.rendered(self.config.original, self.config.files, out)
         return {str(path): text for path, text in found.items()}
 
 

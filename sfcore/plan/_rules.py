@@ -325,7 +325,7 @@ def _to_the_optimizer(run: Run) -> dict[str, Any]:
     changes = no_warmup(run)
     if not changes or "warmup_steps" not in run.kind.uses or run.own_warmup:
         return changes
-    if math.isnan(run.scheduler_warmup):  # part of a run of unknown length
+    if not math.isfinite(run.scheduler_warmup):  # part of a run of unknown length, or of one without end
         return {}
     return changes | {"warmup_steps": round(run.scheduler_warmup)}
 

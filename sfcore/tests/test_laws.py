@@ -90,6 +90,8 @@ def test_the_order_of_options_stays():
     moments = ["b2", "eps", *decay]
     assert [*LAWS["adamw"].defaults] == [*shared, *moments, "warmup_steps", "inner_momentum"]
     assert [*LAWS["radam"].defaults] == [*shared, *moments, "silent_sgd_phase"]
+    own = ["mu", "ns_steps", "nesterov", "normalize", "b2_rows", "adjust_lr", "output_axis", "adam_lr_ratio"]
+    assert [*LAWS["muon"].defaults] == [*shared, *moments, "warmup_steps", *own]
     assert [*LAWS["wrapper"].defaults] == [*shared, "weight_decay"]
 
 
@@ -98,14 +100,16 @@ def test_the_order_of_options_stays():
 def test_torch_keeps_the_buffers_of_a_row(name: str, momentum: float):
     law = LAWS[name]
     given = {"inner_momentum": momentum} if "inner_momentum" in law.defaults else {}
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = getattr(sftorch, law.torch)([p], **law.to_torch(given))
-    p.grad = torch.ones(2)
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,))]
+    optimizer = getattr(sftorch, law.torch)(params, **law.to_torch(given))
+    for p in params:
+        p.grad = torch.ones_like(p)
     optimizer.step()
     values = law.of_torch_group(optimizer.param_groups[0])
     assert values == law.defaults | given
-    held = {key for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
-    assert held == {"z", *(one.torch for one in law.kept(values))}
+    for p, leaves in zip(params, ("matrices", "others"), strict=True):
+        held = {key for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
+        assert held == {"z", *(one.torch for one in law.kept(values, leaves))}
 
 
 def wired(framework: str):  # type: ignore[no-untyped-def]
@@ -219,7 +223,7 @@ def test_other_programs_have_what_a_row_says(name: str, program: str):
 def test_a_torch_group_tells_its_law(name: str, package: Any):
     names = LAWS[name].elsewhere | {"sftorch": LAWS[name].torch}
     make = getattr(package, names[package.__name__])
-    group = make([torch.nn.Parameter(torch.ones(2))]).param_groups[0]
+    group = make([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]
     assert laws.recognise(None, group) == name
 
 
@@ -227,8 +231,9 @@ def test_a_state_alone_tells_as_much_as_it_can():
     assert laws.recognise([]) == "sgd"
     assert laws.recognise(["v"]) == "adamw or radam"
     assert laws.recognise(["v", "m"]) == "adamw"
+    assert laws.recognise(["momentum"]) == laws.recognise(["momentum", "v", "u"]) == "muon"
     with pytest.raises(
-        ValueError, match=r"known law \(sgd, adamw, radam, wrapper\), got the buffers \['s'\]"
+        ValueError, match=r"known law \(sgd, adamw, radam, muon, wrapper\), got the buffers \['s'\]"
     ):
         laws.recognise(["s"])
     assert [law.name for law in laws.candidates("adamw or radam")] == ["adamw", "radam"]
@@ -240,11 +245,11 @@ def test_a_registered_law_is_seen_and_goes_again():
     with laws.register(TOY):
         assert laws.law_of("toy") is TOY
         assert laws.recognise(["s"]) == laws.recognise(None, ["momentum", "power"]) == "toy"
-        assert list(laws.roles()) == ["v", "m", "s", "e"]
+        assert list(laws.roles()) == ["v", "m", "momentum", "u", "s", "e"]
         assert laws.options()["power"].metadata["effect"] == hyperparameters.NEXT
         assert [one.role for one in TOY.kept({"power": 0.0})] == ["s"]
     assert "toy" not in LAWS
-    assert list(laws.roles()) == ["v", "m"]
+    assert list(laws.roles()) == ["v", "m", "momentum", "u"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,13 @@ def test_steps_are_counted_after_accumulation_on_all_devices():
     assert check(optimizer="AdamW", samples=1000, epochs=1e308).total_steps is None  # too many for a float
 
 
+def test_a_warm_up_without_end_is_reported_and_not_handed_on():
+    fields = {"optimizer_type": "AdamWScheduleFree", "lr_warmup_steps": 1e308}
+    plan = check(fields | {"additional_parameters": "constant_with_warmup"})
+    (ignored,) = (problem for problem in plan.problems if problem.code == "SF103")
+    assert "warmup_steps" not in ignored.changes
+
+
 def test_lr_and_c_follow_s2_to_s5():
     plan = check(optimizer="AdamWScheduleFree", lr=0.01, warmup_steps=4, total_steps=50, r=1.0, prior_steps=7)
     lr_max, weight_sum = 0.0, sum(i * 0.01**2 for i in range(1, 8))

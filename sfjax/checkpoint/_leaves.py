@@ -24,6 +24,7 @@ import optax
 
 from sfcore import laws
 from sfcore.exchange import CheckpointError
+from sfcore.matrices import row_shape
 from sfjax.schedule_free import ScheduleFreeState
 from sfjax.state import forms
 from sfjax.state.find import _pure, _require
@@ -144,11 +145,12 @@ def groups(params: Any, opt_state: Any) -> list[Group]:
 def roles(params: Any, opt_state: Any) -> dict[str, str]:
     """Returns name -> role of every leaf that has one; each role is given once, to its first leaf."""
     shapes = {name: leaf.shape for name, leaf in parameters(params).items()}
+    rows = {name: [row_shape(one, axis) for axis in ("first", "last") if one] for name, one in shapes.items()}
     found = [(place, f"y/{name}") for name, place, _ in _placed("params", params)]
 
     def per_parameter(prefix: str, tree: Any, role: str, lean: Collection[str] = ()) -> None:
         for name, place, leaf in _placed(prefix, tree):
-            if shapes.get(name) == leaf.shape:
+            if leaf.shape in (shapes.get(name), *rows.get(name, ())):
                 found.append((place, f"{'gap' if name in lean else role}/{name}"))
 
     for index, group in enumerate(groups(params, opt_state)):

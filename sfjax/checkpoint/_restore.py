@@ -390,6 +390,9 @@ def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Sa
         if name not in objects:
             result.problems.append(f"{name} must be in the checkpoint, got none of that name: leave it out")
         return objects.get(name)
+    buffer = laws.roles().get((role or "").partition("/")[0])
+    if source is not None and buffer and buffer.of_rows and saved.arrays[source].shape != leaf.shape:
+        source = None  # of rows along another axis
     if source is not None:
         array, form = saved.arrays[source], stored_form(leaf)
         # NumPy holds a Python int from 2^63 on, such as a seed, in uint64 and any other in int64.
@@ -402,7 +405,6 @@ def _value(name: str, leaf: Any, role: str | None, source: str | None, saved: Sa
     kind = (role or "").partition("/")[0]
     if kind == "rest":  # earlier versions had none: y was what the parameters held
         return np.zeros(leaf.shape, leaf.dtype)
-    buffer = laws.roles().get(kind)
     if buffer or kind in _ACCUMULATION:
         if buffer:
             result.fresh.add(kind)

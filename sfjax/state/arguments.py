@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfcore import checks, plan
+from sfcore import checks, matrices, plan
 from sfcore.checks import Rule
 from sfcore.hyperparameters import ScheduleFree
 from sfcore.laws import JAX_NAMES, Law
@@ -39,7 +39,7 @@ _FACTORY = Rule(
     "such as sfjax.schedule_free_adamw, without calling it",
 )
 # What a plan does not speak of.
-_OTHER = ("base_optimizer", "state_dtype", "mask", "precision", "seed")
+_OTHER = ("base_optimizer", "state_dtype", "mask", "muon_mask", "precision", "seed")
 
 
 def read(kind: type[ScheduleFree], **values: Any) -> dict[str, Any]:
@@ -154,26 +154,66 @@ def check_params(params: Any) -> None:
             )
 
 
-def check_mask(mask: Any) -> None:
+def check_mask(mask: Any, name: str = "mask", means: str = "True decays") -> None:
     """Raises TypeError unless this is None, a function, or has nothing but bools in it."""
     if callable(mask):
         return
     for leaf in jax.tree.leaves(mask):
         if getattr(leaf, "dtype", type(leaf)) not in (bool, np.bool_):
             raise TypeError(
-                f"mask must be a tree of bools, a function of params or None, got {leaf!r} in it: True decays"
+                f"{name} must be a tree of bools, a function of params or None, got {leaf!r} in it: {means}"
             )
 
 
-def decay_mask(mask: Any, params: Any) -> Any:
+def kinds_of_leaves(params: Any, mask: Any, output_axis: str) -> list[str]:
+    """Returns "matrices" or "others" for each leaf: what Muon takes, and what AdamW.
+
+    Args:
+        params: any tree, also of shapes; one without leaves has no kinds.
+        mask: as `schedule_free_muon` has it.
+        output_axis: "first" or "last".
+
+    Raises:
+        HyperparameterError: with every leaf that is called a matrix and can be none, or if there are none.
+    """
+    placed = jax.tree_util.tree_leaves_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in placed]
+    if mask is None:
+        chosen = [
+            not jnp.issubdtype(leaf.dtype, jnp.complexfloating) and matrices.is_matrix(leaf.shape, name)
+            for name, (_, leaf) in zip(names, placed, strict=True)
+        ]
+    else:
+        chosen = jax.tree.leaves(decay_mask(mask, params, "muon_mask"))
+    found = []
+    for name, (_, leaf), is_chosen in zip(names, placed, chosen, strict=True):
+        where = f"params[{name!r}] of Muon"
+        if not is_chosen:
+            continue
+        wrong = matrices.wrong_matrix(where, leaf.shape, jnp.issubdtype(leaf.dtype, jnp.complexfloating))
+        if wrong:
+            found.append(f"{wrong}, False in muon_mask")
+        elif len(leaf.shape) > 2 and output_axis == "first" and name.rpartition("/")[2] == "kernel":
+            found.append(
+                f"output_axis must be 'last' for a convolution of Flax, got 'first' for params[{name!r}] of "
+                f"shape {tuple(leaf.shape)}: its outputs are the last axis"
+            )
+    if placed and not any(chosen):
+        found.append(matrices.no_matrix(len(placed), "say which are with muon_mask"))
+    if found:
+        raise checks.HyperparameterError(found)
+    return [matrices.MATRICES if one else matrices.OTHERS for one in chosen]
+
+
+def decay_mask(mask: Any, params: Any, name: str = "mask") -> Any:
     """Returns a tree of bools of params' tree, from a tree or prefix of it, or a function of params."""
     mask = mask(params) if callable(mask) else mask
     try:
         return jax.tree.map(lambda flag, below: jax.tree.map(lambda _: bool(flag), below), mask, params)
     except ValueError as error:
         raise ValueError(
-            f"mask must be a tree of bools like params or a prefix of it, got {jax.tree.structure(mask)} for "
-            f"{jax.tree.structure(params)}: pass a function of params to follow whatever tree there is"
+            f"{name} must be a tree of bools like params or a prefix of it, got {jax.tree.structure(mask)} "
+            f"for {jax.tree.structure(params)}: pass a function of params to follow whatever tree there is"
         ) from error
 
 

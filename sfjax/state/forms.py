@@ -87,13 +87,17 @@ def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
     def scalar(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
-    def buffer(leaf: Any, p: Any) -> jax.ShapeDtypeStruct:
+    def buffer(leaf: Any, p: Any) -> jax.ShapeDtypeStruct | None:
+        if leaf is None:  # a buffer that this parameter has not
+            return None
         if leaf.shape != p.shape:
             return scalar(leaf)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(p, "sharding", None))
 
     state = jax.eval_shape(init, params)
-    return optax.tree.map_params(init, buffer, state, params, transform_non_params=scalar)
+    return optax.tree.map_params(
+        init, buffer, state, params, transform_non_params=scalar, is_leaf=lambda leaf: leaf is None
+    )
 
 
 def _everywhere(params: Any) -> NamedSharding | None:

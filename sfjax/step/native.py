@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from sfcore import averaging
 from sfcore.laws import Law
 from sfcore.native.kinds import Kind
 from sfjax.kernels import call
@@ -51,7 +52,7 @@ class Scalars(NamedTuple):
     Attributes:
         next: as every law has them.
         own: what a direction is called with.
-        decays: by the point that decays, "y" or "z": weight_decay times its power of the lr.
+        decays: the weight_decay by the point that decays, "y" or "z".
     """
 
     next: Next
@@ -65,10 +66,12 @@ class Kernel(NamedTuple):
     Attributes:
         numbers: the kernel's names of the direction's own numbers.
         mask: as the factories have it.
+        decay_power: of the lr, by which weight_decay is multiplied.
     """
 
     numbers: tuple[str, ...]
     mask: Any
+    decay_power: int
 
 
 def kernel_of(
@@ -76,7 +79,9 @@ def kernel_of(
 ) -> Kernel | None:
     """Returns the kernel of a transformation, None if it does not know the direction or an option."""
     strange = [name for name in values if name not in KNOWN and not _is(values[name], law.defaults[name])]
-    return None if numbers is None or strange else Kernel(numbers, mask)
+    if numbers is None or strange:
+        return None
+    return Kernel(numbers, mask, values.get("decay_power", 1))
 
 
 def _is(value: Any, default: Any) -> bool:
@@ -185,7 +190,8 @@ def _numbers(kernel: Kernel, scalars: Scalars) -> jax.Array:
     k = scalars.next
     held_x, holds_x = k.stores_x, jnp.asarray(k.will_store_x)
     missing = jnp.where(holds_x, jnp.where(held_x, 0.0, -k.per_gap), 1.0 - k.stretch)
-    y, z = (as_scalar(scalars.decays.get(at, 0.0)) for at in "yz")
+    scale = averaging.power(k.lr_t, kernel.decay_power - 1, jnp)  # F6
+    y, z = (as_scalar(scalars.decays.get(at, 0.0)) * scale for at in "yz")
     given = dict(zip(kernel.numbers, scalars.own, strict=True)) | {
         "lr_t": k.lr_t,
         "wd_y": jnp.where(held_x, 0.0, y),  # what was y is z there

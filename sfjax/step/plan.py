@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfcore import averaging, checks, laws
-from sfcore.laws import JAX_NAMES, Law
+from sfcore import averaging, checks, laws, matrices
+from sfcore.laws import JAX_NAMES, Buffer, Law
 from sfjax.law import iterates
 from sfjax.law.iterates import wide_dtype
 from sfjax.law.scalars import Clock, Next, as_scalar, first_clock, next_step
@@ -38,13 +38,18 @@ class Direction(NamedTuple):
             are real and of one dtype, at least float32; a complex leaf comes as its two parts.
         numbers: (options, t) -> the numbers to call it with; t is the one-based time.
         state: the NamedTuple of its buffers, which has their names in JAX; optax.EmptyState without any.
-        kernel: the names of these numbers in `kernels.call.NUMBERS`; None where no kernel knows it.
+        many: the same as `single` for lists of gradients and of buffers, for leaves that are better taken
+            together; None takes them one by one. It is given the numbers as they are.
+        others: the direction of leaves that are no matrices, for a law that has two; None where it has one.
+        kernel: the names of its numbers in `kernels.call.NUMBERS`; None where no kernel knows it.
     """
 
     law: str
     single: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     numbers: Callable[[Values, jax.Array], tuple[Any, ...]] = lambda values, t: ()
     state: type = optax.EmptyState
+    many: Callable[..., list[tuple[jax.Array, dict[str, jax.Array]]]] | None = None
+    others: Direction | None = None
     kernel: tuple[str, ...] | None = None
 
 
@@ -82,51 +87,128 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     is_lean = arguments.read_precision(given, values["beta"], law)
     decays = zip("yz", averaging.DECAYS[values.get("decay_at", "y")](values["weight_decay"]), strict=True)
     pulls = [(at, wd) for at, wd in decays if not is_zero(wd)]
-    fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
-    # The raw argument: an injected 0 keeps a buffer, in tx.init and under jit alike.
-    kept = {one.jax for one in law.buffers if not (one.when and is_zero(options[one.when]))}
-    if not kept <= set(fields):
-        raise TypeError(
-            f"{direction.state.__name__} must have the buffers of the law {law.name!r}, got the fields "
-            f"{fields}: name them {sorted(kept)}"
-        )
-
-    def zeros(p: Any) -> Any:
-        return forms.zeros_alike(p, forms.NARROW if is_lean and forms.is_low(p) else wide_dtype(p))
-
-    def init(params: Any) -> Any:
-        return direction.state(*(jax.tree.map(zeros, params) if name in kept else None for name in fields))
+    # The raw arguments: an injected 0 keeps a buffer, in tx.init and under jit alike.
+    held = _Buffers(direction, law, options, given, is_lean)
 
     def scalars(k: Next) -> Scalars:
-        scale = averaging.power(k.lr_t, values.get("decay_power", 1) - 1, jnp)
-        return Scalars(k, direction.numbers(values, k.t), {at: wd * scale for at, wd in pulls})  # F6
+        return Scalars(k, direction.numbers(values, k.t), dict(pulls))
 
     def delta(
         grads: Any, state: Any, ys: Any, zs: Callable[[], Any], given_scalars: Scalars, extra_args: Any
     ) -> tuple[Any, Any]:
-        k, numbers, pulled = given_scalars
+        k = given_scalars.next
         leaves, tree = jax.tree.flatten(grads)
-        columns = {name: jax.tree.leaves(one) for name, one in state._asdict().items() if one is not None}
+        before = held.of_leaves(state, leaves, tree)
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
-        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulled.items()]
-        deltas = []
-        after: dict[str, list[Any]] = {name: [] for name in columns}
-        for i, g in enumerate(leaves):
-            wide = {name: column[i].astype(g.dtype) for name, column in columns.items()}
-            d, moved = _along(direction, g, wide, numbers)
-            for wd, point in points if masked[i] else ():
-                d = d + jnp.asarray(wd, d.dtype) * point[i].astype(d.dtype)
-            deltas.append(-k.lr_t.astype(d.dtype) * d)  # S6
-            for name, column in columns.items():
-                if column[i].dtype == forms.NARROW:  # the lean form
-                    draw = lean.Draw(given["seed"], i, k.clock.step)
-                    moved[name] = lean.rounded(moved[name], draw, lean.MOMENTS + fields.index(name))
-                after[name].append(moved[name])
-        trees = {name: tree.unflatten(moments) for name, moments in after.items()}
-        return tree.unflatten(deltas), state._replace(**trees)
+        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in given_scalars.decays.items()]
+        kinds = held.kinds(ys)
+        deltas, after = list(leaves), list(before)
+        for kind in dict.fromkeys(kinds):
+            own = direction.others if kind == matrices.OTHERS and direction.others else direction
+            lr_t = k.lr_t * values["adam_lr_ratio"] if kind == matrices.OTHERS else k.lr_t
+            scale = averaging.power(lr_t, values.get("decay_power", 1) - 1, jnp)  # F6
+            rows = [i for i, other in enumerate(kinds) if other == kind]
+            gs, buffers = ([column[i] for i in rows] for column in (leaves, before))
+            numbers = given_scalars.own if own is direction else own.numbers(values, k.t)
+            found = _along_each(own, gs, buffers, numbers)
+            for i, (d, moved) in zip(rows, found, strict=True):
+                for wd, point in points if masked[i] else ():
+                    d = d + jnp.asarray(wd * scale, d.dtype) * point[i].astype(d.dtype)
+                deltas[i] = -lr_t.astype(d.dtype) * d  # S6
+                after[i] = moved
+        return tree.unflatten(deltas), held.in_tree(state, after, tree, k.clock.step)
 
     kernel = native.kernel_of(law, direction.kernel, values, mask)
-    return build(init, delta, law, values, given["state_dtype"], is_lean, given["seed"], scalars, kernel)
+    return build(held.init, delta, law, values, given["state_dtype"], is_lean, given["seed"], scalars, kernel)
+
+
+class _Buffers:
+    """The buffers of a direction: which leaves have which, in which shape and dtype.
+
+    Attributes:
+        kinds: params -> of each leaf "matrices" or "others", "" for a law of one direction.
+    """
+
+    def __init__(
+        self,
+        direction: Direction,
+        law: Law,
+        options: Mapping[str, Any],
+        given: Mapping[str, Any],
+        is_lean: bool,
+    ):
+        self._state, self._options, self._seed, self._is_lean = (
+            direction.state,
+            options,
+            given["seed"],
+            is_lean,
+        )
+        self._fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
+        self._kept = {one.jax: one for one in law.kept(options)}
+        if not set(self._kept) <= set(self._fields):
+            raise TypeError(
+                f"{direction.state.__name__} must have the buffers of the law {law.name!r}, got the fields "
+                f"{self._fields}: name them {sorted(self._kept)}"
+            )
+
+        def one_kind(params: Any) -> list[str]:
+            return [""] * len(jax.tree.leaves(params))
+
+        def two_kinds(params: Any) -> list[str]:
+            return arguments.kinds_of_leaves(params, given["muon_mask"], options["output_axis"])
+
+        self.kinds = one_kind if direction.others is None else two_kinds
+
+    def init(self, params: Any) -> Any:
+        """Returns zeros; None at leaves that have none of a buffer, and for one that no leaf has."""
+        # Of what has no leaves, such as optax's placeholder for params, the tree is all there is.
+        leaves, tree = jax.tree.flatten(params)
+        kinds = self.kinds(params)
+
+        def zeros(buffer: Buffer, p: Any, kind: str) -> Any:
+            if not buffer.is_kept(self._options, kind):
+                return None
+            dtype = forms.NARROW if self._is_lean and forms.is_low(p) else wide_dtype(p)
+            shape = buffer.shape(p.shape, self._options)
+            return forms.zeros_alike(p[tuple(map(slice, shape))] if shape != p.shape else p, dtype)
+
+        def column(buffer: Buffer) -> Any:
+            return tree.unflatten(zeros(buffer, *one) for one in zip(leaves, kinds, strict=True))
+
+        kept = self._kept
+        return self._state(*(column(kept[name]) if name in kept else None for name in self._fields))
+
+    def of_leaves(self, state: Any, leaves: list[Any], tree: Any) -> list[dict[str, Any]]:
+        """Returns for each gradient the buffers that it has, in its dtype."""
+        columns = {name: tree.flatten_up_to(one) for name, one in state._asdict().items() if one is not None}
+        return [
+            {name: column[i].astype(g.dtype) for name, column in columns.items() if column[i] is not None}
+            for i, g in enumerate(leaves)
+        ]
+
+    def in_tree(self, state: Any, after: list[dict[str, Any]], tree: Any, step: jax.Array) -> Any:
+        """Returns the state with the buffers of each leaf after a step; narrow where they were."""
+        trees = {}
+        for index, name in enumerate(self._fields):
+            if getattr(state, name) is None:
+                continue
+            column = tree.flatten_up_to(getattr(state, name))
+            for i, old in enumerate(column):
+                if old is None:
+                    continue
+                column[i] = after[i][name]
+                if old.dtype == forms.NARROW:  # the lean form
+                    draw = lean.Draw(self._seed, i, step)
+                    column[i] = lean.rounded(column[i], draw, lean.MOMENTS + index)
+            trees[name] = tree.unflatten(column)
+        return state._replace(**trees)
+
+
+def _along_each(direction: Direction, gs: list[Any], buffers: list[Any], numbers: Any) -> list[Any]:
+    """Returns (direction, new buffers) of some leaves."""
+    if direction.many is not None:
+        return direction.many(gs, buffers, *numbers)
+    return [_along(direction, g, of_g, numbers) for g, of_g in zip(gs, buffers, strict=True)]
 
 
 def _along(direction: Direction, g: jax.Array, buffers: dict[str, jax.Array], numbers: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfcore.hyperparameters import SGD, AdamW, RAdam
+import sfjax
+from sfcore.hyperparameters import SGD, AdamW, Muon, RAdam
 from sfjax.checkpoint import Checkpoints
 from sfjax.tests.runs import FACTORIES, gradients, start, typed
 
-KINDS = {"sgd": SGD, "adamw": AdamW, "radam": RAdam}
+KINDS = {"sgd": SGD, "adamw": AdamW, "radam": RAdam, "muon": Muon}
+MAKE = FACTORIES | {"muon": functools.partial(sfjax.schedule_free_muon, normalize="rows")}
 LR = 0.05
 
 
@@ -26,7 +29,7 @@ def transformation(optimizer: str, accumulate: int = 1, **options: Any) -> Any:
     """Returns clip, then Schedule-Free, then accumulation, as a user has it."""
     options = {"radam": {"b2": 0.9}}.get(optimizer, {"warmup_steps": 3}) | options
     options = {"learning_rate": LR} | options
-    tx: Any = optax.chain(optax.clip_by_global_norm(10.0), FACTORIES[optimizer](**options))
+    tx: Any = optax.chain(optax.clip_by_global_norm(10.0), MAKE[optimizer](**options))
     return optax.MultiSteps(tx, accumulate).gradient_transformation() if accumulate > 1 else tx
 
 

@@ -220,8 +220,11 @@ def test_what_the_kernel_does_not_know_takes_the_plain_program(what: str) -> Non
         runs.assert_same(got, want)
 
 
-def test_a_base_takes_the_plain_program() -> None:
-    tx, params = sfjax.schedule_free(optax.sgd(LR), LR), runs.typed(runs.start(), jnp.float32)
+@pytest.mark.parametrize(
+    "make", [functools.partial(sfjax.schedule_free, optax.sgd(LR)), sfjax.schedule_free_muon]
+)
+def test_a_direction_that_the_kernel_does_not_know_takes_the_plain_program(make: Any) -> None:
+    tx, params = make(LR), runs.typed(runs.start(), jnp.float32)
     assert calls(compiled(tx, params)) == 0
     runs.assert_same(*(go(jax.jit(one), params, tx.init(params)) for one in (tx.step, plain(tx))))
 

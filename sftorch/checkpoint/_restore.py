@@ -71,6 +71,8 @@ class Saved:
         }, value
 
     def _placed(self, leaf: str) -> Tensor:
+        if self.arrays[leaf].shape != tuple(self.p.shape):  # of rows, which only a whole parameter has
+            return _arrays.to_tensor(np.asarray(self.arrays[leaf])).to(self.p.device)
         return placed(_parts.taken(self.arrays[leaf], self.p), part(self.p.detach()))
 
     def fresh(self) -> set[str]:
@@ -79,7 +81,15 @@ class Saved:
             return set()
         kept = roles()
         needed = {kept[key] for key in self.optimizer._buffers(self.group)}
-        return {role for role in needed if f"{role}/{self.name}" not in self.arrays}
+        return {role for role in needed if not self._has(role)}
+
+    def _has(self, role: str) -> bool:
+        """Tells whether the checkpoint has this of the parameter, in the shape that is kept now."""
+        array = self.arrays.get(f"{role}/{self.name}")
+        buffer = next((one for one in self.optimizer.law.buffers if one.role == role), None)
+        if array is None or buffer is None or not buffer.of_rows:
+            return array is not None
+        return tuple(array.shape) == buffer.shape(self.p.shape, self.optimizer._values(self.group)[0])
 
     def gradient(self) -> Tensor | None:
         """Returns the gradient accumulated so far, None if there was none."""
@@ -110,11 +120,7 @@ class Saved:
         return state
 
     def _started(self, clock: Mapping[str, Any], held: Tensor) -> tuple[dict[str, Any], Tensor]:
-        state = {
-            key: self._placed(f"{role}/{self.name}")
-            for key, role in roles().items()
-            if f"{role}/{self.name}" in self.arrays
-        }
+        state = {key: self._placed(f"{role}/{self.name}") for key, role in roles().items() if self._has(role)}
         held = self._converted(state, held)
         needed = self.optimizer._buffers(self.group)
         anew = bool(self.fresh() & {one.role for one in self.optimizer.law.buffers if not one.when})
@@ -126,7 +132,10 @@ class Saved:
         kept = "gap" if "gap" in state else "z"
         iterate = state[kept]
         # In the order in which a first step makes them.
-        buffers = {key: state[key] if key in state else torch.zeros_like(iterate) for key in needed}
+        buffers = {
+            key: state[key] if key in state else self.optimizer._new_buffer(key, iterate, self.group)
+            for key in needed
+        }
         stored = {k: state[k] for k in ("x",) if k in state}
         state = {kept: iterate, **after._asdict(), **rests, **buffers, **stored}
         if (

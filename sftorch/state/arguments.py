@@ -31,6 +31,9 @@ _RULES = {
         "True is usual; inner_momentum, which schedulefree after 1.4.1 has in this place, goes by name",
     ),
     "fused": Rule(_THREE, lambda v: v is None or isinstance(v, bool), "None picks for you"),
+    "use_muon": Rule(
+        _THREE, lambda v: v is None or isinstance(v, bool), "None finds matrices by shape and name"
+    ),
     "betas": Rule(
         "a pair (beta, b2)", lambda v: isinstance(v, tuple | list) and len(v) == 2, "(0.9, 0.999) is usual"
     ),

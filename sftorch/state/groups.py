@@ -86,7 +86,19 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Returns the names of the state tensors beside z that a parameter of this group needs."""
-        return tuple(one.torch for one in self.law.kept(self.law.of_torch_group(group)))
+        return tuple(one.torch for one in self.law.kept(self.law.of_torch_group(group), self._leaves(group)))
+
+    def _leaves(self, group: Mapping[str, Any]) -> str:
+        """Returns which parameters a group holds: "" is any, others as `sfcore.laws.Buffer.leaves`."""
+        return ""
+
+    def _new_buffer(self, name: str, iterate: Tensor, group: dict[str, Any]) -> Tensor:
+        """Returns zeros for a buffer of the direction, beside z or what is kept in its place."""
+        (buffer,) = (one for one in self.law.buffers if one.torch == name)
+        shape = buffer.shape(iterate.shape, self._values(group)[0])
+        if shape != tuple(iterate.shape):
+            return iterate.new_zeros(shape)
+        return torch.zeros_like(iterate, memory_format=torch.preserve_format)
 
     @uncompiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -277,7 +289,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         forms.fit_rest(p, state, self._rest)
         for name in buffers:
             if name not in state:
-                state[name] = torch.zeros_like(state[wanted[0]], memory_format=torch.preserve_format)
+                state[name] = self._new_buffer(name, state[wanted[0]], group)
         return state
 
     def _y_beta(self, group: dict[str, Any]) -> float:

@@ -31,11 +31,13 @@ Loss = TypeVar("Loss")  # what a closure returns: a number, or a tensor of one
 class TrainEvalOptimizer(ScheduleFreeOptimizer):
     """Abstract: `step`, `train`, `eval`, and x without touching the weights.
 
-    In eval mode a parameter's y lies in `state[p]["y"]`, so that `train()` puts back the same bits.
+    In eval mode a parameter's y lies in `state[p]["y"]`, so that `train()` puts back the same bits; on a
+    CPU, where fresh memory costs more than the copy, that tensor is kept for the next `eval()`.
     At beta = 0, where y is z, x cannot be had from y and lies in `state[p]["x"]`.
     """
 
     _ships_x = 0  # models: an optimizer may train several
+    _kept: WeakIdKeyDictionary | None = None  # parameter -> where its y lay in the last eval mode
 
     @abstractmethod
     def _prepare(self) -> Any:
@@ -154,6 +156,9 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                     aside[p] = y
             if aside:
                 torch._foreach_copy_(parts(aside), parts(aside.values()))
+                if self._kept is None:
+                    self._kept = WeakIdKeyDictionary()
+                self._kept.update({p: y for p, y in aside.items() if p.device.type == "cpu"})
             note_written(aside)
             gather_anew(self, group["params"])
             self._books(group)["train_mode"] = True
@@ -389,7 +394,8 @@ def _flip(
     if kind is Kind.HOLDS:
         found = {p: states[p]["y"] for p in fast}
     else:
-        found = {p: torch.empty_like(p, requires_grad=False) for p in fast}
+        kept = optimizer._kept if kind is Kind.PUT_ASIDE and optimizer._kept else {}
+        found = {p: _place_like(p, kept.pop(p, None)) for p in fast}
     xs = _reals(list(found.values()))
     differ = False
     whole = [(*row[:2], x) for row, x in zip(filter(None, rows), xs, strict=True)]
@@ -399,6 +405,13 @@ def _flip(
         numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], 1.0 / beta - 1.0)
         differ |= call.Job(kind).run(dict(zip("yzx", columns, strict=True)), numbers)
     return found, [p for p in started if p not in taken], differ
+
+
+def _place_like(p: Tensor, kept: Tensor | None) -> Tensor:
+    """Returns a tensor like a parameter to write to: the one that was kept if it is still like it."""
+    if kept is not None and call.alike(p, kept):
+        return kept
+    return torch.empty_like(p, requires_grad=False)
 
 
 def _reals(tensors: Iterable[Tensor]) -> list[Tensor]:

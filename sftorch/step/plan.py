@@ -158,7 +158,8 @@ class Work:
         law, values = optimizer.law, plan.values
         self.after = after = next_step(law, self.clock, plan.group["k"], values)
         direction, own = optimizer._direction(values, after.clock.step)
-        wd = values.get("weight_decay", 0.0) * power(after.lr_t, values.get("decay_power", 1) - 1)  # F6
+        lr_t = after.lr_t * optimizer._lr_ratio(values)
+        wd = values.get("weight_decay", 0.0) * power(lr_t, values.get("decay_power", 1) - 1)  # F6
         wd_y, wd_z = DECAYS[values.get("decay_at", "y")](wd)
         beta, change = BETAS[law.beta_rule](values["beta"], after.clock.step, values, floats)
         old_beta = beta - change
@@ -167,7 +168,7 @@ class Work:
             k1, k2 = after.c, 0.0
         elif self.is_lean:
             k2 = old_beta
-        self.numbers = (after.lr_t, wd_y, wd_z, k1, k2, *own)
+        self.numbers = (lr_t, wd_y, wd_z, k1, k2, *own)
         return direction
 
     def _keys(self, plan: GroupPlan) -> Tensor:
@@ -179,7 +180,7 @@ class GroupPlan:
 
     Attributes:
         group: the optimizer's own.
-        values: its options by canonical name.
+        values: its options by canonical name, and "leaves": which parameters these are.
         buffers: names of the state tensors that its direction needs.
         works: what is to be done.
         after: the group's own clock after the coming step.
@@ -203,6 +204,7 @@ class GroupPlan:
     def _read_options(self, optimizer: DirectedOptimizer) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Returns the options as given, by canonical name, and those that decide more than numbers."""
         given, (values, _) = self._options(self.group), optimizer._values(self.group)
+        values = values | {"leaves": optimizer._leaves(self.group)}
         if any(isinstance(value, Tensor | list) for value in given):
             given = ()  # these may be written to, and would still be the same objects
         chosen = [self.group[name] for name in ("foreach", "fused", "maximize", "precision", "seed")]
@@ -258,9 +260,13 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         """Returns S6's direction at a parameter's time t, and the numbers to call it with.
 
         Args:
-            values: a group's options by canonical name.
+            values: a group's options by canonical name, and "leaves" as `_leaves` tells them.
             t: one-based.
         """
+
+    def _lr_ratio(self, values: Mapping[str, Any]) -> float:
+        """Returns the lr of these parameters over that of their clock; `values` as for `_direction`."""
+        return 1.0
 
     def _books(self, group: dict[str, Any]) -> dict[str, Any]:
         return group

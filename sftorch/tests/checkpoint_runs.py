@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "adamw": lambda params: sftorch.AdamWScheduleFree(params, lr=0.01, weight_decay=0.1),
     "adamw_inner": lambda params: sftorch.AdamWScheduleFree(params, lr=0.01, inner_momentum=0.5, r=1.0),
     "radam": lambda params: sftorch.RAdamScheduleFree(params, lr=0.01),
+    "muon": lambda params: sftorch.MuonScheduleFree(params, lr=0.01, normalize="rows"),
     "polyak": lambda params: sftorch.SGDScheduleFree(params, lr=0.1, momentum=0.0),
     "wrapper": lambda params: sftorch.ScheduleFreeWrapper(torch.optim.NAdam(params, lr=0.01)),
 }
@@ -43,17 +44,21 @@ class Case(NamedTuple):
 
 ADAMW = Case("adamw", "float32", 1, 12, "train")
 # Saved between updates and, with accumulation, also after 2 of 4 micro-batches.
-CASES = [
-    Case(kind, dtype, accumulate, saved_at, mode)
-    for kind in ("sgd", "adamw", "radam")
-    for dtype in ("float32", "bfloat16")
-    for accumulate, saved_at in ((1, 10), (4, 12), (4, 14))
-    for mode in ("train", "eval")
-] + [
-    Case(kind, "float32", 4, 14, mode)
-    for kind in ("adamw_inner", "polyak", "wrapper")
-    for mode in ("train", "eval")
-]
+CASES = (
+    [
+        Case(kind, dtype, accumulate, saved_at, mode)
+        for kind in ("sgd", "adamw", "radam")
+        for dtype in ("float32", "bfloat16")
+        for accumulate, saved_at in ((1, 10), (4, 12), (4, 14))
+        for mode in ("train", "eval")
+    ]
+    + [
+        Case(kind, "float32", 4, 14, mode)
+        for kind in ("adamw_inner", "polyak", "wrapper")
+        for mode in ("train", "eval")
+    ]
+    + [Case("muon", dtype, 4, 14, mode) for dtype in ("float32", "bfloat16") for mode in ("train", "eval")]
+)
 
 
 def build(case, seed=0):

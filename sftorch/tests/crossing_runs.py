@@ -1,6 +1,6 @@
 """State that goes from one layout to another by torch.distributed.checkpoint, for test_state_crosses.py.
 
-In two processes: FSDP2, DDP, and "alone", a plain model of which every process has its own.
+In any number of processes: FSDP2, DDP, and "alone", a plain model of which every process has its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sftorch
 from sftorch.tests.layout_runs import Net, digest
 
 LAYOUTS = ("fsdp", "ddp", "alone")
+SAVED, LAST = 3, 23  # steps
 PRECISIONS = {
     "float32": (torch.float32, {}),
     "bfloat16": (torch.bfloat16, {}),
@@ -70,11 +71,11 @@ def everything(model: nn.Module, optimizer: Any) -> dict[str, str]:
 def saved(layout: str, precision: str, flat: bool, folder: Path) -> dict[str, str]:
     """Saves a run after some steps; returns what it holds after some more."""
     model, optimizer = build(layout, precision, seed=0)
-    train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, SAVED)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     weights, state = get_state_dict(model, optimizer, options=options)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    train(model, optimizer, 3, 6)
+    train(model, optimizer, SAVED, LAST)
     return everything(model, optimizer)
 
 
@@ -86,17 +87,17 @@ def loaded(layout: str, precision: str, flat: bool, folder: Path) -> dict[str, s
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
     optimizer.train()
-    train(model, optimizer, 3, 6)
+    train(model, optimizer, SAVED, LAST)
     return everything(model, optimizer)
 
 
 def in_full(precision: str, of_first: bool) -> list[dict[str, str]]:
     """Returns the end of a run by FSDP2, and of two that go on from its full state: by FSDP2, and alone."""
     model, optimizer = build("fsdp", precision, seed=0)
-    train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, SAVED)
     options = StateDictOptions(full_state_dict=True, cpu_offload=of_first)
     weights, state = get_state_dict(model, optimizer, options=options)
-    train(model, optimizer, 3, 6)
+    train(model, optimizer, SAVED, LAST)
     ends = [everything(model, optimizer)]
     boxed: list[Any] = [(weights, state)]
     if of_first:  # only the first process has them
@@ -108,7 +109,7 @@ def in_full(precision: str, of_first: bool) -> list[dict[str, str]]:
         weights, state = copy.deepcopy(boxed[0])  # torch changes what it is given
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=own)
         optimizer.train()
-        train(model, optimizer, 3, 6)
+        train(model, optimizer, SAVED, LAST)
         ends.append(everything(model, optimizer))
     return ends
 
@@ -116,7 +117,7 @@ def in_full(precision: str, of_first: bool) -> list[dict[str, str]]:
 def whole_state_of_one() -> list[dict[str, str]]:
     """Returns the ends of a plain run, and of one by FSDP2 that load_state_dict gave its plain state dict."""
     model, optimizer = build("alone", "bfloat16", seed=0)
-    train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, SAVED)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = optimizer.state_dict()
     divided, resumed = build("fsdp", "bfloat16", seed=9)
@@ -127,21 +128,26 @@ def whole_state_of_one() -> list[dict[str, str]]:
         for name, p in divided.named_parameters():
             p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))
     resumed.train()
-    train(model, optimizer, 3, 6)
-    train(divided, resumed, 3, 6)
+    train(model, optimizer, SAVED, LAST)
+    train(divided, resumed, SAVED, LAST)
     return [everything(model, optimizer), everything(divided, resumed)]
 
 
-def main(rank: int, folder: Path, *precisions: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"end": {}, "crossed": {}}
+def main(rank: int, world: int, folder: Path, *words: str) -> dict[str, Any]:
+    """Crosses from each layout to each in all precisions of `words`, also from folders that they name."""
+    precisions = [word for word in words if word in PRECISIONS]
+    others = [Path(word) for word in words if word not in PRECISIONS]
+    found: dict[str, Any] = {"end": {}, "crossed": {}, "from others": []}
     for precision in precisions:
         for flat in (False, True):
             for layout in LAYOUTS:
-                place = folder / f"{precision} {flat} {layout}"
-                found["end"][precision, flat, layout] = saved(layout, precision, flat, place)
-                for other in LAYOUTS:
-                    crossed = loaded(other, precision, flat, place)
-                    found["crossed"][precision, flat, layout, other] = crossed
-    found["full"] = {(p, first): in_full(p, first) for p in precisions for first in (False, True)}
-    found["whole"] = whole_state_of_one()
+                place = f"{precision} {flat} {layout}"
+                found["end"][precision, flat, layout] = saved(layout, precision, flat, folder / place)
+                for to in LAYOUTS:
+                    crossed = loaded(to, precision, flat, folder / place)
+                    found["crossed"][precision, flat, layout, to] = crossed
+                    found["from others"] += [loaded(to, precision, flat, other / place) for other in others]
+    if not others:
+        found["full"] = {(p, first): in_full(p, first) for p in precisions for first in (False, True)}
+        found["whole"] = whole_state_of_one()
     return found

@@ -1,6 +1,6 @@
 """The same gradients on parameters in many layouts, for test_layouts.py: weights, state and prints of each.
 
-Started by `sftorch.tests.ranks` in two processes or in four, which is as many shards as there are.
+Started by `sftorch.tests.launcher` in two processes or in four, which is as many shards as there are.
 """
 
 from __future__ import annotations
@@ -166,8 +166,7 @@ def distances(world: int) -> dict[str, float]:
     return found
 
 
-def main(rank: int, folder: Path, *kinds: str) -> dict[str, Any]:
-    world = dist.get_world_size()
+def main(rank: int, world: int, folder: Path, *kinds: str) -> dict[str, Any]:
     found = {
         (name, kind, precision): run(divide, kind, precision)
         for name, divide in layouts(world).items()

@@ -25,7 +25,8 @@ from sfcore.shards import Spread
 from sftorch.checkpoint import CheckpointError, Checkpoints
 
 STATE = ("z", "gap", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
-SAVED, LAST = 3, 6
+SAVED, LAST = 3, 23  # steps of a run that is saved
+STOPPED = 18  # steps, at most, of one that is told to stop
 
 
 class Net(torch.nn.Module):
@@ -261,7 +262,7 @@ def preempted(rank, world, folder, kind, signalled, at):
     done = restored.meta.step if restored else 0
     try:
         with checkpoints, Preemption(save, ranks=checkpoints.ranks) as preemption:
-            for step in range(done, LAST * 3):
+            for step in range(done, STOPPED):
                 with preemption.updating():
                     if step == at and rank == signalled:
                         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """A toy of sd-scripts for its launcher: the shape of its loop, with the lines that the patch reads.
 
-Only lines that `resume.patch` has anyway are upstream's. `sfcore/tests/test_sd_scripts.py` runs the real one.
+Only lines that `resume.patch` has anyway are upstream's. `sfcore/tests/test_sd_scripts_runs.py` runs the real one.
 """
 
 TRAIN_UTIL = """

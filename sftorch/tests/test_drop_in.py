@@ -15,7 +15,13 @@ import torch
 import sftorch
 from sftorch.tests.plain import CLASSES, some_params
 
-OWN = ("ScheduleFreeWrapper", "ship_x", "step_in_backward")
+OWN = (
+    "MuonScheduleFree",
+    "MuonScheduleFreeClosure",
+    "ScheduleFreeWrapper",
+    "ship_x",
+    "step_in_backward",
+)
 SHARED = [name for name in sftorch.__all__ if name not in OWN]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sftorch.tests import ranks
+from sftorch.tests import launcher
 from sftorch.tests.layout_runs import OPTIMIZERS, PRECISIONS
 
 PROGRAM = "sftorch.tests.layout_runs"
@@ -23,12 +23,12 @@ def assert_same_in_all_layouts(found, kind, precision):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return ranks.run(PROGRAM, 2, tmp_path_factory.mktemp("two"), "adamw")
+    return launcher.run(PROGRAM, 2, tmp_path_factory.mktemp("two"), "adamw")
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return ranks.run(PROGRAM, 4, tmp_path_factory.mktemp("four"), *OPTIMIZERS)
+    return launcher.run(PROGRAM, 4, tmp_path_factory.mktemp("four"), *OPTIMIZERS)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -61,6 +63,20 @@ def test_1000_flips_change_no_bit(kind, dtype):
         assert same_bits(params, y)
         optimizer.eval()
         assert same_bits(params, x)
+
+
+def test_the_memory_of_y_is_kept_for_the_next_evaluation_and_not_by_a_copy():
+    params = some_params()
+    optimizer = CLASSES["adamw"](params, lr=STEP_SIZE)
+    feed(optimizer, params, some_grads(3, params))
+    places = []
+    for _ in range(2):
+        with optimizer.evaluation():
+            places.append([optimizer.state[p]["y"].data_ptr() for p in params])
+    assert places[0] == places[1]
+    assert all("y" not in optimizer.state[p] for p in params)
+    assert len(optimizer._kept) == len(params)
+    assert copy.deepcopy(optimizer)._kept is None
 
 
 def test_a_run_with_flips_is_bit_for_bit_the_run_without():

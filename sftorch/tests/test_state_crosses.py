@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sftorch.tests import ranks
+from sftorch.tests import launcher
 from sftorch.tests.crossing_runs import LAYOUTS
 
 PROGRAM = "sftorch.tests.crossing_runs"
@@ -12,13 +12,18 @@ SHORT, LONG = ("bfloat16",), ("float32", "lean")
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    return ranks.run(PROGRAM, 2, tmp_path_factory.mktemp("short"), *SHORT)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("short")
+
+
+@pytest.fixture(scope="module")
+def short(folder):
+    return launcher.run(PROGRAM, 2, folder, *SHORT)
 
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    return ranks.run(PROGRAM, 2, tmp_path_factory.mktemp("long"), *LONG)
+    return launcher.run(PROGRAM, 2, tmp_path_factory.mktemp("long"), *LONG)
 
 
 def assert_goes_on_everywhere(found, precision):
@@ -59,3 +64,16 @@ def test_a_plain_state_dict_is_divided_as_the_parameters_are(short):
 def test_a_run_in_other_precisions_goes_on_in_every_layout(long, precision):
     assert_goes_on_everywhere(long, precision)
     assert_goes_on_in_full(long, precision)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_other_numbers_of_processes(short, folder, tmp_path):
+    of_two = short[0]["end"][(*SHORT, False, "fsdp")]
+    (tmp_path / "4").mkdir()
+    (tmp_path / "2").mkdir()
+    four = launcher.run(PROGRAM, 4, tmp_path / "4", *SHORT, str(folder))
+    two = launcher.run(PROGRAM, 2, tmp_path / "2", *SHORT, str(tmp_path / "4"))
+    for of_rank in (*four, *two):
+        assert_goes_on_everywhere([of_rank], *SHORT)
+        assert len(of_rank["from others"]) == 2 * len(LAYOUTS) ** 2
+        assert all(end == of_two for end in of_rank["from others"])

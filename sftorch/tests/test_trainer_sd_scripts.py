@@ -1,4 +1,4 @@
-"""The launcher of sd-scripts, on a toy of its shape; `sfcore/tests/test_sd_scripts.py` has the real one."""
+"""The launcher of sd-scripts on a toy of its shape; the real one: `sfcore/tests/test_sd_scripts_runs.py`."""
 
 import argparse
 import inspect
