@@ -28,8 +28,9 @@ from benchmarks._trees import CPU_TREES, JAX_TREES, TREES, Shape, count
 from sftorch.kernels.call import Job, Kind
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
-# Bytes a parameter that a step must read and write in float32: y, z, g and v in, y, z and v out.
-BYTES = {"adamw": 28, "radam": 28, "sgd": 20}
+# Bytes a parameter that a step must read and write in float32: y, z, g and v in, y, z and v out. A micro-step
+# reads gradient and mean, and writes the mean.
+BYTES = {"adamw": 28, "radam": 28, "sgd": 20, "micro-step": 12}
 PEER = "torch.optim.AdamW fused"
 JAX_PEER = "optax.adamw"
 LEAVES = 1000  # of the tree that is compiled
@@ -85,19 +86,14 @@ def measure_jax(tree: str, rounds: int) -> list[dict[str, Any]]:
     others = {f"floor {name}": run for name, run in floors(TREES[tree]).items()}
     found = step_jax.rows(shapes, rounds, names=tuple(step_jax.METHODS), others=others)
     taken = {name: np.array(seconds) for name, seconds in found}
-    return [
-        row(
-            f"{tree}-jax",
-            name,
-            tree,
-            threads,
-            taken[name],
-            taken["floor sgd" if name.endswith("sgd") else "floor adamw"],
-            JAX_PEER,
-            taken[JAX_PEER] * (BYTES["sgd"] / BYTES["adamw"] if name.endswith("sgd") else 1),
-        )
-        for name in step_jax.METHODS
-    ]
+    rows = []
+    for name in step_jax.METHODS:
+        moved = next((size for kind, size in BYTES.items() if name.endswith(kind)), BYTES["adamw"])
+        floor, of_floor = ("adamw", BYTES["adamw"]) if moved == BYTES["adamw"] else ("sgd", BYTES["sgd"])
+        least = taken[f"floor {floor}"] * moved / of_floor
+        peer = taken[JAX_PEER] * moved / BYTES["adamw"]
+        rows.append(row(f"{tree}-jax", name, tree, threads, taken[name], least, JAX_PEER, peer))
+    return rows
 
 
 def measure_compiling(rounds: int) -> list[dict[str, Any]]:

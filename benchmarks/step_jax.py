@@ -32,6 +32,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "optax.contrib.schedule_free_adamw": lambda: optax.contrib.schedule_free_adamw(1e-3, weight_decay=DECAY),
     "optax.adamw": lambda: optax.adamw(1e-3, weight_decay=DECAY),
     "sfjax.schedule_free_sgd": lambda: sfjax.schedule_free_sgd(1.0, weight_decay=DECAY),
+    "sfjax.accumulate, micro-step": lambda: sfjax.accumulate(
+        sfjax.schedule_free_adamw(1e-3, weight_decay=DECAY), 1_000_000
+    ),
     "sfjax.schedule_free_radam": lambda: sfjax.schedule_free_radam(1e-3, weight_decay=DECAY),
 }
 
