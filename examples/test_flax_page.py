@@ -73,4 +73,4 @@ def test_a_loop_resumes_where_it_was(title, beside):
     x = sfjax.schedule_free_eval_params(first["opt_state"], first["params"])
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (x, first["params"])), strict=True))
     step = first["train_step"].lower(first["params"], first["opt_state"], first[beside])
-    assert copies(step, leaves=len(jax.tree.leaves(x))) <= MOST
+    assert copies(step, leaves=len(jax.tree.leaves(x))) <= 2  # of three numbers, which the loss reads too
