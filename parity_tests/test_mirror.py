@@ -92,7 +92,7 @@ def canonical_defaults(callable_: Any) -> dict[str, Any]:
     found = {name: p.default for name, p in parameters if name not in JAX_ONLY | TORCH_ONLY | STORAGE}
     if "betas" in found:
         found["beta"], found["b2"] = found.pop("betas")
-    back = {"learning_rate": "lr", "b1": "beta", "momentum": "beta"}
+    back = {there: name for name, there in laws.JAX_NAMES.items()} | {"momentum": "beta"}
     return {back.get(name, name): value for name, value in found.items()}
 
 

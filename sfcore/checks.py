@@ -99,6 +99,7 @@ MULTIPLE = Rule(
     lambda v: _finite(v) and v >= 0,
     "1 / (1 - beta) is neutral, 0 switches it off",
 )
+EXPONENT = Rule("a finite number > 0", lambda v: _finite(v) and v > 0, "0.8 is the usual value")
 FLAG = Rule("True or False", lambda v: isinstance(v, bool), "pass a bool")
 
 # Of arguments that are no hyperparameters.

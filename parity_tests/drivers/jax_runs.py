@@ -195,8 +195,8 @@ def wrapped(optimizer: str, options: Options) -> Any:
         direction = optax.scale_by_adam(o["inner_momentum"], o["b2"], o["eps"])
     decay = optax.add_decayed_weights(o["weight_decay"])
     base = optax.chain(direction, decay, optax.scale_by_learning_rate(o["lr"]))
-    averaging = {k: o[k] for k in AVERAGING if k not in ("lr", "beta")}
-    return sfjax.schedule_free(base, o["lr"], b1=o["beta"], **averaging)
+    averaging = names.for_jax({k: o[k] for k in AVERAGING if k != "lr"})
+    return sfjax.schedule_free(base, o["lr"], **averaging)
 
 
 @functools.cache

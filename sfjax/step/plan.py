@@ -170,7 +170,9 @@ class _Buffers:
                 return None
             dtype = forms.NARROW if self._is_lean and forms.is_low(p) else wide_dtype(p)
             shape = buffer.shape(p.shape, self._options)
-            return forms.zeros_alike(p[tuple(map(slice, shape))] if shape != p.shape else p, dtype)
+            # Of what is laid out along the rows as p is.
+            axes = tuple(i for i, size in enumerate(shape) if size != p.shape[i])
+            return forms.zeros_alike(p.max(axes, keepdims=True) if axes else p, dtype)
 
         def column(buffer: Buffer) -> Any:
             return tree.unflatten(zeros(buffer, *one) for one in zip(leaves, kinds, strict=True))
@@ -292,7 +294,7 @@ def build(
         deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, given, extra_args)
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, strict=True)
         moved = [
-            lean.advance(p, y, buffer, d, k, lean.Draw(seed, i, k.clock.step))
+            lean.advance(p, y, buffer, d, k, state.b1, lean.Draw(seed, i, k.clock.step))
             if is_lean and rest is not None
             else _advance(p, y, buffer, d, k, rest)
             for i, (p, y, buffer, d, rest) in enumerate(columns)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfcore import changes
+from sfcore.averaging import beta_after
 from sfcore.changes import comparable
 from sfcore.exchange import CheckpointError
 from sfcore.iterates import beta_of
@@ -299,7 +300,7 @@ def _plan_group(
     books["prior_steps"] = values["prior_steps"]
     if not isinstance(optimizer, TrainEvalOptimizer):
         books["y_beta"] = None
-    elif books.get("y_beta") is None and beta_of(saved) != values["beta"]:
+    elif books.get("y_beta") is None and beta_of(saved) != beta_after(clock["step"], values):
         books["y_beta"] = beta_of(saved)
     weighed = ("prior_steps", "r", "weight_lr_power")
     if not same or any(old.get(name, values[name]) != values[name] for name in weighed):

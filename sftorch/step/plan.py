@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfcore import checks
-from sfcore.averaging import BETAS, DECAYS, coefficients, floats, power
+from sfcore.averaging import DECAYS, beta_after, coefficients, power
 from sftorch.law.iterates import as_real
 from sftorch.law.parts import PLAIN, gradients, note_written, parts, place
 from sftorch.law.scalars import Clock, next_step
@@ -161,9 +161,8 @@ class Work:
         lr_t = after.lr_t * optimizer._lr_ratio(values)
         wd = values.get("weight_decay", 0.0) * power(lr_t, values.get("decay_power", 1) - 1)  # F6
         wd_y, wd_z = DECAYS[values.get("decay_at", "y")](wd)
-        beta, change = BETAS[law.beta_rule](values["beta"], after.clock.step, values, floats)
-        old_beta = beta - change
-        k1, k2 = coefficients(after.c, beta, change, old_beta or 1.0)  # what is 0 does not change
+        old_beta = after.beta - after.change
+        k1, k2 = coefficients(after.c, after.beta, after.change, old_beta or 1.0)  # what is 0 does not change
         if self.to_x:
             k1, k2 = after.c, 0.0
         elif self.is_lean:
@@ -225,7 +224,8 @@ class GroupPlan:
             self._given, self.values, self._chosen = self._read_options(optimizer)
             if chosen != self._chosen:
                 return False
-        if group["y_beta"] not in (None, self.values["beta"]) or not all(map(is_, params, self._params)):
+        y_beta = beta_after(group["k"], self.values)
+        if group["y_beta"] not in (None, y_beta) or not all(map(is_, params, self._params)):
             return False
         if any(p.grad is not None for p in self._idle):
             return False
@@ -336,7 +336,9 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
                     move.grads.clear()
                     move.xs.clear()
             if is_whole:
-                self._finish(of_group.group, of_group.after)
+                after = of_group.after
+                moved = {p for work in of_group.works for p in work.params} if after.change else ()
+                self._finish(of_group.group, after, moved)
         if is_whole:
             self._plan = None if any(not one.may_be_kept for one in plan) else plan
             if self._ahead:
