@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sfcore import laws
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates
@@ -324,6 +325,7 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
     rests: Sequence[Tensor | None] = move.rests or [None] * len(move.ys)
     compiling = torch.compiler.is_compiling()
     places: Sequence[Place | None] = move.places or [None] * len(move.ys)
+    of_rows = {one.torch for one in laws.roles().values() if one.of_rows}  # whole beside a parameter in parts
     columns = (move.ys, rests, move.zs, move.grads, move.keys.unbind(), places)
     for i, (p, rest, gap, grad, words, at) in enumerate(zip(*columns, strict=True)):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
@@ -336,9 +338,7 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
         forms.put_halves_(p, rest, y + (k1 * w + (1.0 - beta) * delta))  # S9*
         gap.copy_(rounded((1.0 - k1) * w, of_p[0], at))  # S7
         for (name, value), key in zip(wide.items(), of_p[1:], strict=True):
-            # One number a row lies whole beside a parameter in parts.
-            of_part = at if at is not None and tuple(value.shape) == at.sizes else None
-            move.buffers[name][i].copy_(rounded(value, key, of_part))
+            move.buffers[name][i].copy_(rounded(value, key, None if name in of_rows else at))
 
 
 def _takes_foreach(move: Move) -> str | None:
