@@ -31,11 +31,14 @@ from sfjax.schedule_free import ScheduleFreeState, schedule_free
 from sfjax.sgd import schedule_free_sgd
 from sfjax.state.arguments import describe
 from sfjax.state.find import find_state, find_states, iterates, metrics, schedule_free_eval_params
+from sfjax.step.transformation import Transformation, chain
 
 __all__ = [
     "Accumulation",
     "ScheduleFreeState",
+    "Transformation",
     "accumulate",
+    "chain",
     "describe",
     "find_state",
     "find_states",
