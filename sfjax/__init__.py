@@ -26,6 +26,7 @@ except ImportError as error:
 from sfjax.accumulate import Accumulation, accumulate
 from sfjax.adamw import schedule_free_adamw
 from sfjax.muon import schedule_free_muon
+from sfjax.plus import ScheduleFreePlusState, schedule_free_plus
 from sfjax.radam import schedule_free_radam
 from sfjax.schedule_free import ScheduleFreeState, schedule_free
 from sfjax.sgd import schedule_free_sgd
@@ -34,6 +35,7 @@ from sfjax.state.find import find_state, find_states, iterates, metrics, schedul
 
 __all__ = [
     "Accumulation",
+    "ScheduleFreePlusState",
     "ScheduleFreeState",
     "accumulate",
     "describe",
@@ -45,6 +47,7 @@ __all__ = [
     "schedule_free_adamw",
     "schedule_free_eval_params",
     "schedule_free_muon",
+    "schedule_free_plus",
     "schedule_free_radam",
     "schedule_free_sgd",
 ]
