@@ -15,7 +15,6 @@ PAGE = (Path(__file__).parent / "equations.md").read_text()
 FORMULA = re.compile(r"\$`([^`]+)`\$")
 WORDS = {
     r"\max(": "max(",
-    r"^{\top}": ".T",
     r"\text{step}": "step",
     r"_{\max}": "_max",
     r"_\infty": "_inf",
@@ -58,7 +57,8 @@ FUNCTIONS = {
 def run(formula, names):
     """Runs the assignments of a formula of LaTeX."""
     for code in formula.split(r"\quad"):
-        code = re.sub(r"\^\{(?!\+|\\top)([^{}]+)\}", r"**(\1)", code)
+        code = code.replace(r"^{\top}", ".T")
+        code = re.sub(r"\^\{(?!\+)([^{}]+)\}", r"**(\1)", code)
         code = re.sub(r"operatorname\{(\w+)\}", r"\1", code)
         for letter, word in WORDS.items():
             code = code.replace(letter, word)

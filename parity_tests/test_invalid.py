@@ -31,7 +31,7 @@ TABLE = [
 
 
 def _torch(optimizer: str, options: dict[str, Any], form: str = "") -> Any:
-    p = torch.nn.Parameter(torch.ones(2))
+    p = torch.nn.Parameter(torch.ones(2, 2))
     return getattr(sftorch, laws.LAWS[optimizer].torch + form)([p], **names.for_torch(optimizer, options))
 
 
@@ -142,11 +142,11 @@ TREE_INPUTS: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "params of another tree": (lambda tx, g, s, p: tx.update(g, s, [p["a"]]), "must have the tree of params"),
     "gradients of another shape": (
-        lambda tx, g, s, p: tx.update({"a": jnp.ones(3)}, s, p),
+        lambda tx, g, s, p: tx.update({"a": jnp.ones((3, 2))}, s, p),
         "updates must have the shapes",
     ),
     "state of other params": (
-        lambda tx, g, s, p: tx.update(g, tx.init({"a": jnp.ones(3)}), p),
+        lambda tx, g, s, p: tx.update(g, tx.init({"a": jnp.ones((3, 2))}), p),
         "state.z must have the shapes",
     ),
 }
@@ -156,7 +156,7 @@ TREE_INPUTS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("optimizer", DIRECTED)
 def test_sfjax_refuses_trees_that_do_not_fit(optimizer: str, what: str):
     tx = _jax(optimizer, {})
-    params = {"a": jnp.ones(2)}
+    params = {"a": jnp.ones((2, 2))}
     state = tx.init(params)
     before = jax.tree.map(np.array, state)
     call, message = TREE_INPUTS[what]

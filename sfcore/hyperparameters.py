@@ -284,7 +284,7 @@ class Muon(Ramped, Placed, Adaptive):
         "first",
         checks.one_of("first", "last", fix="torch and Equinox have outputs first, Flax last"),
         "the axis that rows of a matrix are counted along; all others are its columns",
-        "the second moment of the rows must have the shape of the new axis",
+        "rows are those of the new axis; with weights laid out the other way, as in Flax, it is the same run",
     )
     adam_lr_ratio: float = option(1.0, checks.NON_NEGATIVE, "the lr of what is no matrix is lr times this")
 

@@ -202,8 +202,8 @@ class MuonDirection(DirectedOptimizer):
             elif is_divided(p) and not all(one.is_replicate() for one in p.placements):
                 found.append(
                     f"{where} must be whole on every process, got {p.placements} of shape {tuple(p.shape)}: "
-                    "a polar factor is of all its rows. Give divided matrices use_muon=False, or use "
-                    "DistributedDataParallel"
+                    "a polar factor is of all its rows. Use DistributedDataParallel, or keep matrices whole "
+                    "with fully_shard(..., ignored_params=...), or give divided ones use_muon=False"
                 )
         return found
 

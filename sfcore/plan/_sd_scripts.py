@@ -295,7 +295,8 @@ def _of_module(module: str, last: str) -> Built:
     law = theirs.get(last.removesuffix("Closure"))
     if law is None:
         return _unknown(last, [f"{module}.{one}" for one in theirs])
-    own = (*(name for name in law.torch_options if name != "lr"), *OURS)
+    kinds = ("use_muon",) if any(one.leaves for one in law.buffers) else ()
+    own = (*(name for name in law.torch_options if name != "lr"), *OURS, *kinds)
     return Built(own if ours else _schedulefree(law))
 
 

@@ -160,7 +160,9 @@ class _Buffers:
                 return None
             dtype = forms.NARROW if self._is_lean and forms.is_low(p) else wide_dtype(p)
             shape = buffer.shape(p.shape, self._options)
-            return forms.zeros_alike(p[tuple(map(slice, shape))] if shape != p.shape else p, dtype)
+            # Of what is laid out along the rows as p is.
+            axes = tuple(i for i, size in enumerate(shape) if size != p.shape[i])
+            return forms.zeros_alike(p.max(axes, keepdims=True) if axes else p, dtype)
 
         def column(buffer: Buffer) -> Any:
             return tree.unflatten(zeros(buffer, *one) for one in zip(leaves, kinds, strict=True))

@@ -79,6 +79,20 @@ def test_accumulated_updates_are_laid_out_like_the_parameters_and_compile_once(f
         np.testing.assert_allclose(facts["y"][key], values, rtol=0, atol=1e-6)
 
 
+@AXES
+@pytest.mark.parametrize("how", ["jit", "eager"])
+def test_muon_gathers_what_a_polar_factor_needs_and_its_state_lies_like_the_parameters(found, axes, how):
+    facts = found[f"{axes}-{how}-muon"]
+    trees = {"z": LIKE_PARAMS, "momentum": {"w": ["d", "m"]}, "row_nu": {"w": ["d", None]}}
+    trees["nu"] = {name: LIKE_PARAMS[name] for name in ("b", "everywhere")}
+    for when in ("before", "after"):
+        assert facts[when]["trees"] == trees
+    assert facts["params"] == LIKE_PARAMS
+    assert facts["compilations"] == 1
+    assert facts["error"] <= 1e-5  # against one device; measured: 2.4e-7
+    assert found[f"{axes}-described-muon"]["before"]["trees"] == trees
+
+
 @pytest.mark.parametrize("how", ["step", "update"])
 def test_accumulated_updates_over_a_divided_batch_are_those_of_one_device(found, how):
     facts, alone = found[f"batch-{how}"], found["batch-alone"]

@@ -243,7 +243,10 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             plan = check(**(known | values | facts))
             holds = "y, to train" if self._books(group)["train_mode"] else "x, to evaluate"
             kinds = ", ".join(sorted(dtypes))
-            head = f"group {number}: {len(group['params'])} parameters ({kinds}) hold {holds}"
+            leaves = {"": "parameters", "matrices": "matrices", "others": "parameters for AdamW"}[
+                self._leaves(group)
+            ]
+            head = f"group {number}: {len(group['params'])} {leaves} ({kinds}) hold {holds}"
             texts = {key: value if isinstance(value, str) else f"{value:g}" for key, value in values.items()}
             shown = ", ".join(f"{key} {value}" for key, value in texts.items())
             parts.append(f"{head}\nvalues        {shown}\n{text(plan)}")

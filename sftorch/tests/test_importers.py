@@ -247,7 +247,9 @@ def test_a_state_that_no_row_names_is_refused_by_name():
     optimizer.step()
     state = optimizer.state_dict()
     state["state"][0]["sum"] = torch.ones(2)
-    with pytest.raises(ValueError, match=r"known law \(sgd, adamw, radam\), got the state sum, which none"):
+    with pytest.raises(
+        ValueError, match=r"known law \(sgd, adamw, radam, muon\), got the state sum, which none"
+    ):
         import_state_dict(make("adamw", parameters([torch.ones(2)])), state)
 
 

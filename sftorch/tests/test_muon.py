@@ -1,0 +1,129 @@
+"""Muon in torch: its forms in memory, groups that are divided over processes, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import sftorch
+from sfcore import HyperparameterError, inspection
+from sftorch.checkpoint import Checkpoints
+from sftorch.tests.plain import same_bits, some_grads, some_params
+
+SHAPES = [(6, 4), (4, 6), (3, 2, 2), (5,), ()]
+
+
+def run(dtype, steps=20, **options):
+    """Returns the parameters and the optimizer after some steps along gradients that no run changes."""
+    params = some_params(dtype, shapes=SHAPES)
+    optimizer = sftorch.MuonScheduleFree(params, lr=0.01, **options)
+    for grads in some_grads(steps, params):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("normalize", ["none", "rows"])
+@pytest.mark.parametrize("form", [{}, {"precision": "lean"}], ids=["exact", "lean"])
+def test_16_bits_take_the_path_of_float32(normalize, form):
+    wide = some_params(torch.bfloat16, shapes=SHAPES)
+    truth = [p.detach().float() for p in wide]
+    params, optimizer = run(torch.bfloat16, normalize=normalize, **form)
+    leaves = [torch.nn.Parameter(value.clone()) for value in truth]
+    other = sftorch.MuonScheduleFree(leaves, lr=0.01, normalize=normalize)
+    for grads in some_grads(20, params):
+        for p, g in zip(leaves, grads, strict=True):
+            p.grad = g.float()
+        other.step()
+    ours, theirs = optimizer.eval_params(), other.eval_params()
+    for p, q, start in zip(params, leaves, truth, strict=True):
+        moved = (theirs[q] - start).abs().max()
+        # What ships is rounded to bfloat16: half an ulp of values up to 4 is 8e-3.
+        assert (ours[p].float() - theirs[q]).abs().max() <= 8e-3 + 0.05 * moved
+    state = optimizer.state[params[0]]
+    kept = torch.bfloat16 if form else torch.float32
+    assert state["momentum_buffer"].dtype == kept
+    assert "exp_avg_sq" not in state
+    assert optimizer.state[params[3]]["exp_avg_sq"].dtype == kept
+    if normalize == "rows":
+        assert (state["row_exp_avg_sq"].dtype, state["row_exp_avg_sq"].shape) == (kept, (6, 1))
+
+
+def test_a_step_in_backward_has_the_bits_of_a_step():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    twin = copy.deepcopy(model)
+    inputs = torch.linspace(-1, 1, 12).view(3, 4)
+    made = [sftorch.MuonScheduleFree(m.named_parameters(), foreach=False, fused=False) for m in (model, twin)]
+    handle = sftorch.step_in_backward(made[0])
+    for _ in range(3):
+        for m, optimizer in zip((model, twin), made, strict=True):
+            m(inputs).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    handle.remove()
+    assert same_bits(list(model.parameters()), list(twin.parameters()))
+
+
+def test_a_state_dict_goes_back_and_knows_its_matrices():
+    params, optimizer = run(torch.float32, normalize="rows")
+    again = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = sftorch.MuonScheduleFree(again, normalize="rows")
+    other.load_state_dict(optimizer.state_dict())
+    for one, leaves in ((optimizer, params), (other, again)):
+        for p, g in zip(leaves, *some_grads(1, params, 99), strict=True):
+            p.grad = g
+        one.step()
+    assert same_bits(params, again)
+    plain = sftorch.AdamWScheduleFree([torch.nn.Parameter(p.detach().clone()) for p in params])
+    with pytest.raises(ValueError, match="parameter groups"):
+        plain.load_state_dict(optimizer.state_dict())
+
+
+def test_rows_that_are_counted_along_another_axis_start_anew(tmp_path):
+    model = torch.nn.Linear(4, 3)
+    saved = sftorch.MuonScheduleFree(model.named_parameters(), normalize="rows")
+    model(torch.ones(2, 4)).square().sum().backward()
+    saved.step()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, saved)
+    told = inspection.inspect(tmp_path)
+    assert (told["optimizer"], told["leaves"]["momentum"], told["leaves"]["u"]) == ("muon", 1, 1)
+    assert told["norms"]["u"] > 0
+    other = sftorch.MuonScheduleFree(model.named_parameters(), normalize="rows", output_axis="last")
+    Checkpoints(tmp_path).restore(model, other)
+    state = other.state[model.weight]
+    assert state["row_exp_avg_sq"].tolist() == [[0.0] * 4]
+    assert same_bits([state["momentum_buffer"]], [saved.state[model.weight]["momentum_buffer"]])
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_matrix_that_is_divided_is_refused_with_what_to_use(mesh):
+    leaf = torch.randn(4, 2)
+    divided = torch.nn.Parameter(distribute_tensor(leaf, mesh, [Shard(0)]))
+    whole = torch.nn.Parameter(distribute_tensor(leaf, mesh, [Replicate()]))
+    with pytest.raises(HyperparameterError) as caught:
+        sftorch.MuonScheduleFree([("up.weight", divided), ("down.weight", divided.clone().detach())])
+    assert len(caught.value.problems) == 2
+    assert "up.weight of a group with use_muon=True must be whole on every process" in str(caught.value)
+    assert "fully_shard(..., ignored_params=...)" in str(caught.value)
+    groups = [{"params": [whole]}, {"params": [divided], "use_muon": False}]
+    optimizer = sftorch.MuonScheduleFree(groups, normalize="rows")
+    plain = torch.nn.Parameter(leaf.clone())
+    other = sftorch.MuonScheduleFree([plain], normalize="rows")
+    for p in (whole, divided, plain):
+        p.grad = torch.ones_like(p) + p.detach()
+    optimizer.step()
+    other.step()
+    assert same_bits([whole.full_tensor()], [plain])
