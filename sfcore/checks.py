@@ -94,6 +94,11 @@ STEPS = Rule(
     _whole,
     "pass steps, not a fraction: round(fraction * total_optimizer_steps)",
 )
+SPAN = Rule(
+    "0, or a number of optimizer steps >= 1",
+    lambda v: _finite(v) and (v == 0 or v >= 1),
+    "pass steps, not a fraction: round(fraction * total_optimizer_steps)",
+)
 MULTIPLE = Rule(
     "a finite number >= 0",
     lambda v: _finite(v) and v >= 0,

@@ -25,6 +25,7 @@ except ImportError as error:
 
 from sfjax.accumulate import Accumulation, accumulate
 from sfjax.adamw import schedule_free_adamw
+from sfjax.gpa import generalized_primal_averaging
 from sfjax.muon import schedule_free_muon
 from sfjax.plus import ScheduleFreePlusState, schedule_free_plus
 from sfjax.radam import schedule_free_radam
@@ -41,6 +42,7 @@ __all__ = [
     "describe",
     "find_state",
     "find_states",
+    "generalized_primal_averaging",
     "iterates",
     "metrics",
     "schedule_free",

@@ -34,6 +34,7 @@ from sftorch.closure import (
     RAdamScheduleFreeClosure,
     SGDScheduleFreeClosure,
 )
+from sftorch.gpa import GPAAdamW
 from sftorch.in_backward import step_in_backward
 from sftorch.muon import MuonScheduleFree
 from sftorch.plus import AdamCScheduleFreePlusPaper
@@ -46,6 +47,7 @@ __all__ = [
     "AdamCScheduleFreePlusPaper",
     "AdamWScheduleFree",
     "AdamWScheduleFreeClosure",
+    "GPAAdamW",
     "MuonScheduleFree",
     "MuonScheduleFreeClosure",
     "RAdamScheduleFree",
