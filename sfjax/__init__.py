@@ -33,12 +33,15 @@ from sfjax.schedule_free import ScheduleFreeState, schedule_free
 from sfjax.sgd import schedule_free_sgd
 from sfjax.state.arguments import describe
 from sfjax.state.find import find_state, find_states, iterates, metrics, schedule_free_eval_params
+from sfjax.step.transformation import Transformation, chain
 
 __all__ = [
     "Accumulation",
     "ScheduleFreePlusState",
     "ScheduleFreeState",
+    "Transformation",
     "accumulate",
+    "chain",
     "describe",
     "find_state",
     "find_states",

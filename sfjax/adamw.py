@@ -50,7 +50,8 @@ def adamw_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
     return (1.0 - b2, values["eps"], 1.0 - m1, *corrections)
 
 
-ADAMW = Direction("adamw", adamw_single, adamw_numbers, MomentsState)
+KERNEL = ("share2", "eps", "share1", "correction2", "correction1")
+ADAMW = Direction("adamw", adamw_single, adamw_numbers, MomentsState, kernel=KERNEL)
 
 
 @known_options("adamw")

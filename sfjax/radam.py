@@ -11,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 
 from sfcore.averaging import rectification
-from sfjax.adamw import MomentsState, adamw_numbers, adamw_single
+from sfjax.adamw import KERNEL, MomentsState, adamw_numbers, adamw_single
 from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
 from sfjax.step.plan import Direction, directed, known_options
 
@@ -27,7 +27,7 @@ def radam_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
     return (rectification(values["b2"], t, jnp)[1], *adamw_numbers(values, t))
 
 
-RADAM = Direction("radam", radam_single, radam_numbers, MomentsState)
+RADAM = Direction("radam", radam_single, radam_numbers, MomentsState, kernel=("usable", *KERNEL))
 
 
 @known_options("radam")

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
 from sfjax.step.plan import Direction, directed, known_options
 
-SGD = Direction("sgd", lambda g, buffers: (g, buffers))  # S6
+SGD = Direction("sgd", lambda g, buffers: (g, buffers), kernel=())  # S6
 
 
 @known_options("sgd")

@@ -18,7 +18,9 @@ from sfjax.law.scalars import Clock, Next, as_scalar, first_clock, next_step
 from sfjax.state import arguments, forms
 from sfjax.state.arguments import is_zero
 from sfjax.state.forms import ScheduleFreeState
-from sfjax.step import lean
+from sfjax.step import lean, native
+from sfjax.step.native import Kernel, Scalars
+from sfjax.step.transformation import Transformation, by_name
 
 # Types of state that hold the buffers of a direction, by which a checkpoint knows one.
 STATES: set[type] = {optax.EmptyState}
@@ -39,6 +41,7 @@ class Direction(NamedTuple):
         many: the same as `single` for lists of gradients and of buffers, for leaves that are better taken
             together; None takes them one by one. It is given the numbers as they are.
         others: the direction of leaves that are no matrices, for a law that has two; None where it has one.
+        kernel: the names of its numbers in `kernels.call.NUMBERS`; None where no kernel knows it.
     """
 
     law: str
@@ -47,6 +50,7 @@ class Direction(NamedTuple):
     state: type = optax.EmptyState
     many: Callable[..., list[tuple[jax.Array, dict[str, jax.Array]]]] | None = None
     others: Direction | None = None
+    kernel: tuple[str, ...] | None = None
 
 
 def known_options(law: str) -> Callable[[Factory], Factory]:
@@ -86,13 +90,17 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     # The raw arguments: an injected 0 keeps a buffer, in tx.init and under jit alike.
     held = _Buffers(direction, law, options, given, is_lean)
 
+    def scalars(k: Next) -> Scalars:
+        return Scalars(k, direction.numbers(values, k.t), dict(pulls))
+
     def delta(
-        grads: Any, state: Any, ys: Any, zs: Callable[[], Any], k: Next, extra_args: Any
+        grads: Any, state: Any, ys: Any, zs: Callable[[], Any], given_scalars: Scalars, extra_args: Any
     ) -> tuple[Any, Any]:
+        k = given_scalars.next
         leaves, tree = jax.tree.flatten(grads)
         before = held.of_leaves(state, leaves, tree)
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
-        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulls]
+        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in given_scalars.decays.items()]
         kinds = held.kinds(ys)
         deltas, after = list(leaves), list(before)
         for kind in dict.fromkeys(kinds):
@@ -101,7 +109,8 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
             scale = averaging.power(lr_t, values.get("decay_power", 1) - 1, jnp)  # F6
             rows = [i for i, other in enumerate(kinds) if other == kind]
             gs, buffers = ([column[i] for i in rows] for column in (leaves, before))
-            found = _along_each(own, gs, buffers, own.numbers(values, k.t))
+            numbers = given_scalars.own if own is direction else own.numbers(values, k.t)
+            found = _along_each(own, gs, buffers, numbers)
             for i, (d, moved) in zip(rows, found, strict=True):
                 for wd, point in points if masked[i] else ():
                     d = d + jnp.asarray(wd * scale, d.dtype) * point[i].astype(d.dtype)
@@ -109,7 +118,8 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
                 after[i] = moved
         return tree.unflatten(deltas), held.in_tree(state, after, tree, k.clock.step)
 
-    return build(held.init, delta, law, values, given["state_dtype"], is_lean, given["seed"])
+    kernel = native.kernel_of(law, direction.kernel, values, mask)
+    return build(held.init, delta, law, values, given["state_dtype"], is_lean, given["seed"], scalars, kernel)
 
 
 class _Buffers:
@@ -219,7 +229,9 @@ def build(
     state_dtype: Any,
     is_lean: bool = False,
     seed: Any = 0,
-) -> optax.GradientTransformationExtraArgs:
+    scalars: Callable[[Next], Scalars] = lambda k: Scalars(k, (), {}),
+    kernel: Kernel | None = None,
+) -> Transformation:
     """Returns the transformation.
 
     Args:
@@ -231,6 +243,8 @@ def build(
         values: as `arguments.read` returns them.
         state_dtype, seed: as in the factories.
         is_lean: whether parameters of 16 bits are kept so.
+        scalars: those of every law -> with them, what `delta` needs to know.
+        kernel: what runs a step on a CPU; None if none can.
     """
     rest_dtype = forms.REST if is_lean else jnp.float32
     state_dtype = arguments.read_dtype(state_dtype)
@@ -261,12 +275,14 @@ def build(
             y_rest=params if kept_rests and not jax.tree.leaves(params) else y_rest,
         )
 
-    def update_fn(
-        updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
+    def next_scalars(state: ScheduleFreeState) -> Scalars:
+        return scalars(next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values))
+
+    def updated(
+        given: Scalars, updates: Any, state: ScheduleFreeState, params: Any, extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
         held, rests, tree = forms.leaves_of(updates, state, params, is_lean)
-        stored = jax.tree.leaves(state.z)
-        k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
+        stored, k = jax.tree.leaves(state.z), given.next
         whole = list(map(forms.whole, held, rests))
         ys = tree.unflatten(whole)
 
@@ -275,7 +291,7 @@ def build(
             return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
 
         grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
-        deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, k, extra_args)
+        deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, given, extra_args)
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, strict=True)
         moved = [
             lean.advance(p, y, buffer, d, k, state.b1, lean.Draw(seed, i, k.clock.step))
@@ -292,7 +308,26 @@ def build(
             **k.clock._asdict(),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def update_fn(
+        updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ScheduleFreeState]:
+        forms.leaves_of(updates, state, params, is_lean)  # before anything is made of them
+        return updated(next_scalars(state), updates, state, params, extra_args)
+
+    def step(params: Any, state: Any, gradients: Any, extra_args: Any) -> tuple[Any, ScheduleFreeState]:
+        forms.leaves_of(gradients, state, params, is_lean)
+        given = next_scalars(state)
+
+        def plain(given: Scalars, params: Any, state: Any, gradients: Any) -> tuple[Any, ScheduleFreeState]:
+            updates, state = updated(given, gradients, state, params, extra_args)
+            return optax.apply_updates(params, updates), state
+
+        found = None if kernel is None else native.step(kernel, plain, given, params, state, gradients)
+        return plain(given, params, state, gradients) if found is None else found
+
+    found = Transformation(init_fn, update_fn)
+    found.step = by_name(step)
+    return found
 
 
 def _advance(

@@ -67,6 +67,22 @@ def test_an_update_exchanges_nothing_but_a_global_norm(found, axes, name):
     assert found[f"{axes}-exchanged-rows-{name}"] == CLIPS.get(name, 0) / 2
 
 
+NATIVE = [f"{axes}-native-{how}" for axes in ("Auto", "Explicit") for how in ("adamw", "radam", "set_mesh")]
+
+
+@pytest.mark.parametrize("run", [*NATIVE, "shard_map-True", "shard_map-False"])
+def test_the_native_step_runs_where_the_leaves_are(found, run):
+    facts = found[run]
+    # A check that the kernel has no say in, so there it is the plain program.
+    if found["kernel"] is None:
+        assert facts["calls"] == (0 if run == "shard_map-True" else 1)
+    assert facts["collectives"] == 0
+    assert facts["compilations"] == 1
+    assert facts["params"] == LIKE_PARAMS
+    assert_laid_out(facts["after"], "radam" if "radam" in run else "adamw")
+    assert facts["error"] <= 1e-6
+
+
 @AXES
 @pytest.mark.parametrize("how", ["step", "update"])
 @pytest.mark.parametrize("name", TREES)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sftorch.kernels import build, call
+from sfcore.native import build
+from sftorch.kernels import call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates
 from sftorch.law.parts import is_fake, like, note_written, part, parts, parts_of

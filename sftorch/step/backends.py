@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sftorch.kernels import build, call
+from sfcore.native import build
+from sftorch.kernels import call
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates
 from sftorch.law.parts import Place, indices
@@ -199,7 +200,7 @@ def _kernel(
             return f"the direction must have a kernel, got {move.direction.single.__name__}, which has none"
         kernel = find()
         if isinstance(kernel, str) and move.fused is None:
-            build.give_notice(kernel)
+            call.give_notice(kernel)
         return kernel if isinstance(kernel, str) else None
 
     return Backend(name, takes, run, device)

@@ -12,8 +12,8 @@ import torch
 import sftorch
 from sfcore import averaging
 from sfcore.laws import LAWS
+from sfcore.native import build
 from sftorch.closure import XAtRest
-from sftorch.kernels import build
 from sftorch.sgd import SGDDirection
 from sftorch.step import backends
 from sftorch.step.backends import Direction

@@ -70,6 +70,23 @@ def test_a_step_in_backward_has_the_bits_of_a_step():
     assert same_bits(list(model.parameters()), list(twin.parameters()))
 
 
+def test_a_compiled_step_takes_the_same_path():
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (2,))]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    plain = sftorch.MuonScheduleFree(params, normalize="rows", foreach=False, fused=False)
+    compiled = sftorch.MuonScheduleFree(twins, normalize="rows")
+    step = torch.compile(compiled.step, backend="aot_eager")
+    for time in range(4):
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.linspace(-1, 1 + time, p.numel()).view_as(p)
+            q.grad = p.grad.clone()
+        plain.step()
+        step()
+    for p, q in zip(params, twins, strict=True):
+        assert float((p.detach() - 1).abs().max()) > 1e-3
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # measured: 0
+
+
 def test_a_state_dict_goes_back_and_knows_its_matrices():
     params, optimizer = run(torch.float32, normalize="rows")
     again = [torch.nn.Parameter(p.detach().clone()) for p in params]
