@@ -272,5 +272,7 @@ def text(found: Sequence[Row]) -> str:
     parts = [
         f"{titles.get(name, name)}\n{make(found)}" for name, make in TABLES.items() if name != "quality-rates"
     ]
-    spent = sum(row["seconds"]["processor"] for row in found)
-    return "\n\n".join([*parts, f"{len(found)} rows, {spent / 60:.1f} minutes of one core"])
+    spent = [row["seconds"]["processor"] for row in found if row["seconds"]["processor"] is not None]
+    return "\n\n".join(
+        [*parts, f"{len(spent)} of {len(found)} rows: {sum(spent) / 60:.1f} minutes of one core"]
+    )
