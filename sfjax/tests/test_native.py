@@ -87,6 +87,16 @@ def test_another_beta_moves_y_so_that_x_stays(name: str, old: float, new: float)
     runs.assert_close(run(lambda tx: tx.step), run(plain), 2e-6)  # measured: 5e-7
 
 
+@EVERY
+@pytest.mark.parametrize(
+    "rule", [{"b1_rule": "anneal", "b1_anneal_steps": 8}, {"b1_rule": "amuse", "b1_hold_steps": 3}], ids=str
+)
+def test_a_beta_that_rises_needs_no_other_kernel(name: str, rule: dict[str, Any], x64: None) -> None:
+    tx, params = MAKE[name](b1=0.7, **rule), runs.typed(runs.start(), jnp.float64)
+    assert calls(compiled(tx, params)) == 1
+    assert_goes_where_the_plain_program_goes(tx, params, 1e-12, dtype=jnp.float64)
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum"])
 def test_leaves_that_do_not_decay_are_a_call_of_their_own(name: str) -> None:
     params = runs.typed(runs.start(), jnp.float32)
