@@ -42,7 +42,7 @@ KNOWN |= {
     "eps",
     "inner_momentum",
 }
-KNOWN |= {"silent_sgd_phase"}
+KNOWN |= {"silent_sgd_phase", "beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho"}
 Trees = tuple[Any, Any]  # params and state
 
 
