@@ -96,9 +96,9 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def _new_buffer(self, name: str, iterate: Tensor, group: dict[str, Any]) -> Tensor:
         """Returns zeros for a buffer of the direction, beside z or what is kept in its place."""
         (buffer,) = (one for one in self.law.buffers if one.torch == name)
-        shape = buffer.shape(iterate.shape, self._values(group)[0])
-        if shape != tuple(iterate.shape):
-            return iterate.new_zeros(shape)
+        if buffer.of_rows:  # whole on every process
+            shape = buffer.shape(iterate.shape, self._values(group)[0])
+            return torch.zeros(shape, dtype=iterate.dtype, device=iterate.device)
         return torch.zeros_like(iterate, memory_format=torch.preserve_format)
 
     @uncompiled

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfcore import checks
 from sfcore.averaging import DECAYS, beta_after, coefficients, power
 from sftorch.law.iterates import as_real
-from sftorch.law.parts import PLAIN, gradients, note_written, parts, place
+from sftorch.law.parts import PLAIN, gradients, is_divided, note_written, parts, place
 from sftorch.law.scalars import Clock, Next, next_step
 from sftorch.state import arguments
 from sftorch.state.compiler import uncompiled
@@ -105,6 +105,7 @@ class Work:
             keys=self._keys(plan) if self.is_lean else None,
             kept={},
             places=[place(p) for p in self.params] if self.is_lean else (),
+            of=self.params if direction.gathers and any(map(is_divided, self.params)) else (),
         )
         self.parts = backends.assign(move)
         self._buffer = np.array(self.numbers, dtype=np.float64)
