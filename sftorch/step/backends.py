@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sftorch.kernels import build, call
 from sftorch.kernels.call import Element, Kind
-from sftorch.law import iterates
+from sftorch.law import iterates, lists
 from sftorch.law.parts import Place, indices
 from sftorch.state import forms
 
@@ -338,15 +338,68 @@ def _takes_foreach(move: Move) -> str | None:
 
 
 def _run_foreach(move: Move, numbers: Numbers) -> None:
-    wide = _joined(move) if move.rests else move
-    grads = list(torch._foreach_neg(wide.grads)) if wide.maximize else wide.grads
-    directions = wide.direction.foreach(grads, wide.buffers, *numbers[5:])
-    if wide.xs:
-        iterates.average_foreach_(wide.ys, wide.xs, wide.zs, directions, numbers[:5])
+    groups, memory, fused = _groups(move), None, _fused_numbers(move, numbers)
+    if fused is not None:
+        if "memory" not in move.kept:
+            move.kept["memory"] = lists.memory_for(part.zs for _, part in groups)
+        memory = move.kept["memory"]
+    for cuts, part in groups:
+        part.grads[:], part.xs[:] = lists.cut(move.grads, cuts), lists.cut(move.xs, cuts)
+        wide = _joined(part) if part.rests else part
+        moments = None if memory is None else _moments(wide, memory)
+        if fused is not None and memory is not None and moments is not None:
+            columns = (wide.ys, wide.zs, wide.buffers["exp_avg_sq"], wide.grads)
+            lists.step_(*columns, fused, moments, memory.time, wide.maximize)
+        else:
+            _run_plainly(wide, numbers)
+        if part.rests:
+            _put_back(part, wide.ys)
+        part.grads.clear()
+        part.xs.clear()
+
+
+def _groups(move: Move) -> list[tuple[list[lists.Cut], Move]]:
+    """Returns a move in groups of bounded size, so that what is made for a moment is bounded too.
+
+    They have no gradients and averages yet.
+    """
+    if "groups" not in move.kept:
+        cuts = lists.groups_of(list(_tables(move).values()))
+        move.kept["groups"] = [(group, _part(move, group)) for group in cuts]
+    found: list[tuple[list[lists.Cut], Move]] = move.kept["groups"]
+    return found
+
+
+def _part(move: Move, group: Sequence[lists.Cut]) -> Move:
+    """Returns a group of a move, still without gradients and averages."""
+    ys, rests, zs = (lists.cut(tensors, group) for tensors in (move.ys, move.rests, move.zs))
+    buffers = {name: lists.cut(tensors, group) for name, tensors in move.buffers.items()}
+    return move._replace(ys=ys, rests=rests, xs=[], zs=zs, grads=[], buffers=buffers, kept={})
+
+
+def _fused_numbers(move: Move, numbers: Numbers) -> lists.Numbers | None:
+    """Returns the numbers of Adam's fused step, None where a move or this step of it is another."""
+    if move.direction.kernel != Kind.ADAMW.name or move.buffers.keys() != {"exp_avg_sq"} or move.xs:
+        return None
+    return lists.numbers_of(numbers, move.zs[0].dtype)
+
+
+def _moments(move: Move, memory: lists.Memory) -> list[Tensor] | None:
+    """Returns what the fused step needs beside a group, None if it does not take the group."""
+    if "moments" not in move.kept:
+        plain = lists.why_plain(move.ys, move.zs, move.buffers["exp_avg_sq"], move.grads)
+        move.kept["moments"] = None if plain else lists.moments_in(memory, move.zs)
+    found: list[Tensor] | None = move.kept["moments"]
+    return found
+
+
+def _run_plainly(move: Move, numbers: Numbers) -> None:
+    grads = list(torch._foreach_neg(move.grads)) if move.maximize else move.grads
+    directions = move.direction.foreach(grads, move.buffers, *numbers[5:])
+    if move.xs:
+        iterates.average_foreach_(move.ys, move.xs, move.zs, directions, numbers[:5])
     else:
-        iterates.advance_foreach_(wide.ys, wide.zs, directions, numbers[:5])
-    if move.rests:
-        _put_back(move, wide.ys)
+        iterates.advance_foreach_(move.ys, move.zs, directions, numbers[:5])
 
 
 def _run_single(move: Move, numbers: Numbers) -> None:

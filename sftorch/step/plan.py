@@ -278,6 +278,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         Args:
             x: parameter -> x, if the parameters are to end as x.
         """
+        self._require_whole()
         groups, plan = self.param_groups, self._plan or []
         stands = self._loaded is None and len(plan) == len(groups)
         for of_group, group in zip(plan, groups, strict=False):
@@ -341,16 +342,19 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
             self._plan = None if any(not one.may_be_kept for one in plan) else plan
             if self._ahead:
                 self._ahead.clear()
+        self._is_half_stepped = False
 
 
 class YAtRest(DirectedOptimizer, TrainEvalOptimizer):
     """Abstract: the usual form, parameters hold y between steps."""
 
     _may_be_lean = True
+    _moves_alone = True
 
     @uncompiled
     def _prepare_one(self, group: dict[str, Any], p: Tensor, last: GroupPlan | None) -> GroupPlan:
         """Returns the plan of the coming step of one parameter; `last` is that of its last one."""
+        self._require_whole()
         if not self._ahead:
             self._begin()
             self._check_settings()
