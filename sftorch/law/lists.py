@@ -5,8 +5,8 @@ y, (1 - k2) / (1 - k1),
 
     x = y + w (z - y)     z' = z - lr_t (direction + decay)     y' = x + k2 (z' - x)
 
-with w = (k1 - k2) / (1 - k2). That is 56 bytes a parameter, with decay 68, where plain operations read and write
-88 and 104 (`python -m benchmarks launches`). All the scratch there is are first moments, which must be zeros.
+with w = (k1 - k2) / (1 - k2). That reads and writes 56 bytes a parameter, with decay 68, where the plain
+operations take 92 and 104 (`python -m benchmarks launches`). Its scratch are first moments, which must be 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Cut = tuple[
 # Elements of a group. On a CPU what a group touches stays in the cache from call to call. On CUDA a call of a
 # list makes a launch for each 21M elements at most, so larger groups would save none.
 GROUP = {"cpu": 1 << 18, "cuda": 1 << 25}
-ALIGNED = 64  # elements, from one tensor's scratch to the next one's
+ALIGNED = 8  # elements: each tensor's scratch begins at a multiple, so that a GPU can load 16 bytes at once
 # By this much of its distance from 1 b2 may be rounded: from 0.99997 on, float32 leaves too few.
 B2_SLACK = 1e-3
 LEAST_BETA = 0.01  # of those that x is taken from; below, y has too little of it
@@ -118,7 +118,8 @@ def numbers_of(numbers: Sequence[float], dtype: torch.dtype) -> Numbers | None:
     The fused operation rounds b2 and 1 - b2 to the tensors' dtype, each by itself, which at 0.999 makes a
     float32 v too large by 1.3e-5. Rounded before, both are exact and v is a mean, to 4e-8 of 8,000 steps of
     random gradients (`average_single_`: 3e-8); its memory is off by the 1.3e-5 instead.
-    What rounding leaves of the decay of z, 1 - 1e-7, is taken from x, and what it leaves of w from k2.
+    What rounding leaves of the decay of z, 1 - 1e-7, is taken from x, and what it leaves of w from k2. The
+    decay is rounded apart from the step, as in torch.optim.AdamW; the plain operations round their sum.
     """
     lr_t, wd_y, wd_z, k1, k2, own_b2, eps, _, correction, _ = numbers
     near = functools.partial(_nearest, dtype)
@@ -161,6 +162,8 @@ def why_plain(ys: Tensors, zs: Tensors, vs: Tensors, grads: Tensors) -> str:
     every = (*ys, *zs, *vs, *grads)
     if not PLAIN.issuperset(map(type, every)) and not all(map(is_fake, every)):
         return "there are tensors of other classes"
+    if {(t.dtype, t.device) for t in every} != {(first.dtype, first.device)}:
+        return "there are tensors of other dtypes or devices"
     if any(t.is_neg() for t in every):
         return "there are tensors with a pending sign"
     strides = [y.stride() for y in ys]
