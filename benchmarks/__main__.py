@@ -14,6 +14,7 @@ BENCHMARKS = {
     "cost": "what a save and a restore cost, against the size of the state",
     "memory": "what an optimizer keeps, and what a step takes for a moment",
     "step": "what a step costs against the memory it must move, beside the peers",
+    "launches": "what a step of lists is to a CUDA device: launches, bytes, temporaries, counted without one",
     "calls": "how much of our Python a step goes through: files, functions, calls",
     "devices": "what a step and the modes cost under FSDP2 and on a JAX mesh, beside the peers",
     "hlo": "what XLA makes of a step: kernels, bytes, copies, on an H100, a TPU and a CPU",

@@ -196,9 +196,6 @@ class MuonDirection(DirectedOptimizer):
     def _leaves(self, group: Mapping[str, Any]) -> str:
         return matrices.MATRICES if group.get("use_muon") else matrices.OTHERS
 
-    def _lr_ratio(self, values: Mapping[str, Any]) -> float:
-        return float(values["adam_lr_ratio"]) if values["leaves"] == matrices.OTHERS else 1.0
-
     def _problems(self, group: dict[str, Any], values: dict[str, Any]) -> list[str]:
         found = super()._problems(group, values)
         for index, item in enumerate(group["params"] if group.get("use_muon") is True else ()):

@@ -37,6 +37,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     """
 
     _ships_x = 0  # models: an optimizer may train several
+    _moves_alone = False  # `_run` to `_close`, without anyone who might put back what was
     _kept: WeakIdKeyDictionary | None = None  # parameter -> where its y lay in the last eval mode
 
     @abstractmethod
@@ -70,8 +71,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
         Raises:
             TypeError: for a closure that is no function.
-            RuntimeError: in eval mode, for gradients that are not dense, and where fused=True cannot be had;
-                nothing has moved then.
+            RuntimeError: in eval mode, for gradients that are not dense, where fused=True cannot be had, and
+                if an interrupt or an error ended the last step midway; nothing has moved then.
             HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
         """
         with torch.no_grad():
@@ -92,6 +93,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._prepare()
+        self._is_half_stepped = self._moves_alone
         self._run(plan)
         self._close(plan)
         return loss
@@ -250,6 +252,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         for group in self.param_groups:
             for p in self._started(group):
                 self._rebase(p, group)
+        self._is_half_stepped = False
 
     def _rebase(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
