@@ -18,7 +18,7 @@ class Method(NamedTuple):
 
     Attributes:
         name, label: in results, and in tables.
-        law: "sgd", "adamw", "radam", "muon", Schedule-Free; or "plain adamw", "plain muon" of optax.
+        law: "sgd", "adamw", "radam", "muon", "plus", Schedule-Free; or "plain adamw", "plain muon" of optax.
         options: hyperparameters by their names in JAX; those of SHARES as a share of the run.
         schedule: "constant", "cosine", "linear" or "wsd".
         warmup: share of the run.
@@ -47,7 +47,7 @@ class Setting(NamedTuple):
     matrices: frozenset[str]
 
 
-SHARES = ("window", "b1_hold_steps")  # given as a share of the run
+SHARES = ("window", "b1_hold_steps", "b1_anneal_steps", "c_warmup")  # given as a share of the run
 AMUSE = {"b1": 0.6, "b1_rule": "amuse", "b1_hold_steps": 0.05, "rho": 0.8}
 GPA = {"b1": 0.7, "inner_momentum": 0.9, "window": 0.1, "window_rule": "constant", "decay_at": "z"}
 METHODS = {
@@ -137,41 +137,54 @@ def transformation(method: Method, run: Setting, rate: Any) -> Any:
 
 def torch_step(
     method: Method, run: Setting, rate: float, named: list[tuple[str, Any]]
-) -> tuple[Callable[[], None], Any] | None:
-    """Returns the row in torch: a function that takes a step, and the optimizer; None without a twin."""
+) -> tuple[Callable[[Any], None], Any] | None:
+    """Returns the row in torch: a function of the loss that takes a step, and the optimizer.
+
+    None where torch has nothing to hold ours to: its own Muon rounds to bfloat16.
+    """
     import numpy as np
     import torch
 
-    import sftorch
-
     if method.law == "plain muon":
-        return None  # torch's own rounds to bfloat16
-    weights: list[Any] = [weight for _, weight in named]
-    if method.law == "plain adamw":
-        made: Any = torch.optim.AdamW(weights, lr=rate, betas=(0.9, B2), weight_decay=0.0)
+        return None
+    if method.schedule_free:
+        made, scheduled = _schedule_free(method, run, rate, named)
     else:
-        options = _options(method, run)
-        beta = options.pop("b1", 0.9)
-        if method.law == "sgd":
-            options["momentum"] = beta
-        else:
-            options["betas"] = (beta, options.pop("b2"))
-        options = {name.replace("b1_", "beta_"): value for name, value in options.items()}
-        if method.schedule == "constant" and method.law != "radam":
-            options["warmup_steps"] = run.warmup
-        if method.law == "muon":
-            weights = [
-                {"params": [w for name, w in named if (name in run.matrices) == use], "use_muon": use}
-                for use in (True, False)
-            ]
-        kind = {"sgd": "SGD", "adamw": "AdamW", "radam": "RAdam", "muon": "Muon"}[method.law]
-        made = getattr(sftorch, f"{kind}ScheduleFree")(weights, lr=rate, **options)
-    if method.schedule_free and method.schedule == "constant":
-        return made.step, made
-    scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: float(factor(method, run, step, np)))
+        weights = [weight for _, weight in named]
+        made, scheduled = torch.optim.AdamW(weights, lr=rate, betas=(0.9, B2), weight_decay=0.0), True
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        made, lambda step: float(factor(method, run, step, np)) if scheduled else 1.0
+    )
 
-    def step() -> None:
-        made.step()
+    def step(loss: Any) -> None:
+        made.step(**({"loss": loss} if method.law == "plus" else {}))
         scheduler.step()
 
     return step, made
+
+
+def _schedule_free(
+    method: Method, run: Setting, rate: float, named: list[tuple[str, Any]]
+) -> tuple[Any, bool]:
+    """Returns one of ours in torch, and whether its rate is a scheduler's."""
+    import sftorch
+
+    options = _options(method, run)
+    beta = options.pop("b1", 0.9)
+    weights: list[Any] = [weight for _, weight in named]
+    if method.law == "plus":
+        options |= {"betas": (options.pop("inner_momentum", 0.9), options.pop("b2")), "sf_beta1": beta}
+        options = {name.replace("b1_", "sf_beta1_"): value for name, value in options.items()}
+        return sftorch.AdamCScheduleFreePlusPaper(weights, lr=rate, **options), True
+    options |= {"momentum": beta} if method.law == "sgd" else {"betas": (beta, options.pop("b2"))}
+    options = {name.replace("b1_", "beta_"): value for name, value in options.items()}
+    if method.law == "muon":
+        weights = [
+            {"params": [w for name, w in named if (name in run.matrices) == use], "use_muon": use}
+            for use in (True, False)
+        ]
+    kind = {"sgd": "SGD", "adamw": "AdamW", "radam": "RAdam", "muon": "Muon"}[method.law]
+    if ramped := method.schedule == "constant" and method.law != "radam":
+        options["warmup_steps"] = run.warmup
+    made = getattr(sftorch, f"{kind}ScheduleFree")(weights, lr=rate, **options)
+    return made, not ramped and method.law != "radam"

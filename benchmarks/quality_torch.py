@@ -31,7 +31,7 @@ def replay(problem: Problem, method: Method, rate: float, seed: int, steps: int)
         optimizer.zero_grad()
         value = loss(problem, weights, _batch(problem, train, chosen))
         value.backward()
-        step()
+        step(value.detach())
     if method.schedule_free:
         optimizer.eval()
     with torch.no_grad():

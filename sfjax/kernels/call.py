@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.sharding import AxisType, PartitionSpec
 
 from sfcore.native import build
@@ -46,6 +46,7 @@ def find() -> str | None:
         True
     """
     try:
+        importlib.import_module("jax.experimental.custom_partitioning")
         headers = Path(jax.ffi.include_dir())
         here = (Path(__file__).with_name("xla.c"), build.HERE / "job.h")
         library = build.Library(
@@ -85,7 +86,14 @@ def why_not(columns: Sequence[Leaves]) -> str | None:
         return "gradients and state must be laid out like their parameters"
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in kept) and len(kept[0].devices()) > 1:
         return "a step on several devices must be in jax.jit"
+    if not _has_shardy() and jax.device_count() > 1:
+        return "jax_use_shardy_partitioner must be True on several devices, got False"
     return None
+
+
+def _has_shardy() -> bool:
+    """Tells whether a call can say how it is divided, as it can since JAX 0.7."""
+    return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
 
 
 def _mesh(leaf: jax.Array) -> Any:
@@ -134,7 +142,8 @@ def _where_they_lie(kind: Kind, results: int, operands: Leaves) -> Any:
     """Returns the call as a function of operands on a mesh, or on none."""
     local = functools.partial(_local, kind, results)
     mesh = next(filter(None, map(_mesh, operands)), None)
-    if mesh is None and not any(isinstance(leaf, jax.core.Tracer) for leaf in operands):
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in operands)
+    if mesh is None and (not traced or not _has_shardy()):
         return local
     if mesh is not None and set(mesh.axis_types) == {AxisType.Manual}:
         return local
@@ -156,6 +165,8 @@ def _local(kind: Kind, results: int, *operands: jax.Array) -> tuple[jax.Array, .
 
 def _partitioned(local: Any, results: int, ranks: Sequence[int]) -> Any:
     """Returns the call as one that XLA divides over devices: every column is cut as its first, y."""
+    from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
+
     leaves = len(ranks) - results  # as many as there are gradients
 
     def partition(mesh: Any, operands: Any, outcome: Any) -> Any:
@@ -163,14 +174,11 @@ def _partitioned(local: Any, results: int, ranks: Sequence[int]) -> Any:
         cut = [shardings[i % leaves] for i in range(len(shardings))]
         return mesh, local, tuple(cut[:results]), (*cut, of_numbers)
 
-    def infer(mesh: Any, operands: Any, outcome: Any) -> Any:
-        return tuple(operands[i % leaves].sharding for i in range(results))
-
-    def rule(mesh: Any, operands: Any, outcome: Any) -> SdyShardingRule:
+    def rule(mesh: Any, operands: Any, outcome: Any) -> Any:
         rows = [ArrayMapping(*(f"d{i % leaves}_{axis}" for axis in range(n))) for i, n in enumerate(ranks)]
         mappings = (*rows, ArrayMapping("numbers"))
         return SdyShardingRule(mappings, tuple(rows[:results]), need_replication_factors=("numbers",))
 
     found = custom_partitioning(local)
-    found.def_partition(partition=partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    found.def_partition(partition=partition, sharding_rule=rule)
     return found

@@ -22,27 +22,10 @@ from sfjax.state import arguments
 
 # Options that reach the kernel, most as scalars of the step; with another one the program is the plain one.
 KNOWN = {
-    "lr",
-    "warmup_steps",
-    "beta",
-    "weight_lr_power",
-    "r",
-    "prior_steps",
-    "c_warmup",
-    "refined_c",
-    "window",
-}
-KNOWN |= {
-    "window_rule",
-    "weight_lr",
-    "weight_decay",
-    "decay_at",
-    "decay_power",
-    "b2",
-    "eps",
-    "inner_momentum",
-}
-KNOWN |= {"silent_sgd_phase"}
+    "lr", "warmup_steps", "silent_sgd_phase", "weight_decay", "decay_at", "decay_power", "b2", "eps",
+    "inner_momentum", "beta", "beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho",
+    "r", "weight_lr_power", "weight_lr", "prior_steps", "c_warmup", "refined_c", "window", "window_rule",
+}  # fmt: skip
 Trees = tuple[Any, Any]  # params and state
 
 
@@ -189,15 +172,15 @@ def _numbers(kernel: Kernel, scalars: Scalars) -> jax.Array:
     """
     k = scalars.next
     held_x, holds_x = k.stores_x, jnp.asarray(k.will_store_x)
-    missing = jnp.where(holds_x, jnp.where(held_x, 0.0, -k.per_gap), 1.0 - k.stretch)
+    to_x = k.c - jnp.where(held_x, 0.0, k.per_gap) * (1.0 - k.c)
     scale = averaging.power(k.lr_t, kernel.decay_power - 1, jnp)  # F6
     y, z = (as_scalar(scalars.decays.get(at, 0.0)) * scale for at in "yz")
     given = dict(zip(kernel.numbers, scalars.own, strict=True)) | {
         "lr_t": k.lr_t,
         "wd_y": jnp.where(held_x, 0.0, y),  # what was y is z there
         "wd_z": jnp.where(held_x, y + z, z),
-        "k1": missing + k.c * (1.0 - missing),  # S9*
-        "k2": jnp.where(holds_x, k.c, k.keep),
+        "k1": jnp.where(holds_x, to_x, jnp.where(held_x, 1.0 + k.k1, k.k1)),  # S9*
+        "k2": jnp.where(holds_x, k.c, k.k2),
         "held_x": held_x,
         "holds_x": holds_x,
     }

@@ -221,12 +221,12 @@ def main() -> None:
                 with jax.set_mesh(mesh):
                     found[f"{kind.name}-{how}-{name}"] = accumulated(mesh, name, how)
         found[f"{kind.name}-eager-adamw"] = facts(mesh, "adamw", "eager")
+        found[f"{kind.name}-native"] = natively(mesh, "adamw")
+        with jax.set_mesh(mesh):
+            found[f"{kind.name}-native, set_mesh"] = natively(mesh, "adamw")
         found |= {
             f"{kind.name}-{how}-muon": facts(mesh, "muon", how) for how in ("jit", "described", "eager")
         }
-        found |= {f"{kind.name}-native-{name}": natively(mesh, name) for name in ("adamw", "radam")}
-        with jax.set_mesh(mesh):
-            found[f"{kind.name}-native-set_mesh"] = natively(mesh, "adamw")
     found |= {f"alone-{name}": accumulated(None, name, "step") for name in MAKE if name != "muon"}
     found["kernel"] = call.find()
     autos = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import sfjax
 from sfjax.kernels import call
@@ -27,6 +28,10 @@ MAKE = {
     "radam": functools.partial(sfjax.schedule_free_radam, LR, weight_decay=0.1, b2=0.9),
 }
 EVERY = pytest.mark.parametrize("name", MAKE)
+# What the scalars do is the same for all.
+TWO = pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[] if one in ("sgd", "adamw") else pytest.mark.slow) for one in MAKE]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +72,14 @@ def calls(program: Any) -> int:
 
 
 @EVERY
-@pytest.mark.parametrize("b1", [0.9, 0.0, 1.0])
+@pytest.mark.parametrize("b1", [0.9, 0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_step_is_that_of_the_plain_program(name: str, b1: float, x64: None) -> None:
     tx, params = MAKE[name](b1=b1), runs.typed(runs.start(), jnp.float64)
     assert calls(compiled(tx, params)) == 1
     assert_goes_where_the_plain_program_goes(tx, params, 1e-12, dtype=jnp.float64)
 
 
-@EVERY
+@TWO
 @pytest.mark.parametrize(("old", "new"), [(0.0, 0.9), (0.9, 0.0), (0.9, 0.5)])
 def test_another_beta_moves_y_so_that_x_stays(name: str, old: float, new: float) -> None:
     params = runs.typed(runs.start(), jnp.float32)
@@ -265,10 +270,17 @@ def test_a_version_of_jax_without_headers_needs_no_compiler_and_says_so(monkeypa
     assert "include_dir" in call.find.__wrapped__()
 
 
+def test_without_shardy_a_step_on_several_devices_takes_the_plain_program(monkeypatch: Any) -> None:
+    monkeypatch.setattr(call, "_has_shardy", lambda: False)
+    for devices, want in ((2, 0), (1, 1)):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        assert calls(compiled(MAKE["sgd"](), runs.typed(runs.leaf(), jnp.float32))) == want
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_other_devices_get_the_plain_program(platform: str) -> None:
     tx, params = MAKE["adamw"](), runs.typed(runs.leaf(), jnp.float32)
-    exported = jax.export.export(jax.jit(tx.step), platforms=[platform])
+    exported = export.export(jax.jit(tx.step), platforms=[platform])
     assert call.TARGET not in exported(params, tx.init(params), gradients=params).mlir_module()
 
 

@@ -317,6 +317,7 @@ def _plan_group(
             k: v for k, v in _changes.options_of(saved).items() if k in ("lr", "initial_lr") and k in group
         }
     options |= _changes.scheduled_beta(optimizer, group, saved)
+    options |= {name: clock.get(name, group[name]) for name in optimizer._carried}
     if isinstance(optimizer, ScheduleFreeWrapper) and about.get("base") == type(optimizer.base).__name__:
         options |= _changes.base_options(optimizer, group, saved)[0]
     new.books.append(books)

@@ -62,6 +62,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     _may_be_lean: ClassVar[bool] = False
     _built_lrs: tuple[float, ...] = ()
     _built_sizes: tuple[int, ...] = ()  # in elements
+    _carried: tuple[str, ...] = ()  # numbers of a group, beside the books, that a resume goes on with
     _watch: Any = None
     _agrees = (
         False  # whether the step that is first after a start or a load has been checked on all processes
