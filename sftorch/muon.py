@@ -196,6 +196,13 @@ class MuonDirection(DirectedOptimizer):
     def _leaves(self, group: Mapping[str, Any]) -> str:
         return matrices.MATRICES if group.get("use_muon") else matrices.OTHERS
 
+    def _called(self, group: dict[str, Any]) -> str:
+        if not group["use_muon"]:
+            return "parameters for AdamW"
+        # Which groups said use_muon=True themselves is not kept; those of the constructor's did.
+        known = "param_names" in group or self.defaults["use_muon"]
+        return "matrices" if known else "matrices by shape, for want of names also embeddings and heads,"
+
     def _problems(self, group: dict[str, Any], values: dict[str, Any]) -> list[str]:
         found = super()._problems(group, values)
         for index, item in enumerate(group["params"] if group.get("use_muon") is True else ()):
