@@ -166,6 +166,30 @@ def coefficients(c: Any, beta: Any, change: Any = 0.0, old_beta: Any = 1.0) -> t
     return c - change / old_beta * (1.0 - c), 1.0 - beta * (1.0 - c)  # S9*
 
 
+def smoothed_norm(norm: Any, l1: Any, polyak_beta: Any, t: Any, xp: Any = floats) -> Any:
+    """Returns the bias-corrected mean of sqrt(pi / 2) |g|_1 over steps.
+
+    Args:
+        norm: after the step before; 0 before there was a gradient.
+        l1: sum of all |g|; sqrt(pi / 2) of it is what the Euclidean norm of normal numbers is, per element.
+        polyak_beta: share of what was, in [0, 1).
+        t: one-based time.
+    """
+    new, share = math.sqrt(math.pi / 2) * l1, (1.0 - polyak_beta) / bias_correction(polyak_beta, t, xp)
+    return xp.where(norm > 0, norm + share * (new - norm), new)
+
+
+def polyak(loss: Any, inner: Any, norm: Any, xp: Any = floats) -> Any:
+    """Returns what multiplies the lr in a Polyak step (arXiv 2605.19095); 0 where there is no gradient.
+
+    Args:
+        loss: at y, above what it can fall to.
+        inner: beta <g, z - x>, of the beta that builds the next y: what is linear between x and y.
+        norm: as `smoothed_norm` returns it.
+    """
+    return xp.where(norm > 0, xp.maximum(loss + inner, 0.0) / xp.where(norm > 0, norm, 1.0), 0.0)
+
+
 def effective_lr(lr_t: Any, c: Any, beta: Any) -> Any:
     """Returns the multiple of the newest direction by which y moves in this step (S9*)."""
     return lr_t * coefficients(c, beta)[1]

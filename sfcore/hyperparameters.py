@@ -67,9 +67,9 @@ class ScheduleFree:
         checks.MULTIPLE,
         "c is multiplied by (1 - beta) times this, up to 1 (F5, arXiv 2507.09846); 0 is off",
     )
-    window: int = option(
+    window: float = option(
         0,
-        checks.STEPS,
+        checks.SPAN,
         "c is at least 1 / window: the average forgets what is older (F5); 0 is off",
     )
     window_rule: str = option(

@@ -25,7 +25,9 @@ except ImportError as error:
 
 from sfjax.accumulate import Accumulation, accumulate
 from sfjax.adamw import schedule_free_adamw
+from sfjax.gpa import generalized_primal_averaging
 from sfjax.muon import schedule_free_muon
+from sfjax.plus import ScheduleFreePlusState, schedule_free_plus
 from sfjax.radam import schedule_free_radam
 from sfjax.schedule_free import ScheduleFreeState, schedule_free
 from sfjax.sgd import schedule_free_sgd
@@ -35,6 +37,7 @@ from sfjax.step.transformation import Transformation, chain
 
 __all__ = [
     "Accumulation",
+    "ScheduleFreePlusState",
     "ScheduleFreeState",
     "Transformation",
     "accumulate",
@@ -42,12 +45,14 @@ __all__ = [
     "describe",
     "find_state",
     "find_states",
+    "generalized_primal_averaging",
     "iterates",
     "metrics",
     "schedule_free",
     "schedule_free_adamw",
     "schedule_free_eval_params",
     "schedule_free_muon",
+    "schedule_free_plus",
     "schedule_free_radam",
     "schedule_free_sgd",
 ]

@@ -28,7 +28,7 @@ def schedule_free(
     prior_steps: Whole = 0,
     c_warmup: Whole = 0,
     refined_c: Scalar = 0.0,
-    window: Whole = 0,
+    window: Scalar = 0,
     window_rule: Literal["floor", "constant"] = "floor",
     weight_lr: Literal["max", "current"] = "max",
     b1_rule: Literal["constant", "anneal", "amuse"] = "constant",

@@ -96,7 +96,7 @@ class AdamWDirection(DirectedOptimizer):
         prior_steps: int = 0,
         c_warmup: int = 0,
         refined_c: float = 0.0,
-        window: int = 0,
+        window: float = 0,
         window_rule: Literal["floor", "constant"] = "floor",
         weight_lr: Literal["max", "current"] = "max",
         beta_rule: Literal["constant", "anneal", "amuse"] = "constant",

@@ -282,6 +282,7 @@ def _group(
     }
     if values["beta_rule"] != "constant":
         clock["beta"] = optimizer._y_beta(group)
+    clock |= {name: group[name] for name in optimizer._carried}
     return {
         "hyperparameters": {key: number_in(value) for key, value in values.items()},
         "clock": clock,

@@ -43,7 +43,9 @@ def prior_weight(prior_steps: int, r: float, lr: float, weight_lr_power: float) 
     return float(averaging.prior_weight(sum_of_powers(prior_steps, r), lr, weight_lr_power))
 
 
-def next_step(law: Law, clock: Clock, group_step: int, values: Mapping[str, Any]) -> Next:
+def next_step(
+    law: Law, clock: Clock, group_step: int, values: Mapping[str, Any], factor: float = 1.0
+) -> Next:
     """Returns the scalars of the next step of a clock: a parameter's, or the group's own.
 
     Args:
@@ -51,9 +53,10 @@ def next_step(law: Law, clock: Clock, group_step: int, values: Mapping[str, Any]
         clock: before the step.
         group_step: finished steps of the group, whose warm-up and whose beta it is.
         values: its options by canonical name, lr as it is now.
+        factor: what else multiplies the lr.
     """
     rule, t = STEP_SIZES[law.step_size], clock.step + 1  # S1
-    lr_t = float(values["lr"] * rule.factor(group_step + 1 if rule.of_group else t, values, floats))
+    lr_t = float(factor * values["lr"] * rule.factor(group_step + 1 if rule.of_group else t, values, floats))
     lr_max, weight = weighed(t, lr_t, clock.lr_max, values)
     weight_sum = clock.weight_sum + weight
     beta, q, change = BETAS[values["beta_rule"]](group_step + 1, values, floats)

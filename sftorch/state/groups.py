@@ -62,6 +62,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     _may_be_lean: ClassVar[bool] = False
     _built_lrs: tuple[float, ...] = ()
     _built_sizes: tuple[int, ...] = ()  # in elements
+    _carried: tuple[str, ...] = ()  # numbers of a group, beside the books, that a resume goes on with
     _watch: Any = None
     _agrees = (
         False  # whether the step that is first after a start or a load has been checked on all processes
@@ -95,9 +96,9 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def _new_buffer(self, name: str, iterate: Tensor, group: dict[str, Any]) -> Tensor:
         """Returns zeros for a buffer of the direction, beside z or what is kept in its place."""
         (buffer,) = (one for one in self.law.buffers if one.torch == name)
-        shape = buffer.shape(iterate.shape, self._values(group)[0])
-        if shape != tuple(iterate.shape):
-            return iterate.new_zeros(shape)
+        if buffer.of_rows:  # whole on every process
+            shape = buffer.shape(iterate.shape, self._values(group)[0])
+            return torch.zeros(shape, dtype=iterate.dtype, device=iterate.device)
         return torch.zeros_like(iterate, memory_format=torch.preserve_format)
 
     @uncompiled

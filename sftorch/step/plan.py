@@ -20,8 +20,8 @@ from torch import Tensor
 from sfcore import checks
 from sfcore.averaging import DECAYS, beta_after, coefficients, power
 from sftorch.law.iterates import as_real
-from sftorch.law.parts import PLAIN, gradients, note_written, parts, place
-from sftorch.law.scalars import Clock, next_step
+from sftorch.law.parts import PLAIN, gradients, is_divided, note_written, parts, place
+from sftorch.law.scalars import Clock, Next, next_step
 from sftorch.state import arguments
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
@@ -105,6 +105,7 @@ class Work:
             keys=self._keys(plan) if self.is_lean else None,
             kept={},
             places=[place(p) for p in self.params] if self.is_lean else (),
+            of=self.params if direction.gathers and any(map(is_divided, self.params)) else (),
         )
         self.parts = backends.assign(move)
         self._buffer = np.array(self.numbers, dtype=np.float64)
@@ -156,7 +157,7 @@ class Work:
     def _number(self, optimizer: DirectedOptimizer, plan: GroupPlan) -> Direction:
         """Takes the numbers of the coming step; returns its direction."""
         law, values = optimizer.law, plan.values
-        self.after = after = next_step(law, self.clock, plan.group["k"], values)
+        self.after = after = next_step(law, self.clock, plan.group["k"], values, optimizer._factor)
         direction, own = optimizer._direction(values, after.clock.step)
         lr_t = after.lr_t * optimizer._lr_ratio(values)
         wd = values.get("weight_decay", 0.0) * power(lr_t, values.get("decay_power", 1) - 1)  # F6
@@ -196,9 +197,12 @@ class GroupPlan:
         self._idle = [p for p in params if p not in states]
         moving = {p: states[p] for p in params if p in states}
         self.works = [Work(optimizer, self, batch, x) for batch in optimizer._batches(moving)]
-        self.after = next_step(optimizer.law, optimizer._group_clock(group), group["k"], self.values)
+        self.after = self._of_group(optimizer, optimizer._group_clock(group))
         # At beta = 0 each step sees to it that x is there.
         self.may_be_kept = bool(self.values["beta"]) and all(work.may_be_kept for work in self.works)
+
+    def _of_group(self, optimizer: DirectedOptimizer, clock: Clock) -> Next:
+        return next_step(optimizer.law, clock, self.group["k"], self.values, optimizer._factor)
 
     def _read_options(self, optimizer: DirectedOptimizer) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Returns the options as given, by canonical name, and those that decide more than numbers."""
@@ -238,7 +242,7 @@ class GroupPlan:
         if self.works and self.works[0].clock == clock:
             self.after = self.works[0].after
         else:
-            self.after = next_step(optimizer.law, Clock(*clock), group["k"], self.values)
+            self.after = self._of_group(optimizer, Clock(*clock))
         return True
 
 
@@ -246,6 +250,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
     """Abstract: optimizers that have a direction of their own; their groups hold options and books."""
 
     _plan: list[GroupPlan] | None = None  # of the last step, if it may do for the next
+    _factor = 1.0  # on the lr of the coming step, where the loss is asked
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)

@@ -1,4 +1,4 @@
-"""Muon in torch: its forms in memory, groups that are divided over processes, and what a checkpoint keeps."""
+"""Muon in torch: its forms in memory, parameters that are DTensors, and what a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sftorch
-from sfcore import HyperparameterError, inspection
+from sfcore import inspection
 from sftorch.checkpoint import Checkpoints
 from sftorch.tests.plain import same_bits, some_grads, some_params
 
@@ -70,6 +70,23 @@ def test_a_step_in_backward_has_the_bits_of_a_step():
     assert same_bits(list(model.parameters()), list(twin.parameters()))
 
 
+def test_a_compiled_step_takes_the_same_path():
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (2,))]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    plain = sftorch.MuonScheduleFree(params, normalize="rows", foreach=False, fused=False)
+    compiled = sftorch.MuonScheduleFree(twins, normalize="rows")
+    step = torch.compile(compiled.step, backend="aot_eager")
+    for time in range(4):
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.linspace(-1, 1 + time, p.numel()).view_as(p)
+            q.grad = p.grad.clone()
+        plain.step()
+        step()
+    for p, q in zip(params, twins, strict=True):
+        assert float((p.detach() - 1).abs().max()) > 1e-3
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # measured: 0
+
+
 def test_a_state_dict_goes_back_and_knows_its_matrices():
     params, optimizer = run(torch.float32, normalize="rows")
     again = [torch.nn.Parameter(p.detach().clone()) for p in params]
@@ -109,21 +126,20 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-def test_a_matrix_that_is_divided_is_refused_with_what_to_use(mesh):
-    leaf = torch.randn(4, 2)
-    divided = torch.nn.Parameter(distribute_tensor(leaf, mesh, [Shard(0)]))
-    whole = torch.nn.Parameter(distribute_tensor(leaf, mesh, [Replicate()]))
-    with pytest.raises(HyperparameterError) as caught:
-        sftorch.MuonScheduleFree([("up.weight", divided), ("down.weight", divided.clone().detach())])
-    assert len(caught.value.problems) == 2
-    assert "up.weight of a group with use_muon=True must be whole on every process" in str(caught.value)
-    assert "fully_shard(..., ignored_params=...)" in str(caught.value)
-    groups = [{"params": [whole]}, {"params": [divided], "use_muon": False}]
-    optimizer = sftorch.MuonScheduleFree(groups, normalize="rows")
-    plain = torch.nn.Parameter(leaf.clone())
-    other = sftorch.MuonScheduleFree([plain], normalize="rows")
-    for p in (whole, divided, plain):
-        p.grad = torch.ones_like(p) + p.detach()
-    optimizer.step()
-    other.step()
-    assert same_bits([whole.full_tensor()], [plain])
+@pytest.mark.parametrize("form", [{}, {"foreach": False}, {"precision": "lean"}], ids=str)
+def test_dtensors_of_one_column_have_the_bits_of_plain_ones(mesh, form):
+    """One number a row then has the shape of the matrix, and is whole beside its parts."""
+    runs = []
+    for placements in ([Shard(0)], [Replicate()], None):
+        params = some_params(torch.float32, shapes=[(4, 1), (4, 3)])
+        if placements:
+            params = [torch.nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in params]
+        optimizer = sftorch.MuonScheduleFree(params, normalize="rows", **form)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.ones_like(p) + p.detach()
+            optimizer.step()
+        runs.append([p.detach().full_tensor() if placements else p.detach() for p in params])
+        assert optimizer.state[params[0]]["row_exp_avg_sq"].shape == (4, 1)
+    assert same_bits(runs[0], runs[2])
+    assert same_bits(runs[1], runs[2])
