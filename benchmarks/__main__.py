@@ -16,6 +16,7 @@ BENCHMARKS = {
     "step": "what a step costs against the memory it must move, beside the peers",
     "launches": "what a step of lists is to a CUDA device: launches, bytes, temporaries, counted without one",
     "calls": "how much of our Python a step goes through: files, functions, calls",
+    "flips": "what eval() and then train() cost, beside the peers: time and page faults",
     "devices": "what a step and the modes cost under FSDP2 and on a JAX mesh, beside the peers",
     "hlo": "what XLA makes of a step: kernels, bytes, copies, on an H100, a TPU and a CPU",
     "storm": "the same under SIGKILL at random moments, and of random programs cut at any line",

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfcore.averaging import bias_correction
 from sftorch.law.parts import PLAIN, is_fake
 
 Tensors = list[Tensor]
@@ -129,7 +130,7 @@ def numbers_of(numbers: Sequence[float], dtype: torch.dtype) -> Numbers | None:
     if abs(b2 - own_b2) > B2_SLACK * (1 - own_b2):
         return None
     if b2 != own_b2 and correction < 1:  # the correction of the b2 that is used, at the same time
-        correction = -math.expm1(math.log1p(-correction) * math.log(b2) / math.log(own_b2))
+        correction = bias_correction(b2, math.log1p(-correction) / math.log(own_b2))
     root, beta = math.sqrt(correction), (1 - k2) / (1 - k1)
     loss = lr_t * wd_y
     of_z = 1 - float(near(1 - loss * (1 - beta)))

@@ -9,13 +9,14 @@ be what the single-tensor path leaves. Parameters and state are not touched.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sfcore.averaging import bias_correction
 
 VARIABLE = "SFTORCH_TRITON"
 # Around the 1,024 elements of a program; every second one begins an element after a multiple of 16 bytes.
@@ -118,6 +119,6 @@ def _bits(flat: Tensor) -> Tensor:
 def numbers_of(direction: str, t: int, wd_y: float, wd_z: float) -> tuple[float, ...]:
     """Returns the numbers of step t of a direction, by the kernels' name of it, as a `Move` has them."""
     b2, m1 = 0.99, 0.9
-    own = (b2, 1e-8, m1, -math.expm1(t * math.log(b2)), -math.expm1(t * math.log(m1)))
+    own = (b2, 1e-8, m1, bias_correction(b2, t), bias_correction(m1, t))
     count = {"SGD": 0, "YOUNG": 1}.get(direction, len(own))
     return (0.01, wd_y, wd_z, 1 / (t + 1), 1 - 0.9 * (1 - 1 / (t + 1)), *own[:count])

@@ -212,14 +212,13 @@ def test_a_second_moment_is_a_mean_of_squares():
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_groups_of_any_size_have_the_same_numbers(kind, dtype, monkeypatch):
-    whole = run(LISTS, 8, dtype, kind, weight_decay=0.1)
-    for limit in (1, 7, 100):
+    whole = run(LISTS, 4, dtype, kind, weight_decay=0.1)
+    for limit in (7, 100):
         monkeypatch.setitem(lists.GROUP, "cpu", limit)
         cut = lists.groups_of([some_params(torch.float32, SHAPES)])
         assert max(sum(end - begin for _, begin, end in group if end) for group in cut) <= limit
-        assert off(run(LISTS, 8, dtype, kind, weight_decay=0.1), whole) < (
-            1e-12 if dtype.is_complex else 1e-2
-        )
+        found = run(LISTS, 4, dtype, kind, weight_decay=0.1)
+        assert off(found, whole) < 1e-12 if dtype is torch.float64 else same_bits(found, whole)
 
 
 def test_a_step_of_large_tensors_makes_little_for_a_moment():
