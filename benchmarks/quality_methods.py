@@ -38,6 +38,10 @@ class Method(NamedTuple):
     def schedule_free(self) -> bool:
         return not self.law.startswith("plain")
 
+    @property
+    def has_twin(self) -> bool:
+        return self.law != "plain muon"  # torch's own rounds to bfloat16: nothing to hold ours to
+
 
 class Setting(NamedTuple):
     """What a run knows beside its rate: steps in all, those of warm-up, and the weights that are Muon's."""
@@ -95,7 +99,7 @@ def factor(method: Method, run: Setting, step: Any, xp: Any) -> Any:
 
 def _options(method: Method, run: Setting) -> dict[str, Any]:
     """Returns the row's options, shares as steps."""
-    options = {"b2": B2} if method.law != "sgd" else {}
+    options: dict[str, Any] = {"b2": B2} if method.law != "sgd" else {}
     options |= method.options
     options |= {name: round(options[name] * run.steps) for name in SHARES if name in options}
     if method.law == "muon":
@@ -137,16 +141,11 @@ def transformation(method: Method, run: Setting, rate: Any) -> Any:
 
 def torch_step(
     method: Method, run: Setting, rate: float, named: list[tuple[str, Any]]
-) -> tuple[Callable[[Any], None], Any] | None:
-    """Returns the row in torch: a function of the loss that takes a step, and the optimizer.
-
-    None where torch has nothing to hold ours to: its own Muon rounds to bfloat16.
-    """
+) -> tuple[Callable[[Any], None], Any]:
+    """Returns a row that has a twin in torch: a function of the loss that takes a step, and the optimizer."""
     import numpy as np
     import torch
 
-    if method.law == "plain muon":
-        return None
     if method.schedule_free:
         made, scheduled = _schedule_free(method, run, rate, named)
     else:

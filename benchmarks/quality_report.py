@@ -73,9 +73,9 @@ def horizons(found: Sequence[Row]) -> str:
     """Returns one run of Schedule-Free AdamW against AdamW with cosine, tuned anew for each length."""
     free = of(found, "sweep", "fashion").get("sf-adamw")
     rows = []
-    for problem in HORIZONS if free else ():
+    for problem in HORIZONS:
         cosine = of(found, "sweep", problem).get("adamw-cosine")
-        if cosine is None:
+        if free is None or cosine is None:
             continue
         at = free["points"].index(cosine["steps"])
         ours, theirs = free["chosen"], cosine["chosen"]
