@@ -193,7 +193,7 @@ def kinds_of_leaves(params: Any, mask: Any, output_axis: str) -> list[str]:
         wrong = matrices.wrong_matrix(where, leaf.shape, jnp.issubdtype(leaf.dtype, jnp.complexfloating))
         if wrong:
             found.append(f"{wrong}, False in muon_mask")
-        elif len(leaf.shape) > 2 and output_axis == "first" and name.rpartition("/")[2] == "kernel":
+        elif len(leaf.shape) > 2 and output_axis == "first" and "kernel" in name.split("/")[-2:]:
             found.append(
                 f"output_axis must be 'last' for a convolution of Flax, got 'first' for params[{name!r}] of "
                 f"shape {tuple(leaf.shape)}: its outputs are the last axis"

@@ -90,9 +90,14 @@ def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
     def buffer(leaf: Any, p: Any) -> jax.ShapeDtypeStruct | None:
         if leaf is None:  # a buffer that this parameter has not
             return None
-        if leaf.shape != p.shape:
+        sharding = getattr(p, "sharding", None)
+        if len(leaf.shape) != len(p.shape):
             return scalar(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(p, "sharding", None))
+        if leaf.shape != p.shape and isinstance(sharding, NamedSharding):  # one number a row
+            axes = zip(sharding.spec, leaf.shape, p.shape, strict=False)
+            kept = [axis if size == whole else None for axis, size, whole in axes]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = jax.eval_shape(init, params)
     return optax.tree.map_params(

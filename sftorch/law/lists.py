@@ -123,8 +123,8 @@ def numbers_of(numbers: Sequence[float], dtype: torch.dtype) -> Numbers | None:
     decay is rounded apart from the step, as in torch.optim.AdamW; the plain operations round their sum.
     """
     lr_t, wd_y, wd_z, k1, k2, own_b2, eps, _, correction, _ = numbers
-    near = functools.partial(_nearest, dtype)
-    b2 = near(own_b2)
+    near = np.float32 if dtype == torch.float32 else float
+    b2 = float(near(own_b2))
     if not (lr_t > 0 and 0 < k1 < 1 and LEAST_BETA * (1 - k1) <= 1 - k2 and (wd_y == 0 or wd_z == 0)):
         return None
     if abs(b2 - own_b2) > B2_SLACK * (1 - own_b2):
@@ -133,17 +133,13 @@ def numbers_of(numbers: Sequence[float], dtype: torch.dtype) -> Numbers | None:
         correction = bias_correction(b2, math.log1p(-correction) / math.log(own_b2))
     root, beta = math.sqrt(correction), (1 - k2) / (1 - k1)
     loss = lr_t * wd_y
-    of_z = 1 - near(1 - loss * (1 - beta))
+    of_z = 1 - float(near(1 - loss * (1 - beta)))
     if eps * root < LEAST_EPS or not of_z < 0.5:
         return None
-    to_x = near((k1 - k2) / (1 - k2))
+    to_x = float(near((k1 - k2) / (1 - k2)))
     lr = lr_t * root
     z_by_x = (loss - of_z) / (1 - of_z)
     return Numbers(to_x, (k1 - to_x) / (1 - to_x), lr, eps * root, b2, z_by_x, lr_t * wd_z, of_z / lr)
-
-
-def _nearest(dtype: torch.dtype, value: float) -> float:
-    return float(np.float32(value)) if dtype == torch.float32 else value
 
 
 def why_plain(ys: Tensors, zs: Tensors, vs: Tensors, grads: Tensors) -> str:

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sftorch.kernels import build, call
+from sfcore import laws
+from sfcore.native import build
+from sftorch.kernels import call
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates, lists
 from sftorch.law.parts import Place, indices, is_fake
@@ -34,11 +36,14 @@ class Direction(NamedTuple):
         single: (gradient, buffers by name, *numbers) -> direction. The numbers may be 0-d tensors.
         foreach: the same for lists, with plain numbers.
         kernel: what the kernels know it as, the name of a `kernels.call.Kind`; "" where they do not.
+        gathers: whether it looks beyond the part of a DTensor that lies here; it is then called with `of`,
+            the parameters, and makes of all their parts what belongs to this one.
     """
 
     single: Callable[..., Tensor]
     foreach: Callable[..., list[Tensor]]
     kernel: str = ""
+    gathers: bool = False
 
 
 class Move(NamedTuple):
@@ -64,6 +69,7 @@ class Move(NamedTuple):
         kept: for a backend to keep what it makes of tensors that stay from step to step.
         places: in the lean form where each tensor lies in a larger one, None for one that is whole; empty if
             all are.
+        of: the parameters as DTensors, for a direction that gathers; else empty.
     """
 
     direction: Direction
@@ -79,6 +85,11 @@ class Move(NamedTuple):
     keys: Tensor | None
     kept: dict[str, Any]
     places: Sequence[Place | None] = ()
+    of: Sequence[Tensor] = ()
+
+    def whole(self, index: int | None = None) -> dict[str, Any]:
+        """Returns what a direction that gathers is called with beside its numbers: all of a move, or one."""
+        return {"of": self.of if index is None else self.of[index : index + 1]} if self.of else {}
 
     def rows(self, chosen: list[int]) -> Move:
         """Returns the part of a move that concerns some of its parameters."""
@@ -92,7 +103,8 @@ class Move(NamedTuple):
         buffers = {name: some(tensors) for name, tensors in self.buffers.items()}
         keys = None if self.keys is None else self.keys[chosen]
         places = [self.places[i] for i in chosen] if self.places else ()
-        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places)
+        of = [self.of[i] for i in chosen] if self.of else ()
+        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places, of=of)
 
 
 class Backend(NamedTuple):
@@ -233,7 +245,7 @@ def _kernel(
         if why_not:
             return kernel if isinstance(kernel, str) else why_not(move) or None
         if isinstance(kernel, str) and move.fused is None:
-            build.give_notice(kernel)
+            call.give_notice(kernel)
         return kernel if isinstance(kernel, str) else None
 
     return Backend(name, takes, run, device)
@@ -386,19 +398,20 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
     rests: Sequence[Tensor | None] = move.rests or [None] * len(move.ys)
     compiling = torch.compiler.is_compiling()
     places: Sequence[Place | None] = move.places or [None] * len(move.ys)
+    of_rows = {one.torch for one in laws.roles().values() if one.of_rows}  # whole beside a parameter in parts
     columns = (move.ys, rests, move.zs, move.grads, move.keys.unbind(), places)
     for i, (p, rest, gap, grad, words, at) in enumerate(zip(*columns, strict=True)):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
         y, wide_gap, grad = forms.join(p, rest), gap.to(torch.float32), grad.to(torch.float32)
         wide = {name: tensors[i].to(torch.float32) for name, tensors in move.buffers.items()}
-        direction = move.direction.single(-grad if move.maximize else grad, wide, *own)
+        direction = move.direction.single(-grad if move.maximize else grad, wide, *own, **move.whole(i))
         z = y + wide_gap if iterates.counts(wd_z) else y
         delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
         w = wide_gap + beta * delta
         forms.put_halves_(p, rest, y + (k1 * w + (1.0 - beta) * delta))  # S9*
         gap.copy_(rounded((1.0 - k1) * w, of_p[0], at))  # S7
         for (name, value), key in zip(wide.items(), of_p[1:], strict=True):
-            move.buffers[name][i].copy_(rounded(value, key, at))
+            move.buffers[name][i].copy_(rounded(value, key, None if name in of_rows else at))
 
 
 def _takes_foreach(move: Move) -> str | None:
@@ -409,37 +422,39 @@ def _takes_foreach(move: Move) -> str | None:
     return None if move.rests or len(dtypes) == 1 else f"dtypes must be the same, got {len(dtypes)} of them"
 
 
-def _run_foreach(move: Move, numbers: Numbers) -> None:
-    groups, memory, fused = _groups(move), None, _fused_numbers(move, numbers)
-    if fused is not None:
-        if "memory" not in move.kept:
-            move.kept["memory"] = lists.memory_for(part.zs for _, part in groups)
-        memory = move.kept["memory"]
-    for cuts, part in groups:
-        part.grads[:], part.xs[:] = lists.cut(move.grads, cuts), lists.cut(move.xs, cuts)
-        wide = _joined(part) if part.rests else part
-        moments = None if memory is None else _moments(wide, memory)
-        if fused is not None and memory is not None and moments is not None:
-            columns = (wide.ys, wide.zs, wide.buffers["exp_avg_sq"], wide.grads)
-            lists.step_(*columns, fused, moments, memory.time, wide.maximize)
-        else:
-            _run_plainly(wide, numbers)
-        if part.rests:
-            _put_back(part, wide.ys)
-        part.grads.clear()
-        part.xs.clear()
+class _Group(NamedTuple):
+    """A part of a move of bounded size, so that what is made for a moment is bounded too.
 
-
-def _groups(move: Move) -> list[tuple[list[lists.Cut], Move]]:
-    """Returns a move in groups of bounded size, so that what is made for a moment is bounded too.
-
-    They have no gradients and averages yet.
+    Attributes:
+        cuts: which pieces of the lists it has; None for all, as they are.
+        move: the part, whose gradients and averages are new in every step.
+        moments: what the fused operation needs beside it; None where it does not take it.
     """
-    if "groups" not in move.kept:
-        cuts = lists.groups_of(list(_tables(move).values()))
-        move.kept["groups"] = [(group, _part(move, group)) for group in cuts]
-    found: list[tuple[list[lists.Cut], Move]] = move.kept["groups"]
-    return found
+
+    cuts: list[lists.Cut] | None
+    move: Move
+    moments: list[Tensor] | None
+
+
+def _groups_of(move: Move) -> tuple[list[_Group], Tensor | None]:
+    """Returns the groups of a move, and the time that the fused operation is given if it takes some."""
+    if move.direction.gathers:  # it looks beyond an element, which a piece has not
+        return [_Group(None, move, None)], None
+    found = lists.groups_of(list(_tables(move).values()))
+    if len(found) == 1 and all(end is None for *_, end in found[0]):
+        parts: list[tuple[list[lists.Cut] | None, Move]] = [(None, move)]
+    else:
+        parts = [(cuts, _part(move, cuts)) for cuts in found]
+    is_adam = move.direction.kernel == Kind.ADAMW.name and move.buffers.keys() == {"exp_avg_sq"}
+    if not is_adam or move.xs or move.rests:
+        return [_Group(*part, None) for part in parts], None
+    memory = lists.memory_for(part.zs for _, part in parts)
+    groups = []
+    for cuts, part in parts:
+        grads = part.grads if cuts is None else lists.cut(move.grads, cuts)
+        plain = lists.why_plain(part.ys, part.zs, part.buffers["exp_avg_sq"], grads)
+        groups.append(_Group(cuts, part, None if plain else lists.moments_in(memory, part.zs)))
+    return groups, memory.time
 
 
 def _part(move: Move, group: Sequence[lists.Cut]) -> Move:
@@ -449,31 +464,32 @@ def _part(move: Move, group: Sequence[lists.Cut]) -> Move:
     return move._replace(ys=ys, rests=rests, xs=[], zs=zs, grads=[], buffers=buffers, kept={})
 
 
-def _fused_numbers(move: Move, numbers: Numbers) -> lists.Numbers | None:
-    """Returns the numbers of Adam's fused step, None where a move or this step of it is another."""
-    if move.direction.kernel != Kind.ADAMW.name or move.buffers.keys() != {"exp_avg_sq"}:
-        return None
-    if move.xs or move.rests:
-        return None
-    return lists.numbers_of(numbers, move.zs[0].dtype)
-
-
-def _moments(move: Move, memory: lists.Memory) -> list[Tensor] | None:
-    """Returns what the fused step needs beside a group, None if it does not take the group."""
-    if "moments" not in move.kept:
-        plain = lists.why_plain(move.ys, move.zs, move.buffers["exp_avg_sq"], move.grads)
-        move.kept["moments"] = None if plain else lists.moments_in(memory, move.zs)
-    found: list[Tensor] | None = move.kept["moments"]
-    return found
+def _run_foreach(move: Move, numbers: Numbers) -> None:
+    if "groups" not in move.kept:
+        move.kept["groups"] = _groups_of(move)
+    groups, time = move.kept["groups"]
+    fused = None if time is None else lists.numbers_of(numbers, move.zs[0].dtype)
+    for cuts, part, moments in groups:
+        grads, xs = move.grads, move.xs
+        if cuts is not None:
+            grads, xs = lists.cut(grads, cuts), lists.cut(xs, cuts)
+        if fused is not None and moments is not None:
+            v = part.buffers["exp_avg_sq"]
+            lists.step_(part.ys, part.zs, v, grads, fused, moments, time, move.maximize)
+        else:
+            _run_plainly(part._replace(grads=grads, xs=xs), numbers)
 
 
 def _run_plainly(move: Move, numbers: Numbers) -> None:
-    grads = list(torch._foreach_neg(move.grads)) if move.maximize else move.grads
-    directions = move.direction.foreach(grads, move.buffers, *numbers[5:])
-    if move.xs:
-        iterates.average_foreach_(move.ys, move.xs, move.zs, directions, numbers[:5])
+    wide = _joined(move) if move.rests else move
+    grads = list(torch._foreach_neg(wide.grads)) if wide.maximize else wide.grads
+    directions = wide.direction.foreach(grads, wide.buffers, *numbers[5:], **wide.whole())
+    if wide.xs:
+        iterates.average_foreach_(wide.ys, wide.xs, wide.zs, directions, numbers[:5])
     else:
-        iterates.advance_foreach_(move.ys, move.zs, directions, numbers[:5])
+        iterates.advance_foreach_(wide.ys, wide.zs, directions, numbers[:5])
+    if move.rests:
+        _put_back(move, wide.ys)
 
 
 def _run_single(move: Move, numbers: Numbers) -> None:
@@ -481,7 +497,8 @@ def _run_single(move: Move, numbers: Numbers) -> None:
     for i, (y, z, grad) in enumerate(zip(wide.ys, wide.zs, wide.grads, strict=True)):
         buffers = {name: tensors[i] for name, tensors in wide.buffers.items()}
         grad = grad.to(z.dtype)
-        direction = wide.direction.single(-grad if wide.maximize else grad, buffers, *numbers[5:])
+        grad = -grad if wide.maximize else grad
+        direction = wide.direction.single(grad, buffers, *numbers[5:], **wide.whole(i))
         if wide.xs:
             iterates.average_single_(y, wide.xs[i], z, direction, numbers[:5])
         else:
