@@ -3,14 +3,14 @@
 A row is all that lies behind one index of the first axis. It has an exponent E for each tensor, so that every
 magnitude in it is below 2^E:
 
-    LINEAR   a 16-bit number in two's complement: value = code 2^(E - 15). Of z - y beside a bfloat16 parameter
-             the upper 10 bits are kept, of a first moment the upper 8.
-    LOG      8 bits: 0 is 0, and code k is 2^E times the float32 whose upper 13 bits are k + 1776: 16 values an
-             octave, over 16 octaves. What lies below them is the least of them, and not 0: a second moment that
-             is too large makes a short step, one of 0 a very long one.
+    LINEAR   a 16-bit number in two's complement: value = code 2^(E - 15). Of z - y beside a bfloat16
+             parameter the upper 10 bits are kept, of a first moment the upper 8.
+    LOG      8 bits: 0 is 0, and code k is 2^E times the float32 whose upper 13 bits are k + 1776: 16 values
+             an octave, over 16 octaves. What lies below them is the least of them, and not 0: a second
+             moment that is too large makes a short step, one of 0 a very long one.
 
-So nothing depends on how an array is divided along its first axis, and a row that is rare, of an embedding, has
-the precision of any other. Vectors, and arrays with short rows, are little memory: they stay in bfloat16.
+So nothing depends on how an array is divided along its first axis, and a row that is rare, of an embedding,
+has the precision of any other. Vectors, and arrays with short rows, are little memory: they stay in bfloat16.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def decoded(code: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     Example:
         >>> import numpy as np
         >>> from sfcore.codes import decoded
-        >>> decoded(np.int16([[16384, -1]]), np.int8([1])).tolist(), decoded(np.uint8([[255, 0]]), np.int8([1]))
-        ([[1.0, -6.103515625e-05]], array([[1.9375, 0.    ]], dtype=float32))
+        >>> one = np.int8([1])
+        >>> decoded(np.int16([[16384, -1]]), one).tolist(), decoded(np.uint8([[255, 0]]), one).tolist()
+        ([[1.0, -6.103515625e-05]], [[1.9375, 0.0]])
     """
     scale = np.where(exponents == BROKEN, np.nan, np.ldexp(np.float32(1.0), exponents.astype(np.int32)))
     scale = scale.astype(np.float32).reshape(-1, *[1] * (code.ndim - 1))

@@ -21,7 +21,7 @@ COMMON_ROLES: Mapping[str, str] = {
     "y": "gradient point, what the parameters hold while training; of a 16-bit parameter in float32",
     "x": "average, what is evaluated and shipped; in the state only where it cannot be recomputed",
     "z": "base iterate",
-    "gap": "z - y where it is kept in place of z: in bfloat16 (precision 'lean') or codes ('8bit'), as v and m",
+    "gap": "z - y where z is kept so: in bfloat16 (precision 'lean') or codes ('8bit'), as v and m are there",
     "scale": "exponents of the rows of gap, v and m where they are codes, see sfcore.codes",
     "base": "state of a wrapped optimizer, as base/PARAMETER/KEY",
     "grad": "gradient accumulated so far, in the middle of an accumulation",
@@ -46,8 +46,8 @@ class Buffer:
         doc: what it is, in two words.
         when: the option that must be neither 0 nor "none" for it to be kept; "" is always.
         lean: its dtype with precision="lean", "bfloat16"; "" for a law that then refuses "lean".
-        code: what it is kept in with precision="8bit", "log" (never negative) or "linear", see `sfcore.codes`;
-            "" for a law that then refuses "8bit".
+        code: of `sfcore.codes`, with precision="8bit": "log", for what is never negative, or "linear"; "" for a
+            law that then refuses "8bit".
         leaves: the parameters that have it, "matrices" or "others"; "" is all.
         of_rows: whether it is one number a row, of size 1 in all axes but the option `output_axis`.
     """

@@ -180,7 +180,7 @@ def _add_parameter(
     """Adds a parameter's leaves, and its entry in the record."""
     kept = {role: values[key] for key, role in roles().items() if key in values}
     if eight.SCALE in values and "gap" in values:
-        kept["gap"] = eight.gap_code(values).to(torch.int16)
+        kept["gap"] = eight.gap_code(values)
     state = {f"{role}/{name}": _arrays.to_numpy(value) for role, value in kept.items()}
     held = weights.get(name) if source.named else None
     own = None

@@ -122,5 +122,5 @@ def _joined(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if leaves[leaf].dtype is torch.int8:  # it has the end of the gap as well
             name = leaf.removeprefix(f"{REST}/")
             parts = {"gap": leaves[f"gap/{name}"], "y_rest": leaves[leaf]}
-            found[f"gap/{name}"] = eight.gap_code(parts).to(torch.int16)
+            found[f"gap/{name}"] = eight.gap_code(parts)
     return found

@@ -1,8 +1,9 @@
 """The 8-bit form: the codes of `sfcore.codes` in torch, and how a parameter's state lies in them.
 
-Beside a bfloat16 parameter 16 bits hold y and z - y: the upper 8 bits of the gap are "gap", and "y_rest" has in
-its upper 6 bits what y is more than the parameter and in its lower 2 the end of the gap. A float32 parameter is y,
-and "gap" has 16 bits. "scale" has the exponents of every row, a column for the gap and each moment.
+Beside a bfloat16 parameter 16 bits hold y and z - y: the upper 8 bits of the gap are "gap", and "y_rest" has
+in its upper 6 bits what y is more than the parameter and in its lower 2 the end of the gap. A float32
+parameter is y, and "gap" has 16 bits. "scale" has the exponents of every row, a column for the gap and one for
+each moment.
 """
 
 from __future__ import annotations
@@ -51,7 +52,13 @@ def linear(value: Tensor, exponent: Tensor, bits: int, share: Tensor | float = _
 
 
 def log(value: Tensor, exponent: Tensor, noise: Tensor | int = 1 << 15) -> Tensor:
-    """Returns the codes of numbers that are not negative; noise is in [0, 65536), half of that to the nearest."""
+    """Returns the codes of numbers that are not negative.
+
+    Args:
+        value: float32.
+        exponent: of its rows.
+        noise: in [0, 65536), evenly; half of that rounds to the nearest.
+    """
     bits = (value * _power(exponent, value.dim(), -1)).view(torch.int32)
     code = torch.bitwise_right_shift(bits + noise * 8, codes.SHIFT) - codes.FIRST
     return torch.where(value > 0, code.clamp(1, 255), 0).to(torch.uint8)
@@ -67,12 +74,12 @@ def decoded(code: Tensor, exponent: Tensor) -> Tensor:
 
 
 def gap_code(state: Mapping[str, Any]) -> Tensor:
-    """Returns the whole code of a gap, int32 in the range of 16 bits."""
-    gap: Tensor = state["gap"].to(torch.int32)
-    if state["gap"].dtype is torch.int16:
+    """Returns the whole code of a gap, of 16 bits."""
+    gap: Tensor = state["gap"]
+    if gap.dtype is torch.int16:
         return gap
-    end = state["y_rest"].to(torch.int32) & 3 if "y_rest" in state else 0
-    return gap * 256 + end * 64
+    end = state["y_rest"].to(torch.int16) & 3 if "y_rest" in state else 0
+    return gap.to(torch.int16) * 256 + end * 64
 
 
 def rest_of(rest: Tensor) -> Tensor:
@@ -120,9 +127,10 @@ def put_gap_(state: Mapping[str, Any], gap: Tensor) -> None:
     state[SCALE][:, 0] = exponent
 
 
-def code_of(name: str) -> str:
-    """Returns the code of a buffer, by its name in torch."""
-    return next(one.code for one in laws.roles().values() if one.torch == name)
+def dtype_of(name: str) -> torch.dtype:
+    """Returns the dtype of a buffer's codes, by its name in torch: uint8 is LOG, int8 LINEAR."""
+    is_log = any(one.torch == name and one.code == codes.LOG for one in laws.roles().values())
+    return torch.uint8 if is_log else torch.int8
 
 
 def columns(state: Mapping[str, Any]) -> dict[str, int]:
@@ -160,9 +168,9 @@ def pack_(state: dict[str, Any]) -> None:
     put_(state, lower, gap)
 
 
-def encode(name: str, value: Tensor, exponent: Tensor, noise: Tensor | None = None) -> Tensor:
+def encode(dtype: torch.dtype, value: Tensor, exponent: Tensor, noise: Tensor | None = None) -> Tensor:
     """Returns the codes of a moment: to the nearest, or by noise in [0, 65536)."""
-    if code_of(name) == codes.LOG:
+    if dtype is torch.uint8:
         return log(value, exponent) if noise is None else log(value, exponent, noise)
     share = _HALF if noise is None else noise * 2.0**-16
     return torch.bitwise_right_shift(linear(value, exponent, 8, share), 8).to(torch.int8)
@@ -183,5 +191,5 @@ def in_codes(gap: Tensor, rest: Tensor | None, moments: Mapping[str, Tensor]) ->
     put_gap_(found, gap)
     for name, column in codes.columns(tuple(moments), "torch").items():
         scale[:, column] = exponent = exponents(moments[name])
-        found[name] = encode(name, moments[name], exponent)
+        found[name] = encode(dtype_of(name), moments[name], exponent)
     return found

@@ -204,7 +204,7 @@ def move_y_(p: Tensor, state: dict[str, Any], x: Tensor, beta: float) -> None:
 
 
 def first_iterate(p: Tensor, form: str) -> dict[str, Tensor]:
-    """Returns the z of a parameter that starts, as it is kept: x = y = z; exact for one that will be in codes."""
+    """Returns the z of a parameter that starts, as it is kept: x = y = z; exact before it is in codes."""
     if form == LEAN:
         return {"gap": torch.zeros_like(p, dtype=NARROW, memory_format=torch.preserve_format)}
     wide = torch.promote_types(p.dtype, torch.float32)

@@ -285,9 +285,9 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         form = self._form(p, group)
         state: dict[str, Any] = self.state.get(p, {})
         wanted = ["z" if form == forms.EXACT else "gap", "step", *buffers]
-        if all(name in state for name in wanted) and forms.has_rest(p, state, self._rest):
-            if form != forms.EIGHT or forms.is_in_codes(state, buffers):
-                return state
+        in_form = forms.is_in_codes(state, buffers) if form == forms.EIGHT else eight.SCALE not in state
+        if in_form and all(name in state for name in wanted) and forms.has_rest(p, state, self._rest):
+            return state
         state = dict(state)
         if not forms.has_started(state):
             state |= forms.first_iterate(p, form)

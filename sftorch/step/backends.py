@@ -63,6 +63,7 @@ class Move(NamedTuple):
         places: in the lean form where each tensor lies in a larger one, None for one that is whole; empty if
             all are.
         scales: in the 8-bit form the exponents of gaps and buffers, else empty.
+        columns: of these, by name of the buffer; the first is that of the gap.
     """
 
     direction: Direction
@@ -79,6 +80,7 @@ class Move(NamedTuple):
     kept: dict[str, Any]
     places: Sequence[Place | None] = ()
     scales: Sequence[Tensor] = ()
+    columns: Sequence[tuple[str, int]] = ()
 
     def rows(self, chosen: list[int]) -> Move:
         """Returns the part of a move that concerns some of its parameters."""
@@ -345,12 +347,11 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
     ):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
         drawn = [noise(p.shape, key, p.device) for key in of_p]
-        state = {"gap": gap, eight.SCALE: scale} | {name: them[i] for name, them in move.buffers.items()}
         rest = move.rests[i] if move.rests else None
-        if rest is not None:
-            state[forms.Y_REST] = rest
-        wide = {name: eight.opened(state, name) for name in move.buffers}
-        y, wide_gap, grad = forms.join(p, rest), eight.opened(state, "gap"), grad.to(torch.float32)
+        state = {"gap": gap} if rest is None else {"gap": gap, forms.Y_REST: rest}
+        wide = {name: eight.decoded(move.buffers[name][i], scale[:, at]) for name, at in move.columns}
+        y, wide_gap = forms.join(p, rest), eight.decoded(eight.gap_code(state), scale[:, 0])
+        grad = grad.to(torch.float32)
         direction = move.direction.single(-grad if move.maximize else grad, wide, *own)
         z = y + wide_gap if iterates.counts(wd_z) else y
         delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
@@ -361,11 +362,10 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
         exponent = eight.exponents(wide_gap)
         eight.put_(state, lower, eight.linear(wide_gap, exponent, eight.gap_bits(state), drawn[0] * 2.0**-16))
         scale[:, 0] = exponent
-        at = eight.columns(state)
-        for (name, value), of_name in zip(wide.items(), drawn[1:], strict=False):
-            exponent = eight.exponents(value)
-            state[name].copy_(eight.encode(name, value, exponent, of_name))
-            scale[:, at[name]] = exponent
+        for name, at in move.columns:
+            code, exponent = move.buffers[name][i], eight.exponents(wide[name])
+            code.copy_(eight.encode(code.dtype, wide[name], exponent, drawn[at]))
+            scale[:, at] = exponent
 
 
 def _takes_foreach(move: Move) -> str | None:

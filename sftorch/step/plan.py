@@ -108,6 +108,7 @@ class Work:
             kept={},
             places=[place(p) for p in self.params] if self.is_lean else (),
             scales=views.get(eight.SCALE, ()),
+            columns=tuple(eight.columns(self.states[0]).items()) if self._in_codes else (),
         )
         self.parts = backends.assign(move)
         self._buffer = np.array(self.numbers, dtype=np.float64)
