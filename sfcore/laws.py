@@ -46,8 +46,8 @@ class Buffer:
         doc: what it is, in two words.
         when: the option that must be neither 0 nor "none" for it to be kept; "" is always.
         lean: its dtype with precision="lean", "bfloat16"; "" for a law that then refuses "lean".
-        code: of `sfcore.codes`, with precision="8bit": "log", for what is never negative, or "linear"; "" for a
-            law that then refuses "8bit".
+        code: of `sfcore.codes`, with precision="8bit": "log", for what is never negative, or "linear"; "" for
+            a law that then refuses "8bit".
         leaves: the parameters that have it, "matrices" or "others"; "" is all.
         of_rows: whether it is one number a row, of size 1 in all axes but the option `output_axis`.
     """

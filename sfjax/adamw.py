@@ -74,7 +74,7 @@ def schedule_free_adamw(
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
     inner_momentum: Scalar = 0.0,
-    precision: Literal["exact", "lean"] = "exact",
+    precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

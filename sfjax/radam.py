@@ -50,7 +50,7 @@ def schedule_free_radam(
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
     silent_sgd_phase: bool = True,
-    precision: Literal["exact", "lean"] = "exact",
+    precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

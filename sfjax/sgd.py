@@ -31,7 +31,7 @@ def schedule_free_sgd(
     weight_lr: Literal["max", "current"] = "max",
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
-    precision: Literal["exact", "lean"] = "exact",
+    precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -2,8 +2,8 @@
 
 Beside a bfloat16 parameter 16 bits hold y and z - y: the upper 8 bits of the gap are "gap", and "y_rest" has
 in its upper 6 bits what y is more than the parameter and in its lower 2 the end of the gap. A float32
-parameter is y, and "gap" has 16 bits. "scale" has the exponents of every row, a column for the gap and one for
-each moment.
+parameter is y, and "gap" has 16 bits. "scale" has the exponents of every row, a column for the gap and one
+for each moment.
 """
 
 from __future__ import annotations
