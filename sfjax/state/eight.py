@@ -1,8 +1,8 @@
 """The codes of `sfcore.codes` in JAX, and how a leaf of the parameters lies in them.
 
 Beside a bfloat16 parameter 16 bits hold y and z - y: the upper 8 bits of the gap are its leaf of `state.z`,
-and `state.y_rest` has in its upper 6 bits what y is more than the parameter, in 64ths of its last place, and in
-its lower 2 the end of the gap. A float32 parameter is y, and its gap has 16 bits.
+and `state.y_rest` has in its upper 6 bits what y is more than the parameter, in 64ths of its last place, and
+in its lower 2 the end of the gap. A float32 parameter is y, and its gap has 16 bits.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def linear(value: jax.Array, exponent: jax.Array, bits: int, noise: Any = NEARES
     wide = value * _power(exponent, value.ndim, -1) * 2.0 ** (bits - 1)
     below = jnp.floor(wide)
     share = (jnp.asarray(noise) >> 8).astype(jnp.float32) * 2.0**-24
-    code = below + (wide - below > share)
+    code = jnp.where(wide - below > share, below + 1, below)
     return jnp.nan_to_num(code).astype(jnp.int32) << (16 - bits)
 
 

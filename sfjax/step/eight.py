@@ -22,7 +22,7 @@ _Y = 63  # the number of y among the buffers of a leaf; those have the small one
 def advance(
     p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, draw: Draw
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
-    """Takes one step; returns the parameter's update, the codes of the gap and the rest, and the exponents."""
+    """Takes one step; returns what `lean.advance` does, in codes, and the exponents of the gap."""
     y, gap = moved(y, gap, delta, k)  # S7 S9*
     exponent = eight.exponents(gap)
     share = noise(p.shape, draw, GAP)
