@@ -93,10 +93,10 @@ def _close(
     rest = None
     if f"rest/{parameter}" in target:
         p = jnp.asarray(leaves[f"y/{parameter}"])
-        unit = eight.unit(p)
-        rest = jnp.round((y - p.astype(jnp.float32)) / jnp.where(unit > 0, unit, 1.0))
-        rest = jnp.where(unit > 0, jnp.clip(rest, -32, 31), 0.0).astype(jnp.int32)
-        y = p.astype(jnp.float32) + rest.astype(jnp.float32) * unit
+        update, rest = eight.split(y, p)
+        p = (p.astype(jnp.float32) + update.astype(jnp.float32)).astype(p.dtype)
+        arrays[names[f"y/{parameter}"]] = np.asarray(p)  # the same but where y lies between two
+        y = p.astype(jnp.float32) + rest.astype(jnp.float32) * eight.unit(p)
     exponents = [eight.exponents(z - y)]
     code = eight.linear(z - y, exponents[0], 16 if rest is None else GAP_BITS)
     gap, rest = (code.astype(jnp.int16), None) if rest is None else eight.packed(rest, code)

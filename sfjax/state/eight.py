@@ -74,8 +74,7 @@ def linear(value: jax.Array, exponent: jax.Array, bits: int, noise: Any = NEARES
     """
     wide = value * _power(exponent, value.ndim, -1) * 2.0 ** (bits - 1)
     below = jnp.floor(wide)
-    share = (jnp.asarray(noise) >> 8).astype(jnp.float32) * 2.0**-24
-    code = jnp.where(wide - below > share, below + 1, below)
+    code = jnp.where(wide - below > _share(noise), below + 1, below)
     return jnp.nan_to_num(code).astype(jnp.int32) << (16 - bits)
 
 
@@ -122,16 +121,24 @@ def packed(rest: jax.Array, gap: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def split(y: jax.Array, p: jax.Array, noise: Any = NEAREST) -> tuple[jax.Array, jax.Array]:
     """Returns the update that takes a bfloat16 p next to y, and what is left in 64ths of its last place."""
-    bits = jax.lax.bitcast_convert_type(y, jnp.uint32)
-    noisy = (bits + (jnp.asarray(noise) >> 22)) & jnp.uint32(0xFFFFFC00)
-    y = jnp.where(jnp.isfinite(y), jax.lax.bitcast_convert_type(noisy, jnp.float32), y)
+    near = as_held(y, p.dtype)
+    y = near + jnp.floor(_in_units(y, near) + _share(noise)) * unit(near)
     old = p.astype(jnp.float32)
     # Up where y lies between two, for a rest goes from -32 to 31.
     update = as_held(as_held(y + 0.25 * unit(y), p.dtype) - old, p.dtype)
     held = as_held(old + update, p.dtype)
-    rest = (y - held) / jnp.where(unit(held) > 0, unit(held), 1.0)
-    rest = jnp.where(unit(held) > 0, jnp.clip(jnp.round(rest), -32, 31), 0.0)
+    rest = jnp.clip(jnp.round(_in_units(y, held)), -32, 31)
     return update.astype(p.dtype), jnp.nan_to_num(rest).astype(jnp.int32)
+
+
+def _in_units(y: jax.Array, near: jax.Array) -> jax.Array:
+    """Returns what y is more than a number next to it, in units of that."""
+    return jnp.where(unit(near) > 0, (y - near) / jnp.where(unit(near) > 0, unit(near), 1.0), 0.0)
+
+
+def _share(noise: Any) -> jax.Array:
+    """Returns 32 random bits as a number in [0, 1)."""
+    return (jnp.asarray(noise) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def unit(y: jax.Array) -> jax.Array:

@@ -245,7 +245,7 @@ def test_what_does_not_go_with_it_is_refused_all_at_once() -> None:
         HyperparameterError, match=r"seed must be a whole number(.|\n)*b1 = 0(.|\n)*state_dtype must be None"
     ):
         sfjax.schedule_free_sgd(0.1, b1=0.0, state_dtype=jnp.float32, precision="8bit", seed=-1)
-    with pytest.raises(HyperparameterError, match="momentum, nu, row_nu has no 8-bit form"):
+    with pytest.raises(HyperparameterError, match="momentum, row_nu has no 8-bit form"):
         sfjax.schedule_free_muon(0.1, precision="8bit")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="precision must be 'exact' or 'lean' for float16, got '8bit'"):
         sfjax.schedule_free_sgd(0.1, precision="8bit").init({"w": jnp.ones((4, 20), jnp.float16)})
