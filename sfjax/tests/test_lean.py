@@ -125,7 +125,7 @@ def test_what_does_not_go_with_it_is_refused_all_at_once() -> None:
         HyperparameterError, match=r"seed must be a whole number(.|\n)*b1 = 0(.|\n)*state_dtype must be None"
     ):
         sfjax.schedule_free_sgd(0.1, b1=0.0, state_dtype=jnp.float32, precision="lean", seed=-1)
-    with pytest.raises(HyperparameterError, match="precision must be 'exact' or 'lean', got 'bf16'"):
+    with pytest.raises(HyperparameterError, match="precision must be 'exact', 'lean' or '8bit', got 'bf16'"):
         sfjax.schedule_free_adamw(precision="bf16")
 
 
