@@ -48,7 +48,7 @@ def pytest_runtest_setup(item: Any) -> None:
     about_it = item.path.name in _NATIVE and "compiler" not in item.name
     # Not "refused": that is what most tests of bad input say.
     if about_it or re.search(r"(?<![a-z])fused", item.name):
-        from sftorch.kernels import build
+        from sfcore.native import build
 
         kernel = build.find()
         if isinstance(kernel, str):

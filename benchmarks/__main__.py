@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 BENCHMARKS = {
+    "quality": "whether one run without a schedule beats a tuned schedule: test losses, every rate",
     "resume": "what a restart costs: loss after a restart from weights alone",
     "precision": "what 16-bit parameters cost: the loss in every precision, ours and the others'",
     "exact": "whether a run resumed in a fresh process ends in the same bits: a table",

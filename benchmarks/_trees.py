@@ -24,6 +24,7 @@ TREES: dict[str, list[Shape]] = {
     "small": [(16, 16)] * 10,
 }
 CPU_TREES = ("gpt", "one", "tiny", "small")
+JAX_TREES = ("gpt", "small")
 
 
 def count(shapes: list[Shape]) -> int:

@@ -168,7 +168,7 @@ def _rows(
 
 def measure(tree: str, world: int, rounds: int, seed: int) -> list[dict[str, Any]]:
     """Returns a row for each optimizer and what it does."""
-    from sftorch.kernels import build  # and torch, once for all that are forked
+    from sfcore.native import build  # and torch, once for all that are forked
 
     build.find()
     context = multiprocessing.get_context("fork")

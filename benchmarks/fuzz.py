@@ -260,7 +260,7 @@ def hostile(draw: random.Random, folder: Path) -> Reading:  # noqa: C901 - a lis
 
 def a_kernel(draw: random.Random, folder: Path) -> Reading:
     """Damages a kept kernel: only the bytes that were tried may be loaded."""
-    from sftorch.kernels import build
+    from sfcore.native import build
 
     whole = _kernel()
     path = folder / build._name("key", whole)
@@ -273,7 +273,7 @@ _whole_kernel: list[bytes] = []
 
 
 def _kernel() -> bytes:
-    from sftorch.kernels import build
+    from sfcore.native import build
 
     if not _whole_kernel:
         library = build.find()

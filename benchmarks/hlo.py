@@ -51,14 +51,20 @@ def programs() -> dict[str, tuple[Any, str, bool]]:
     import sfjax
 
     def adamw(**options: Any) -> Any:
-        return sfjax.schedule_free_adamw(1e-3, weight_decay=0.1, **options)
+        return updating(sfjax.schedule_free_adamw(1e-3, weight_decay=0.1, **options))
 
     clip = optax.clip_by_global_norm(1.0)
     return {
-        "schedule_free_sgd": (sfjax.schedule_free_sgd(1.0, weight_decay=0.1), "float32", True),
+        "schedule_free_sgd": (updating(sfjax.schedule_free_sgd(1.0, weight_decay=0.1)), "float32", True),
         "schedule_free_adamw": (adamw(), "float32", True),
         "schedule_free_adamw, b1=0": (adamw(b1=0.0), "float32", True),
-        "schedule_free_radam": (sfjax.schedule_free_radam(1e-3, weight_decay=0.1), "float32", True),
+        "schedule_free_radam": (updating(sfjax.schedule_free_radam(1e-3, weight_decay=0.1)), "float32", True),
+        "schedule_free_sgd, step": (sfjax.schedule_free_sgd(1.0, weight_decay=0.1), "float32", True),
+        "schedule_free_adamw, step": (
+            sfjax.schedule_free_adamw(1e-3, weight_decay=0.1),
+            "float32",
+            True,
+        ),
         "clip_by_global_norm, schedule_free_adamw": (optax.chain(clip, adamw()), "float32", True),
         "schedule_free_adamw, bfloat16": (adamw(), "bfloat16", True),
         "schedule_free_adamw, float16": (adamw(), "float16", True),
@@ -66,7 +72,7 @@ def programs() -> dict[str, tuple[Any, str, bool]]:
         "accumulate, micro-step": (sfjax.accumulate(adamw(), 4), "float32", False),
         "accumulate, update due": (sfjax.accumulate(adamw(), 4), "float32", True),
         "accumulate.update, micro-step": (
-            optax.GradientTransformation(*sfjax.accumulate(adamw(), 4)),
+            updating(sfjax.accumulate(adamw(), 4)),
             "float32",
             False,
         ),
@@ -78,6 +84,13 @@ def programs() -> dict[str, tuple[Any, str, bool]]:
         ),
         "optax.adamw": (optax.adamw(1e-3, weight_decay=0.1), "float32", True),
     }
+
+
+def updating(tx: Any) -> Any:
+    """Returns a transformation without its `step`, to be measured by update and optax.apply_updates."""
+    import optax
+
+    return optax.GradientTransformation(*tx)
 
 
 def step_of(tx: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:

@@ -2,7 +2,7 @@
 
 (b) A restart from weights alone, with 1, 8 and 32 micro-batches an optimizer step, on two problems, for
 ours and for the others: about an hour on one free core. Writes OUT/resume.jsonl, OUT/resume.png
-and OUT/restart.png, the picture of the README.
+and OUT/restart.png, the picture of docs/resuming.md.
 """
 
 from __future__ import annotations

@@ -24,14 +24,16 @@ from tqdm import tqdm
 
 from benchmarks import step_report, step_torch
 from benchmarks._records import replace_part, spread, versions, write_between_markers
-from benchmarks._trees import CPU_TREES, TREES, Shape, count
+from benchmarks._trees import CPU_TREES, JAX_TREES, TREES, Shape, count
 from sftorch.kernels.call import Job, Kind
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
-# Bytes a parameter that a step must read and write in float32: y, z, g and v in, y, z and v out.
-BYTES = {"adamw": 28, "radam": 28, "sgd": 20}
+# Bytes a parameter that a step must read and write in float32: y, z, g and v in, y, z and v out. A micro-step
+# reads gradient and mean, and writes the mean.
+BYTES = {"adamw": 28, "radam": 28, "sgd": 20, "micro-step": 12}
 PEER = "torch.optim.AdamW fused"
-JAX_PEER = "optax.contrib.schedule_free_adamw"
+JAX_PEER = "optax.adamw"
+LEAVES = 1000  # of the tree that is compiled
 Steps = dict[str, Callable[[], Any]]
 
 
@@ -84,18 +86,41 @@ def measure_jax(tree: str, rounds: int) -> list[dict[str, Any]]:
     others = {f"floor {name}": run for name, run in floors(TREES[tree]).items()}
     found = step_jax.rows(shapes, rounds, names=tuple(step_jax.METHODS), others=others)
     taken = {name: np.array(seconds) for name, seconds in found}
+    rows = []
+    for name in step_jax.METHODS:
+        moved = next((size for kind, size in BYTES.items() if name.endswith(kind)), BYTES["adamw"])
+        floor, of_floor = ("adamw", BYTES["adamw"]) if moved == BYTES["adamw"] else ("sgd", BYTES["sgd"])
+        least = taken[f"floor {floor}"] * moved / of_floor
+        peer = taken[JAX_PEER] * moved / BYTES["adamw"]
+        rows.append(row(f"{tree}-jax", name, tree, threads, taken[name], least, JAX_PEER, peer))
+    return rows
+
+
+def measure_compiling(rounds: int) -> list[dict[str, Any]]:
+    """Returns the rows of tracing and compiling a jitted step of many leaves, each time anew."""
+    import jax
+
+    from benchmarks import step_jax
+
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in step_jax.PEERED}
+    for _ in tqdm(range(rounds), desc="compiling"):
+        for name, found in taken.items():
+            jax.clear_caches()
+            found.append(step_jax.seconds_to_compile(name, LEAVES))
+    seconds = {name: np.array(found) for name, found in taken.items()}
     return [
-        row(
-            f"{tree}-jax",
-            name,
-            tree,
-            threads,
-            taken[name],
-            taken["floor sgd" if name.endswith("sgd") else "floor adamw"],
-            JAX_PEER,
-            taken[JAX_PEER],
-        )
-        for name in step_jax.METHODS
+        {
+            "part": "compile-jax",
+            "name": name,
+            "leaves": LEAVES,
+            "n": rounds,
+            "trace_seconds": spread(both[:, 0]),
+            "compile_seconds": spread(both[:, 1]),
+            "peer": JAX_PEER,
+            "over_peer": spread(both.sum(axis=1) / seconds[JAX_PEER].sum(axis=1)),
+            "versions": versions(),
+        }
+        for name, both in seconds.items()
     ]
 
 
@@ -138,8 +163,9 @@ def row(
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints a table a tree."""
-    for part in dict.fromkeys(row["part"] for row in rows):
+    """Prints a table a tree, and what compiling takes."""
+    console = Console(width=120)
+    for part in dict.fromkeys(row["part"] for row in rows if "tree" in row):
         of_part = [row for row in rows if row["part"] == part]
         first = of_part[0]
         title = f"{first['tree']}: {first['tensors']} tensors, {first['parameters'] / 1e6:.3g}M parameters, "
@@ -156,7 +182,13 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 f"{over['median']:.3g} ({over['q1']:.3g} to {over['q3']:.3g})",
                 f"{row['over_peer']['median']:.3g}",
             )
-        Console(width=120).print(table)
+        console.print(table)
+    for row in (row for row in rows if row["part"] == "compile-jax"):
+        trace, compiling = row["trace_seconds"]["median"], row["compile_seconds"]["median"]
+        console.print(
+            f"{row['name']}, {row['leaves']} leaves, n = {row['n']}: traced in {trace:.3g} s, compiled in "
+            f"{compiling:.3g} s, x {row['peer']} {row['over_peer']['median']:.3g}"
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -192,5 +224,9 @@ def _measure_all(arguments: argparse.Namespace) -> None:
             rounds = max(arguments.rounds, 200) if tree == "small" else arguments.rounds
             rows = measure(tree, threads, rounds, arguments.seed, arguments.heavyball)
             replace_part(RESULTS, f"{tree}-{threads}", rows)
-    if arguments.tree is None or "gpt" in arguments.tree:
-        replace_part(RESULTS, "gpt-jax", measure_jax("gpt", arguments.rounds))
+    for tree in arguments.tree or CPU_TREES:
+        if tree in JAX_TREES:
+            rounds = max(arguments.rounds, 200) if tree == "small" else arguments.rounds
+            replace_part(RESULTS, f"{tree}-jax", measure_jax(tree, rounds))
+    if arguments.tree is None:
+        replace_part(RESULTS, "compile-jax", measure_compiling(max(11, arguments.rounds)))

@@ -21,6 +21,7 @@ TITLES = {
     "tiny-1": "2,000 tensors of 256, 1 thread",
     "small-1": "10 tensors of 256, 1 thread",
     "gpt-jax": "JAX: 148 tensors, 50.9M, all cores",
+    "small-jax": "JAX: 10 tensors of 256, all cores",
 }
 TICKS = (1, 1.5, 2, 3, 5, 8, 12, 20, 40)
 Row = dict[str, Any]
@@ -65,11 +66,15 @@ def draw(found: Sequence[Row], path: Path) -> None:
 
 def markdown(steps: Sequence[Row], memory: Sequence[Row]) -> str:
     """Returns the tables: times over the floor, by tree; and bytes a parameter."""
-    parts = [part for part in TITLES if any(row["part"] == part for row in steps) and part != "gpt-jax"]
-    found = [_times([row for row in steps if row["part"] in parts], parts)]
-    jax = [row for row in steps if row["part"] == "gpt-jax"]
-    if jax:
-        found.append(_times(jax, ["gpt-jax"]))
+    parts = [part for part in TITLES if any(row["part"] == part for row in steps)]
+    found = []
+    for in_jax in (False, True):
+        some = [part for part in parts if part.endswith("-jax") == in_jax]
+        if some:
+            found.append(_times([row for row in steps if row["part"] in some], some))
+    compiled = [row for row in steps if row["part"] == "compile-jax"]
+    if compiled:
+        found.append(_compiling(compiled))
     found.append(_bytes(memory))
     return "\n\n".join(found)
 
@@ -84,6 +89,18 @@ def _times(rows: Sequence[Row], parts: Sequence[str]) -> str:
             cells.append(f"{over['median']:.3g} ({over['q1']:.3g}-{over['q3']:.3g})" if over else "")
         shown = f"**{name}**" if is_ours({"name": name}) else name
         lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _compiling(rows: Sequence[Row]) -> str:
+    leaves, peer = rows[0]["leaves"], rows[0]["peer"]
+    lines = [f"| JAX: a step of {leaves} leaves | traced in s | compiled in s | both, x {peer} |"]
+    lines.append("| --- |" + " ---: |" * 3)
+    for row in rows:
+        trace, compiling, over = (row[key] for key in ("trace_seconds", "compile_seconds", "over_peer"))
+        shown = f"**{row['name']}**" if is_ours(row) else row["name"]
+        ratio = f"{over['median']:.3g} ({over['q1']:.3g}-{over['q3']:.3g})"
+        lines.append(f"| {shown} | {trace['median']:.3g} | {compiling['median']:.3g} | {ratio} |")
     return "\n".join(lines)
 
 

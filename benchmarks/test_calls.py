@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import calls
-from sftorch.kernels import build
+from sfcore.native import build
 
 
 @pytest.mark.parametrize("name", calls.LIMITS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import devices
-from sftorch.kernels import build
+from sfcore.native import build
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import hlo
 from benchmarks.hlo_read import count
+from sfjax.kernels import call
 
 SMALL = ((512, 512), (256, 384))
 GOAL = {  # bytes a parameter: the least that reads and writes each array once
@@ -35,6 +36,17 @@ def test_every_donated_buffer_is_used_again(program: str, state: float) -> None:
     # XLA's CPU backend has no kernels of several results: one a result, and a copy of what two of them read.
     assert found["copies_a_leaf"] <= 1.0
     assert found["bytes_a_parameter"] <= {"schedule_free_sgd": 40.05, "schedule_free_adamw": 56.05}[program]
+
+
+@pytest.mark.skipif(call.find() is not None, reason="the native step needs a C compiler")
+@pytest.mark.parametrize(("program", "state", "least"), [("sgd", 8.0, 20.0), ("adamw", 12.0, 28.0)])
+def test_the_native_step_reads_and_writes_each_array_once(program: str, state: float, least: float) -> None:
+    found = read(f"schedule_free_{program}, step", hlo.device("CPU"), SMALL)
+    assert found["donated_bytes_a_parameter"] == state
+    assert found["copies_a_leaf"] == 0
+    # A call takes and gives what it changes in place, and so is taken to read and to write it.
+    assert found["bytes_a_parameter"] == pytest.approx(least, abs=0.01)
+    assert found["temporary_bytes_a_parameter"] <= 0.01
 
 
 def test_a_micro_step_of_accumulate_touches_gradients_and_mean_alone() -> None:

@@ -39,7 +39,9 @@ def test_the_tree_of_steps_is_gpt2s() -> None:
 
 def test_steps_are_timed_in_turn() -> None:
     found = step_jax.rows({"w": (8, 4), "b": (3,)}, rounds=3)
-    assert [(row.name, len(row.seconds)) for row in found] == [
-        (name, 3) for name in tuple(step_jax.METHODS)[:3]
-    ]
+    assert [(row.name, len(row.seconds)) for row in found] == [(name, 3) for name in step_jax.PEERED]
     assert all(seconds > 0 for row in found for seconds in row.seconds)
+
+
+def test_compiling_is_timed() -> None:
+    assert all(seconds > 0 for seconds in step_jax.seconds_to_compile("sfjax.schedule_free_sgd", leaves=2))

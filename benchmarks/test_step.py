@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import _trees, memory, step, step_report, step_torch
-from sftorch.kernels import build
+from sfcore.native import build
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,18 @@ def test_the_table_has_a_line_for_everybody():
     spread = {"median": 1.05, "q1": 1.0, "q3": 1.1}
     times = [{"name": name, "part": "gpt-1", "over_floor": spread} for name in ("sftorch A", "peer B")]
     weights = [{"name": "sftorch A", "dtype": "float32", "state_bytes": 8.0, "step_bytes": 0.0}]
+    times.append({"name": "sfjax C", "part": "gpt-jax", "over_floor": spread})
+    seconds = {
+        "leaves": 9,
+        "trace_seconds": spread,
+        "compile_seconds": spread,
+        "peer": "B",
+        "over_peer": spread,
+    }
+    times.append({"name": "sfjax C", "part": "compile-jax"} | seconds)
     lines = step_report.markdown(times, weights).splitlines()
     assert "| **sftorch A** | 1.05 (1-1.1) |" in lines
     assert "| peer B | 1.05 (1-1.1) |" in lines
+    assert "| **sfjax C** | 1.05 (1-1.1) |" in lines
+    assert "| **sfjax C** | 1.05 | 1.05 | 1.05 (1-1.1) |" in lines
     assert "| **sftorch A** | float32 | 8 | 0.00 |" in lines

@@ -94,8 +94,8 @@ def test_every_link_leads_somewhere(site):
 
 def test_the_readme_is_included_and_not_linked_out_of_the_site(site):
     start = (site[0] / "index.html").read_text()
-    assert 'src="benchmarks/results/restart.png"' in start
-    assert "<code>python -m benchmarks resume</code>" in start
+    assert 'src="benchmarks/results/quality.png"' in start
+    assert "<code>python -m benchmarks quality</code>" in start
     assert [page.name for page in site[0].rglob("*.html") if "../README.md" in page.read_text()] == []
 
 

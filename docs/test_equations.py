@@ -14,7 +14,7 @@ from parity_tests.reference import Reference
 PAGE = (Path(__file__).parent / "equations.md").read_text()
 FORMULA = re.compile(r"\$`([^`]+)`\$")
 WORDS = {
-    r"^{\top}": ".T",
+    r"\max(": "max(",
     r"\text{step}": "step",
     r"_{\max}": "_max",
     r"_\infty": "_inf",
@@ -57,7 +57,8 @@ FUNCTIONS = {
 def run(formula, names):
     """Runs the assignments of a formula of LaTeX."""
     for code in formula.split(r"\quad"):
-        code = re.sub(r"\^\{(\w)\}", r"**\1", code)
+        code = code.replace(r"^{\top}", ".T")
+        code = re.sub(r"\^\{(?!\+)([^{}]+)\}", r"**(\1)", code)
         code = re.sub(r"operatorname\{(\w+)\}", r"\1", code)
         for letter, word in WORDS.items():
             code = code.replace(letter, word)
@@ -110,11 +111,26 @@ OTHERS = {
     "F6 squared": ({"decay_power": 2}, "S6"),
 }
 MORE = {"C": 12.0, "N": 5}
+# Row of a beta that rises -> the options that it is for, and its letters.
+BETAS = {
+    "F9 anneal": (
+        {"beta_rule": "anneal", "beta_max": 0.99, "beta_anneal_steps": 7},
+        {"A": 7, "beta_max": 0.99},
+    ),
+    "F9 amuse": ({"beta_rule": "amuse", "beta_hold_steps": 4, "rho": 0.8}, {"T": 4, "rho": 0.8}),
+}
+
+
+def parts(row):
+    """Returns all formulas of the first column of a row."""
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| {row} |"))
+    return FORMULA.findall(line.split(" | ")[1])
 
 
 def follow(optimizer, other=None):
     """Runs 12 steps of the formulas, one row of them another; each must be the reference's."""
-    options, replaced = OTHERS[other] if other else ({}, None)
+    options, replaced = OTHERS.get(other, ({}, None))
+    options, letters = BETAS.get(other, (options, {}))
 
     def law(tag):
         found = rows(tag)
@@ -134,6 +150,8 @@ def follow(optimizer, other=None):
     names = (
         LETTERS
         | MORE
+        | letters
+        | {"beta_0": 0.9}
         | dict.fromkeys("xyz", start)
         | {"v": 0.0, "m": 0.0, "u": 0.0, "gamma_max": 0.0, "W": np.float64(0)}
     )
@@ -148,11 +166,16 @@ def follow(optimizer, other=None):
             for formula in (*law("S3"), *law("S4"), *law("S5")):
                 run(formula, names)
         names["c"] = names["c"] if names["W"] else 0.0
-        for formula in (*law("S6"), *rows("S7", 2)):
+        for formula in (*law("S6"), *rows("S7", 1)):
             run(formula, names)
+        if letters:
+            for formula in reversed(parts(other)):  # what it is said with comes after it
+                run(formula, names)
+        run(*rows("F9" if letters else "S9"), names)
         both = names["y_new"]
-        run(*rows("S9*"), names)
+        run(*rows(r"F9\*" if letters else "S9*"), names)
         np.testing.assert_allclose(names["y_new"], both, rtol=1e-12)
+        names["beta"] = names.get("beta_new", names["beta"])
         names |= {letter: names[f"{letter}_new"] for letter in "xyz"}
         for letter, expected in zip("xyz", reference.iterates(), strict=True):
             np.testing.assert_allclose(names[letter], expected["p"], rtol=1e-12, err_msg=f"{letter}, {step}")
@@ -168,6 +191,11 @@ def test_the_formulas_take_the_path_of_the_reference(optimizer):
 @pytest.mark.parametrize("other", OTHERS)
 def test_so_do_the_other_averages_and_decays(other):
     follow("sgd", other)
+
+
+@pytest.mark.parametrize("rule", BETAS)
+def test_so_do_the_betas_that_rise(rule):
+    follow("sgd", rule)
 
 
 WRONG = {

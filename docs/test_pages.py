@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cost, devices, hlo, precision, resume_rows, step_report
+from benchmarks import cost, devices, hlo, precision, quality_report, resume_rows, step_report
 from parity_tests.matrix import BEGIN, END
 
 DOCS = Path(__file__).parent
@@ -34,6 +34,12 @@ TABLES = {
     ("resuming.md", "restart"): restart,
     ("resuming.md", "cost"): lambda: cost.markdown(rows("cost")),
     ("many-devices.md", "devices"): lambda: devices.markdown(rows("devices")),
+}
+TABLES |= {
+    (page, name): lambda make=make: make(rows("quality"))
+    for name, make in quality_report.TABLES.items()
+    for page in ("quality.md", "tuning.md")
+    if f"<!-- {name} -->" in (DOCS / page).read_text()
 }
 
 

@@ -18,7 +18,7 @@ import _digits
 import sfjax
 from sfjax.checkpoint import Checkpoints
 
-TX = optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, warmup_steps=5))
+TX = sfjax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, warmup_steps=5))
 DIGITS = _digits.load()
 
 
@@ -30,8 +30,9 @@ def train_step(batch: Any, model: Any, state: Any) -> tuple[Any, Any]:
         return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(images), labels).mean()
 
     grads = eqx.filter_grad(loss)(model)
-    updates, state = TX.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
-    return eqx.apply_updates(model, updates), state
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    params, state = TX.step(params, state, gradients=grads)
+    return eqx.combine(params, static), state
 
 
 @eqx.filter_jit

@@ -22,7 +22,7 @@ from sfjax.recalibrate import recalibrate_linen
 
 # Clipping sees the mean of two micro-batches; warm-up counts updates, and nothing else warms up.
 ADAMW = sfjax.schedule_free_adamw(0.02, warmup_steps=5)
-TX = sfjax.accumulate(optax.chain(optax.clip_by_global_norm(1.0), ADAMW), every=2)
+TX = sfjax.accumulate(sfjax.chain(optax.clip_by_global_norm(1.0), ADAMW), every=2)
 DIGITS = _digits.load()
 
 

@@ -21,7 +21,7 @@ from sfjax.checkpoint import Checkpoints
 from sfjax.recalibrate import recalibrate
 
 # Nothing that edits updates may come after the Schedule-Free optimizer; it has the only warm-up.
-TX = optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, warmup_steps=5))
+TX = sfjax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, warmup_steps=5))
 DIGITS = _digits.load()
 
 
@@ -44,7 +44,7 @@ def train_step(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labe
     def loss(model: Network) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
-    optimizer.update(model, nnx.grad(loss)(model))
+    sfjax.nnx.step(model, optimizer, nnx.grad(loss)(model))
 
 
 @nnx.jit

@@ -10,6 +10,7 @@ batch that is cut over them does, and XLA sees to it.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,13 +45,12 @@ def train(devices: int, steps: int) -> float:
     tx = sfjax.schedule_free_adamw(settings.lr, warmup_steps=20)
     state = tx.init(params)
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, images: Any, labels: Any) -> Any:
         def loss(params: Any) -> Any:
             return optax.softmax_cross_entropy_with_integer_labels(forward(params, images), labels).mean()
 
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
+        return tx.step(params, state, gradients=jax.grad(loss)(params))
 
     for images, labels in batches(settings, digits):
         params, state = step(params, state, *jax.device_put((images[0], labels[0]), rows))

@@ -19,7 +19,7 @@ import sfjax
 from sfjax.checkpoint import Checkpoints
 
 # Clip before it; nothing that edits updates may come after it.
-TX = optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, warmup_steps=5))
+TX = sfjax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, warmup_steps=5))
 DIGITS = _digits.load()
 
 
@@ -40,8 +40,8 @@ def train_step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any, jax.A
         return optax.softmax_cross_entropy_with_integer_labels(logits_of(params, images), labels).mean()
 
     loss, grads = jax.value_and_grad(loss_of)(params)  # params hold y
-    updates, state = TX.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, key, loss
+    params, state = TX.step(params, state, gradients=grads)
+    return params, state, key, loss
 
 
 def main(folder: Path, steps: int) -> float:

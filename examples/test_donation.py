@@ -17,8 +17,12 @@ import pytest
 
 import _digits
 import sfjax
+from sfjax.kernels import call
 
-PAGE = (Path(__file__).parent.parent / "docs" / "precision.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "precision.md").read_text()
+# What the convolutions of the models make of their own; measured: 0 to 0.67. XLA alone copies 1 more.
+MOST = 0.7 if call.find() is None else 2
 COPY = re.compile(
     r" = (?:f32|bf16|s16)\[\d[\d,]*\]\S* copy\("
 )  # of an array, not of a scalar or a random key
@@ -71,16 +75,35 @@ def nnx_loop() -> Any:
         *(pytest.param(one, marks=pytest.mark.slow) for one in (equinox_loop, linen_loop)),
     ],
 )
-def test_an_example_copies_at_most_two_arrays_a_parameter(loop: Callable[[], Any]) -> None:
-    assert copies(loop(), leaves=6) <= 2  # measured: 1 to 1.8
+def test_an_example_copies_nothing_of_parameters_and_state(loop: Callable[[], Any]) -> None:
+    assert copies(loop(), leaves=6) <= MOST
 
 
-def test_the_documented_accumulation_copies_its_parameter_once() -> None:
-    section = PAGE.split("\n### Accumulation\n")[1]
+def blocks(page: str, title: str) -> str:
+    """Returns the Python of a section of a page."""
+    section = re.split(r"\n##+ ", (DOCS / page).read_text().split(f"# {title}\n")[1])[0]
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.skipif(call.find() is not None, reason="XLA alone copies, and takes 4 bytes a parameter")
+def test_a_documented_step_copies_nothing_and_takes_no_memory() -> None:
     names: dict[str, Any] = {}
-    exec(section.split("```python\n")[1].split("```")[0], names)
-    params, state = names["params"], names["state"]
-    assert copies(names["step"].lower(params, state, gradients=params), leaves=1) <= 1
+    exec(blocks("precision.md", "Accumulation"), names)
+    for native in (False, True):
+        if native:
+            exec(blocks("precision.md", "The native step"), names)
+        params, state = names["params"], names["state"]
+        lowered = names["step"].lower(params, state, gradients=params)
+        assert copies(lowered, leaves=1) == 0
+        # Of a parameter of three: the numbers of a step, whatever there is to move; measured: 0.6 to 0.9 kB.
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 2048
+
+
+def test_the_update_of_the_pitfalls_copies_one_array_a_parameter() -> None:
+    names: dict[str, Any] = {"jax": jax, "jnp": jnp, "sfjax": sfjax}
+    exec(blocks("pitfalls.md", "Donated arguments in JAX"), names)
+    tx, weights = names["tx"], {"w": jnp.ones(3)}
+    assert copies(names["update"].lower(weights, tx.init(weights), weights), leaves=1) <= 1
 
 
 @pytest.mark.parametrize("accumulates", [False, True])

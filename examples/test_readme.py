@@ -79,6 +79,20 @@ def test_the_numbers_of_a_restart_are_the_measured_ones():
     assert jax == ours
 
 
+def test_the_numbers_of_one_run_and_of_three_cosines_are_the_measured_ones():
+    swept = {(row["problem"], row["method"]): row for row in results("quality") if row["part"] == "sweep"}
+    free, cosines = (
+        swept["fashion", "sf-adamw"],
+        [swept[name, "adamw-cosine"] for name in ("fashion-quarter", "fashion-half", "fashion")],
+    )
+    at = [free["points"].index(cosine["steps"]) for cosine in cosines]
+    assert numbers("python -m benchmarks quality") == (
+        ", ".join(f"{free['chosen']['mean'][point]:.3f}" for point in at),
+        "AdamW, a cosine tuned for each: "
+        + ", ".join(f"{cosine['chosen']['mean'][-1]:.3f}" for cosine in cosines),
+    )
+
+
 def test_the_numbers_of_bfloat16_are_the_measured_ones():
     ratio = {row["label"]: row["ratio"]["median"] for row in results("precision") if (row["lr"] == 3e-3)}
     ours = f"{ratio['bfloat16, exact']:.2f}"

@@ -179,6 +179,7 @@ class World:
             "sfjax.checkpoint.read": {"path": self.saved},
             "sfjax.nnx.eval_model": {"model": self.model, "optimizer": self.nnx},
             "sfjax.nnx.save": of_nnx,
+            "sfjax.nnx.step": {"model": self.model, "optimizer": self.nnx, "grads": nnx.state(self.model)},
             "sfjax.nnx.restore": of_nnx,
             "sfjax.linen.save": of_linen,
             "sfjax.linen.restore": of_linen,
@@ -476,6 +477,7 @@ TABLE = [
     *rows("sfjax.checkpoint.import_exchange", CheckpointError, accumulation=NO_BATCHES, batch_size=NO_COUNT),
     *rows("sfjax.checkpoint.read", TypeError, path=(*NO_PATH, None)),
     *rows("sfjax.nnx.eval_model", TypeError, model=NO_OBJECT, optimizer=NO_OBJECT),
+    *rows("sfjax.nnx.step", TypeError, model=NO_OBJECT, optimizer=NO_OBJECT),
     *rows("sfjax.nnx.save", TypeError, checkpoints=NO_OBJECT, model=NO_OBJECT, optimizer=NO_OBJECT),
     *rows("sfjax.nnx.save", TypeError, buffers=NO_ARRAYS),
     *rows("sfjax.nnx.restore", TypeError, checkpoints=NO_OBJECT, model=NO_OBJECT, optimizer=NO_OBJECT),
@@ -617,6 +619,7 @@ TABLE = [
 
 _RECORD = "a record, which holds what it is given"
 _TREE = "any tree may be saved, or be a target; what does not fit is told leaf by leaf"
+_TREE_OF_GRADIENTS = "what does not look like the parameters is refused by the transformation"
 _OPTIONS = "further arguments of `Checkpoints`, whose rows are there"
 # Public names, or arguments of them, that have no row, and why.
 WITHOUT_ROWS = {
@@ -629,7 +632,17 @@ WITHOUT_ROWS = {
     "sfcore.names.NameMap.torch_name": "a look-up, with the KeyError of a dict",
     "sfcore.names.NameMap.jax_names": "a look-up, with the KeyError of a dict",
     "sfjax.ScheduleFreeState": _RECORD,
+    "sfjax.ScheduleFreePlusState": _RECORD,
+    "sfjax.schedule_free_plus": "AdamW's, whose rows are there; what is its own is in test_plus.py",
+    "sfjax.generalized_primal_averaging": "as the wrapper's; what is its own is in test_gpa.py",
+    "sftorch.AdamCScheduleFreePlusPaper": "AdamW's, whose rows are there; what is its own is in test_plus.py",
+    "sftorch.GPAAdamW": "AdamW's, whose rows are there; what is its own is in test_gpa.py",
     "sfjax.Accumulation": "made by `accumulate`",
+    "sfjax.Transformation": "made by the factories",
+    "sfjax.chain": "any number, by position; what it refuses is in sfjax/tests/test_native.py",
+    "sfjax.linen.TrainState.apply_gradients": "Flax's own",
+    "sfjax.nnx.step.grads": _TREE_OF_GRADIENTS,
+    "sfjax.nnx.step.extra_args": "whatever the transformation takes",
     "sfjax.checkpoint.Restored": _RECORD,
     "sfjax.linen.TrainState": "Flax's own constructor",
     "sfjax.find_states": "of any tree, also one without states",

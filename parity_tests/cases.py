@@ -8,6 +8,13 @@ from typing import Any
 
 AVERAGING: dict[str, Any] = {"lr": 0.0025, "beta": 0.9, "r": 0.0, "weight_lr_power": 2.0, "prior_steps": 0}
 AVERAGING |= {"c_warmup": 0, "refined_c": 0.0, "window": 0, "window_rule": "floor", "weight_lr": "max"}
+AVERAGING |= {
+    "beta_rule": "constant",
+    "beta_max": 0.965,
+    "beta_anneal_steps": 0,
+    "beta_hold_steps": 0,
+    "rho": 0.8,
+}
 DECAY: dict[str, Any] = {"weight_decay": 0.0, "decay_at": "y", "decay_power": 1}
 MOMENTS = {"b2": 0.999, "eps": 1e-8}
 # Written out, not imported: test_mirror.py holds both twins and sfcore.hyperparameters to them.
@@ -113,6 +120,7 @@ def _shared(o: str) -> list[Case]:
             weight_lr_power=1.0,
             schedule="zero every third",
         ),
+        *_betas(o),
         _case(o, "prior", "prior-10", "the initial weights count as ten steps", prior_steps=10),
         _case(o, "prior", "prior-400", "weights grow with t + K, K beyond the run", prior_steps=400, r=1.0),
         _case(o, "prior", "prior-1-falling", "the prior has the full lr", prior_steps=1, schedule="falling"),
@@ -128,6 +136,37 @@ def _shared(o: str) -> list[Case]:
         _case(o, "extremes", "lr-small", "movement near the resolution of float32", lr=1e-5 * lr),
         _case(o, "extremes", "zeros", "gradients that are exactly zero", problem="zeros"),
         _case(o, "extremes", "scales", "leaves of very different sizes, and spikes", problem="scales"),
+    ]
+
+
+def _betas(o: str) -> list[Case]:
+    """Returns the cases of a beta that rises."""
+
+    def case(name: str, why: str, **given: Any) -> Case:
+        return _case(o, "rules", f"beta-{name}", why, **given)
+
+    anneal, amuse = ({"beta_rule": name} for name in ("anneal", "amuse"))
+    return [
+        case("anneal", "beta arrives on the way", beta=0.6, beta_max=0.99, beta_anneal_steps=30, **anneal),
+        case(
+            "anneal-unfinished",
+            "C is measured in the 1 - beta of the step",
+            beta_anneal_steps=500,
+            refined_c=8.0,
+            weight_decay=0.1,
+            **anneal,
+        ),
+        case("amuse", "beta is held, then rises", beta=0.6, beta_hold_steps=8, **amuse),
+        case(
+            "amuse-window",
+            "beside a short average",
+            beta=0.4,
+            rho=0.3,
+            beta_hold_steps=2,
+            window=5,
+            schedule="zero every third",
+            **amuse,
+        ),
     ]
 
 

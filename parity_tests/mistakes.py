@@ -31,9 +31,12 @@ class Mistake:
 _DENOMINATOR = '(np.sqrt(v[k] / one_minus_power(b2, t)) + run.options["eps"])'
 _RAMP = 'min(1.0, t / o["warmup_steps"])'
 _DECAYING = 'self.z[k] if o.get("decay_at") == "z" else self.y[k]'
-_REFINED = 'min(1.0, c * (1 - o["beta"]) * o["refined_c"])'
+_REFINED = 'min(1.0, c * (1 - beta) * o["refined_c"])'
 _WINDOW = 'max(c, 1 / o["window"])'
-_S9 = 'o["beta"] * x + (1 - o["beta"]) * z'
+_S9 = "beta * x + (1 - beta) * z"
+_KEPT = "self.x[k], self.y[k], self.z[k] = np.asarray(x), np.asarray(y), np.asarray(z)"
+_DECODED = "x = (y - (1 - beta) * z) / beta if beta else x"
+_ANNEALED = '1 - math.exp((1 - u) * math.log(1 - o["beta"]) + u * math.log(1 - o["beta_max"]))'
 _SUM = "math.fsum(i**r * lr**power for i in range(1, options["
 
 MISTAKES = (
@@ -48,7 +51,7 @@ MISTAKES = (
         'np.sqrt(v[k] / one_minus_power(b2, t) + run.options["eps"])',
     ),
     Mistake("old z in the average", "(1 - c) * self.x[k] + c * z", "(1 - c) * self.x[k] + c * self.z[k]"),
-    Mistake("beta swapped", _S9, '(1 - o["beta"]) * x + o["beta"] * z'),
+    Mistake("beta swapped", _S9, "(1 - beta) * x + beta * z"),
     Mistake("no bias correction", _DENOMINATOR, '(np.sqrt(v[k]) + run.options["eps"])'),
     Mistake("warm-up one step short", _RAMP, 'min(1.0, (t + 1) / o["warmup_steps"])'),
     Mistake("weight of the current lr", "max(self.lr_max, lr_t)", "lr_t"),
@@ -57,7 +60,8 @@ MISTAKES = (
     ),
     Mistake("c_warmup counted", "c, total = 1.0, self.weight_sum", "c = 1.0"),
     Mistake("c_warmup one step short", 't <= o["c_warmup"]', 't < o["c_warmup"]'),
-    Mistake("refined C of beta", '(1 - o["beta"]) * o["refined_c"]', 'o["beta"] * o["refined_c"]'),
+    Mistake("refined C of beta", '(1 - beta) * o["refined_c"]', 'beta * o["refined_c"]'),
+    Mistake("refined C of the first beta", '(1 - beta) * o["refined_c"]', '(1 - o["beta"]) * o["refined_c"]'),
     Mistake("refined C without its bound", _REFINED, _REFINED.replace("min", "max")),
     Mistake("window that is the most, not the least", _WINDOW, _WINDOW.replace("max", "min")),
     Mistake("constant window that begins as an average", '1 / o["window"] if', 'max(c, 1 / o["window"]) if'),
@@ -78,8 +82,29 @@ MISTAKES = (
         "total = self.weight_sum + weight",
         "total = float(np.float32(self.weight_sum + weight))",
     ),
-    Mistake("old x in y", _S9, 'o["beta"] * self.x[k] + (1 - o["beta"]) * z'),
-    Mistake("old z in y", _S9, 'o["beta"] * x + (1 - o["beta"]) * self.z[k]'),
+    Mistake("old x in y", _S9, "beta * self.x[k] + (1 - beta) * z"),
+    Mistake("old z in y", _S9, "beta * x + (1 - beta) * self.z[k]"),
+    # As in the official step of AMUSE: x of y and z by the beta that is new, not by the one that built y.
+    Mistake(
+        "y decoded with the beta of the step",
+        "(1 - c) * self.x[k] + c * z",
+        "(1 - c) * ((self.y[k] - (1 - beta) * self.z[k]) / beta if beta else self.x[k]) + c * z",
+    ),
+    # As in GPA's program: y does not see the decay of z, and x, which is told by both, grows.
+    Mistake(
+        "decay of z alone",
+        _KEPT,
+        f"y = y + (1 - beta * (1 - c)) * lr_t * wd * decaying; {_DECODED}; {_KEPT}",
+    ),
+    Mistake("decay of y alone", _KEPT, f"z = z + lr_t * wd * decaying; {_DECODED}; {_KEPT}"),  # as in Keras
+    Mistake("annealed on a line of beta", _ANNEALED, '(1 - u) * o["beta"] + u * o["beta_max"]'),
+    Mistake("annealed one step early", "u = min((t - 1) / o", "u = min(t / o"),
+    Mistake("beta held one step long", 't <= o["beta_hold_steps"]', 't <= o["beta_hold_steps"] + 1'),
+    Mistake(
+        "amuse from the hold, not before it",
+        '((o["beta_hold_steps"] - 1) / (t - 1))',
+        '(o["beta_hold_steps"] / t)',
+    ),
     Mistake(
         "decay without the lr",
         "delta = -lr_t * (direction + wd * decaying)",

@@ -58,8 +58,9 @@ class Reference:
         weight = (t + o["prior_steps"]) ** o["r"] * ref ** o["weight_lr_power"]  # S4
         total = self.weight_sum + weight
         c = weight / total if total > 0 else 0.0  # S5
+        beta = BETAS[o["beta_rule"]](o, t)  # F9
         if o["refined_c"] > 0:
-            c = min(1.0, c * (1 - o["beta"]) * o["refined_c"])  # F5
+            c = min(1.0, c * (1 - beta) * o["refined_c"])  # F5
         if o["window"] > 0:
             c = 1 / o["window"] if o["window_rule"] == "constant" else max(c, 1 / o["window"])  # F5
         if t <= o["c_warmup"]:
@@ -73,13 +74,33 @@ class Reference:
             delta = -lr_t * (direction + wd * decaying)  # S6
             z = self.z[k] + delta  # S7
             x = (1 - c) * self.x[k] + c * z  # S8
-            y = o["beta"] * x + (1 - o["beta"]) * z  # S9
+            y = beta * x + (1 - beta) * z  # S9
             self.x[k], self.y[k], self.z[k] = np.asarray(x), np.asarray(y), np.asarray(z)
         self.step, self.weight_sum, self.c = t, total, c
 
     def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
         """Returns x, y and z as they are now; an update replaces arrays and writes to none."""
         return self.x.copy(), self.y.copy(), self.z.copy()
+
+
+def annealed(o: dict[str, Any], t: int) -> float:
+    """Returns the beta that builds y at time t, by a line of the logarithm of 1 - beta."""
+    u = min((t - 1) / o["beta_anneal_steps"], 1.0)
+    return 1 - math.exp((1 - u) * math.log(1 - o["beta"]) + u * math.log(1 - o["beta_max"]))
+
+
+def amuse(o: dict[str, Any], t: int) -> float:
+    """The same by a power of time, which begins after the steps that hold beta."""
+    if t <= o["beta_hold_steps"]:
+        return float(o["beta"])
+    return 1 - (1 - o["beta"]) * ((o["beta_hold_steps"] - 1) / (t - 1)) ** o["rho"]
+
+
+BETAS: dict[str, Callable[[dict[str, Any], int], float]] = {
+    "constant": lambda o, t: float(o["beta"]),
+    "anneal": annealed,
+    "amuse": amuse,
+}
 
 
 def ramp(run: Reference, t: int) -> tuple[float, bool]:

@@ -18,7 +18,7 @@ import torch
 import sfjax
 import sftorch
 from sfcore import names
-from sfcore.hyperparameters import AdamW
+from sfcore.hyperparameters import AdamW, Muon
 from sfcore.tests import models
 from sfjax.checkpoint import export_exchange, import_exchange
 from sftorch.checkpoint import Checkpoints, import_state_dict
@@ -131,6 +131,59 @@ def test_a_run_goes_on_in_the_other_framework_and_comes_back(network, dtype, tmp
         run.torch_steps(BEFORE + AFTER, BEFORE + 2 * AFTER)
         params, state = run.jax_steps(params, state, BEFORE + AFTER, BEFORE + 2 * AFTER)
         assert run.gap(params, start) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("network", ["mlp", pytest.param("cnn with BatchNorm", marks=pytest.mark.slow)])
+def test_so_does_normuon_whose_rows_are_flaxs_columns(network, tmp_path):
+    """A polar factor turns with its matrix; the row's second moment is a column's there."""
+    with jax.enable_x64(True):
+        run = Crossing(network, "float64")
+        run.optimizer = sftorch.MuonScheduleFree(run.model.named_parameters(), normalize="rows", **CONFIG)
+        config = Muon(**CONFIG, normalize="rows", output_axis="last")
+        run.tx = sfjax.schedule_free_muon(0.01, 20, weight_decay=0.05, normalize="rows", output_axis="last")
+        run.update = jax.jit(lambda g, s, p: _applied(run.tx, g, s, p))
+        start = run.torch_weights()
+        run.torch_steps(0, 15)
+        with Checkpoints(tmp_path / "torch") as checkpoints:
+            checkpoints.save(run.model, run.optimizer)
+        params, buffers = run.params, run.buffers
+        there = import_exchange(
+            tmp_path / "torch",
+            params,
+            run.tx.init(params),
+            names=run.map,
+            buffers=buffers,
+            hyperparameters=config,
+        )
+        run.torch_steps(15, 30)
+        params, state = run.jax_steps(there.params, there.opt_state, 15, 30)
+        # Measured: 3.4e-15.
+        assert run.gap(params, start) <= TOLERANCE["float64"]
+        rows = {name: u.shape for name, u in state.base_optimizer_state.row_nu.items() if u is not None}
+        assert rows
+        assert all(shape[:-1] == (1,) * (len(shape) - 1) for shape in rows.values())
+
+        export_exchange(
+            tmp_path / "jax",
+            params,
+            state,
+            step=30,
+            hyperparameters=config,
+            names=run.map,
+            buffers=there.extra_state,
+        )
+        with Checkpoints(tmp_path / "jax") as checkpoints:
+            checkpoints.restore(run.model, run.optimizer)
+        for p in run.optimizer.param_groups[0]["params"]:
+            assert run.optimizer.state[p]["row_exp_avg_sq"].shape == (len(p), *[1] * (p.ndim - 1))
+        run.torch_steps(30, 45)
+        params, state = run.jax_steps(params, state, 30, 45)
+        assert run.gap(params, start) <= TOLERANCE["float64"]
+
+
+def _applied(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 @pytest.mark.parametrize("network", NETWORKS)

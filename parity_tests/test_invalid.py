@@ -31,7 +31,7 @@ TABLE = [
 
 
 def _torch(optimizer: str, options: dict[str, Any], form: str = "") -> Any:
-    p = torch.nn.Parameter(torch.ones(2))
+    p = torch.nn.Parameter(torch.ones(2, 2))
     return getattr(sftorch, laws.LAWS[optimizer].torch + form)([p], **names.for_torch(optimizer, options))
 
 
@@ -75,19 +75,21 @@ def test_a_bad_torch_group_is_refused_and_leaves_the_optimizer_as_it_was(optimiz
     assert len(made.param_groups) == 1
 
 
-SHARED = [bad for bad in BAD_OPTIONS if bad.name in ("beta", "r", "weight_lr_power", "prior_steps")]
+SHARED = [
+    bad for bad in BAD_OPTIONS if bad.name in ("beta", "r", "weight_lr_power", "prior_steps", *names.BETAS)
+]
 
 
 @pytest.mark.parametrize("bad", SHARED, ids=lambda bad: bad.id)
 def test_the_wrappers_refuse_too(bad: BadOption):
     name = {"beta": "momentum"}.get(bad.name, bad.name)
-    value = bad.options[bad.name]
     with pytest.raises(HyperparameterError, match=f"^{name} must be"):
         sftorch.ScheduleFreeWrapper(
-            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **{name: value}
+            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1),
+            **names.for_torch("wrapper", bad.options),
         )
     with pytest.raises(HyperparameterError, match=f"^{names.shown('jax', 'sgd', bad.name)} must be"):
-        sfjax.schedule_free(optax.sgd(0.1), 0.1, **names.for_jax({bad.name: value}))
+        sfjax.schedule_free(optax.sgd(0.1), 0.1, **names.for_jax(bad.options))
 
 
 @pytest.mark.parametrize("optimizer", DIRECTED)
@@ -140,11 +142,11 @@ TREE_INPUTS: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "params of another tree": (lambda tx, g, s, p: tx.update(g, s, [p["a"]]), "must have the tree of params"),
     "gradients of another shape": (
-        lambda tx, g, s, p: tx.update({"a": jnp.ones(3)}, s, p),
+        lambda tx, g, s, p: tx.update({"a": jnp.ones((3, 2))}, s, p),
         "updates must have the shapes",
     ),
     "state of other params": (
-        lambda tx, g, s, p: tx.update(g, tx.init({"a": jnp.ones(3)}), p),
+        lambda tx, g, s, p: tx.update(g, tx.init({"a": jnp.ones((3, 2))}), p),
         "state.z must have the shapes",
     ),
 }
@@ -154,7 +156,7 @@ TREE_INPUTS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("optimizer", DIRECTED)
 def test_sfjax_refuses_trees_that_do_not_fit(optimizer: str, what: str):
     tx = _jax(optimizer, {})
-    params = {"a": jnp.ones(2)}
+    params = {"a": jnp.ones((2, 2))}
     state = tx.init(params)
     before = jax.tree.map(np.array, state)
     call, message = TREE_INPUTS[what]

@@ -81,6 +81,11 @@ def test_every_public_optimizer_has_its_twin():
         "schedule_free_eval_params"
     }
     torch_side = {name for name in sftorch.__all__ if name[0].isupper() and not name.endswith("Closure")}
+    # Of one law, by the names that others gave them.
+    jax_side, torch_side = (
+        jax_side - {"schedule_free_plus"},
+        torch_side - {"AdamCScheduleFreePlusPaper", "GPAAdamW"},
+    )
     assert jax_side == {law.jax for law in laws.LAWS.values()}
     assert torch_side == {law.torch for law in laws.LAWS.values()}
     assert {f"{law.torch}Closure" for law in laws.directed().values()} <= set(sftorch.__all__)
@@ -92,7 +97,7 @@ def canonical_defaults(callable_: Any) -> dict[str, Any]:
     found = {name: p.default for name, p in parameters if name not in JAX_ONLY | TORCH_ONLY | STORAGE}
     if "betas" in found:
         found["beta"], found["b2"] = found.pop("betas")
-    back = {"learning_rate": "lr", "b1": "beta", "momentum": "beta"}
+    back = {there: name for name, there in laws.JAX_NAMES.items()} | {"momentum": "beta"}
     return {back.get(name, name): value for name, value in found.items()}
 
 

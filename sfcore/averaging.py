@@ -20,6 +20,7 @@ floats = SimpleNamespace(
     minimum=min,
     expm1=math.expm1,
     log=math.log,
+    log1p=math.log1p,
     sqrt=math.sqrt,
     tanh=math.tanh,
 )
@@ -64,7 +65,8 @@ def averaging_weight(
     Args:
         weight, weight_sum: of a step, and the sum with it.
         t: its one-based time.
-        options: beta, c_warmup, refined_c, window and window_rule are read; None is the plain average.
+        options: c_warmup, refined_c, window and window_rule are read, and q, the 1 - beta of the step; None
+            is the plain average.
     """
     counts = weight_sum > 0
     c = xp.where(counts, weight / xp.where(counts, weight_sum, 1.0), 0.0)  # S5
@@ -72,7 +74,7 @@ def averaging_weight(
         return c
     first, refined, window = (options[name] for name in ("c_warmup", "refined_c", "window"))
     if not isinstance(refined, int | float) or refined:
-        c = xp.where(refined > 0, xp.minimum(1.0, c * (1.0 - options["beta"]) * refined), c)  # F5
+        c = xp.where(refined > 0, xp.minimum(1.0, c * options["q"] * refined), c)  # F5
     if not isinstance(window, int | float) or window:
         least = 1.0 / xp.where(window > 0, window, 1.0)
         floor = least if options["window_rule"] == "constant" else xp.maximum(c, least)
@@ -164,6 +166,30 @@ def coefficients(c: Any, beta: Any, change: Any = 0.0, old_beta: Any = 1.0) -> t
     return c - change / old_beta * (1.0 - c), 1.0 - beta * (1.0 - c)  # S9*
 
 
+def smoothed_norm(norm: Any, l1: Any, polyak_beta: Any, t: Any, xp: Any = floats) -> Any:
+    """Returns the bias-corrected mean of sqrt(pi / 2) |g|_1 over steps.
+
+    Args:
+        norm: after the step before; 0 before there was a gradient.
+        l1: sum of all |g|; sqrt(pi / 2) of it is what the Euclidean norm of normal numbers is, per element.
+        polyak_beta: share of what was, in [0, 1).
+        t: one-based time.
+    """
+    new, share = math.sqrt(math.pi / 2) * l1, (1.0 - polyak_beta) / bias_correction(polyak_beta, t, xp)
+    return xp.where(norm > 0, norm + share * (new - norm), new)
+
+
+def polyak(loss: Any, inner: Any, norm: Any, xp: Any = floats) -> Any:
+    """Returns what multiplies the lr in a Polyak step (arXiv 2605.19095); 0 where there is no gradient.
+
+    Args:
+        loss: at y, above what it can fall to.
+        inner: beta <g, z - x>, of the beta that builds the next y: what is linear between x and y.
+        norm: as `smoothed_norm` returns it.
+    """
+    return xp.where(norm > 0, xp.maximum(loss + inner, 0.0) / xp.where(norm > 0, norm, 1.0), 0.0)
+
+
 def effective_lr(lr_t: Any, c: Any, beta: Any) -> Any:
     """Returns the multiple of the newest direction by which y moves in this step (S9*)."""
     return lr_t * coefficients(c, beta)[1]
@@ -201,7 +227,58 @@ DECAYS: Mapping[str, Callable[[Any], tuple[Any, Any]]] = {
     "y": lambda wd: (wd, 0.0),
     "z": lambda wd: (0.0, wd),
 }
-# (beta, t, options, xp) -> (the beta that builds the next y, its change)
-BETAS: Mapping[str, Callable[[Any, Any, Options, Any], tuple[Any, Any]]] = {
-    "constant": lambda beta, t, options, xp: (beta, 0.0)
+
+
+class Beta(NamedTuple):
+    """The interpolation that builds the y of a step.
+
+    Attributes:
+        beta: itself.
+        q: 1 - beta, to all digits.
+        change: by how much it is larger than the one before, to all digits: near 0.99 a difference of two
+            rounded betas keeps one in float32.
+    """
+
+    beta: Any
+    q: Any
+    change: Any
+
+
+def _annealed(t: Any, options: Options, xp: Any) -> Beta:
+    """log q goes on a line from its first value to that of beta_max."""
+    first, steps = 1.0 - options["beta"], xp.maximum(options["beta_anneal_steps"], 1)
+    last = 1.0 - options["beta_max"]
+    way, u = log_decay(last, xp) - log_decay(first, xp), xp.minimum(xp.maximum(t - 1, 0), steps) / steps
+    q = first * power(last / first, u, xp)  # F9
+    change = xp.where((t > 1) & (t - 1 <= steps), q * xp.expm1(-way / steps), 0.0)
+    return Beta(options["beta"] - first * xp.expm1(u * way), q, change)
+
+
+def _amuse(t: Any, options: Options, xp: Any) -> Beta:
+    """q falls by a power of time, from the end of the steps that hold beta."""
+    first, hold, rho = 1.0 - options["beta"], options["beta_hold_steps"], options["rho"]
+    before = xp.maximum(hold - 1, 1)
+    share = before / xp.maximum(t - 1, before)
+    q = first * power(share, rho, xp)  # F9
+    change = xp.where(t > hold, q * xp.expm1(-rho * xp.log1p(-1.0 / xp.maximum(t - 1, 2))), 0.0)
+    return Beta(options["beta"] - first * xp.expm1(rho * xp.log(share)), q, change)
+
+
+# (t, options, xp) -> the beta that builds the y of step t
+BETAS: Mapping[str, Callable[[Any, Options, Any], Beta]] = {
+    "constant": lambda t, options, xp: Beta(options["beta"], 1.0 - options["beta"], 0.0),
+    "anneal": _annealed,
+    "amuse": _amuse,
 }
+
+
+def beta_after(step: int, options: Options) -> float:
+    """Returns the beta that has built y after some steps, of Python numbers.
+
+    Example:
+        >>> from sfcore.averaging import beta_after
+        >>> options = {"beta": 0.9, "beta_rule": "anneal", "beta_max": 0.99, "beta_anneal_steps": 2}
+        >>> [round(beta_after(step, options), 4) for step in (0, 1, 2, 3, 4)]
+        [0.9, 0.9, 0.9684, 0.99, 0.99]
+    """
+    return float(BETAS[options["beta_rule"]](step, options, floats).beta)

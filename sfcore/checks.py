@@ -94,16 +94,24 @@ STEPS = Rule(
     _whole,
     "pass steps, not a fraction: round(fraction * total_optimizer_steps)",
 )
+SPAN = Rule(
+    "0, or a number of optimizer steps >= 1",
+    lambda v: _finite(v) and (v == 0 or v >= 1),
+    "pass steps, not a fraction: round(fraction * total_optimizer_steps)",
+)
 MULTIPLE = Rule(
     "a finite number >= 0",
     lambda v: _finite(v) and v >= 0,
     "1 / (1 - beta) is neutral, 0 switches it off",
 )
+EXPONENT = Rule("a finite number > 0", lambda v: _finite(v) and v > 0, "0.8 is the usual value")
+FRACTION = Rule("a finite number > 0", lambda v: _finite(v) and v > 0, "1 where nothing was clipped")
 FLAG = Rule("True or False", lambda v: isinstance(v, bool), "pass a bool")
 
 # Of arguments that are no hyperparameters.
 COUNT = Rule("a whole number >= 0", lambda v: isinstance(v, numbers.Integral) and _whole(v), "pass int(...)")
 NUMBER = Rule("a number", _is_number, "pass float(...)")
+FINITE = Rule("a finite number", _finite, "pass float(...)")
 SECONDS = Rule("a number of seconds >= 0", lambda v: _is_number(v) and v >= 0, "0 does not wait")
 TEXT = Rule("text", lambda v: isinstance(v, str), "pass a str")
 PATH = Rule("a path", lambda v: isinstance(v, str | os.PathLike), "pass a str or a pathlib.Path")

@@ -15,6 +15,7 @@ from sfcore.checks import Rule
 
 NEXT = "the configured value holds from the next step"
 _WEIGHS = "later steps are weighed anew; the sum so far is put in the new units, so that c goes on as it was"
+_MOVES = "y moves in the next step so that x stays"
 
 
 def option(default: Any, rule: Rule, doc: str, effect: str = NEXT) -> Any:
@@ -42,7 +43,7 @@ class ScheduleFree:
         0.9,
         checks.INTERPOLATION,
         "interpolation y = beta x + (1 - beta) z; 0 is Polyak, 1 primal averaging",
-        "y moves in the next step so that x stays",
+        _MOVES,
     )
     r: float = option(0.0, checks.NON_NEGATIVE, "the average weighs step t by t^r", _WEIGHS)
     weight_lr_power: float = option(
@@ -66,9 +67,9 @@ class ScheduleFree:
         checks.MULTIPLE,
         "c is multiplied by (1 - beta) times this, up to 1 (F5, arXiv 2507.09846); 0 is off",
     )
-    window: int = option(
+    window: float = option(
         0,
-        checks.STEPS,
+        checks.SPAN,
         "c is at least 1 / window: the average forgets what is older (F5); 0 is off",
     )
     window_rule: str = option(
@@ -81,6 +82,29 @@ class ScheduleFree:
         checks.one_of("max", "current", fix="'max' is usual"),
         "the lr that weighs a step: the largest so far, or its own (F3)",
         _WEIGHS,
+    )
+    beta_rule: str = option(
+        "constant",
+        checks.one_of(
+            "constant", "anneal", "amuse", fix="'constant' is usual, also beside a schedule for beta"
+        ),
+        "how beta goes on: as it is, to beta_max, or to 1 by a power of time (F9)",
+        _MOVES,
+    )
+    beta_max: float = option(
+        0.965, checks.INTERPOLATION, "beta at the end of 'anneal' (F9, arXiv 2605.19095)", _MOVES
+    )
+    beta_anneal_steps: int = option(
+        0, checks.STEPS, "the steps in which 'anneal' takes beta to beta_max (F9)", _MOVES
+    )
+    beta_hold_steps: int = option(
+        0,
+        checks.STEPS,
+        "the steps in which 'amuse' leaves beta as it is, mostly the warm-up (F9, arXiv 2605.22432)",
+        _MOVES,
+    )
+    rho: float = option(
+        0.8, checks.EXPONENT, "the power of time by which 'amuse' lets 1 - beta fall (F9)", _MOVES
     )
 
     @staticmethod
@@ -107,7 +131,38 @@ class ScheduleFree:
                 f"{names['window']} must be > 0 when window_rule is 'constant', got {values['window']!r}: "
                 "the average is c = 1 / window there"
             )
-        return found
+        return found + _problems_of_beta(values, names)
+
+
+def _problems_of_beta(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Returns what of a rule for beta does not go together."""
+    rule, beta = values.get("beta_rule", "constant"), values.get("beta")
+    if rule == "constant":
+        return []
+    where, found = f"with the rule {rule!r}", []
+    if beta is not None and not 0 < beta < 1:
+        found.append(
+            f"{names['beta']} must be > 0 and < 1 {where}, got {beta!r}: 1 - beta falls from there; "
+            "0.9 is usual"
+        )
+    if rule == "anneal":
+        if not values.get("beta_anneal_steps", 1):
+            found.append(
+                f"{names['beta_anneal_steps']} must be > 0 {where}, got {values['beta_anneal_steps']!r}: "
+                "pass the steps that it takes, such as those of the run"
+            )
+        last = values.get("beta_max")
+        if last is not None and not (last < 1 and (beta is None or beta <= last)):
+            found.append(
+                f"{names['beta_max']} must be < 1 and not below the first beta {where}, got {last!r}: "
+                "0.965 is usual"
+            )
+    elif values.get("beta_hold_steps", 2) < 2:
+        found.append(
+            f"{names['beta_hold_steps']} must be > 1 {where}, got {values['beta_hold_steps']!r}: "
+            "the steps of the warm-up are usual"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -229,7 +284,7 @@ class Muon(Ramped, Placed, Adaptive):
         "first",
         checks.one_of("first", "last", fix="torch and Equinox have outputs first, Flax last"),
         "the axis that rows of a matrix are counted along; all others are its columns",
-        "the second moment of the rows must have the shape of the new axis",
+        "rows are those of the new axis; with weights laid out the other way, as in Flax, it is the same run",
     )
     adam_lr_ratio: float = option(1.0, checks.NON_NEGATIVE, "the lr of what is no matrix is lr times this")
 

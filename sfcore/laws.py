@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 from sfcore import averaging, checks, hyperparameters, matrices
 
 # What users of JAX call an option; other names are those of the equations.
-JAX_NAMES: Mapping[str, str] = {"lr": "learning_rate", "beta": "b1"}
+JAX_NAMES: Mapping[str, str] = {
+    "lr": "learning_rate",
+    "beta": "b1",
+    "beta_rule": "b1_rule",
+    "beta_max": "b1_max",
+    "beta_anneal_steps": "b1_anneal_steps",
+    "beta_hold_steps": "b1_hold_steps",
+}
 # Roles in a checkpoint of every law; beside them stand the buffers of its direction.
 COMMON_ROLES: Mapping[str, str] = {
     "y": "gradient point, what the parameters hold while training; of a 16-bit parameter in float32",
@@ -92,7 +99,6 @@ class Law:
         direction: what a step goes along; laws of one direction have learning rates that mean the same.
         step_size: what multiplies lr(step): a name in `averaging.STEP_SIZES`.
         averaging: how the average weighs a step: a name in `averaging.AVERAGES`.
-        beta_rule: which beta builds the next y: a name in `averaging.BETAS`.
         lr_range: useful step sizes, None where none is known; lr_source: where they come from.
         elsewhere: program -> its name there.
     """
@@ -107,7 +113,6 @@ class Law:
     direction: str = "gradient"
     step_size: str = "ramp"
     averaging: str = "weights"
-    beta_rule: str = "constant"
     lr_range: tuple[float, float] | None = None
     lr_source: str = ""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
@@ -338,8 +343,7 @@ def _problems(law: Law) -> Iterator[str]:
         value = getattr(law, attribute)
         if any(value == getattr(one, attribute) for one in LAWS.values()):
             yield f"{where}: {attribute} must be its own, got {value!r} of another law: take a new one"
-    rules = (averaging.STEP_SIZES, averaging.AVERAGES, averaging.BETAS)
-    for attribute, known in zip(("step_size", "averaging", "beta_rule"), rules, strict=True):
+    for attribute, known in (("step_size", averaging.STEP_SIZES), ("averaging", averaging.AVERAGES)):
         value = getattr(law, attribute)
         if value not in known:
             yield f"{where}: {attribute} must be in {', '.join(known)}, got {value!r}: write its rule first"

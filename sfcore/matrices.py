@@ -18,7 +18,7 @@ TINY = 1e-7
 MATRICES, OTHERS = "matrices", "others"
 # A part of a name that says: a table that is looked up, a head, or no weight.
 _TABLE = re.compile(
-    r"w[tp]e|(.*[_.])?(head|unembed|classifier|logits|bias|scale)|.*embed(ding)?s?(_.*)?|.*embedd.*|.*token"
+    r"w[tp]e|(.*[_.])?(head|unembed|classifier|logits|bias|scale)|.*embed(ding)?s?(_.*)?|.*embedd.*|.*tokens?"
     r"|.*position.*"
 )
 

@@ -25,26 +25,34 @@ except ImportError as error:
 
 from sfjax.accumulate import Accumulation, accumulate
 from sfjax.adamw import schedule_free_adamw
+from sfjax.gpa import generalized_primal_averaging
 from sfjax.muon import schedule_free_muon
+from sfjax.plus import ScheduleFreePlusState, schedule_free_plus
 from sfjax.radam import schedule_free_radam
 from sfjax.schedule_free import ScheduleFreeState, schedule_free
 from sfjax.sgd import schedule_free_sgd
 from sfjax.state.arguments import describe
 from sfjax.state.find import find_state, find_states, iterates, metrics, schedule_free_eval_params
+from sfjax.step.transformation import Transformation, chain
 
 __all__ = [
     "Accumulation",
+    "ScheduleFreePlusState",
     "ScheduleFreeState",
+    "Transformation",
     "accumulate",
+    "chain",
     "describe",
     "find_state",
     "find_states",
+    "generalized_primal_averaging",
     "iterates",
     "metrics",
     "schedule_free",
     "schedule_free_adamw",
     "schedule_free_eval_params",
     "schedule_free_muon",
+    "schedule_free_plus",
     "schedule_free_radam",
     "schedule_free_sgd",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,12 @@ import optax
 
 from sfjax.law.iterates import wide_dtype
 from sfjax.state import arguments
-from sfjax.state.arguments import Schedule, Tree
+from sfjax.state.arguments import Schedule
 from sfjax.state.forms import on_every_device, zeros_alike
+from sfjax.step.transformation import Transformation, by_name, stepped
 
 
-class Step(Protocol):
-    """The signature of `Accumulation.step`."""
-
-    def __call__(self, params: Tree, state: Any, *, gradients: Tree, **extra_args: Any) -> tuple[Tree, Any]:
-        """Returns (params, state)."""
-
-
-class Accumulation(optax.GradientTransformationExtraArgs):
+class Accumulation(Transformation):
     """What `accumulate` returns: a transformation (init, update) with a cheaper way to go on, `step`.
 
     Attributes:
@@ -37,8 +31,6 @@ class Accumulation(optax.GradientTransformationExtraArgs):
         >>> isinstance(sfjax.accumulate(optax.sgd(0.1), 4), sfjax.Accumulation)
         True
     """
-
-    step: Step
 
 
 def accumulate(
@@ -129,23 +121,14 @@ def accumulate(
         zeros = jax.tree.map(lambda u, mean: jnp.zeros_like(mean, dtype=u.dtype), like, state.acc_grads)
         return go(updates, state, zeros, move)
 
-    def step_fn(
-        params: Any, state: Any, *more: Any, gradients: Any = None, **extra_args: Any
-    ) -> tuple[Any, optax.MultiStepsState]:
-        if more or gradients is None:
-            raise TypeError(
-                f"gradients must be passed to step() by name, got {2 + len(more)} arguments by position: "
-                "call step(params, state, gradients=gradients), with params first"
-            )
-
+    def step(params: Any, state: Any, gradients: Any, extra_args: Any) -> tuple[Any, optax.MultiStepsState]:
         def move(mean: Any, inner_state: Any, p: Any) -> tuple[Any, Any]:
-            updates, inner_state = inner.update(mean, inner_state, p, **extra_args)
-            return optax.apply_updates(p, updates), inner_state
+            return stepped(inner, p, inner_state, mean, extra_args)
 
         return go(gradients, state, params, move)
 
     found = Accumulation(init_fn, update_fn)
-    found.step = step_fn
+    found.step = by_name(step)
     return found
 
 

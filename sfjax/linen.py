@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 try:
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
     from flax.training import train_state
 except ImportError as error:
     raise ImportError(f"sfjax.linen needs flax, got {error}: pip install flax") from error
@@ -20,6 +21,7 @@ from sfcore import checks
 from sfjax import _flax
 from sfjax.checkpoint import Checkpoints, Restored
 from sfjax.checkpoint._save import evaluated
+from sfjax.step.transformation import Transformation
 
 __all__ = ["TrainState", "restore", "save"]
 
@@ -53,6 +55,18 @@ class TrainState(train_state.TrainState, kw_only=True):
     """
 
     batch_stats: Any = None
+
+    def apply_gradients(self, *, grads: Any, **changes: Any) -> Any:
+        """Returns the state after a step, as Flax's, by `step` of the transformation if it has one.
+
+        Args:
+            grads: tree like params.
+            changes: fields to replace, such as batch_stats.
+        """
+        if OVERWRITE_WITH_GRADIENT in grads or not isinstance(self.tx, Transformation):
+            return super().apply_gradients(grads=grads, **changes)
+        params, opt_state = self.tx.step(self.params, self.opt_state, gradients=grads)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
 
     @property
     def eval_params(self) -> Any:

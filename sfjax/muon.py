@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from sfcore import matrices
@@ -62,21 +63,21 @@ def muon_many(gs: list[jax.Array], buffers: list[dict[str, jax.Array]], *given: 
         m = (held["momentum"] - share * held["momentum"]) + share * g
         n = (m - share * m) + share * g if numbers.nesterov else m
         moved.append({"momentum": m})
-        wanted.append(_as_rows(n, axis))
+        wanted.append(_as_rows(_whole(n), axis))
     found = []
     for g, held, after, p in zip(gs, buffers, moved, _polar_factors(wanted, numbers.ns_steps), strict=True):
         rows, cols = p.shape
         if "row_nu" in held:
             share, eps = (jnp.asarray(one, g.dtype) for one in (numbers.share_rows, numbers.eps))
-            u = held["row_nu"].reshape(rows, 1)
+            u = _whole(held["row_nu"]).reshape(rows, 1)
             u = (u - share * u) + share * jnp.mean(p * p, axis=1, keepdims=True)
-            after["row_nu"] = u.reshape(held["row_nu"].shape)
+            after["row_nu"] = _laid_out(u.reshape(held["row_nu"].shape), held["row_nu"])
             q = p / (_root(u) + eps)
             size = _norm(q)
             d = q * (matrices.size(rows, cols, numbers.adjust_lr, _norm(p)) / jnp.where(size > 0, size, 1.0))
         else:
             d = p * matrices.length(rows, cols, numbers.adjust_lr)
-        found.append((_as_leaf(d, g, axis), after))  # S6
+        found.append((_laid_out(_as_leaf(d, g.shape, axis), g), after))  # S6
     return found
 
 
@@ -85,9 +86,29 @@ def _as_rows(leaf: jax.Array, axis: int) -> jax.Array:
     return jnp.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)
 
 
-def _as_leaf(rows: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
+def _as_leaf(rows: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Returns [rows, rest] in the shape of a leaf."""
-    return jnp.moveaxis(rows.reshape(jnp.moveaxis(leaf, axis, 0).shape), 0, axis)
+    others = shape[1:] if axis == 0 else shape[:-1]
+    return jnp.moveaxis(rows.reshape(shape[axis], *others), 0, axis)
+
+
+def _whole(leaf: jax.Array) -> jax.Array:
+    """Returns all of a leaf on every device of a mesh of Explicit axes; Auto ones are the compiler's."""
+    if not _is_divided(leaf):
+        return leaf
+    everywhere = PartitionSpec(*[None] * leaf.ndim)
+    return jax.sharding.reshard(leaf, NamedSharding(jax.typeof(leaf).sharding.mesh, everywhere))
+
+
+def _laid_out(value: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns a value laid out as a leaf."""
+    return jax.sharding.reshard(value, jax.typeof(leaf).sharding) if _is_divided(leaf) else value
+
+
+def _is_divided(leaf: jax.Array) -> bool:
+    """Tells whether the type of a leaf says so, as on a mesh of Explicit axes."""
+    sharding = jax.typeof(leaf).sharding
+    return any(axis is not None for axis in getattr(sharding, "spec", ()))
 
 
 def _polar_factors(wanted: list[jax.Array], steps: Any) -> list[jax.Array]:
@@ -170,9 +191,14 @@ def schedule_free_muon(
     prior_steps: Whole = 0,
     c_warmup: Whole = 0,
     refined_c: Scalar = 0.0,
-    window: Whole = 0,
+    window: Scalar = 0,
     window_rule: Literal["floor", "constant"] = "floor",
     weight_lr: Literal["max", "current"] = "max",
+    b1_rule: Literal["constant", "anneal", "amuse"] = "constant",
+    b1_max: Scalar = 0.965,
+    b1_anneal_steps: Whole = 0,
+    b1_hold_steps: Whole = 0,
+    rho: Scalar = 0.8,
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
     mu: Scalar = 0.95,
@@ -210,6 +236,12 @@ def schedule_free_muon(
         window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
         window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
         weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        b1_rule: "constant" (default); "anneal" lets 1 - b1 fall to 1 - b1_max, on a line of logarithms,
+            "amuse" by a power of time (F9), so that x stays the weighted mean. Not beside a schedule for b1.
+        b1_max: where "anneal" ends, >= b1 and < 1, default 0.965.
+        b1_anneal_steps: the steps in which it gets there.
+        b1_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
+        rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default, as in the other optimizers here) or "z", as published
             for Schedule-Free NorMuon and AMUSE.
         decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).

@@ -27,8 +27,9 @@ from sfjax import _flax
 from sfjax.checkpoint import Checkpoints, Restored
 from sfjax.checkpoint._save import evaluated
 from sfjax.state.find import _pure
+from sfjax.step.transformation import stepped
 
-__all__ = ["eval_model", "restore", "save"]
+__all__ = ["eval_model", "restore", "save", "step"]
 
 _MODEL = checks.kind_of("an nnx module", nnx.Module, "pass the model itself")
 _OPTIMIZER = checks.kind_of("an nnx.Optimizer", nnx.Optimizer, "nnx.Optimizer(model, tx, wrt=nnx.Param)")
@@ -71,6 +72,37 @@ def eval_model(model: Model, optimizer: nnx.Optimizer[Any]) -> Model:
     nnx.update(copy, jax.tree.map(jnp.copy, rest))
     copy.eval()
     return copy
+
+
+def step(model: nnx.Module, optimizer: nnx.Optimizer[Any], grads: Any, **extra_args: Any) -> None:
+    """Takes one step of a model and its optimizer, in place, as `optimizer.update(model, grads)`.
+
+    It exists because that one makes updates and adds them; this one goes by `step` of the transformation, if
+    it is a `sfjax.Transformation`: on a CPU in one pass over memory, without temporaries.
+
+    Args:
+        model, optimizer: as for `eval_model`; donate both to nnx.jit, in this order.
+        grads: of the variables of the optimizer's `wrt`, as nnx.grad returns them.
+        extra_args: further arguments of the transformation.
+
+    Raises:
+        TypeError: for what is no model or no optimizer.
+
+    Example:
+        >>> import jax.numpy as jnp, sfjax.nnx
+        >>> from flax import nnx
+        >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, sfjax.schedule_free_sgd(0.1), wrt=nnx.Param)
+        >>> sfjax.nnx.step(model, optimizer, nnx.grad(lambda m: m(jnp.ones((1, 3))).sum())(model))
+        >>> model.bias[...].tolist(), int(optimizer.step[...])
+        ([-0.10000000149011612, -0.10000000149011612], 1)
+    """
+    checks.require(TypeError, model=(_MODEL, model), optimizer=(_OPTIMIZER, optimizer))
+    params, gradients = (_pure(nnx.state(one, optimizer.wrt)) for one in (model, grads))
+    params, state = stepped(optimizer.tx, params, _pure(optimizer.opt_state), gradients, _pure(extra_args))
+    nnx.update(model, params)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    optimizer.step[...] += 1
 
 
 def save(

@@ -11,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 
 from sfcore.averaging import rectification
-from sfjax.adamw import MomentsState, adamw_numbers, adamw_single
+from sfjax.adamw import KERNEL, MomentsState, adamw_numbers, adamw_single
 from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
 from sfjax.step.plan import Direction, directed, known_options
 
@@ -27,7 +27,7 @@ def radam_numbers(values: Mapping[str, Any], t: jax.Array) -> tuple[Any, ...]:
     return (rectification(values["b2"], t, jnp)[1], *adamw_numbers(values, t))
 
 
-RADAM = Direction("radam", radam_single, radam_numbers, MomentsState)
+RADAM = Direction("radam", radam_single, radam_numbers, MomentsState, kernel=("usable", *KERNEL))
 
 
 @known_options("radam")
@@ -44,9 +44,14 @@ def schedule_free_radam(
     prior_steps: Whole = 0,
     c_warmup: Whole = 0,
     refined_c: Scalar = 0.0,
-    window: Whole = 0,
+    window: Scalar = 0,
     window_rule: Literal["floor", "constant"] = "floor",
     weight_lr: Literal["max", "current"] = "max",
+    b1_rule: Literal["constant", "anneal", "amuse"] = "constant",
+    b1_max: Scalar = 0.965,
+    b1_anneal_steps: Whole = 0,
+    b1_hold_steps: Whole = 0,
+    rho: Scalar = 0.8,
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
     silent_sgd_phase: bool = True,
@@ -73,6 +78,12 @@ def schedule_free_radam(
         window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
         window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
         weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        b1_rule: "constant" (default); "anneal" lets 1 - b1 fall to 1 - b1_max, on a line of logarithms,
+            "amuse" by a power of time (F9), so that x stays the weighted mean. Not beside a schedule for b1.
+        b1_max: where "anneal" ends, >= b1 and < 1, default 0.965.
+        b1_anneal_steps: the steps in which it gets there.
+        b1_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
+        rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default) or "z".
         decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
         silent_sgd_phase: nothing moves in the first steps (four at b2 = 0.999), whose second moment is

@@ -28,9 +28,14 @@ def schedule_free(
     prior_steps: Whole = 0,
     c_warmup: Whole = 0,
     refined_c: Scalar = 0.0,
-    window: Whole = 0,
+    window: Scalar = 0,
     window_rule: Literal["floor", "constant"] = "floor",
     weight_lr: Literal["max", "current"] = "max",
+    b1_rule: Literal["constant", "anneal", "amuse"] = "constant",
+    b1_max: Scalar = 0.965,
+    b1_anneal_steps: Whole = 0,
+    b1_hold_steps: Whole = 0,
+    rho: Scalar = 0.8,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes any Optax optimizer Schedule-Free: delta (S6) is whatever the base does, with gradients at y.
 
@@ -55,6 +60,12 @@ def schedule_free(
         window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
         window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
         weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        b1_rule: "constant" (default); "anneal" lets 1 - b1 fall to 1 - b1_max, on a line of logarithms,
+            "amuse" by a power of time (F9), so that x stays the weighted mean. Not beside a schedule for b1.
+        b1_max: where "anneal" ends, >= b1 and < 1, default 0.965.
+        b1_anneal_steps: the steps in which it gets there.
+        b1_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
+        rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
 
     Returns:
         A transformation whose `update` needs params. Its state is a `ScheduleFreeState`.
@@ -84,6 +95,11 @@ def schedule_free(
         window=window,
         window_rule=window_rule,
         weight_lr=weight_lr,
+        beta_rule=b1_rule,
+        beta_max=b1_max,
+        beta_anneal_steps=b1_anneal_steps,
+        beta_hold_steps=b1_hold_steps,
+        rho=rho,
     )
     inner = arguments.as_transformation("base_optimizer", base_optimizer)
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
 from sfjax.step.plan import Direction, directed, known_options
 
-SGD = Direction("sgd", lambda g, buffers: (g, buffers))  # S6
+SGD = Direction("sgd", lambda g, buffers: (g, buffers), kernel=())  # S6
 
 
 @known_options("sgd")
@@ -26,9 +26,14 @@ def schedule_free_sgd(
     prior_steps: Whole = 0,
     c_warmup: Whole = 0,
     refined_c: Scalar = 0.0,
-    window: Whole = 0,
+    window: Scalar = 0,
     window_rule: Literal["floor", "constant"] = "floor",
     weight_lr: Literal["max", "current"] = "max",
+    b1_rule: Literal["constant", "anneal", "amuse"] = "constant",
+    b1_max: Scalar = 0.965,
+    b1_anneal_steps: Whole = 0,
+    b1_hold_steps: Whole = 0,
+    rho: Scalar = 0.8,
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
     precision: Literal["exact", "lean", "8bit"] = "exact",
@@ -52,6 +57,12 @@ def schedule_free_sgd(
         window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
         window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
         weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        b1_rule: "constant" (default); "anneal" lets 1 - b1 fall to 1 - b1_max, on a line of logarithms,
+            "amuse" by a power of time (F9), so that x stays the weighted mean. Not beside a schedule for b1.
+        b1_max: where "anneal" ends, >= b1 and < 1, default 0.965.
+        b1_anneal_steps: the steps in which it gets there.
+        b1_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
+        rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default) or "z".
         decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
         precision: "exact" (default) keeps parameters of 16 bits as a float32 run would have them; "lean"

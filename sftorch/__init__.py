@@ -34,16 +34,20 @@ from sftorch.closure import (
     RAdamScheduleFreeClosure,
     SGDScheduleFreeClosure,
 )
+from sftorch.gpa import GPAAdamW
 from sftorch.in_backward import step_in_backward
 from sftorch.muon import MuonScheduleFree
+from sftorch.plus import AdamCScheduleFreePlusPaper
 from sftorch.radam import RAdamScheduleFree
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.sgd import SGDScheduleFree
 from sftorch.shipping import ship_x
 
 __all__ = [
+    "AdamCScheduleFreePlusPaper",
     "AdamWScheduleFree",
     "AdamWScheduleFreeClosure",
+    "GPAAdamW",
     "MuonScheduleFree",
     "MuonScheduleFreeClosure",
     "RAdamScheduleFree",

@@ -96,9 +96,14 @@ class AdamWDirection(DirectedOptimizer):
         prior_steps: int = 0,
         c_warmup: int = 0,
         refined_c: float = 0.0,
-        window: int = 0,
+        window: float = 0,
         window_rule: Literal["floor", "constant"] = "floor",
         weight_lr: Literal["max", "current"] = "max",
+        beta_rule: Literal["constant", "anneal", "amuse"] = "constant",
+        beta_max: float = 0.965,
+        beta_anneal_steps: int = 0,
+        beta_hold_steps: int = 0,
+        rho: float = 0.8,
         decay_at: Literal["y", "z"] = "y",
         decay_power: Literal[1, 2] = 1,
         maximize: bool = False,
@@ -137,6 +142,14 @@ class AdamWScheduleFree(AdamWDirection, YAtRest):
         window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
         window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
         weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        beta_rule: "constant" (default); "anneal" lets 1 - beta fall to 1 - beta_max, on a line of logarithms,
+            "amuse" by a power of time (F9), so that x stays the weighted mean. Not beside a scheduler that
+            cycles betas.
+        beta_max: where "anneal" ends, >= beta and < 1, default 0.965.
+        beta_anneal_steps: the steps in which it gets there.
+        beta_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
+        rho: of "amuse", > 0, default 0.8: 1 - beta is its first value times
+            ((beta_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default) or "z".
         decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
         maximize: ascend instead of descend, default False.

@@ -52,7 +52,7 @@ def step_in_backward(optimizer: YAtRest) -> InBackward:
         A handle whose `remove()` undoes it.
 
     Raises:
-        TypeError: for the closure forms and the wrapper, which need all gradients at once.
+        TypeError: for the closure forms, the wrapper and Polyak steps, which need all gradients at once.
         RuntimeError: if it is on already, or a parameter has a gradient; and with DistributedDataParallel,
             which averages gradients after they were used, here or in the first backward pass.
 
@@ -71,6 +71,11 @@ def step_in_backward(optimizer: YAtRest) -> InBackward:
         raise TypeError(
             "optimizer must be SGDScheduleFree, AdamWScheduleFree or RAdamScheduleFree, got "
             f"{type(optimizer).__name__}: the others need all gradients at once"
+        )
+    if optimizer._carried:
+        raise TypeError(
+            f"optimizer must not be {type(optimizer).__name__}, which takes Polyak steps: it needs all "
+            "gradients and the loss before the first parameter moves; take ordinary steps"
         )
     if optimizer._ahead is not None:
         raise RuntimeError("optimizer must step in backward once, got it twice: remove() the first handle")

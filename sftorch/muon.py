@@ -16,7 +16,7 @@ from sfcore.checks import HyperparameterError
 from sfcore.laws import LAWS
 from sftorch.adamw import ADAMW, average_single_
 from sftorch.law.iterates import Scalar
-from sftorch.law.parts import is_divided
+from sftorch.law.parts import laid_out_like, part, whole
 from sftorch.state import arguments
 from sftorch.state.compiler import uncompiled
 from sftorch.step.backends import Direction
@@ -29,9 +29,13 @@ Tensors = list[Tensor]
 def muon(ns_steps: int, nesterov: bool, adjust_lr: str, output_axis: str) -> Direction:
     """Returns the direction of matrices, with what decides more than numbers."""
 
-    def lengthened(wanted: Tensors, us: Tensors, b2_rows: Scalar, eps: Scalar) -> Tensors:
+    def lengthened(
+        wanted: Tensors, us: Tensors, b2_rows: Scalar, eps: Scalar, of: Sequence[Tensor]
+    ) -> Tensors:
         """Returns directions of what a polar factor is taken of; the second moments of rows are updated."""
         axis = matrices.axis_of_rows(output_axis)
+        if of:
+            wanted = [whole(p, n) for p, n in zip(of, wanted, strict=True)]
         flat = [n.movedim(axis, 0).flatten(1) for n in wanted]
         found = []
         for i, (n, p) in enumerate(zip(wanted, polar_factors(flat, ns_steps), strict=True)):
@@ -46,18 +50,22 @@ def muon(ns_steps: int, nesterov: bool, adjust_lr: str, output_axis: str) -> Dir
             else:
                 d = p * matrices.length(rows, cols, adjust_lr)
             found.append(d.view(n.movedim(axis, 0).shape).movedim(0, axis))  # S6
-        return found
+        return [part(laid_out_like(p, d)) for p, d in zip(of, found, strict=True)] if of else found
 
-    def muon_single(grad: Tensor, buffers: dict[str, Tensor], *numbers: Scalar) -> Tensor:
+    def muon_single(
+        grad: Tensor, buffers: dict[str, Tensor], *numbers: Scalar, of: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Returns Muon's direction of a matrix; the buffers are updated in place, that of rows if there."""
         mu, b2_rows, eps = numbers
         m = buffers["momentum_buffer"]
         average_single_(m, grad, 1.0 - mu)
         n = (m - m * (1.0 - mu)) + grad * (1.0 - mu) if nesterov else m
         us = [buffers["row_exp_avg_sq"]] if "row_exp_avg_sq" in buffers else []
-        return lengthened([n], us, b2_rows, eps)[0]
+        return lengthened([n], us, b2_rows, eps, of)[0]
 
-    def muon_foreach(grads: Tensors, buffers: dict[str, Tensors], *numbers: float) -> Tensors:
+    def muon_foreach(
+        grads: Tensors, buffers: dict[str, Tensors], *numbers: float, of: Sequence[Tensor] = ()
+    ) -> Tensors:
         """The same for lists; Newton-Schulz takes the matrices of one shape, or of its transpose, at once."""
         mu, b2_rows, eps = numbers
         m = buffers["momentum_buffer"]
@@ -67,9 +75,9 @@ def muon(ns_steps: int, nesterov: bool, adjust_lr: str, output_axis: str) -> Dir
         if nesterov:
             wanted = list(torch._foreach_add(m, m, alpha=-(1.0 - mu)))
             torch._foreach_add_(wanted, grads, alpha=1.0 - mu)
-        return lengthened(wanted, buffers.get("row_exp_avg_sq", []), b2_rows, eps)
+        return lengthened(wanted, buffers.get("row_exp_avg_sq", []), b2_rows, eps, of)
 
-    return Direction(muon_single, muon_foreach)
+    return Direction(muon_single, muon_foreach, gathers=True)
 
 
 def polar_factors(wanted: Sequence[Tensor], steps: int) -> Tensors:
@@ -128,9 +136,14 @@ class MuonDirection(DirectedOptimizer):
         prior_steps: int = 0,
         c_warmup: int = 0,
         refined_c: float = 0.0,
-        window: int = 0,
+        window: float = 0,
         window_rule: Literal["floor", "constant"] = "floor",
         weight_lr: Literal["max", "current"] = "max",
+        beta_rule: Literal["constant", "anneal", "amuse"] = "constant",
+        beta_max: float = 0.965,
+        beta_anneal_steps: int = 0,
+        beta_hold_steps: int = 0,
+        rho: float = 0.8,
         decay_at: Literal["y", "z"] = "y",
         decay_power: Literal[1, 2] = 1,
         mu: float = 0.95,
@@ -167,10 +180,10 @@ class MuonDirection(DirectedOptimizer):
         """
         group = arguments.as_group(param_group, self.defaults, self._params())
         self._opening_books(self.defaults | group)
-        for part in self._parts(group):
-            super().add_param_group(part)
+        for one in self._by_kind(group):
+            super().add_param_group(one)
 
-    def _parts(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _by_kind(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yields a group as groups of matrices and of others, without the empty one."""
         chosen = group.get("use_muon", self.defaults["use_muon"])
         if chosen is not None or not group["params"]:
@@ -194,12 +207,6 @@ class MuonDirection(DirectedOptimizer):
             wrong = matrices.wrong_matrix(where, p.shape, p.is_complex())
             if wrong:
                 found.append(f"{wrong}, in a group with use_muon=False")
-            elif is_divided(p) and not all(one.is_replicate() for one in p.placements):
-                found.append(
-                    f"{where} must be whole on every process, got {p.placements} of shape {tuple(p.shape)}: "
-                    "a polar factor is of all its rows. Give divided matrices use_muon=False, or use "
-                    "DistributedDataParallel"
-                )
         return found
 
     def _direction(self, values: Mapping[str, Any], t: int) -> tuple[Direction, tuple[float, ...]]:
@@ -222,7 +229,7 @@ class MuonScheduleFree(MuonDirection, YAtRest):
 
     The momentum m of a matrix and its gradient give h = (1 - mu) g + mu m; Newton-Schulz iterations bring the
     singular values of h near 1. With normalize="rows" (NorMuon) rows are then brought to one size. A group
-    becomes two, of its matrices and of all else.
+    becomes two, of its matrices and of all else. Of DTensors whole matrices are gathered in every step.
 
     Args:
         params: iterable of floating-point or complex leaves, of (name, leaf), or of group dicts. Pass
@@ -243,6 +250,14 @@ class MuonScheduleFree(MuonDirection, YAtRest):
         window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
         window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
         weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        beta_rule: "constant" (default); "anneal" lets 1 - beta fall to 1 - beta_max, on a line of logarithms,
+            "amuse" by a power of time (F9), so that x stays the weighted mean. Not beside a scheduler that
+            cycles betas.
+        beta_max: where "anneal" ends, >= beta and < 1, default 0.965.
+        beta_anneal_steps: the steps in which it gets there.
+        beta_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
+        rho: of "amuse", > 0, default 0.8: 1 - beta is its first value times
+            ((beta_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default, as in the other optimizers here) or "z", as published
             for Schedule-Free NorMuon and AMUSE.
         decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
@@ -267,7 +282,7 @@ class MuonScheduleFree(MuonDirection, YAtRest):
 
     Raises:
         HyperparameterError: with every value that is out of range (a ValueError); if no parameter is a
-            matrix, or one in a group with use_muon=True can be none or is divided over processes.
+            matrix, or one in a group with use_muon=True can be none.
 
     Example:
         >>> import sftorch, torch

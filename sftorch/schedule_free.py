@@ -50,6 +50,14 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         window: c is at least 1 / window, so that the average forgets what is older (F5); 0 (default) is off.
         window_rule: "floor" (default), or "constant" for c = 1 / window in every step.
         weight_lr: a step is weighed by "max" (default), the largest lr so far, or by "current", its own.
+        beta_rule: "constant" (default); "anneal" lets 1 - beta fall to 1 - beta_max, on a line of logarithms,
+            "amuse" by a power of time (F9), so that x stays the weighted mean. Not beside a scheduler that
+            cycles momentum.
+        beta_max: where "anneal" ends, >= beta and < 1, default 0.965.
+        beta_anneal_steps: the steps in which it gets there.
+        beta_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
+        rho: of "amuse", > 0, default 0.8: 1 - beta is its first value times
+            ((beta_hold_steps - 1) / (t - 1))^rho.
 
     Raises:
         HyperparameterError: with every value that is out of range.
@@ -77,9 +85,14 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         prior_steps: int = 0,
         c_warmup: int = 0,
         refined_c: float = 0.0,
-        window: int = 0,
+        window: float = 0,
         window_rule: Literal["floor", "constant"] = "floor",
         weight_lr: Literal["max", "current"] = "max",
+        beta_rule: Literal["constant", "anneal", "amuse"] = "constant",
+        beta_max: float = 0.965,
+        beta_anneal_steps: int = 0,
+        beta_hold_steps: int = 0,
+        rho: float = 0.8,
     ):
         self.options = given(locals())
         self.base = self.options.pop("base")
@@ -211,12 +224,12 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
             clock = self._group_clock(group)
             for batch in self._batches({p: plan[p] for p in group["params"] if p in plan}):
                 self._fold(batch, next_step(self.law, batch.clock, clock.step, values), values, y, z)
-            self._finish(group, next_step(self.law, clock, clock.step, values))
+            self._finish(group, next_step(self.law, clock, clock.step, values), plan)
         self._show_base_state()
 
     def _fold(self, batch: Batch, after: Next, values: dict[str, Any], y: Tensors, moved: Tensors) -> None:
         """Takes S6-S9 with what the base did: to stand-ins of 16-bit parameters, else to the parameters."""
-        k1, k2 = coefficients(after.c, values["beta"])
+        k1, k2 = coefficients(after.c, after.beta, after.change, after.beta - after.change or 1.0)
         for p, state in zip(batch.params, batch.states, strict=True):
             z = state["z"]
             step = moved.get(p, p) - z

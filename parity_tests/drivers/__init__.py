@@ -150,6 +150,7 @@ _JAX_WRAPPER = Driver(
 TWINS = [
     Driver("sfjax", _jax("ours"), laws.directed),
     Driver("sfjax traced", _jax("ours", traced=True), laws.directed),
+    Driver("sfjax native", _jax("ours", traced=True, native=True), _KERNELS),
     _JAX_WRAPPER,
     replace(_JAX_WRAPPER, name="sfjax wrapper traced", start=_jax("wrapped", ramped=True, traced=True)),
     Driver("sftorch fused", _torch("OurRun", "ours", fused=True), _KERNELS),

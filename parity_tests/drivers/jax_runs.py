@@ -50,6 +50,7 @@ class JaxRun:
         dtype: str,
         ramped: bool = False,
         traced: bool = False,
+        native: bool = False,
     ):
         """Starts a run.
 
@@ -60,6 +61,7 @@ class JaxRun:
             ramped: the ramp of S2 is part of the schedule.
             traced: numbers are arguments of the compiled update, as under optax.inject_hyperparams, and cases
                 that differ in nothing else share it. Otherwise they are constants, and each case compiles.
+            native: it goes on by `step` of the transformation, not by update and apply_updates.
         """
         self.dtype, self.observe = dtype, observe
         with precision(dtype):
@@ -68,13 +70,13 @@ class JaxRun:
             if traced:
                 fixed = tuple((k, v) for k, v in options.items() if _decides(k, v))
                 numbers = {k: v for k, v in options.items() if not _decides(k, v)}
-                init, update = _traced(make, case.optimizer, fixed)
+                init, update = _traced(make, case.optimizer, fixed, native)
                 self.state: Any = init(numbers, self.params)
                 self._update: Any = functools.partial(update, numbers)
             else:
                 tx = _made(make, case.optimizer, options)
                 self.state = tx.init(self.params)
-                self._update = jax.jit(functools.partial(_step, tx))
+                self._update = jax.jit(functools.partial(_native_step if native else _step, tx))
 
     def _tree(self, arrays: Arrays) -> Tree:
         return {k: np.asarray(a, self.dtype) for k, a in arrays.items()}
@@ -147,8 +149,13 @@ def _step(tx: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
     return optax.apply_updates(params, updates), state
 
 
+def _native_step(tx: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+    new: tuple[Tree, Tree] = tx.step(params, state, gradients=grads)
+    return new
+
+
 @functools.cache
-def _traced(make: Make, optimizer: str, fixed: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+def _traced(make: Make, optimizer: str, fixed: tuple[tuple[str, Any], ...], native: bool) -> tuple[Any, Any]:
     """Returns init(numbers, params) and update(numbers, params, state, grads), each compiled once a shape."""
 
     def made(numbers: Options) -> Any:
@@ -158,7 +165,7 @@ def _traced(make: Make, optimizer: str, fixed: tuple[tuple[str, Any], ...]) -> t
         return made(numbers).init(params)
 
     def update(numbers: Options, *of: Tree) -> tuple[Tree, Tree]:
-        return _step(made(numbers), *of)
+        return (_native_step if native else _step)(made(numbers), *of)
 
     return jax.jit(init), jax.jit(update)
 
@@ -188,8 +195,8 @@ def wrapped(optimizer: str, options: Options) -> Any:
         direction = optax.scale_by_adam(o["inner_momentum"], o["b2"], o["eps"])
     decay = optax.add_decayed_weights(o["weight_decay"])
     base = optax.chain(direction, decay, optax.scale_by_learning_rate(o["lr"]))
-    averaging = {k: o[k] for k in AVERAGING if k not in ("lr", "beta")}
-    return sfjax.schedule_free(base, o["lr"], b1=o["beta"], **averaging)
+    averaging = names.for_jax({k: o[k] for k in AVERAGING if k != "lr"})
+    return sfjax.schedule_free(base, o["lr"], **averaging)
 
 
 @functools.cache

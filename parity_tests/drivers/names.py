@@ -32,7 +32,8 @@ def for_optax(options: dict[str, Any]) -> dict[str, Any]:
 
 
 WRAPPERS_LACK = ("decay_at", "decay_power")
-FAMILY = ("c_warmup", "refined_c", "window", "window_rule", "weight_lr", *WRAPPERS_LACK)
+BETAS = ("beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho")
+FAMILY = ("c_warmup", "refined_c", "window", "window_rule", "weight_lr", *BETAS, *WRAPPERS_LACK)
 UPSTREAM_LACKS = ("inner_momentum", "prior_steps", *FAMILY)
 OPTAX_LACKS = ("inner_momentum", "prior_steps", "r", "silent_sgd_phase", *FAMILY)
 

@@ -99,6 +99,8 @@ SF306 error: an argument that this optimizer has
     The optimizer raises when it is built, or ignores it.
 SF307 warning: said
     sd-scripts takes 2e-6 where nothing is said, which suits few runs.
+SF308 error: one or more with Muon
+    A polar factor is of a matrix; with vectors and scalars alone the optimizer refuses to be built.
 SF401 error: given together with prior_steps
     Its first step has c = 1 and throws the loaded weights away: on digits the validation loss rose to
     2.4 to 7.2 times with AdamW, most with accumulation, and to 1.1 times with RAdam (python -m
@@ -294,6 +296,16 @@ def second_moment(run: Run) -> Problems:
     if value < 0.9 or longer:
         detail = f"Here it averages {1 / (1 - value):.0f} steps."
         yield problem(run, "SF305", "b2", "0.999 is the usual value", {"b2": 0.999}, detail, value)
+
+
+def no_matrix(run: Run) -> Problems:
+    """SF308: Muon over vectors and scalars only."""
+    law = run.kind.law
+    if law is not None and law.direction == "polar" and run.config.get("matrices", 1) == 0:
+        usual = laws.LAWS["adamw"]
+        instead = run.optimizer.replace(law.torch, usual.torch).replace(law.jax, usual.jax)
+        changes = {"optimizer": instead, "matrices": None}
+        yield problem(run, "SF308", "matrices", "use AdamW, or name the matrices", changes)
 
 
 # Schedulers: SF101 to SF107.
@@ -647,7 +659,7 @@ def ships_y(run: Run) -> Problems:
         yield problem(run, "SF506", "save_strategy", fix, changes, detail)
 
 
-VALUES = (optimizer_name, other_arguments, ranges)
+VALUES = (optimizer_name, other_arguments, ranges, no_matrix)
 SUGGESTIONS = (rate, beta, second_moment)
 COURSE = (
     scheduler,

@@ -255,6 +255,9 @@ class Run:
             one.name: given[one.name] if one.metadata["rule"].holds(given.get(one.name)) else one.default
             for one in fields(ScheduleFree)
         }
+        names = {name: name for name in rules}
+        if ScheduleFree.joint_problems(rules, names):
+            rules["beta_rule"] = "constant"
         options = weighed(self.config.values)
         r, exponent, prior = options["r"], options["weight_lr_power"], whole(options["prior_steps"]) or 0
         steps, lr_max = len(self.lr_t), 0.0
@@ -271,7 +274,8 @@ class Run:
             weight = averaging.step_weight((t + prior) / age, of_lr, r, exponent, 0, np)  # S4
             weight = np.where(t <= rules["c_warmup"], 0.0, weight)  # F5
             sums = np.cumsum(weight) + weight_sum
-            found[start : start + _BLOCK] = averaging.averaging_weight(weight, sums, np, t, rules)  # S5
+            of_step = {**rules, "q": averaging.BETAS[rules["beta_rule"]](t, rules, np).q}  # F9
+            found[start : start + _BLOCK] = averaging.averaging_weight(weight, sums, np, t, of_step)  # S5
             lr_max, weight_sum = largest[-1], sums[-1]
         return found
 

@@ -142,6 +142,8 @@ def _wrong_value(run: Run, name: str) -> str:
         return "" if run.lr > given.get("lr_end", 1e-7) else f"set lr_end below the rate {run.lr:g}"
     takes = run.built.arguments
     if name in ("OneCycleLR", "CyclicLR") and given.get("cycle_momentum", True):
+        if get("beta_rule", "constant") != "constant":
+            return "add cycle_momentum=False, because beta_rule moves beta"
         return "" if takes is None or {"betas", "momentum"} & {*takes} else "add cycle_momentum=False"
     if name == "cosine_with_min_lr" and "min_lr" in given and get("scheduler_min_lr_ratio") is not None:
         return f"keep one of min_lr and {run.config.name('scheduler_min_lr_ratio')}"

@@ -239,7 +239,7 @@ DAdaptSGD Prodigy Adafactor AdamWScheduleFree RAdamScheduleFree SGDScheduleFree
 OURS = ("foreach", "maximize", "fused", "precision", "seed", "capturable", "differentiable")
 ONLY_OURS = (
     *("prior_steps", "inner_momentum", "c_warmup", "refined_c", "window", "window_rule", "weight_lr"),
-    *("decay_at", "decay_power"),
+    *("beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho", "decay_at", "decay_power"),
 )
 
 
@@ -295,7 +295,8 @@ def _of_module(module: str, last: str) -> Built:
     law = theirs.get(last.removesuffix("Closure"))
     if law is None:
         return _unknown(last, [f"{module}.{one}" for one in theirs])
-    own = (*(name for name in law.torch_options if name != "lr"), *OURS)
+    kinds = ("use_muon",) if any(one.leaves for one in law.buffers) else ()
+    own = (*(name for name in law.torch_options if name != "lr"), *OURS, *kinds)
     return Built(own if ours else _schedulefree(law))
 
 

@@ -103,6 +103,10 @@ BAD: dict[str, list[Any]] = {
         {"optimizer": "sftorch.ScheduleFreeWrapper", "inner_momentum": 0.5},
     ],
     "SF307": ["train_network.py --optimizer_type AdamW", "fine_tune.py --optimizer_type Prodigy"],
+    "SF308": [
+        {"optimizer": "sftorch.MuonScheduleFree", "matrices": 0, "warmup_steps": 50, "total_steps": 1000},
+        {"optimizer": "sfjax.schedule_free_muon", "matrices": 0, "warmup_steps": 50, "total_steps": 1000},
+    ],
     "SF401": [
         _SF | {"weights": "lora.safetensors", "accumulation": 16},
         f"{_SD} --optimizer_type AdamWScheduleFree --optimizer_args warmup_steps=50 "

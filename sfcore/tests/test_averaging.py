@@ -113,6 +113,53 @@ def test_the_coefficients_are_the_two_lines_of_x_and_y(beta: float, old_beta: fl
         assert averaging.effective_lr(0.5, c, beta) == 0.5 * k2
 
 
+RULES = [
+    {"beta": 0.9, "beta_rule": "anneal", "beta_max": 0.965, "beta_anneal_steps": 30},
+    {"beta": 0.5, "beta_rule": "anneal", "beta_max": 0.5, "beta_anneal_steps": 1},
+    {"beta": 0.9, "beta_rule": "anneal", "beta_max": 0.9999, "beta_anneal_steps": 100_000},
+    {"beta": 0.6, "beta_rule": "amuse", "beta_hold_steps": 2, "rho": 0.8},
+    {"beta": 0.9, "beta_rule": "amuse", "beta_hold_steps": 900, "rho": 0.3},
+]
+
+
+def published(t: int, options: dict[str, Any]) -> float:
+    """Returns 1 - beta as it is written."""
+    q = 1 - options["beta"]
+    if options["beta_rule"] == "anneal":
+        u = min(max(t - 1, 0) / options["beta_anneal_steps"], 1.0)
+        return q ** (1 - u) * (1 - options["beta_max"]) ** u
+    hold = options["beta_hold_steps"]
+    return q if t <= hold else q * ((hold - 1) / (t - 1)) ** options["rho"]
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+def test_a_rule_of_beta_is_the_published_one_and_its_change_the_difference(options: dict[str, Any]):
+    times = [*TIMES[:5], 30, 31, 32, 900, 901, 1000, 100_000, 100_001, 100_002]
+    rule = averaging.BETAS[options["beta_rule"]]
+    by_hand = [published(t, options) for t in times]
+    for found in everywhere(lambda t, xp: rule(t, options, xp).q, times):
+        close(found, by_hand)
+    for found in everywhere(lambda t, xp: rule(t, options, xp).beta, times):
+        close(found, [1 - q for q in by_hand])
+    differences = [published(t - 1, options) - published(t, options) for t in times]
+    for found in everywhere(lambda t, xp: 0.0 * t + rule(t, options, xp).change, times):
+        assert np.asarray(found) == pytest.approx(differences, rel=1e-6, abs=1e-15)
+    assert [averaging.beta_after(t, options) for t in times] == pytest.approx(
+        1 - np.array(by_hand), rel=1e-14
+    )
+    assert averaging.beta_after(0, options) == options["beta"]
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+def test_float32_keeps_beta_and_its_change(options: dict[str, Any]):
+    times = np.unique([*range(2, 50), *np.logspace(2, 6, 200).astype(int)])
+    rule = averaging.BETAS[options["beta_rule"]]
+    exact = rule(times.astype(float), options, np)
+    found = rule(jnp.asarray(times, jnp.float32), options, jnp)
+    for name in ("beta", "q", "change"):  # of a difference of rounded betas, a digit would be left
+        close(getattr(found, name), np.broadcast_to(getattr(exact, name), times.shape), rel=1e-6)
+
+
 @pytest.mark.parametrize(("point", "expected"), [("y", (0.1, 0.0)), ("z", (0.0, 0.1))])
 def test_decay_is_two_numbers(point: str, expected: tuple[float, float]):
     assert averaging.DECAYS[point](0.1) == expected

@@ -85,6 +85,7 @@ def test_every_option_says_its_rule_its_meaning_and_what_a_resume_does(name: str
 def test_the_order_of_options_stays():
     shared = ["lr", "beta", "r", "weight_lr_power", "prior_steps"]
     shared += ["c_warmup", "refined_c", "window", "window_rule", "weight_lr"]
+    shared += ["beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho"]
     decay = ["weight_decay", "decay_at", "decay_power"]
     assert [*hyperparameters.defaults(hyperparameters.SGD)] == [*shared, *decay, "warmup_steps"]
     moments = ["b2", "eps", *decay]
@@ -260,7 +261,6 @@ def test_a_registered_law_is_seen_and_goes_again():
         ({"jax": "schedule_free"}, "jax must be its own"),
         ({"step_size": "polyak"}, "step_size must be in ramp, rectified, base, got 'polyak'"),
         ({"averaging": "window"}, "averaging must be in weights, got 'window'"),
-        ({"beta_rule": "anneal"}, "beta_rule must be in constant, got 'anneal'"),
         ({"torch_names": {"b2": "betas[1]"}}, "'b2' must be an option"),
         ({"buffers": (Buffer("s", "sum", "sum", "", when="momentum"),)}, "'momentum' must be an option"),
         ({"buffers": (Buffer("z", "sum", "sum", ""),)}, "buffer 'z' must have names of its own"),
@@ -293,7 +293,7 @@ def test_every_rule_that_a_row_may_name_is_there():
     for law in LAWS.values():
         assert law.step_size in averaging.STEP_SIZES
         assert law.averaging in averaging.AVERAGES
-        assert law.beta_rule in averaging.BETAS
+        assert law.defaults["beta_rule"] in averaging.BETAS
 
 
 def test_a_registered_law_has_a_plan_with_its_own_options():

@@ -41,10 +41,16 @@ def compare(
         found += [
             Change(name, number, saved[name], value, _effect(name, injected))
             for name, value in configured.values.items()
-            if name in saved and not _equal(saved[name], value)
+            if name in saved and not _equal(saved[name], value) and not _goes_on(name, saved, configured)
         ]
     now = accumulation or {}
     return found + of_batches(meta.accumulation, now.get("steps"), now.get("batch_size"))
+
+
+def _goes_on(name: str, saved: Mapping[str, Any], configured: Configured) -> bool:
+    """Tells whether the saved beta is that of a step, which a record without its rule has for the first."""
+    rule = configured.values.get("beta_rule", "constant")
+    return name == "beta" and "beta_rule" not in saved and rule != "constant"
 
 
 def _effect(name: str, injected: Collection[str]) -> str:

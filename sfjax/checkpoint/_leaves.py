@@ -25,6 +25,7 @@ import optax
 from sfcore import laws
 from sfcore.exchange import CheckpointError
 from sfcore.matrices import row_shape
+from sfjax.plus import ScheduleFreePlusState
 from sfjax.schedule_free import ScheduleFreeState
 from sfjax.state import eight, forms
 from sfjax.state.find import _pure, _require
@@ -168,6 +169,8 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
                 per_parameter(f"{prefix}/{field}", getattr(base, field), role)
         else:
             found += [(place, f"base/{index}/{name}") for name, place, _ in _placed(prefix, base)]
+    for index, norm in norms(params, opt_state).items():
+        found.append((norm, f"clock/{index}/grad_l1_ema"))
     for path, steps in nodes(opt_state, optax.MultiStepsState):
         prefix = _name(path, "opt_state")
         per_parameter(f"{prefix}/acc_grads", steps.acc_grads, "grad")
@@ -176,6 +179,17 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
     for name, role in found:
         first.setdefault(role, name)
     return {name: role for role, name in first.items()}
+
+
+def norms(params: Any, opt_state: Any) -> dict[int, str]:
+    """Returns number of a group -> name of its smoothed norm, of those that take Polyak steps."""
+    found = {}
+    for path, _ in nodes(opt_state, ScheduleFreePlusState):
+        name = _name(path, "opt_state")
+        for index, group in enumerate(groups(params, opt_state)):
+            if group.name == f"{name}/inner":
+                found[index] = f"{name}/grad_l1_ema"
+    return found
 
 
 def held(base: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ from sfcore.checks import HyperparameterError, Rule, hint
 from sfcore.exchange import CheckpointError
 from sfcore.laws import LAWS
 from sfcore.meta import Meta, as_accumulation, number_in, precision_of, with_batch_size
-from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, nodes, parameters
+from sfjax.checkpoint._leaves import CLOCK, Group, groups, held, named, nodes, norms, parameters
 from sfjax.step.plan import STATES
 
 _CONFIGURATION = Rule(
@@ -181,6 +181,9 @@ def make(tree: Any, hyperparameters: Any, accumulation: Mapping[str, int], **val
             own, [clock_of(group.state) for group in own], configured(hyperparameters, own), strict=True
         )
     ]
+    leaves = dict(zip(*named(tree)[:2], strict=True))
+    for index, norm in norms(tree["params"], tree["opt_state"]).items():
+        of_groups[index]["clock"]["grad_l1_ema"] = float(leaves[norm])
     clocks = {name: group["clock"] for group in of_groups for name in group["parameters"]}
     about = {
         name: {"shape": list(array.shape), "dtype": array.dtype.name, "clock": clocks.get(name)}

@@ -382,6 +382,9 @@ def _clocks(
             if form != (array.dtype.name, array.shape):
                 result.problems.append(_unlike(f"{group.name}/{name}", form, array))
             found[f"clock/{index}/{name}"] = array
+        norm = f"clock/{index}/grad_l1_ema"
+        if norm in wanted and norm not in by_role:
+            found[norm] = np.asarray(clock.get("grad_l1_ema", 0.0), group.state.lr.dtype)
     return found
 
 

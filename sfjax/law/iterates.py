@@ -58,7 +58,7 @@ def advance(
         k: the scalars of the step.
         dtype: that z' will be stored in.
     """
-    c, keep, stretch = (scalar.astype(y.dtype) for scalar in (k.c, k.keep, k.stretch))
+    k1, k2 = k.k1.astype(y.dtype), k.k2.astype(y.dtype)
     z = jnp.where(k.stores_x, y, stored)
     z_new = z + delta  # S7
     # y' built on an unrounded z' would move x by the rounding in every step.
@@ -66,9 +66,8 @@ def advance(
         z_new = jnp.where(k.will_store_x, z_new, as_held(z_new, dtype))
     # z once more, by another condition: XLA's CPU backend would write a z that two results share to memory.
     z = jnp.where(k.stores_z, stored, y)
-    # In terms of z_new, not delta: one fusion on every backend. While beta stays, moved is exactly y - z.
-    moved = stretch * jnp.where(k.stores_x, stored - y, y - stored)
-    return (moved - (y - z)) - c * moved + keep * (z_new - z), z_new  # S9*
+    # In terms of z_new, not delta: one fusion on every backend.
+    return k1 * jnp.where(k.stores_x, y - stored, stored - y) + k2 * (z_new - z), z_new  # S9*
 
 
 def average(y: jax.Array, stored: jax.Array, y_new: jax.Array, k: Next) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sfcore import averaging
-from sfcore.averaging import AVERAGES, BETAS, STEP_SIZES, sum_of_powers, weighed
+from sfcore.averaging import AVERAGES, BETAS, STEP_SIZES, coefficients, sum_of_powers, weighed
 from sfcore.laws import Law
 
 
@@ -44,8 +44,7 @@ class Next(NamedTuple):
         t: its one-based time, which is clock.step.
         c: the averaging weight.
         lr_t: the step size with all factors.
-        keep: 1 - beta (1 - c), the share of delta that y takes.
-        stretch: what takes y - z (or x - z, if that is stored) of the old beta to the new one's.
+        k1, k2: the shares of z - y (or z - x, if that is stored) and of delta by which y moves.
         stores_x: whether the old beta is 0. stores_z: the contrary.
         will_store_x: whether the new beta is 0; a Python bool where it is known.
         per_gap: (1 - beta) / beta of the old beta, which takes y - z to x - y.
@@ -55,8 +54,8 @@ class Next(NamedTuple):
     t: jax.Array
     c: jax.Array
     lr_t: jax.Array
-    keep: jax.Array
-    stretch: jax.Array
+    k1: jax.Array
+    k2: jax.Array
     stores_x: jax.Array
     stores_z: jax.Array
     will_store_x: Any
@@ -126,20 +125,26 @@ def next_step(law: Law, clock: Clock, values: Mapping[str, Any]) -> Next:
     weight_sum_low = (clock.weight_sum - (weight_sum - grown)) + (added - grown)
     if weight_sum.dtype == jnp.float64:  # wide enough by itself, and all that the torch twin has
         weight_sum_low = jnp.zeros_like(weight_sum)
-    c = AVERAGES[law.averaging](weight, weight_sum, jnp, t, values)
-    beta, _ = BETAS[law.beta_rule](values["beta"], t, values, jnp)
-    new, old, stores_x = as_scalar(beta), clock.b1, clock.b1 == 0
+    of_step = BETAS[values["beta_rule"]](t, values, jnp)
+    c = AVERAGES[law.averaging](weight, weight_sum, jnp, t, {**values, "q": of_step.q})
+    new, old, stores_x = as_scalar(of_step.beta), clock.b1, clock.b1 == 0
     divisor = jnp.where(stores_x, 1.0, old)
+    moved = new - old
+    if values["beta_rule"] != "constant":
+        # To more digits than the difference has, unless another rule built y: what is left is rounding.
+        follows = jnp.abs(moved - of_step.change) <= 4 * jnp.finfo(new.dtype).eps
+        moved = jnp.where(follows, of_step.change, moved)
+    k1, k2 = coefficients(c, new, moved, divisor)
     return Next(
         clock=Clock(new, step, lr_max, weight_sum, weight_sum_low),
         t=t,
         c=c,
         lr_t=lr_t,
-        keep=1.0 - new * (1.0 - c),
-        # Not left to the division, which is off by an ulp on some devices: the gap would grow or shrink.
-        stretch=jnp.where(new == old, jnp.sign(new), new / divisor),
+        k1=jnp.where(stores_x, -new * (1.0 - c), k1),
+        k2=k2,
         stores_x=stores_x,
         stores_z=old > 0,
-        will_store_x=beta == 0 if isinstance(beta, int | float) else new == 0,
+        # A rule begins above 0 and rises.
+        will_store_x=values["beta"] == 0 if isinstance(values["beta"], int | float) else new == 0,
         per_gap=(1.0 - old) / divisor,
     )

@@ -139,10 +139,10 @@ def read_precision(given: Mapping[str, Any], beta: Any, law: Law) -> str:
     return str(precision)
 
 
-def refuse_float16(params: Any) -> None:
-    """Raises TypeError for a leaf that precision="8bit" has no form for."""
+def check_narrow(params: Any, precision: str) -> None:
+    """Raises TypeError for a leaf that a precision has no form for."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if leaf.dtype == np.float16:
+        if leaf.dtype == np.float16 and precision == "8bit":
             raise TypeError(
                 f"precision must be 'exact' or 'lean' for float16, got '8bit' and float16 at "
                 f"params{jax.tree_util.keystr(path)}: cast it to bfloat16"
@@ -210,7 +210,7 @@ def kinds_of_leaves(params: Any, mask: Any, output_axis: str) -> list[str]:
         wrong = matrices.wrong_matrix(where, leaf.shape, jnp.issubdtype(leaf.dtype, jnp.complexfloating))
         if wrong:
             found.append(f"{wrong}, False in muon_mask")
-        elif len(leaf.shape) > 2 and output_axis == "first" and name.rpartition("/")[2] == "kernel":
+        elif len(leaf.shape) > 2 and output_axis == "first" and "kernel" in name.split("/")[-2:]:
             found.append(
                 f"output_axis must be 'last' for a convolution of Flax, got 'first' for params[{name!r}] of "
                 f"shape {tuple(leaf.shape)}: its outputs are the last axis"

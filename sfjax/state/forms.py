@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sfjax.law.iterates import as_held
+from sfjax.law.iterates import as_held, wide_dtype
 from sfjax.state import eight
 
 NARROW, REST = jnp.bfloat16, jnp.int16  # of the lean form
@@ -95,9 +95,14 @@ def abstract_init(init: Callable[[Any], Any], params: Any) -> Any:
     def buffer(leaf: Any, p: Any) -> jax.ShapeDtypeStruct | None:
         if leaf is None:  # a buffer that this parameter has not
             return None
-        if leaf.shape != p.shape:
+        sharding = getattr(p, "sharding", None)
+        if len(leaf.shape) != len(p.shape):
             return scalar(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(p, "sharding", None))
+        if leaf.shape != p.shape and isinstance(sharding, NamedSharding):  # one number a row
+            axes = zip(sharding.spec, leaf.shape, p.shape, strict=False)
+            kept = [axis if size == whole else None for axis, size, whole in axes]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = jax.eval_shape(init, params)
     return optax.tree.map_params(
@@ -129,6 +134,24 @@ def form_of(precision: str, p: Any) -> str:
     if precision == EIGHT and eight.has_codes(p):
         return EIGHT
     return LEAN if precision != EXACT and is_low(p) else EXACT
+
+
+def first_buffer(p: jax.Array, precision: str, dtype: Any) -> jax.Array:
+    """Returns what a state keeps beside a parameter at first: z, or a gap of 0.
+
+    Args:
+        p: the parameter.
+        precision: as in the factories.
+        dtype: of z; None is p's own, at least float32.
+    """
+    form = form_of(precision, p)
+    if form != EXACT:
+        narrow = NARROW if form == LEAN else jnp.int8 if is_low(p) else jnp.int16
+        return zeros_alike(p, narrow)
+    wide = wide_dtype(p) if dtype is None else dtype
+    if dtype is not None and jnp.iscomplexobj(p):
+        wide = np.promote_types(dtype, np.complex64)
+    return jnp.array(p, wide, copy=True)  # a copy, so that params and state can be donated
 
 
 def new_rests(params: Any, precision: str) -> Any:

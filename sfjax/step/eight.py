@@ -20,10 +20,10 @@ _Y = 63  # the number of y among the buffers of a leaf; those have the small one
 
 
 def advance(
-    p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, draw: Draw
+    p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, beta: jax.Array, draw: Draw
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
     """Takes one step; returns what `lean.advance` does, in codes, and the exponents of the gap."""
-    y, gap = moved(y, gap, delta, k)  # S7 S9*
+    y, gap = moved(y, gap, delta, k, beta)  # S7 S9*
     exponent = eight.exponents(gap)
     share = noise(p.shape, draw, GAP)
     if p.dtype == jnp.float32:
@@ -41,6 +41,9 @@ def open_(base: Any, scales: list[Any], tree: Any) -> Any:
         scales: the exponents of each leaf, None where it is not in codes.
         tree: of the parameters.
     """
+
+    if all(scale is None for scale in scales):
+        return base
 
     def one(name: str, column: Any) -> Any:
         found = [
@@ -63,6 +66,8 @@ def close(
         exponents: of the gap of each leaf, None where it is not in codes.
         tree, seed, step: as for `open_` and `Draw`.
     """
+    if all(one is None for one in exponents):
+        return base, exponents
     scales = [None if one is None else [one] for one in exponents]
 
     def one(name: str, column: Any) -> Any:

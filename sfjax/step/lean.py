@@ -1,7 +1,7 @@
 """The lean form of 16-bit parameters: the gap z - y and the moments in bfloat16, the rest of y in int16.
 
 bfloat16 is rounded at random, so that steps below its resolution add up on average. With w = gap + beta delta
-the new gap is (1 - c) w, and y moves by c w + (1 - beta) delta (S7 and S9* in other letters). The gap
+of the beta that built y, the new gap is (1 - k1) w, and y moves by k1 gap + k2 delta (S7 and S9*). The gap
 survives bfloat16, which z does not: it is small where z is large.
 
 The random bits are a hash of seed, leaf, step, buffer and element: nothing of them is in the state, a
@@ -31,23 +31,24 @@ class Draw(NamedTuple):
 
 
 def advance(
-    p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, draw: Draw
+    p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, beta: jax.Array, draw: Draw
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Takes one step of a parameter; returns its update, the new gap and the new rest."""
-    y, gap = moved(y, gap, delta, k)
+    """Takes one step of a parameter whose y was built by beta; returns its update, the new gap and rest."""
+    y, gap = moved(y, gap, delta, k, beta)
     update, rest = forms.split(y, p)
     # p + update is exact but for long strides, where XLA may keep more bits than p has.
     held = as_held(p.astype(jnp.float32) + update.astype(jnp.float32), p.dtype).astype(p.dtype)
     return update, rounded(gap, draw, GAP), forms.packed(held, rest)
 
 
-def moved(y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next) -> tuple[jax.Array, jax.Array]:
+def moved(
+    y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, beta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns the new y and the new gap, both in float32."""
     y, old, delta = (leaf.astype(jnp.float32) for leaf in (y, gap, delta))
-    c, keep, stretch, beta = (s.astype(jnp.float32) for s in (k.c, k.keep, k.stretch, k.clock.b1))
-    moved = stretch * old  # to another beta, by which y moves so that x stays
-    w = moved + beta * delta
-    return y + ((old - moved) + c * moved + keep * delta), (1.0 - c) * w  # S7 S9*
+    k1, k2, beta = (s.astype(jnp.float32) for s in (k.k1, k.k2, beta))
+    w = old + beta * delta
+    return y + (k1 * old + k2 * delta), (1.0 - k1) * w  # S7 S9*
 
 
 def rounded(value: jax.Array, draw: Draw, buffer: int) -> jax.Array:

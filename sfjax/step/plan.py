@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sfcore import averaging, checks, laws, matrices
@@ -19,7 +18,9 @@ from sfjax.state import arguments, forms
 from sfjax.state.arguments import is_zero
 from sfjax.state.eight import dtype_of, gap_of, in_order
 from sfjax.state.forms import ScheduleFreeState
-from sfjax.step import eight, lean
+from sfjax.step import eight, lean, native
+from sfjax.step.native import Kernel, Scalars
+from sfjax.step.transformation import Transformation, by_name
 
 # Types of state that hold the buffers of a direction, by which a checkpoint knows one.
 STATES: set[type] = {optax.EmptyState}
@@ -40,6 +41,7 @@ class Direction(NamedTuple):
         many: the same as `single` for lists of gradients and of buffers, for leaves that are better taken
             together; None takes them one by one. It is given the numbers as they are.
         others: the direction of leaves that are no matrices, for a law that has two; None where it has one.
+        kernel: the names of its numbers in `kernels.call.NUMBERS`; None where no kernel knows it.
     """
 
     law: str
@@ -48,6 +50,7 @@ class Direction(NamedTuple):
     state: type = optax.EmptyState
     many: Callable[..., list[tuple[jax.Array, dict[str, jax.Array]]]] | None = None
     others: Direction | None = None
+    kernel: tuple[str, ...] | None = None
 
 
 def known_options(law: str) -> Callable[[Factory], Factory]:
@@ -87,13 +90,17 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     # The raw arguments: an injected 0 keeps a buffer, in tx.init and under jit alike.
     held = _Buffers(direction, law, options, given, precision)
 
+    def scalars(k: Next) -> Scalars:
+        return Scalars(k, direction.numbers(values, k.t), dict(pulls))
+
     def delta(
-        grads: Any, state: Any, ys: Any, zs: Callable[[], Any], k: Next, extra_args: Any
+        grads: Any, state: Any, ys: Any, zs: Callable[[], Any], given_scalars: Scalars, extra_args: Any
     ) -> tuple[Any, Any]:
+        k = given_scalars.next
         leaves, tree = jax.tree.flatten(grads)
         before = held.of_leaves(state, leaves, tree)
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
-        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in pulls]
+        points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in given_scalars.decays.items()]
         kinds = held.kinds(ys)
         deltas, after = list(leaves), list(before)
         for kind in dict.fromkeys(kinds):
@@ -102,7 +109,8 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
             scale = averaging.power(lr_t, values.get("decay_power", 1) - 1, jnp)  # F6
             rows = [i for i, other in enumerate(kinds) if other == kind]
             gs, buffers = ([column[i] for i in rows] for column in (leaves, before))
-            found = _along_each(own, gs, buffers, own.numbers(values, k.t))
+            numbers = given_scalars.own if own is direction else own.numbers(values, k.t)
+            found = _along_each(own, gs, buffers, numbers)
             for i, (d, moved) in zip(rows, found, strict=True):
                 for wd, point in points if masked[i] else ():
                     d = d + jnp.asarray(wd * scale, d.dtype) * point[i].astype(d.dtype)
@@ -110,7 +118,9 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
                 after[i] = moved
         return tree.unflatten(deltas), held.in_tree(state, after, tree, k.clock.step)
 
-    return build(held.init, delta, law, values, given["state_dtype"], precision, given["seed"])
+    kernel = native.kernel_of(law, direction.kernel, values, mask) if precision != forms.EIGHT else None
+    state_dtype, seed = given["state_dtype"], given["seed"]
+    return build(held.init, delta, law, values, state_dtype, precision, seed, scalars, kernel)
 
 
 class _Buffers:
@@ -162,7 +172,9 @@ class _Buffers:
             form = forms.form_of(self._precision, p)
             dtype = {forms.LEAN: forms.NARROW, forms.EIGHT: dtype_of(buffer)}.get(form, wide_dtype(p))
             shape = buffer.shape(p.shape, self._options)
-            return forms.zeros_alike(p[tuple(map(slice, shape))] if shape != p.shape else p, dtype)
+            # Of what is laid out along the rows as p is.
+            axes = tuple(i for i, size in enumerate(shape) if size != p.shape[i])
+            return forms.zeros_alike(p.max(axes, keepdims=True) if axes else p, dtype)
 
         def column(buffer: Buffer) -> Any:
             return tree.unflatten(zeros(buffer, *one) for one in zip(leaves, kinds, strict=True))
@@ -219,7 +231,9 @@ def build(
     state_dtype: Any,
     precision: str = forms.EXACT,
     seed: Any = 0,
-) -> optax.GradientTransformationExtraArgs:
+    scalars: Callable[[Next], Scalars] = lambda k: Scalars(k, (), {}),
+    kernel: Kernel | None = None,
+) -> Transformation:
     """Returns the transformation.
 
     Args:
@@ -231,26 +245,16 @@ def build(
         values: as `arguments.read` returns them.
         state_dtype, seed: as in the factories.
         precision: the form of parameters and state, as in the factories.
+        scalars: those of every law -> with them, what `delta` needs to know.
+        kernel: what runs a step on a CPU; None if none can.
     """
     state_dtype = arguments.read_dtype(state_dtype)
     kept_rests = kept_scales = False
 
-    def first(p: Any) -> Any:
-        form = forms.form_of(precision, p)
-        if form == forms.LEAN:
-            return forms.zeros_alike(p, forms.NARROW)
-        if form == forms.EIGHT:
-            return forms.zeros_alike(p, jnp.int8 if forms.is_low(p) else jnp.int16)
-        dtype = wide_dtype(p) if state_dtype is None else state_dtype
-        if state_dtype is not None and jnp.iscomplexobj(p):
-            dtype = np.promote_types(state_dtype, np.complex64)
-        return jnp.array(p, dtype, copy=True)  # a copy, so that params and state can be donated
-
     def init_fn(params: Any) -> ScheduleFreeState:
         nonlocal kept_rests, kept_scales
         arguments.check_params(params)
-        if precision == forms.EIGHT:
-            arguments.refuse_float16(params)
+        arguments.check_narrow(params, precision)
         y_rest = forms.new_rests(params, precision)
         is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
         base = jax.eval_shape(init, params) if is_abstract else init(params)
@@ -264,17 +268,19 @@ def build(
         return ScheduleFreeState(
             **forms.on_every_device(scalars, params),
             base_optimizer_state=base,
-            z=jax.tree.map(first, params),
+            z=jax.tree.map(lambda p: forms.first_buffer(p, precision, state_dtype), params),
             y_rest=params if kept_rests and not jax.tree.leaves(params) else y_rest,
             scale=params if kept_scales and not jax.tree.leaves(params) else scale,
         )
 
-    def update_fn(
-        updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
+    def next_scalars(state: ScheduleFreeState) -> Scalars:
+        return scalars(next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values))
+
+    def updated(
+        given: Scalars, updates: Any, state: ScheduleFreeState, params: Any, extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
         held, rests, scales, tree = forms.leaves_of(updates, state, params, precision)
-        stored = jax.tree.leaves(state.z)
-        k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
+        stored, k = jax.tree.leaves(state.z), given.next
         whole = list(map(forms.whole, held, rests))
         ys = tree.unflatten(whole)
 
@@ -283,15 +289,15 @@ def build(
             return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
 
         grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
-        in_codes, base = precision == forms.EIGHT, state.base_optimizer_state
-        opened = eight.open_(base, scales, tree) if in_codes else base
-        deltas, base_state = delta(grads, opened, ys, zs, k, extra_args)
+        base = state.base_optimizer_state
+        deltas, base_state = delta(grads, eight.open_(base, scales, tree), ys, zs, given, extra_args)
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, scales, strict=True)
         draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
-        new = [_advance_in_form(*leaves, k, draw) for leaves, draw in zip(columns, draws, strict=True)]
+        new = [
+            _advance_in_form(*leaves, k, state.b1, draw) for leaves, draw in zip(columns, draws, strict=True)
+        ]
         moved, exponents = [one for one, _ in new], [exponent for _, exponent in new]
-        if in_codes:
-            base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
+        base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
         return tree.unflatten(update for update, _, _ in moved), ScheduleFreeState(
             lr=k.lr_t,
             c=k.c,
@@ -302,7 +308,26 @@ def build(
             **k.clock._asdict(),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def update_fn(
+        updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ScheduleFreeState]:
+        forms.leaves_of(updates, state, params, precision)  # before anything is made of them
+        return updated(next_scalars(state), updates, state, params, extra_args)
+
+    def step(params: Any, state: Any, gradients: Any, extra_args: Any) -> tuple[Any, ScheduleFreeState]:
+        forms.leaves_of(gradients, state, params, precision)
+        given = next_scalars(state)
+
+        def plain(given: Scalars, params: Any, state: Any, gradients: Any) -> tuple[Any, ScheduleFreeState]:
+            updates, state = updated(given, gradients, state, params, extra_args)
+            return optax.apply_updates(params, updates), state
+
+        found = None if kernel is None else native.step(kernel, plain, given, params, state, gradients)
+        return plain(given, params, state, gradients) if found is None else found
+
+    found = Transformation(init_fn, update_fn)
+    found.step = by_name(step)
+    return found
 
 
 def _advance_in_form(
@@ -313,13 +338,14 @@ def _advance_in_form(
     rest: Any,
     scale: Any,
     k: Next,
+    beta: jax.Array,
     draw: lean.Draw,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
     """Takes one step of a parameter in its form; returns what `_advance` does, and the exponents of a gap."""
     if scale is not None:
-        return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, draw)
+        return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, beta, draw)
     if forms.is_lean(rest):
-        return lean.advance(p, y, stored, delta, k, draw), None
+        return lean.advance(p, y, stored, delta, k, beta, draw), None
     return _advance(p, y, stored, delta, k, rest), None
 
 

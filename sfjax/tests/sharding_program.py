@@ -14,6 +14,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sfjax
+from sfjax.kernels import call
 
 LAYOUT = {"w": PartitionSpec("d", "m"), "b": PartitionSpec("m")}
 # How jax itself writes it after a step; beside the other form, any optimizer compiles twice.
@@ -21,6 +22,7 @@ EVERYWHERE = {AxisType.Auto: PartitionSpec(), AxisType.Explicit: PartitionSpec(N
 MAKE = {
     "adamw": lambda: sfjax.schedule_free_adamw(0.1, inner_momentum=0.5, weight_decay=0.1),
     "radam": lambda: sfjax.schedule_free_radam(0.1, b2=0.9, b1=0.0),
+    "muon": lambda: sfjax.schedule_free_muon(0.1, normalize="rows"),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_sgd(0.1)),
 }
 EVERY = 3  # micro-steps an update
@@ -55,7 +57,10 @@ def specs(state: Any) -> dict[str, Any]:
         if name not in ("z", "base_optimizer_state", "y_rest")  # float32 parameters leave no rest
     }
     return {
-        "trees": {name: {key: spec(leaf) for key, leaf in tree.items()} for name, tree in trees.items()},
+        "trees": {
+            name: {key: spec(leaf) for key, leaf in tree.items() if leaf is not None}
+            for name, tree in trees.items()
+        },
         "scalars": {name: spec(leaf) for name, leaf in scalars.items()},
     }
 
@@ -124,6 +129,33 @@ def exchanged(mesh: jax.sharding.Mesh, name: str, like_each_other: bool = False)
     return collectives(step.lower(params, state).compile())
 
 
+def natively(mesh: jax.sharding.Mesh, name: str, check_vma: bool | None = None) -> dict[str, Any]:
+    """Returns what there is to say of steps by the kernel, under jit or, with check_vma, in shard_map."""
+    tx, params = MAKE[name](), params_on(mesh)
+
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        return tx.step(params, state, gradients=params)
+
+    state = tx.init(params)
+    if check_vma is not None:
+        layouts = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, state))
+        step = jax.shard_map(step, mesh=mesh, in_specs=layouts, out_specs=layouts, check_vma=check_vma)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    program = jitted.lower(params, state).compile()
+    for _ in range(7):
+        params, state = jitted(params, state)
+    pairs = zip((sfjax.schedule_free_eval_params(state, params), params), alone(name), strict=True)
+    errors = [np.abs(np.asarray(a[key]) - np.asarray(b[key])).max() for a, b in pairs for key in a]
+    return {
+        "calls": program.as_text().count(f'custom_call_target="{call.TARGET}"'),
+        "collectives": collectives(program),
+        "compilations": jitted._cache_size(),
+        "params": {key: spec(leaf) for key, leaf in params.items()},
+        "after": specs(state),
+        "error": float(max(errors)),
+    }
+
+
 def accumulated(mesh: jax.sharding.Mesh | None, name: str, how: str) -> dict[str, Any]:
     """Returns what there is to say of accumulated updates: by `step`, or by `update` and apply_updates."""
     tx, params = sfjax.accumulate(MAKE[name](), EVERY), params_on(mesh)
@@ -181,7 +213,7 @@ def main() -> None:
     found = {}
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(kind, kind))
-        for name in MAKE:
+        for name in [name for name in MAKE if name != "muon"]:
             found |= {f"{kind.name}-{how}-{name}": facts(mesh, name, how) for how in ("jit", "described")}
             found[f"{kind.name}-exchanged-{name}"] = exchanged(mesh, name)
             found[f"{kind.name}-exchanged-rows-{name}"] = exchanged(mesh, name, like_each_other=True)
@@ -189,7 +221,16 @@ def main() -> None:
                 with jax.set_mesh(mesh):
                     found[f"{kind.name}-{how}-{name}"] = accumulated(mesh, name, how)
         found[f"{kind.name}-eager-adamw"] = facts(mesh, "adamw", "eager")
-    found |= {f"alone-{name}": accumulated(None, name, "step") for name in MAKE}
+        found[f"{kind.name}-native"] = natively(mesh, "adamw")
+        with jax.set_mesh(mesh):
+            found[f"{kind.name}-native, set_mesh"] = natively(mesh, "adamw")
+        found |= {
+            f"{kind.name}-{how}-muon": facts(mesh, "muon", how) for how in ("jit", "described", "eager")
+        }
+    found |= {f"alone-{name}": accumulated(None, name, "step") for name in MAKE if name != "muon"}
+    found["kernel"] = call.find()
+    autos = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto, AxisType.Auto))
+    found |= {f"shard_map-{vma}": natively(autos, "adamw", check_vma=vma) for vma in (True, False)}
     everyone = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     found |= {f"batch-{how}": over_a_divided_batch(everyone, how) for how in ("step", "update")}
     found["batch-alone"] = over_a_divided_batch(None, "step")

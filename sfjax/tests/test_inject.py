@@ -27,6 +27,7 @@ def test_all_hyperparameters_at_once_may_be_traced(name):
     tx = optax.inject_hyperparams(runs.FACTORIES[name])(0.1, **options)
     state = jax.jit(tx.init)(runs.typed(params))
     rules = {"c_warmup", "refined_c", "window", "decay_power"}
+    rules |= {"b1_max", "b1_anneal_steps", "b1_hold_steps", "rho"}
     assert set(state.hyperparams) == {"learning_rate", "seed", *rules, *options}  # every number, says optax
     y, state = runs.run(tx, runs.typed(params), grads, state)
     # Measured: at most 3e-15.

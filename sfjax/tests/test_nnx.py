@@ -273,3 +273,33 @@ def test_an_optimizer_that_is_not_schedule_free_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match="opt_state must hold a ScheduleFreeState of sfjax, got"):
             refused()
+
+
+def test_muon_finds_the_matrices_of_a_model_and_resumes_in_the_same_bits(tmp_path):
+    def make(seed: int) -> tuple[nnx.Module, nnx.Optimizer]:
+        model = nnx.Sequential(
+            nnx.Embed(7, 4, rngs=nnx.Rngs(seed)),
+            nnx.Conv(4, 6, (3,), rngs=nnx.Rngs(seed)),
+            nnx.Linear(6, 3, rngs=nnx.Rngs(seed)),
+        )
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+        optimizer.update(model, nnx.grad(lambda model: (model(jnp.arange(5)) ** 2).mean())(model))
+
+    tx = sfjax.schedule_free_muon(0.01)
+    with pytest.raises(ValueError, match="output_axis must be 'last' for a convolution of Flax"):
+        make(0)
+    tx = sfjax.schedule_free_muon(0.01, normalize="rows", output_axis="last")
+    run, other = make(0), make(1)
+    step(*run)
+    rows = sfjax.find_state(run[1].opt_state).base_optimizer_state.row_nu
+    assert [leaf.shape for leaf in jax.tree.leaves(rows)] == [(1, 1, 6), (1, 3)]
+    with Checkpoints(tmp_path) as checkpoints:
+        sfjax.nnx.save(checkpoints, *run)
+        checkpoints.wait()
+        sfjax.nnx.restore(checkpoints, *other, strict=True)
+    for one in (run, other):
+        step(*one)
+    assert_same(everything(run), everything(other))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sfcore import laws
+from sfcore.averaging import beta_after
 from sfcore.iterates import widened
 from sfcore.meta import Meta, number_in
 from sfcore.sources import Source, unknown
@@ -167,6 +168,8 @@ def _group(found: Any, group: Mapping[str, Any], names: Mapping[Any, str]) -> di
     clock = {"step": int(step), "lr_max": float(lr_max), "weight_sum": float(weight_sum)}
     if options.get("y_beta") is not None:
         clock["beta"] = float(options["y_beta"])
+    elif values.get("beta_rule", "constant") != "constant":  # a closure form, which has no y at rest
+        clock["beta"] = beta_after(int(step), values)
     return {
         "hyperparameters": values,
         "clock": clock,

@@ -274,15 +274,19 @@ def _group(
         own["base"] = type(optimizer.base).__name__
         defaults = {k: v for k, v in optimizer.base.defaults.items() if _is_plain(v)}
         own["base_defaults"] = _arrays.encode(defaults, {}, "defaults")
+    clock = {
+        "step": books["k"],
+        "lr_max": books["lr_max"],
+        "weight_sum": books["weight_sum"],
+        "lr": books["scheduled_lr"],
+        "c": books["c"],
+    }
+    if values["beta_rule"] != "constant":
+        clock["beta"] = optimizer._y_beta(group)
+    clock |= {name: group[name] for name in optimizer._carried}
     return {
         "hyperparameters": {key: number_in(value) for key, value in values.items()},
-        "clock": {
-            "step": books["k"],
-            "lr_max": books["lr_max"],
-            "weight_sum": books["weight_sum"],
-            "lr": books["scheduled_lr"],
-            "c": books["c"],
-        },
+        "clock": clock,
         "parameters": [names[p] for p in group["params"]],
         "torch": own,
     }

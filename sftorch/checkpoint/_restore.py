@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfcore import changes
+from sfcore.averaging import beta_after
 from sfcore.changes import comparable
 from sfcore.exchange import CheckpointError
 from sfcore.iterates import beta_of
@@ -67,13 +68,18 @@ class Saved:
             return {}, held.to(self.p.dtype)
         state, value = self._started(clock, held)
         return {
-            key: like(self.p, one) if isinstance(one, Tensor) else one for key, one in state.items()
+            key: like(self.p, one) if isinstance(one, Tensor) and key not in self._of_rows() else one
+            for key, one in state.items()
         }, value
 
     def _placed(self, leaf: str) -> Tensor:
-        if self.arrays[leaf].shape != tuple(self.p.shape):  # of rows, which only a whole parameter has
+        if leaf.partition("/")[0] in self._of_rows().values():  # whole on every process
             return _arrays.to_tensor(np.asarray(self.arrays[leaf])).to(self.p.device)
         return placed(_parts.taken(self.arrays[leaf], self.p), part(self.p.detach()))
+
+    def _of_rows(self) -> dict[str, str]:
+        """Returns the name in a state -> role of the buffers that are one number a row."""
+        return {one.torch: one.role for one in self.optimizer.law.buffers if one.of_rows}
 
     def fresh(self) -> set[str]:
         """Returns what starts anew although the parameter had started: "v", "m"."""
@@ -307,7 +313,7 @@ def _plan_group(
     books["prior_steps"] = values["prior_steps"]
     if not isinstance(optimizer, TrainEvalOptimizer):
         books["y_beta"] = None
-    elif books.get("y_beta") is None and beta_of(saved) != values["beta"]:
+    elif books.get("y_beta") is None and beta_of(saved) != beta_after(clock["step"], values):
         books["y_beta"] = beta_of(saved)
     weighed = ("prior_steps", "r", "weight_lr_power")
     if not same or any(old.get(name, values[name]) != values[name] for name in weighed):
@@ -319,6 +325,7 @@ def _plan_group(
             k: v for k, v in _changes.options_of(saved).items() if k in ("lr", "initial_lr") and k in group
         }
     options |= _changes.scheduled_beta(optimizer, group, saved)
+    options |= {name: clock.get(name, group[name]) for name in optimizer._carried}
     if isinstance(optimizer, ScheduleFreeWrapper) and about.get("base") == type(optimizer.base).__name__:
         options |= _changes.base_options(optimizer, group, saved)[0]
     new.books.append(books)

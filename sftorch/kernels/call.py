@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import logging
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftorch.kernels import build
+from sfcore.native import build
+from sfcore.native.kinds import Kind as Kind
 from sftorch.law.parts import PLAIN
 
-TABLES = ("y", "rest", "z", "v", "m", "x", "g")  # as in step.c and in triton_step.COLUMNS
+TABLES = ("y", "rest", "z", "v", "m", "x", "g")  # as in job.h and in triton_step.COLUMNS
 NUMBERS = ("sign", "lr_t", "wd_y", "wd_z", "k1", "k2", "b2", "eps", "m1", "correction2", "correction1")
 ZEROS = (0.0,) * len(NUMBERS)
 Tables = Mapping[str, Sequence[Tensor]]  # by the names of TABLES
+_log = logging.getLogger("sftorch")
 _PACKED = struct.Struct(f"{len(NUMBERS)}d")
 _WIDE = (torch.float32, torch.float64)
 # Four elements a thread: loads of 16 bytes in float32. AdamW then takes 48 registers; with eight elements it
@@ -35,20 +38,6 @@ _WIDE = (torch.float32, torch.float64)
 BLOCK = 1024
 WARPS = 8
 KEPT = 64  # tables; a batch needs one. step_in_backward needs one a parameter, and may send them anew
-
-
-class Kind(IntEnum):
-    """What a job does; the names and their order are those of step.c."""
-
-    SGD = 0
-    YOUNG = 1
-    ADAMW = 2
-    ADAMW_MOMENTUM = 3
-    RECOVER = 4
-    PUT_ASIDE = 5
-    HOLDS = 6
-    FLOOR_SGD = 7
-    FLOOR_ADAMW = 8
 
 
 class Element(IntEnum):
@@ -165,7 +154,7 @@ def _same_dense_layout(first: Tensor, *others: Tensor) -> bool:
 
 
 class Job(ctypes.Structure):
-    """`struct job` of step.c, which may run again while the tensors are the same."""
+    """`struct job` of job.h, which may run again while the tensors are the same."""
 
     _fields_: ClassVar[Any] = (
         [("count", ctypes.c_int64), ("sizes", ctypes.c_void_p)]
@@ -189,7 +178,7 @@ class Job(ctypes.Structure):
         """Does it.
 
         Args:
-            tables: by the names of step.c, at least "y" and "z"; lists of one length, of CPU tensors that
+            tables: by the names of job.h, at least "y" and "z"; lists of one length, of CPU tensors that
                 have the same number of elements in the same dense layout, z, v and m in one dtype, float32 or
                 float64. None of this is checked here. A later run needs those that have others in them.
             numbers: those of NUMBERS, in their order; the last ones may be left out, and are 0.
@@ -214,6 +203,12 @@ class Job(ctypes.Structure):
         _PACKED.pack_into(self, Job.sign.offset, *numbers, *ZEROS[len(numbers) :])
         threads = torch.get_num_threads() if threads is None else threads
         return bool(library.sf_run(ctypes.byref(self), threads))
+
+
+@functools.cache
+def give_notice(why: str) -> None:
+    """Logs, once a process, that steps take the slower path."""
+    _log.warning("the fused CPU step is not available, and steps take the foreach path: %s", why)
 
 
 @functools.cache

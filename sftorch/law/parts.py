@@ -85,6 +85,14 @@ def like(tensor: Tensor, own: Tensor) -> Tensor:
     return found
 
 
+def whole(tensor: Tensor, own: Tensor) -> Tensor:
+    """Returns all of which `own` is the part that lies here, as of a tensor; all processes must call it."""
+    if not is_divided(tensor):
+        return own
+    found: Tensor = like(tensor, own).full_tensor()  # type: ignore[attr-defined]
+    return found
+
+
 def laid_out_like(tensor: Tensor, value: Tensor) -> Tensor:
     """Returns a value of the same shape in parts where a tensor is in parts, and whole where it is whole.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sfcore import checks, codes
-from sfcore.averaging import effective_lr
+from sfcore.averaging import beta_after, effective_lr
 from sfcore.laws import Law
 from sftorch.law.parts import part, parts_of
 from sftorch.law.scalars import Clock, Next, prior_weight
@@ -62,6 +62,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     _may_be_lean: ClassVar[bool] = False
     _built_lrs: tuple[float, ...] = ()
     _built_sizes: tuple[int, ...] = ()  # in elements
+    _carried: tuple[str, ...] = ()  # numbers of a group, beside the books, that a resume goes on with
     _watch: Any = None
     _agrees = (
         False  # whether the step that is first after a start or a load has been checked on all processes
@@ -81,8 +82,8 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         """Returns the dict that holds a group's bookkeeping, and the options that are ours."""
 
     def _beta(self, group: dict[str, Any]) -> float:
-        """Returns the configured interpolation beta."""
-        return float(self._values(group)[0]["beta"])
+        """Returns the interpolation beta of which the configuration takes the coming gradient."""
+        return beta_after(self._books(group)["k"], self._values(group)[0])
 
     def _buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Returns the names of the state tensors beside z that a parameter of this group needs."""
@@ -95,9 +96,9 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
     def _new_buffer(self, name: str, iterate: Tensor, group: dict[str, Any]) -> Tensor:
         """Returns zeros for a buffer of the direction, beside z or what is kept in its place."""
         (buffer,) = (one for one in self.law.buffers if one.torch == name)
-        shape = buffer.shape(iterate.shape, self._values(group)[0])
-        if shape != tuple(iterate.shape):
-            return iterate.new_zeros(shape)
+        if buffer.of_rows:  # whole on every process
+            shape = buffer.shape(iterate.shape, self._values(group)[0])
+            return torch.zeros(shape, dtype=iterate.dtype, device=iterate.device)
         return torch.zeros_like(iterate, memory_format=torch.preserve_format)
 
     @uncompiled
@@ -144,6 +145,12 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         may_be = ["lean"] if self._may_be_lean and all(one.lean for one in self.law.buffers) else []
         may_be += ["8bit"] if may_be and all(one.code for one in self.law.buffers) else []
         found = checks.find_problems(self.law.options, values, self.law.torch_names)
+        if self._books(group) is group and "base_momentum" in group and values["beta_rule"] != "constant":
+            name = self.law.torch_names["beta"]
+            found.append(
+                f"beta_rule must be 'constant' beside a scheduler that cycles {name}, got "
+                f"{values['beta_rule']!r}: give OneCycleLR or CyclicLR cycle_momentum=False"
+            )
         return found + arguments.find_problems(self._books(group), values.get("beta"), may_be)
 
     def _check_settings(self) -> None:
@@ -237,7 +244,10 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             plan = check(**(known | values | facts))
             holds = "y, to train" if self._books(group)["train_mode"] else "x, to evaluate"
             kinds = ", ".join(sorted(dtypes))
-            head = f"group {number}: {len(group['params'])} parameters ({kinds}) hold {holds}"
+            leaves = {"": "parameters", "matrices": "matrices", "others": "parameters for AdamW"}[
+                self._leaves(group)
+            ]
+            head = f"group {number}: {len(group['params'])} {leaves} ({kinds}) hold {holds}"
             texts = {key: value if isinstance(value, str) else f"{value:g}" for key, value in values.items()}
             shown = ", ".join(f"{key} {value}" for key, value in texts.items())
             parts.append(f"{head}\nvalues        {shown}\n{text(plan)}")
@@ -308,6 +318,17 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         y_beta: float | None = self._books(group)["y_beta"]
         return self._beta(group) if y_beta is None else y_beta
 
+    def _settle_beta(
+        self, group: dict[str, Any], beta: float | None = None, moved: Collection[Tensor] = ()
+    ) -> None:
+        """Makes a group's parameters hold what a beta makes of x and z.
+
+        Args:
+            group: one of ours.
+            beta: None is the configured one.
+            moved: parameters that hold it already.
+        """
+
     def _group_clock(self, group: dict[str, Any]) -> Clock:
         books = self._books(group)
         return Clock(books["k"], books["lr_max"], books["weight_sum"])
@@ -338,8 +359,16 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
                 z = forms.z_of(forms.joined(p, state), state)
                 state["x"].add_(after.c * (z - state["x"]))  # S8
 
-    def _finish(self, group: dict[str, Any], after: Next) -> None:
-        """Advances the group's own clock by one step."""
+    def _finish(self, group: dict[str, Any], after: Next, moved: Collection[Tensor]) -> None:
+        """Advances the group's own clock by one step.
+
+        Args:
+            group: one of ours.
+            after: its clock after the step.
+            moved: parameters that the step has moved; the others' y follows the group's beta.
+        """
+        if after.change:
+            self._settle_beta(group, after.beta, moved)
         books, clock = self._books(group), after.clock
         books["k"], books["lr_max"], books["weight_sum"] = clock
         books["scheduled_lr"], books["c"] = after.lr_t, after.c

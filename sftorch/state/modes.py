@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sftorch.kernels import build, call
+from sfcore.native import build
+from sftorch.kernels import call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates
 from sftorch.law.parts import is_fake, like, note_written, part, parts, parts_of
@@ -301,12 +302,14 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def _wanted(self, group: dict[str, Any]) -> str:
         return "y" if self._books(group)["train_mode"] else "x"
 
-    def _settle_beta(self, group: dict[str, Any]) -> None:
-        """Moves y to the configured beta if another one built it, so that x stays; stores x at beta = 0."""
-        beta = self._beta(group)
+    def _settle_beta(
+        self, group: dict[str, Any], beta: float | None = None, moved: Collection[Tensor] = ()
+    ) -> None:
+        """Moves y to a beta if another one built it, so that x stays; stores x at beta = 0."""
+        beta = self._beta(group) if beta is None else beta
         changed = self._y_beta(group) != beta
         for p in self._started(group) if changed or beta == 0 else []:
-            if self._ahead and p in self._ahead:
+            if p in moved or (self._ahead and p in self._ahead):
                 continue
             state = self.state[p]
             x = self._x(p, group)

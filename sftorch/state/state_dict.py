@@ -372,7 +372,11 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             # schedulefree's closure forms have no mode
             hold = saved.get(HOLD, "y" if self._books(saved).get("train_mode") else "x")
-            self._books(group)["train_mode"] = live_mode
+            books = self._books(group)
+            books["train_mode"] = live_mode
+            values, _ = self._values(group)
+            if values["beta_rule"] != "constant" and "beta_rule" not in self._books(saved):
+                books["y_beta"] = books["y_beta"] or values["beta"]  # no rule built that y
             for note in (HOLD, "shapes"):
                 group.pop(note, None)
             for p in self._started(group):
@@ -412,9 +416,6 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def _begin(self) -> None:
         """Raises unless gradients are, or will be, taken where the step needs them."""
-
-    def _settle_beta(self, group: dict[str, Any]) -> None:
-        """Makes a group's parameters hold what the configured beta makes of x and z."""
 
     def _forget_step(self) -> None:
         """Forgets what was known of the coming step: other state has come in its place."""

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sftorch.kernels import build, call
+from sfcore import laws
+from sfcore.native import build
+from sftorch.kernels import call
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates
 from sftorch.law.parts import Place, indices
@@ -32,11 +34,14 @@ class Direction(NamedTuple):
         single: (gradient, buffers by name, *numbers) -> direction. The numbers may be 0-d tensors.
         foreach: the same for lists, with plain numbers.
         kernel: what the kernels know it as, the name of a `kernels.call.Kind`; "" where they do not.
+        gathers: whether it looks beyond the part of a DTensor that lies here; it is then called with `of`,
+            the parameters, and makes of all their parts what belongs to this one.
     """
 
     single: Callable[..., Tensor]
     foreach: Callable[..., list[Tensor]]
     kernel: str = ""
+    gathers: bool = False
 
 
 class Move(NamedTuple):
@@ -62,6 +67,7 @@ class Move(NamedTuple):
         kept: for a backend to keep what it makes of tensors that stay from step to step.
         places: in the lean form where each tensor lies in a larger one, None for one that is whole; empty if
             all are.
+        of: the parameters as DTensors, for a direction that gathers; else empty.
         scales: in the 8-bit form the exponents of gaps and buffers, else empty.
         columns: of these, by name of the buffer; the first is that of the gap.
     """
@@ -79,8 +85,13 @@ class Move(NamedTuple):
     keys: Tensor | None
     kept: dict[str, Any]
     places: Sequence[Place | None] = ()
+    of: Sequence[Tensor] = ()
     scales: Sequence[Tensor] = ()
     columns: Sequence[tuple[str, int]] = ()
+
+    def whole(self, index: int | None = None) -> dict[str, Any]:
+        """Returns what a direction that gathers is called with beside its numbers: all of a move, or one."""
+        return {"of": self.of if index is None else self.of[index : index + 1]} if self.of else {}
 
     def rows(self, chosen: list[int]) -> Move:
         """Returns the part of a move that concerns some of its parameters."""
@@ -94,7 +105,8 @@ class Move(NamedTuple):
         buffers = {name: some(tensors) for name, tensors in self.buffers.items()}
         keys = None if self.keys is None else self.keys[chosen]
         places = [self.places[i] for i in chosen] if self.places else ()
-        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places)
+        of = [self.of[i] for i in chosen] if self.of else ()
+        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places, of=of)
 
 
 class Backend(NamedTuple):
@@ -204,7 +216,7 @@ def _kernel(
             return f"the direction must have a kernel, got {move.direction.single.__name__}, which has none"
         kernel = find()
         if isinstance(kernel, str) and move.fused is None:
-            build.give_notice(kernel)
+            call.give_notice(kernel)
         return kernel if isinstance(kernel, str) else None
 
     return Backend(name, takes, run, device)
@@ -322,19 +334,20 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
     rests: Sequence[Tensor | None] = move.rests or [None] * len(move.ys)
     compiling = torch.compiler.is_compiling()
     places: Sequence[Place | None] = move.places or [None] * len(move.ys)
+    of_rows = {one.torch for one in laws.roles().values() if one.of_rows}  # whole beside a parameter in parts
     columns = (move.ys, rests, move.zs, move.grads, move.keys.unbind(), places)
     for i, (p, rest, gap, grad, words, at) in enumerate(zip(*columns, strict=True)):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
         y, wide_gap, grad = forms.join(p, rest), gap.to(torch.float32), grad.to(torch.float32)
         wide = {name: tensors[i].to(torch.float32) for name, tensors in move.buffers.items()}
-        direction = move.direction.single(-grad if move.maximize else grad, wide, *own)
+        direction = move.direction.single(-grad if move.maximize else grad, wide, *own, **move.whole(i))
         z = y + wide_gap if iterates.counts(wd_z) else y
         delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
         w = wide_gap + beta * delta
         forms.put_halves_(p, rest, y + (k1 * w + (1.0 - beta) * delta))  # S9*
         gap.copy_(rounded((1.0 - k1) * w, of_p[0], at))  # S7
         for (name, value), key in zip(wide.items(), of_p[1:], strict=True):
-            move.buffers[name][i].copy_(rounded(value, key, at))
+            move.buffers[name][i].copy_(rounded(value, key, None if name in of_rows else at))
 
 
 # The same in codes: row by row new exponents, then the nearest codes below or above at random.
@@ -379,7 +392,7 @@ def _takes_foreach(move: Move) -> str | None:
 def _run_foreach(move: Move, numbers: Numbers) -> None:
     wide = _joined(move) if move.rests else move
     grads = list(torch._foreach_neg(wide.grads)) if wide.maximize else wide.grads
-    directions = wide.direction.foreach(grads, wide.buffers, *numbers[5:])
+    directions = wide.direction.foreach(grads, wide.buffers, *numbers[5:], **wide.whole())
     if wide.xs:
         iterates.average_foreach_(wide.ys, wide.xs, wide.zs, directions, numbers[:5])
     else:
@@ -393,7 +406,8 @@ def _run_single(move: Move, numbers: Numbers) -> None:
     for i, (y, z, grad) in enumerate(zip(wide.ys, wide.zs, wide.grads, strict=True)):
         buffers = {name: tensors[i] for name, tensors in wide.buffers.items()}
         grad = grad.to(z.dtype)
-        direction = wide.direction.single(-grad if wide.maximize else grad, buffers, *numbers[5:])
+        grad = -grad if wide.maximize else grad
+        direction = wide.direction.single(grad, buffers, *numbers[5:], **wide.whole(i))
         if wide.xs:
             iterates.average_single_(y, wide.xs[i], z, direction, numbers[:5])
         else:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from sfcore import checks
-from sfcore.averaging import BETAS, DECAYS, coefficients, floats, power
+from sfcore.averaging import DECAYS, beta_after, coefficients, power
 from sftorch.law.iterates import as_real
-from sftorch.law.parts import PLAIN, gradients, note_written, parts, place
-from sftorch.law.scalars import Clock, next_step
+from sftorch.law.parts import PLAIN, gradients, is_divided, note_written, parts, place
+from sftorch.law.scalars import Clock, Next, next_step
 from sftorch.state import arguments, eight
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
@@ -107,6 +107,7 @@ class Work:
             keys=self._keys(plan) if self.is_lean else None,
             kept={},
             places=[place(p) for p in self.params] if self.is_lean else (),
+            of=self.params if direction.gathers and any(map(is_divided, self.params)) else (),
             scales=views.get(eight.SCALE, ()),
             columns=tuple(eight.columns(self.states[0]).items()) if self._in_codes else (),
         )
@@ -160,14 +161,13 @@ class Work:
     def _number(self, optimizer: DirectedOptimizer, plan: GroupPlan) -> Direction:
         """Takes the numbers of the coming step; returns its direction."""
         law, values = optimizer.law, plan.values
-        self.after = after = next_step(law, self.clock, plan.group["k"], values)
+        self.after = after = next_step(law, self.clock, plan.group["k"], values, optimizer._factor)
         direction, own = optimizer._direction(values, after.clock.step)
         lr_t = after.lr_t * optimizer._lr_ratio(values)
         wd = values.get("weight_decay", 0.0) * power(lr_t, values.get("decay_power", 1) - 1)  # F6
         wd_y, wd_z = DECAYS[values.get("decay_at", "y")](wd)
-        beta, change = BETAS[law.beta_rule](values["beta"], after.clock.step, values, floats)
-        old_beta = beta - change
-        k1, k2 = coefficients(after.c, beta, change, old_beta or 1.0)  # what is 0 does not change
+        old_beta = after.beta - after.change
+        k1, k2 = coefficients(after.c, after.beta, after.change, old_beta or 1.0)  # what is 0 does not change
         if self.to_x:
             k1, k2 = after.c, 0.0
         elif self.is_lean:
@@ -203,9 +203,12 @@ class GroupPlan:
         self._idle = [p for p in params if p not in states]
         moving = {p: states[p] for p in params if p in states}
         self.works = [Work(optimizer, self, batch, x) for batch in optimizer._batches(moving)]
-        self.after = next_step(optimizer.law, optimizer._group_clock(group), group["k"], self.values)
+        self.after = self._of_group(optimizer, optimizer._group_clock(group))
         # At beta = 0 each step sees to it that x is there.
         self.may_be_kept = bool(self.values["beta"]) and all(work.may_be_kept for work in self.works)
+
+    def _of_group(self, optimizer: DirectedOptimizer, clock: Clock) -> Next:
+        return next_step(optimizer.law, clock, self.group["k"], self.values, optimizer._factor)
 
     def _read_options(self, optimizer: DirectedOptimizer) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Returns the options as given, by canonical name, and those that decide more than numbers."""
@@ -231,7 +234,8 @@ class GroupPlan:
             self._given, self.values, self._chosen = self._read_options(optimizer)
             if chosen != self._chosen:
                 return False
-        if group["y_beta"] not in (None, self.values["beta"]) or not all(map(is_, params, self._params)):
+        y_beta = beta_after(group["k"], self.values)
+        if group["y_beta"] not in (None, y_beta) or not all(map(is_, params, self._params)):
             return False
         if any(p.grad is not None for p in self._idle):
             return False
@@ -244,7 +248,7 @@ class GroupPlan:
         if self.works and self.works[0].clock == clock:
             self.after = self.works[0].after
         else:
-            self.after = next_step(optimizer.law, Clock(*clock), group["k"], self.values)
+            self.after = self._of_group(optimizer, Clock(*clock))
         return True
 
 
@@ -252,6 +256,7 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
     """Abstract: optimizers that have a direction of their own; their groups hold options and books."""
 
     _plan: list[GroupPlan] | None = None  # of the last step, if it may do for the next
+    _factor = 1.0  # on the lr of the coming step, where the loss is asked
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -342,7 +347,9 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
                     move.grads.clear()
                     move.xs.clear()
             if is_whole:
-                self._finish(of_group.group, of_group.after)
+                after = of_group.after
+                moved = {p for work in of_group.works for p in work.params} if after.change else ()
+                self._finish(of_group.group, after, moved)
         if is_whole:
             self._plan = None if any(not one.may_be_kept for one in plan) else plan
             if self._ahead:

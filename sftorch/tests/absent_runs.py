@@ -53,6 +53,6 @@ def heard(engine: str, how: str, rank: int, folder: Path) -> Any:
     return None
 
 
-def main(rank: int, folder: Path, engine: str, how: str) -> None:
+def main(rank: int, world: int, folder: Path, engine: str, how: str) -> None:
     torch.save(heard(engine, how, rank, folder), folder / f"{rank}.pt")
     os._exit(0)  # the group is broken, and there is nothing to wait for

@@ -133,7 +133,7 @@ def whole_state_of_one() -> list[dict[str, str]]:
     return [everything(model, optimizer), everything(divided, resumed)]
 
 
-def main(rank: int, folder: Path, *words: str) -> dict[str, Any]:
+def main(rank: int, world: int, folder: Path, *words: str) -> dict[str, Any]:
     """Crosses from each layout to each in all precisions of `words`, also from folders that they name."""
     precisions = [word for word in words if word in PRECISIONS]
     others = [Path(word) for word in words if word not in PRECISIONS]

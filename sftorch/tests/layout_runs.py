@@ -1,6 +1,6 @@
 """The same gradients on parameters in many layouts, for test_layouts.py: weights, state and prints of each.
 
-Started by `sftorch.tests.ranks` in two processes or in four, which is as many shards as there are.
+Started by `sftorch.tests.launcher` in two processes or in four, which is as many shards as there are.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sftorch
+from sftorch.checkpoint import Checkpoints
 
 OPTIMIZERS = {
     "sgd": (sftorch.SGDScheduleFree, {"lr": 0.3, "weight_decay": 0.01}),
     "adamw": (sftorch.AdamWScheduleFree, {"lr": 0.05, "weight_decay": 0.1}),
     # Rectified from the seventh step on, plain SGD before.
+    "muon": (sftorch.MuonScheduleFree, {"lr": 0.05, "normalize": "rows", "weight_decay": 0.1}),
     "radam": (sftorch.RAdamScheduleFree, {"lr": 0.05, "betas": (0.9, 0.9), "silent_sgd_phase": False}),
 }
 PRECISIONS = {
@@ -32,7 +34,7 @@ PRECISIONS = {
     "float16": (torch.float16, {"foreach": False}),  # foreach rounds otherwise, in one process too
     "lean": (torch.bfloat16, {"precision": "lean"}),
 }
-STEPS = {"sgd": 4, "adamw": 4, "radam": 8}
+STEPS = {"sgd": 4, "adamw": 4, "muon": 4, "radam": 8}
 
 
 class Net(nn.Module):
@@ -134,6 +136,41 @@ def run(divide: Callable[[Net], None], kind: str, precision: str) -> dict[str, A
     return found
 
 
+def given(model: Net, step: int) -> None:
+    """Puts the gradients of a step into a model, laid out as it is."""
+    random = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        grad = torch.randn(p.shape, generator=random)
+        divided: Any = p
+        whole = not isinstance(p, DTensor)
+        p.grad = grad if whole else distribute_tensor(grad, divided.device_mesh, divided.placements)
+
+
+def resumed(world: int, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns digests of a run of NorMuon, and of one that went on from its middle in another layout."""
+    make, options = OPTIMIZERS["muon"]
+    found = []
+    for name, first in ((f"fsdp {world}", 0), (f"tp {world}", 2)):
+        model = net(torch.float32)
+        layouts(world)[name](model)
+        optimizer = make(model.named_parameters(), **options)
+        with Checkpoints(folder / "muon") as checkpoints:
+            if first:
+                checkpoints.restore(model, optimizer)
+            for step in range(first, 4):
+                given(model, step)
+                optimizer.step()
+                if step == 1:
+                    checkpoints.save(model, optimizer)
+                    checkpoints.wait()
+        digests = {}
+        for key, p in model.named_parameters():
+            tensors = {k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+            digests |= {f"{key} {k}": digest(v) for k, v in ({"y": p} | tensors).items()}
+        found.append(digests)
+    return found[0], found[1]
+
+
 def large(world: int) -> dict[str, Any]:
     """Returns the prints of a tensor of several chunks in each layout, rows and columns cut unevenly."""
     from sftorch.state import prints
@@ -166,12 +203,12 @@ def distances(world: int) -> dict[str, float]:
     return found
 
 
-def main(rank: int, folder: Path, *kinds: str) -> dict[str, Any]:
-    world = dist.get_world_size()
+def main(rank: int, world: int, folder: Path, *kinds: str) -> dict[str, Any]:
     found = {
         (name, kind, precision): run(divide, kind, precision)
         for name, divide in layouts(world).items()
         for kind in kinds
         for precision in PRECISIONS
     }
-    return {"runs": found, "large": large(world), "distances": distances(world)}
+    more = {"resumed": resumed(world, folder)} if "muon" in kinds else {}
+    return {"runs": found, "large": large(world), "distances": distances(world)} | more

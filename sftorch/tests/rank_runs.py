@@ -318,3 +318,20 @@ def failing_disk(rank, world, folder, kind, background):
         checkpoints.save(model, optimizer)
         path = checkpoints.wait()
     return {"said": said, "left": left, "path": str(path)}
+
+
+def polyak(rank, world, folder, kind, averages=True):
+    """Returns the weights after 100 Polyak steps on other batches on each rank; `averages` or a mistake."""
+    if not averages:
+        sftorch.plus._mean = lambda loss, device: float(loss)
+    torch.manual_seed(0)
+    model, called = divided(kind, Net(torch.float64), world)
+    optimizer = sftorch.AdamCScheduleFreePlusPaper(model.parameters(), 0.3, polyak_beta=0.9, r=1.0)
+    for step in range(100):
+        draw = torch.Generator().manual_seed(world * step + rank)
+        inputs = torch.randn(8, 6, generator=draw, dtype=torch.float64)
+        optimizer.zero_grad()
+        loss = (called(inputs) - inputs.sin().sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    return [whole(p).tolist() for p in model.parameters()]

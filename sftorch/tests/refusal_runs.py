@@ -284,7 +284,7 @@ def evaluated() -> list[list[float]]:
     return runs
 
 
-def main(rank: int, folder: Path) -> dict[str, Any]:
+def main(rank: int, world: int, folder: Path) -> dict[str, Any]:
     init_device_mesh("cpu", (2,))
     return {
         "heard": {name: heard(case) for name, case in CASES.items()},

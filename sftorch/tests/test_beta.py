@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sftorch
+from sfcore import averaging
 from sftorch.tests.plain import (
     CLASSES,
     CLOSURES,
@@ -165,3 +166,74 @@ def test_a_change_to_nonsense_is_refused_before_anything_changes(kind, bad):
         optimizer.step()
     assert same_bits(params, held)
     assert optimizer.metrics()[0]["step"] == 3
+
+
+RULES = [
+    {"beta_rule": "anneal", "beta_max": 0.99, "beta_anneal_steps": 9},
+    {"beta_rule": "amuse", "beta_hold_steps": 3},
+]
+
+
+@pytest.mark.parametrize("path", [{}, {"foreach": False}, "in backward"], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_moves_y_also_of_parameters_without_a_gradient(rule, path):
+    often, seldom, late = some_params(shapes=[(3,), (4,), (2,)])
+    options = {} if path == "in backward" else path
+    optimizer = sftorch.SGDScheduleFree([often, seldom, late], lr=STEP_SIZE, **rule, **options)
+    handle = sftorch.step_in_backward(optimizer) if path == "in backward" else None
+    values = optimizer.law.defaults | rule
+    sequences = {p: [p.detach().clone()] * 2 + [0] for p in (often, seldom, late)}  # x, z, steps
+    for step in range(12):
+        moving = [often] + [seldom] * (step % 3 == 0) + [late] * (step > 5)
+        beta = averaging.beta_after(step + 1, values)
+        grads = dict(zip(moving, some_grads(1, moving, seed=step)[0], strict=True))
+        for p, g in grads.items():
+            if handle is None:
+                p.grad = g
+            else:
+                (p * g).sum().backward()
+        for p, g in grads.items():
+            x, z, t = sequences[p]
+            z = z - STEP_SIZE * g
+            sequences[p] = [x + (z - x) / (t + 1), z, t + 1]
+        optimizer.step()
+        optimizer.zero_grad()
+        xs = optimizer.eval_params()
+        for p, (x, z, _) in sequences.items():
+            torch.testing.assert_close(p.detach(), beta * x + (1 - beta) * z, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(xs[p], x, rtol=1e-12, atol=1e-12)
+    if handle is not None:
+        handle.remove()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_scheduler_that_cycles_beta_is_refused_beside_a_rule(rule):
+    (p,) = some_params(shapes=[(3,)])
+    optimizer = sftorch.AdamWScheduleFree([p], **rule)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    p.grad = torch.ones_like(p)
+    held = p.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"beta_rule must be 'constant' beside a scheduler that cycles betas\[0\]"
+    ):
+        optimizer.step()
+    assert same_bits([p], [held])
+    free = sftorch.AdamWScheduleFree([p], **rule)
+    torch.optim.lr_scheduler.OneCycleLR(free, 0.1, total_steps=10, cycle_momentum=False)
+    free.step()
+
+
+def test_state_of_a_program_without_rules_goes_on_under_one(tmp_path):
+    (p,) = some_params(shapes=[(3,)])
+    before = sftorch.SGDScheduleFree([p], lr=STEP_SIZE)
+    feed(before, [p], some_grads(20, [p]))
+    x = before.eval_params()[p].clone()
+    saved = before.state_dict()
+    for group in saved["param_groups"]:
+        for name in ("y_beta", "beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho"):
+            del group[name]
+    optimizer = sftorch.SGDScheduleFree([p], lr=STEP_SIZE, **RULES[0])
+    optimizer.load_state_dict(saved)
+    torch.testing.assert_close(optimizer.eval_params()[p], x, rtol=1e-14, atol=1e-14)
+    feed(optimizer, [p], some_grads(1, [p]))
+    assert optimizer.param_groups[0]["y_beta"] == pytest.approx(0.99)

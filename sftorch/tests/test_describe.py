@@ -33,7 +33,11 @@ def test_the_planned_lr_and_c_are_those_of_the_run(name):
 def test_every_class_describes_itself():
     for name in (name for name in sftorch.__all__ if "ScheduleFree" in name):
         kind = getattr(sftorch, name)
-        base = torch.optim.SGD(parameters(), lr=0.1) if name == "ScheduleFreeWrapper" else parameters()
+        base = (
+            torch.optim.SGD(parameters(), lr=0.1)
+            if name == "ScheduleFreeWrapper"
+            else [torch.nn.Parameter(torch.ones(2, 2))]
+        )
         told = kind(base).describe(total_steps=100)
         assert f"optimizer     sftorch.{name.removesuffix('Closure')}" in told
         assert "error" not in told, told

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sftorch.kernels import build
+from sfcore.native import build
 from sftorch.tests.divided_runs import DTYPES, RUNS, WORLD
 from sftorch.tests.plain import same_bits
 

@@ -16,6 +16,8 @@ import sftorch
 from sftorch.tests.plain import CLASSES, some_params
 
 OWN = (
+    "AdamCScheduleFreePlusPaper",
+    "GPAAdamW",
     "MuonScheduleFree",
     "MuonScheduleFreeClosure",
     "ScheduleFreeWrapper",

@@ -87,6 +87,7 @@ def test_todays_checkpoint_restores_every_bit():
     (group,) = optimizer.param_groups
     later = {"precision": "exact", "seed": 0}  # options that there were not, at their defaults
     rules = {"c_warmup", "refined_c", "window", "window_rule", "weight_lr", "decay_at", "decay_power"}
+    rules |= {"beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho"}
     later |= {name: value for name, value in LAWS["adamw"].defaults.items() if name in rules}
     assert {name: group.pop(name) for name in later} == later
     assert digest(model, optimizer) == (folder.parent / "digest.txt").read_text().strip()
@@ -246,7 +247,9 @@ def test_a_state_that_no_row_names_is_refused_by_name():
     optimizer.step()
     state = optimizer.state_dict()
     state["state"][0]["sum"] = torch.ones(2)
-    with pytest.raises(ValueError, match=r"known law \(sgd, adamw, radam\), got the state sum, which none"):
+    with pytest.raises(
+        ValueError, match=r"known law \(sgd, adamw, radam, muon\), got the state sum, which none"
+    ):
         import_state_dict(make("adamw", parameters([torch.ones(2)])), state)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sftorch.tests import ranks
+from sftorch.tests import launcher
 from sftorch.tests.layout_runs import OPTIMIZERS, PRECISIONS
 
 PROGRAM = "sftorch.tests.layout_runs"
@@ -23,18 +23,26 @@ def assert_same_in_all_layouts(found, kind, precision):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return ranks.run(PROGRAM, 2, tmp_path_factory.mktemp("two"), "adamw")
+    return launcher.run(PROGRAM, 2, tmp_path_factory.mktemp("two"), "adamw", "muon")
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return ranks.run(PROGRAM, 4, tmp_path_factory.mktemp("four"), *OPTIMIZERS)
+    return launcher.run(PROGRAM, 4, tmp_path_factory.mktemp("four"), *OPTIMIZERS)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_two_shards_have_the_bits_of_one(two, precision):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_two_shards_have_the_bits_of_one(two, kind, precision):
     assert {name for name, *_ in two[0]["runs"]} == {"1", "fsdp 2", "tp 2"}
-    assert_same_in_all_layouts(two, "adamw", precision)
+    assert_same_in_all_layouts(two, kind, precision)
+
+
+def test_muon_goes_on_in_the_same_bits_where_its_matrices_are_cut_otherwise(two):
+    for of_rank in two:
+        whole, cut = of_rank["resumed"]
+        assert len(whole) > 20
+        assert cut == whole
 
 
 def test_a_print_is_the_same_however_a_tensor_is_cut_and_sees_every_part(two):

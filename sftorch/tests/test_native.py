@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import sftorch
+from sfcore.native import build
 from sftorch.adamw import ADAMW
-from sftorch.kernels import build, call
+from sftorch.kernels import call
 from sftorch.kernels.call import Element, Kind
 from sftorch.step import backends
 from sftorch.step.backends import Move
@@ -256,7 +257,7 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch, tmp_path):
 
 def test_without_a_kernel_steps_are_foreach_with_one_notice(monkeypatch, caplog):
     monkeypatch.setattr(build, "find", lambda: "there is no compiler")
-    build.give_notice.cache_clear()
+    call.give_notice.cache_clear()
     runs = []
     with caplog.at_level(logging.WARNING, logger="sftorch"):
         for fused in (None, False):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from sftorch.tests import ranks
+from sftorch.tests import launcher
 from sftorch.tests.refusal_runs import CASES
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return ranks.run("sftorch.tests.refusal_runs", 2, tmp_path_factory.mktemp("refusals"))
+    return launcher.run("sftorch.tests.refusal_runs", 2, tmp_path_factory.mktemp("refusals"))
+
+
+def absent(folder, *words):
+    """Returns what each of two processes heard, of which one is gone."""
+    with launcher.Launcher("sftorch.tests.absent_runs") as of_two:
+        of_two.outcomes(2, "main", folder, *words)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -40,7 +48,7 @@ def test_a_plain_step_takes_no_collective_and_a_check_takes_one(found):
 
 @pytest.mark.parametrize("how", ["ends", pytest.param("sleeps", marks=pytest.mark.slow)])
 def test_a_process_that_never_calls_is_waited_for_no_longer_than_its_group_says(how, tmp_path):
-    first, _ = ranks.run("sftorch.tests.absent_runs", 2, tmp_path, "fsdp", how)
+    first, _ = absent(tmp_path, "fsdp", how)
     assert first is not None
     kind, text = first
     assert issubclass(kind, RuntimeError)
@@ -48,7 +56,7 @@ def test_a_process_that_never_calls_is_waited_for_no_longer_than_its_group_says(
 
 
 def test_a_replica_that_raises_and_ends_leaves_no_other_waiting(tmp_path):
-    first, second = ranks.run("sftorch.tests.absent_runs", 2, tmp_path, "ddp", "ends")
+    first, second = absent(tmp_path, "ddp", "ends")
     assert second[1].startswith("weights must stay x while in eval mode")
     assert issubclass(first[0], RuntimeError)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sftorch.tests import ranks
+from sftorch.tests import launcher
 from sftorch.tests.crossing_runs import LAYOUTS
 
 PROGRAM = "sftorch.tests.crossing_runs"
@@ -18,12 +18,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(folder):
-    return ranks.run(PROGRAM, 2, folder, *SHORT)
+    return launcher.run(PROGRAM, 2, folder, *SHORT)
 
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    return ranks.run(PROGRAM, 2, tmp_path_factory.mktemp("long"), *LONG)
+    return launcher.run(PROGRAM, 2, tmp_path_factory.mktemp("long"), *LONG)
 
 
 def assert_goes_on_everywhere(found, precision):
@@ -71,8 +71,8 @@ def test_a_run_goes_on_on_other_numbers_of_processes(short, folder, tmp_path):
     of_two = short[0]["end"][(*SHORT, False, "fsdp")]
     (tmp_path / "4").mkdir()
     (tmp_path / "2").mkdir()
-    four = ranks.run(PROGRAM, 4, tmp_path / "4", *SHORT, str(folder))
-    two = ranks.run(PROGRAM, 2, tmp_path / "2", *SHORT, str(tmp_path / "4"))
+    four = launcher.run(PROGRAM, 4, tmp_path / "4", *SHORT, str(folder))
+    two = launcher.run(PROGRAM, 2, tmp_path / "2", *SHORT, str(tmp_path / "4"))
     for of_rank in (*four, *two):
         assert_goes_on_everywhere([of_rank], *SHORT)
         assert len(of_rank["from others"]) == 2 * len(LAYOUTS) ** 2

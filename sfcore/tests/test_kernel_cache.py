@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sftorch.kernels import build
+from sfcore.native import build
 
 SOURCE = Path(build.__file__)
 
-# As sftorch does it, but without torch, which takes seconds to import.
+# Without what imports it, which takes seconds.
 FIND = """
 import importlib.util, logging, sys
 logging.basicConfig(level=logging.INFO, format="LOG %(message)s")
@@ -113,7 +113,7 @@ def put_another_library(kept: Path) -> None:
     source.write_text("int other(void) { return 1; }\n")
     made = kept.parent.parent / "other.so"
     subprocess.run([shutil.which("cc"), "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
-    key = kept.name.split(".")[0].removeprefix("step-")
+    key = kept.name.split(".")[0]
     kept.unlink()
     os.replace(made, kept.parent / build._name(key, made.read_bytes()))
 

@@ -1,9 +1,9 @@
-"""Builds the kernel with the machine's C compiler at first use, and keeps it in a private folder of the user.
+"""Builds a library with the machine's C compiler at first use, and keeps it in a private folder of the user.
 
-So one wheel of plain Python serves every version of Python and torch, and installing compiles nothing. What
-is kept is code that runs: it is loaded from folders that nobody else can write to, and only if its bytes are
-those that were tried when it was built (their hash is in the file's name). Whatever fails, there is a reason,
-and steps take the lists.
+So one wheel of plain Python serves every version of Python and of the frameworks, and installing compiles
+nothing. What is kept is code that runs: it is loaded from folders that nobody else can write to, and only if
+its bytes are those that were tried when it was built (their hash is in the file's name). Whatever fails,
+there is a reason, and steps go another way.
 """
 
 from __future__ import annotations
@@ -24,19 +24,37 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from sfcore import files
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "step.c", HERE / "arithmetic.h")
 # The last two change no value: they allow roots and comparisons in vectors.
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 SECONDS = 60
-ENTRY = "sf_run"
 # In a process of its own: a library that is not whole can end the one that loads it.
 TRIAL = "import ctypes, sys; getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])"
-_log = logging.getLogger("sftorch")
+_log = logging.getLogger("sfcore.native")
+
+
+class Library(NamedTuple):
+    """What is built.
+
+    Attributes:
+        name: with which the file's begins.
+        entry: the function that it must have.
+        sources: the first is compiled; what it includes comes after it, because a change of it counts too.
+        folders: where else what it includes lies.
+    """
+
+    name: str
+    entry: str
+    sources: tuple[Path, ...]
+    folders: tuple[Path, ...] = ()
+
+
+STEP = Library("step", "sf_run", (HERE / "step.c", HERE / "job.h", HERE / "arithmetic.h"))
 
 
 class Unavailable(Exception):
@@ -44,25 +62,19 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def find() -> ctypes.CDLL | str:
-    """Returns the kernel, or why there is none; built at most once a machine and user.
+def find(library: Library = STEP) -> ctypes.CDLL | str:
+    """Returns a library, or why there is none; built at most once a machine and user.
 
     Example:
-        >>> from sftorch.kernels import build
+        >>> from sfcore.native import build
         >>> build.find() is build.find()
         True
     """
     try:
-        key = _key()
-        return _kept(key) or _new(key)
+        key = _key(library)
+        return _kept(library, key) or _new(library, key)
     except (Unavailable, OSError) as why:
         return str(why)
-
-
-@functools.cache
-def give_notice(why: str) -> None:
-    """Logs, once a process, that steps take the slower path."""
-    _log.warning("the fused CPU step is not available, and steps take the foreach path: %s", why)
 
 
 def cache_folders() -> Iterator[Path]:
@@ -82,28 +94,29 @@ def _user() -> int | str:
     return os.geteuid() if hasattr(os, "geteuid") else "user"
 
 
-def _key() -> str:
-    """Returns a hash of all that the object depends on, but for the compiler."""
-    parts = [path.read_bytes() for path in SOURCES]
+def _key(library: Library) -> str:
+    """Returns its name and a hash of all that the object depends on, but for the compiler."""
+    parts = [path.read_bytes() for path in library.sources]
     system = (*FLAGS, sys.platform, platform.machine(), *platform.libc_ver())
-    return hashlib.sha256(b"\0".join([*parts, *(part.encode() for part in system)])).hexdigest()[:24]
+    found = hashlib.sha256(b"\0".join([*parts, *(part.encode() for part in system)])).hexdigest()[:24]
+    return f"{library.name}-{found}"
 
 
 def _name(key: str, made: bytes) -> str:
-    return f"step-{key}.{hashlib.sha256(made).hexdigest()[:32]}.so"
+    return f"{key}.{hashlib.sha256(made).hexdigest()[:32]}.so"
 
 
-def _kept(key: str) -> ctypes.CDLL | None:
+def _kept(library: Library, key: str) -> ctypes.CDLL | None:
     """Returns a kernel that was kept, if there is one; of those that cannot be used, says why and removes."""
     for folder in cache_folders():
         if not folder.is_dir() or _not_private(folder.lstat()):
             continue
-        for path in sorted(folder.glob(f"step-{key}.*.so")):
+        for path in sorted(folder.glob(f"{key}.*.so")):
             try:
                 found = path.lstat()
                 why = _not_private(found) or _not_whole(path, key)
                 if not why:
-                    return _loaded(path)
+                    return _loaded(library, path)
             except OSError as error:
                 why = str(error)
             _log.warning("the kernel %s cannot be used and is built anew: %s", path, why)
@@ -132,14 +145,14 @@ def _not_whole(path: Path, key: str) -> str | None:
     return None
 
 
-def _loaded(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    if not hasattr(library, ENTRY):
-        raise OSError(f"it must have {ENTRY}, which it has not")
-    return library
+def _loaded(library: Library, path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    if not hasattr(found, library.entry):
+        raise OSError(f"it must have {library.entry}, which it has not")
+    return found
 
 
-def _new(key: str) -> ctypes.CDLL:
+def _new(library: Library, key: str) -> ctypes.CDLL:
     """Builds, tries and keeps a kernel in the first folder that takes it."""
     made, refused = b"", []
     for folder in cache_folders():
@@ -151,14 +164,14 @@ def _new(key: str) -> ctypes.CDLL:
                 raise PermissionError(why)
             _remove_leftovers(folder)
             with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
-                made = made or _compiled(Path(scratch))
-                library = _put(made, Path(scratch), folder / _name(key, made))
+                made = made or _compiled(library, Path(scratch))
+                found = _put(library, made, Path(scratch), folder / _name(key, made))
         except OSError as error:
             refused.append(f"{folder}: {error}")
             continue
         if refused:
             _log.warning("the kernel is kept in %s, because others cannot: %s", folder, "; ".join(refused))
-        return library
+        return found
     reasons = "; ".join(refused)
     raise Unavailable(f"a folder must keep the kernel, got {reasons}: set XDG_CACHE_HOME to one of your own")
 
@@ -170,8 +183,8 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _put(made: bytes, scratch: Path, path: Path) -> ctypes.CDLL:
-    """Tries the library, then gives it its name: whole, on the disk, and at once."""
+def _put(library: Library, made: bytes, scratch: Path, path: Path) -> ctypes.CDLL:
+    """Tries it, then gives it its name: whole, on the disk, and at once."""
     part = scratch / "kept.so"
     with part.open("wb") as file:
         file.write(made)
@@ -179,7 +192,7 @@ def _put(made: bytes, scratch: Path, path: Path) -> ctypes.CDLL:
         os.fsync(file.fileno())
     part.chmod(0o700)
     if sys.executable and not getattr(sys, "frozen", False):  # else it may be another program
-        trial = [sys.executable, "-I", "-S", "-c", TRIAL, str(part), ENTRY]
+        trial = [sys.executable, "-I", "-S", "-c", TRIAL, str(part), library.entry]
         try:
             done = subprocess.run(trial, capture_output=True, timeout=SECONDS, check=False)
         except subprocess.SubprocessError as error:
@@ -189,11 +202,11 @@ def _put(made: bytes, scratch: Path, path: Path) -> ctypes.CDLL:
             raise OSError(f"the compiled kernel must load, got {said or f'signal {-done.returncode}'}")
     os.replace(part, path)
     files.sync(path.parent)
-    return _loaded(path)
+    return _loaded(library, path)
 
 
-def _compiled(folder: Path) -> bytes:
-    """Returns the library that the compiler makes of the sources."""
+def _compiled(library: Library, folder: Path) -> bytes:
+    """Returns what the compiler makes of the sources."""
     try:
         named = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
@@ -203,13 +216,15 @@ def _compiled(folder: Path) -> bytes:
     if not compiler:
         raise Unavailable("a C compiler must be in PATH or in CC, got none: install gcc or clang")
     made = folder / "made.so"
-    command = [*compiler, *FLAGS, str(SOURCES[0]), "-o", str(made), "-lm"]
+    include = [f"-I{one}" for one in library.folders]
+    command = [*compiler, *FLAGS, *include, str(library.sources[0]), "-o", str(made), "-lm"]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
         return made.read_bytes()
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error).encode()
         text = said.decode(errors="replace").strip()[:500]
+        source = library.sources[0]
         raise Unavailable(
-            f"{' '.join(compiler)} must compile {SOURCES[0]}, got {text!r}: set CC to another compiler"
+            f"{' '.join(compiler)} must compile {source}, got {text!r}: set CC to another compiler"
         ) from error

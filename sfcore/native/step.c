@@ -2,14 +2,15 @@
  *
  * Every element goes through the operations of the single-tensor path (sftorch/law/iterates.py), in their order
  * and in the dtype of z, so the results are equal bit for bit, with any number of threads. That needs
- * -ffp-contract=off and no -ffast-math. Python's side is sftorch/kernels/call.py.
+ * -ffp-contract=off and no -ffast-math. It is called by sftorch/kernels/call.py and sfjax/kernels/xla.c.
  */
 #include <fenv.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <string.h>
+
+#include "job.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -19,19 +20,6 @@
 #endif
 
 enum { CHUNK = 1 << 15, BLOCK = 1024, MAX_THREADS = 256 };
-enum kind { SGD, YOUNG, ADAMW, ADAMW_MOMENTUM, RECOVER, PUT_ASIDE, HOLDS, FLOOR_SGD, FLOOR_ADAMW };
-/* An element type of y, x and g: as z, or 16 bits; REST adds the 16 bits that y lacks to be a float32. */
-enum type { AS_Z, BFLOAT16, BFLOAT16_REST };
-
-/* Tables have an address for each tensor. x is where y is to end as x, or where y is put aside. */
-struct job {
-    int64_t count;
-    const int64_t *sizes;
-    char *const *y, *const *rest, *const *z, *const *v, *const *m, *const *x, *const *g;
-    int32_t kind, is_double, y_type, g_type;
-    double sign, lr_t, wd_y, wd_z, k1, k2, b2, eps, m1, correction2, correction1;
-};
-
 struct cursor { int64_t tensor, start; };             /* start: of the tensor, among the elements of all */
 struct segment { int64_t tensor, offset, length; };
 

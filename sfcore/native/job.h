@@ -1,0 +1,17 @@
+/* What step.c is told to do, in the order in which Python writes it: sftorch/kernels/call.py, kinds.py. */
+#include <stdint.h>
+
+enum kind { SGD, YOUNG, ADAMW, ADAMW_MOMENTUM, RECOVER, PUT_ASIDE, HOLDS, FLOOR_SGD, FLOOR_ADAMW };
+/* An element type of y, x and g: as z, or 16 bits; REST adds the 16 bits that y lacks to be a float32. */
+enum type { AS_Z, BFLOAT16, BFLOAT16_REST };
+
+/* Tables have an address for each tensor. x is where y is to end as x, or where y is put aside. */
+struct job {
+    int64_t count;
+    const int64_t *sizes;
+    char *const *y, *const *rest, *const *z, *const *v, *const *m, *const *x, *const *g;
+    int32_t kind, is_double, y_type, g_type;
+    double sign, lr_t, wd_y, wd_z, k1, k2, b2, eps, m1, correction2, correction1;
+};
+
+int sf_run(const struct job *job, int threads);

@@ -1,0 +1,19 @@
+"""What the kernels can do, by number."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Kind(IntEnum):
+    """What a job does; the names and their order are those of job.h."""
+
+    SGD = 0
+    YOUNG = 1
+    ADAMW = 2
+    ADAMW_MOMENTUM = 3
+    RECOVER = 4
+    PUT_ASIDE = 5
+    HOLDS = 6
+    FLOOR_SGD = 7
+    FLOOR_ADAMW = 8
