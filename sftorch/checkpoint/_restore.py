@@ -75,6 +75,9 @@ class Saved:
     def _placed(self, leaf: str) -> Tensor:
         if leaf.partition("/")[0] in self._of_rows().values():  # whole on every process
             return _arrays.to_tensor(np.asarray(self.arrays[leaf])).to(self.p.device)
+        if leaf.startswith(f"{eight.SCALE}/"):
+            rows = _parts.rows_taken(self.arrays[leaf], self.p)
+            return _arrays.to_tensor(rows).to(self.p.device)
         return placed(_parts.taken(self.arrays[leaf], self.p), part(self.p.detach()))
 
     def _of_rows(self) -> dict[str, str]:
