@@ -155,7 +155,7 @@ def schedule_free_plus(
         old = state.inner
         held, rests, scales, _tree = forms.leaves_of(updates, old, params, precision)
         columns = zip(jax.tree.leaves(updates), held, jax.tree.leaves(old.z), rests, scales, strict=True)
-        pairs = [(g, _gap(*leaves, old.b1)) for g, *leaves in columns]
+        pairs = [(g, _gap(p, stored, rest, scale, old.b1)) for g, p, stored, rest, scale in columns]
         t = as_scalar(old.step + 1)
         share = BETAS[rule](t, values, jnp).beta / jnp.where(old.b1 > 0, old.b1, 1.0)
         l1 = sum((_total(jnp.abs(one)) for g, _ in pairs for one in _reals(g)), as_scalar(0.0))

@@ -20,11 +20,8 @@ _BUFFER = ("z", "x", "gap")
 
 def gap_code(leaves: Mapping[str, Any], parameter: str) -> np.ndarray:
     """Returns the whole code of a gap, of 16 bits, from role -> array."""
-    gap, rest = (
-        leaf if leaf is None else jnp.asarray(np.asarray(leaf))
-        for leaf in (leaves[f"gap/{parameter}"], leaves.get(f"rest/{parameter}"))
-    )
-    return np.asarray(eight.gap_code(gap, rest))
+    gap, rest = jnp.asarray(np.asarray(leaves[f"gap/{parameter}"])), leaves.get(f"rest/{parameter}")
+    return np.asarray(eight.gap_code(gap, None if rest is None else jnp.asarray(np.asarray(rest))))
 
 
 def in_codes_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[Saved, bool]:

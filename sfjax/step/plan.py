@@ -294,7 +294,7 @@ def build(
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, scales, strict=True)
         draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
         new = [
-            _advance_in_form(*leaves, k, state.b1, draw) for leaves, draw in zip(columns, draws, strict=True)
+            _advance_in_form(leaves, k, state.b1, draw) for leaves, draw in zip(columns, draws, strict=True)
         ]
         moved, exponents = [one for one, _ in new], [exponent for _, exponent in new]
         base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
@@ -331,17 +331,16 @@ def build(
 
 
 def _advance_in_form(
-    p: jax.Array,
-    y: jax.Array,
-    stored: jax.Array,
-    delta: jax.Array,
-    rest: Any,
-    scale: Any,
-    k: Next,
-    beta: jax.Array,
-    draw: lean.Draw,
+    leaves: tuple[Any, ...], k: Next, beta: jax.Array, draw: lean.Draw
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
-    """Takes one step of a parameter in its form; returns what `_advance` does, and the exponents of a gap."""
+    """Takes one step of a parameter in its form; returns what `_advance` does, and the exponents of a gap.
+
+    Args:
+        leaves: the parameter, y, what is stored beside it, delta, the rest and the exponents, or None.
+        k, draw: of the step.
+        beta: that built y.
+    """
+    p, y, stored, delta, rest, scale = leaves
     if scale is not None:
         return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, beta, draw)
     if forms.is_lean(rest):

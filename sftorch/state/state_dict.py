@@ -170,8 +170,9 @@ def _keep(state: dict[str, Any], dtype: torch.dtype, rest: str, value: Tensor) -
     upper, lower = forms.split(value, dtype)
     if lower is not None:
         old = state.get(rest)
-        in_codes = old is not None and old.dtype is torch.int8
-        state[rest] = eight.with_rest(old, lower) if in_codes else lower
+        if old is not None and old.dtype is torch.int8:
+            lower = eight.with_rest(old, lower)
+        state[rest] = lower
     return upper
 
 
