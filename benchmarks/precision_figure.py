@@ -16,6 +16,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "exact": {"color": "#1f6feb", "linewidth": 1.6},
     "exact-float16": {"color": "#12805c", "linewidth": 1.4, "dashes": (1, 2)},
     "lean": {"color": "#e0a800", "linewidth": 1.4, "dashes": (5, 3)},
+    "8bit": {"color": "#0b7285", "linewidth": 1.6, "dashes": (4, 1.5)},
+    "8bit-float32": {"color": "#66a3ad", "linewidth": 1.2, "dashes": (1, 1.5)},
     "rounded": {"color": "#7048a8", "linewidth": 1.4},
     "schedulefree": {"color": "#b42318", "linewidth": 1.4},
     "pytorch_optimizer": {"color": "#e8590c", "linewidth": 1.4, "dashes": (3, 2)},

@@ -15,7 +15,7 @@ from sfcore.ranks import Ranks
 from sfcore.shards import Place
 from sftorch.checkpoint import _arrays
 from sftorch.checkpoint._record import REST, Capture
-from sftorch.state import forms
+from sftorch.state import eight, forms
 
 
 class Snapshot:
@@ -122,4 +122,8 @@ def _joined(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for leaf in leaves.keys() - found.keys():
         held = f"y/{leaf.removeprefix(f'{REST}/')}"
         found[held] = forms.join(found[held], leaves[leaf])
+        if leaves[leaf].dtype is torch.int8:  # it has the end of the gap as well
+            name = leaf.removeprefix(f"{REST}/")
+            parts = {"gap": leaves[f"gap/{name}"], "y_rest": leaves[leaf]}
+            found[f"gap/{name}"] = eight.gap_code(parts)
     return found
