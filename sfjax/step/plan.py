@@ -270,7 +270,7 @@ def build(
         deltas, base_state = delta(grads, opened, ys, zs, given, extra_args)
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, scales, strict=True)
         if precision == forms.EXACT:
-            moved = [_advance(*leaves, k, rest) for *leaves, rest, _ in columns]
+            moved = [_advance(p, y, buffer, d, k, rest) for p, y, buffer, d, rest, _ in columns]
         else:
             draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
             pairs = zip(columns, draws, strict=True)
