@@ -53,6 +53,7 @@ class Setting(NamedTuple):
 
 SHARES = ("window", "b1_hold_steps", "b1_anneal_steps", "c_warmup")  # given as a share of the run
 AMUSE = {"b1": 0.6, "b1_rule": "amuse", "b1_hold_steps": 0.05, "rho": 0.8}
+PLUS = {"b1_anneal_steps": 0.5, "c_warmup": 0.05, "polyak_beta": 0.9}
 GPA = {"b1": 0.7, "inner_momentum": 0.9, "window": 0.1, "window_rule": "constant", "decay_at": "z"}
 METHODS = {
     method.name: method
@@ -66,6 +67,9 @@ METHODS = {
         Method("sf-muon", "Schedule-Free Muon", "muon", scale=2.0),
         Method("sf-normuon", "Schedule-Free NorMuon", "muon", {"mu": 0.8, "normalize": "rows"}, scale=2.0),
         Method("amuse", "AMUSE: Schedule-Free Muon, beta rising from 0.6", "muon", AMUSE, scale=2.0),
+        Method(
+            "sf-plus", "ScheduleFree+ (a Polyak step; the rate is its multiple)", "plus", PLUS, scale=100.0
+        ),
         Method("gpa", "GPA-AdamW, cosine", "adamw", GPA, "cosine"),
         Method("adamw-cosine", "AdamW, cosine", "plain adamw", schedule="cosine"),
         Method("adamw-linear", "AdamW, linear", "plain adamw", schedule="linear"),

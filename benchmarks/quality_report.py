@@ -194,11 +194,11 @@ def twins(found: Sequence[Row]) -> str:
                 f"{PROBLEMS[row['problem']].label}: {METHODS[row['method']].label}",
                 f"{short['apart']:.0e}",
                 shown(full["jax"], full["se"]),
-                shown(full["torch"]),
-                "yes" if row["close"] else "no",
+                f"{full['torch']:.5g}",
+                f"{abs(full['torch'] - full['jax']) / full['se']:.2f}",
             ]
         )
-    head = ("", "apart after 100 steps", "JAX at the end", "torch at the end", "close")
+    head = ("", "apart after 100 steps", "JAX at the end", "torch", "apart, in standard errors")
     return table(head, lines)
 
 

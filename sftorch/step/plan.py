@@ -229,8 +229,10 @@ class GroupPlan:
             self._given, self.values, self._chosen = self._read_options(optimizer)
             if chosen != self._chosen:
                 return False
-        y_beta = beta_after(group["k"], self.values)
-        if group["y_beta"] not in (None, y_beta) or not all(map(is_, params, self._params)):
+        beta = self.values["beta"]
+        if self.values["beta_rule"] != "constant":
+            beta = beta_after(group["k"], self.values)
+        if group["y_beta"] not in (None, beta) or not all(map(is_, params, self._params)):
             return False
         if any(p.grad is not None for p in self._idle):
             return False
