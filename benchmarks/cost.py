@@ -8,6 +8,8 @@ what counts, since the times are this machine's.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import tempfile
 import time
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from benchmarks._records import replace_part, spread, versions, write_between_markers
 
 RESULTS = Path(__file__).parent / "results" / "cost.jsonl"
+RAW = RESULTS.with_name("raw.jsonl")
 SIZES = (10, 50, 200)  # MB of y, z and v together
 TENSORS = 20
 
@@ -46,6 +49,12 @@ class Torch:
 
     def save(self, step: int) -> None:
         self.checkpoints.save(self.model, self.optimizer, step=step)
+
+    def save_plainly(self, file: Any) -> None:
+        import torch
+
+        held = [p.detach() for p in self.model]
+        torch.save({"model": held, "optimizer": list(self.optimizer.state.values())}, file)
 
     def restore(self) -> None:
         self.checkpoints.restore(self.model, self.optimizer)
@@ -80,7 +89,7 @@ class Jax:
 KINDS: dict[str, type] = {"torch": Torch, "jax": Jax}
 
 
-def seconds(action: Callable[[], None]) -> float:
+def seconds(action: Callable[[], object]) -> float:
     """Returns how long a call takes."""
     start = time.perf_counter()
     action()
@@ -110,6 +119,54 @@ def measure(kind: str, megabytes: int, repeats: int) -> dict[str, np.ndarray]:
     return found | {f"{name}_over_waits": found[name] / found["waits"] for name in ("blocks", "first")}
 
 
+def against_raw(megabytes: int, repeats: int) -> dict[str, Any]:
+    """Returns the row of saves and restores in torch beside a write, synced, and a read of as many bytes."""
+    times: dict[str, list[float]] = {"write": [], "save": [], "torch_save": [], "read": [], "restore": []}
+    raw = np.random.default_rng(0).integers(0, 256, megabytes * 1_000_000, np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        run = Torch(megabytes, place / "checkpoints", background=False)
+
+        def write(name: str, fill: Callable[[Any], object]) -> None:
+            with open(place / name, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+
+        for step in range(repeats + 1):  # interleaved, so that a busy moment meets all
+            times["write"].append(seconds(lambda: write("raw", lambda file: file.write(raw.data))))
+            times["save"].append(seconds(lambda step=step: run.save(step)))  # type: ignore[misc]
+            times["torch_save"].append(seconds(lambda: write("torch", run.save_plainly)))
+            times["read"].append(seconds(lambda: np.fromfile(place / "raw", np.uint8)))
+            times["restore"].append(seconds(run.restore))
+        run.checkpoints.close()
+    found = {name: np.array(values[1:]) for name, values in times.items()}
+    ratios = {
+        f"{name}_over_{of}": spread(found[name] / found[of])
+        for name, of in (("save", "write"), ("torch_save", "write"), ("restore", "read"))
+    }
+    return {
+        "part": f"{megabytes} MB",
+        "megabytes": megabytes,
+        "n": repeats,
+        "seconds": {name: spread(values) for name, values in found.items()},
+        **ratios,
+        "versions": versions(),
+    }
+
+
+def show_raw(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the table of `against_raw`."""
+    table = Table(title="torch, on a CPU: a save that waits, and a restore")
+    names = ("save_over_write", "torch_save_over_write", "restore_over_read")
+    for column in ("state, MB", "n", *(name.replace("_", " ") for name in names)):
+        table.add_column(column, justify="right")
+    for row in rows:
+        ratios = ["{median:.2f} ({q1:.2f} to {q3:.2f})".format(**row[name]) for name in names]
+        table.add_row(str(row["megabytes"]), str(row["n"]), *ratios)
+    Console(width=120).print(table)
+
+
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes its rows to results/cost.jsonl, and on request into a page."""
     parser = argparse.ArgumentParser(
@@ -119,7 +176,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the table between <!-- cost --> and its end"
     )
+    parser.add_argument(
+        "--raw", type=int, action="append", metavar="MB", help="only beside a raw write and read of this size"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.raw:
+        for size in arguments.raw:
+            replace_part(RAW, f"{size} MB", [against_raw(size, arguments.repeats)])
+        show_raw([json.loads(line) for line in RAW.read_text(encoding="utf-8").splitlines()])
+        return 0
     rows = []
     for kind, megabytes in tqdm([(kind, size) for kind in KINDS for size in SIZES], desc="cost"):
         times = measure(kind, megabytes, arguments.repeats)

@@ -53,24 +53,20 @@ def programs() -> dict[str, tuple[Any, str, bool]]:
     def adamw(**options: Any) -> Any:
         return updating(sfjax.schedule_free_adamw(1e-3, weight_decay=0.1, **options))
 
-    clip = optax.clip_by_global_norm(1.0)
+    clip, stepping = optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(1e-3, weight_decay=0.1)
     return {
         "schedule_free_sgd": (updating(sfjax.schedule_free_sgd(1.0, weight_decay=0.1)), "float32", True),
         "schedule_free_adamw": (adamw(), "float32", True),
         "schedule_free_adamw, b1=0": (adamw(b1=0.0), "float32", True),
         "schedule_free_radam": (updating(sfjax.schedule_free_radam(1e-3, weight_decay=0.1)), "float32", True),
         "schedule_free_sgd, step": (sfjax.schedule_free_sgd(1.0, weight_decay=0.1), "float32", True),
-        "schedule_free_adamw, step": (
-            sfjax.schedule_free_adamw(1e-3, weight_decay=0.1),
-            "float32",
-            True,
-        ),
+        "schedule_free_adamw, step": (stepping, "float32", True),
         "clip_by_global_norm, schedule_free_adamw": (optax.chain(clip, adamw()), "float32", True),
         "schedule_free_adamw, bfloat16": (adamw(), "bfloat16", True),
         "schedule_free_adamw, float16": (adamw(), "float16", True),
         "schedule_free_adamw, bfloat16 lean": (adamw(precision="lean"), "bfloat16", True),
-        "accumulate, micro-step": (sfjax.accumulate(adamw(), 4), "float32", False),
-        "accumulate, update due": (sfjax.accumulate(adamw(), 4), "float32", True),
+        "accumulate, micro-step": (sfjax.accumulate(stepping, 4), "float32", False),
+        "accumulate, update due": (sfjax.accumulate(stepping, 4), "float32", True),
         "accumulate.update, micro-step": (
             updating(sfjax.accumulate(adamw(), 4)),
             "float32",

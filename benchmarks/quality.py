@@ -30,7 +30,7 @@ SEEDS = 5
 Row = dict[str, Any]
 
 ADAMW_FORMS = ("sf-adamw", "sf-radam", "sf-sgd", "adamw-cosine", "adamw-linear", "adamw-constant")
-ROWS: dict[str, Sequence[str]] = (
+ROWS: dict[str, tuple[str, ...]] = (
     {
         "fashion": tuple(METHODS),
         "fashion-half": ("adamw-cosine",),
@@ -195,8 +195,8 @@ def follow_ups(found: Sequence[Row], quick: bool) -> list[Job]:
     jobs = []
     for part, problem, method in wanted:
         row = made[problem, method]
-        if part == "twin" and METHODS[method].law == "plain muon":
-            continue  # torch's own rounds to bfloat16: nothing of ours to hold it to
+        if part == "twin" and not METHODS[method].has_twin:
+            continue
         exact = PROBLEMS[problem]._replace(steps=row["steps"])
         jobs.append(Job(part, exact, METHODS[method], row["seeds"], row["chosen"]["rate"]))
     return jobs

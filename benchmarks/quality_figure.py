@@ -21,7 +21,7 @@ HORIZONS = ("fashion-quarter", "fashion-half", "fashion")
 RATE_STYLES: dict[str, dict[str, Any]] = {
     "sf-adamw": {"color": BLUE, "linewidth": 2.4},
     "sf-radam": {"color": "#7048a8", "linewidth": 1.4},
-    "sf-muon": {"color": "#12805c", "linewidth": 2.0},
+    "sf-normuon": {"color": "#12805c", "linewidth": 2.2},
     "adamw-cosine": {"color": "#b42318", "linewidth": 1.8},
     "adamw-wsd": {"color": "#e8590c", "linewidth": 1.2, "dashes": (4, 2)},
     "adamw-constant": {"color": "#616e7c", "linewidth": 1.2, "dashes": (1, 2)},
@@ -40,7 +40,7 @@ def draw(found: Sequence[Row], folder: Path) -> None:
 
 
 def _horizons(curves: dict[tuple[str, str], Row], path: Path) -> None:
-    with mpl.rc_context({**RC, "font.size": 11}):  # type: ignore[arg-type]
+    with mpl.rc_context(RC | {"font.size": 11}):  # type: ignore[arg-type]
         figure = Figure(figsize=(8.4, 4.0), layout="constrained")
         ax = figure.subplots()
         free = curves["fashion", "sf-adamw"]
@@ -79,7 +79,9 @@ def _rates(found: Sequence[Row], problems: Sequence[str], path: Path) -> None:
             least = min(min(x for x in r["test"] if x is not None) for r in rows.values())
             ax.set_ylim(least * 0.985, least * 1.3)
             ax.set_xscale("log")
-            ax.set_xticks(PROBLEMS[problem].rates)
+            ax.set_xticks(
+                sorted({rate for name in RATE_STYLES if name in rows for rate in rows[name]["rates"]})
+            )
             ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.minorticks_off()
             ax.tick_params(axis="x", labelrotation=45)

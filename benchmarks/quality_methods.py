@@ -38,6 +38,10 @@ class Method(NamedTuple):
     def schedule_free(self) -> bool:
         return not self.law.startswith("plain")
 
+    @property
+    def has_twin(self) -> bool:
+        return self.law != "plain muon"  # torch's own rounds to bfloat16: nothing to hold ours to
+
 
 class Setting(NamedTuple):
     """What a run knows beside its rate: steps in all, those of warm-up, and the weights that are Muon's."""
@@ -49,6 +53,7 @@ class Setting(NamedTuple):
 
 SHARES = ("window", "b1_hold_steps", "b1_anneal_steps", "c_warmup")  # given as a share of the run
 AMUSE = {"b1": 0.6, "b1_rule": "amuse", "b1_hold_steps": 0.05, "rho": 0.8}
+PLUS = {"b1_anneal_steps": 0.5, "c_warmup": 0.05, "polyak_beta": 0.9}
 GPA = {"b1": 0.7, "inner_momentum": 0.9, "window": 0.1, "window_rule": "constant", "decay_at": "z"}
 METHODS = {
     method.name: method
@@ -62,6 +67,9 @@ METHODS = {
         Method("sf-muon", "Schedule-Free Muon", "muon", scale=2.0),
         Method("sf-normuon", "Schedule-Free NorMuon", "muon", {"mu": 0.8, "normalize": "rows"}, scale=2.0),
         Method("amuse", "AMUSE: Schedule-Free Muon, beta rising from 0.6", "muon", AMUSE, scale=2.0),
+        Method(
+            "sf-plus", "ScheduleFree+ (a Polyak step; the rate is its multiple)", "plus", PLUS, scale=100.0
+        ),
         Method("gpa", "GPA-AdamW, cosine", "adamw", GPA, "cosine"),
         Method("adamw-cosine", "AdamW, cosine", "plain adamw", schedule="cosine"),
         Method("adamw-linear", "AdamW, linear", "plain adamw", schedule="linear"),
@@ -95,7 +103,7 @@ def factor(method: Method, run: Setting, step: Any, xp: Any) -> Any:
 
 def _options(method: Method, run: Setting) -> dict[str, Any]:
     """Returns the row's options, shares as steps."""
-    options = {"b2": B2} if method.law != "sgd" else {}
+    options: dict[str, Any] = {"b2": B2} if method.law != "sgd" else {}
     options |= method.options
     options |= {name: round(options[name] * run.steps) for name in SHARES if name in options}
     if method.law == "muon":
@@ -137,16 +145,11 @@ def transformation(method: Method, run: Setting, rate: Any) -> Any:
 
 def torch_step(
     method: Method, run: Setting, rate: float, named: list[tuple[str, Any]]
-) -> tuple[Callable[[Any], None], Any] | None:
-    """Returns the row in torch: a function of the loss that takes a step, and the optimizer.
-
-    None where torch has nothing to hold ours to: its own Muon rounds to bfloat16.
-    """
+) -> tuple[Callable[[Any], None], Any]:
+    """Returns a row that has a twin in torch: a function of the loss that takes a step, and the optimizer."""
     import numpy as np
     import torch
 
-    if method.law == "plain muon":
-        return None
     if method.schedule_free:
         made, scheduled = _schedule_free(method, run, rate, named)
     else:

@@ -73,9 +73,9 @@ def horizons(found: Sequence[Row]) -> str:
     """Returns one run of Schedule-Free AdamW against AdamW with cosine, tuned anew for each length."""
     free = of(found, "sweep", "fashion").get("sf-adamw")
     rows = []
-    for problem in HORIZONS if free else ():
+    for problem in HORIZONS:
         cosine = of(found, "sweep", problem).get("adamw-cosine")
-        if cosine is None:
+        if free is None or cosine is None:
             continue
         at = free["points"].index(cosine["steps"])
         ours, theirs = free["chosen"], cosine["chosen"]
@@ -194,11 +194,11 @@ def twins(found: Sequence[Row]) -> str:
                 f"{PROBLEMS[row['problem']].label}: {METHODS[row['method']].label}",
                 f"{short['apart']:.0e}",
                 shown(full["jax"], full["se"]),
-                shown(full["torch"]),
-                "yes" if row["close"] else "no",
+                f"{full['torch']:.5g}",
+                f"{abs(full['torch'] - full['jax']) / full['se']:.2f}",
             ]
         )
-    head = ("", "apart after 100 steps", "JAX at the end", "torch at the end", "close")
+    head = ("", "apart after 100 steps", "JAX at the end", "torch", "apart, in standard errors")
     return table(head, lines)
 
 

@@ -84,24 +84,20 @@ def twin(job: Job, swept: Row | None) -> Row:
     torch.set_num_threads(1)
     (rate,) = job.rates
     short = min(SHORT, job.problem.steps)
-    jax = quality_jax.sweep(job.problem, job.method, [rate], [0], [short]).test[0, 0, 0]
-    first = quality_torch.replay(job.problem, job.method, rate, 0, short)
+
+    def replayed(seed: int, steps: int) -> float:
+        return quality_torch.replay(job.problem, job.method, rate, seed, steps)
+
+    jax = float(quality_jax.sweep(job.problem, job.method, [rate], [0], [short]).test[0, 0, 0])
+    first = replayed(0, short)
     apart = abs(first - jax) / abs(jax)
-    ends = [
-        quality_torch.replay(job.problem, job.method, rate, seed, job.problem.steps)
-        for seed in range(job.seeds)
-    ]
+    ends = np.array([replayed(seed, job.problem.steps) for seed in range(job.seeds)])
     mean, se = swept["chosen"]["mean"][-1], swept["chosen"]["se"][-1]
-    between = abs(float(np.mean(ends)) - mean)
+    torch_mean = float(ends.mean())
     return {
         "short": {"steps": short, "jax": digits(jax), "torch": digits(first), "apart": digits(apart)},
-        "full": {
-            "jax": mean,
-            "se": se,
-            "torch": digits(np.mean(ends)),
-            "seeds": [digits(one) for one in ends],
-        },
-        "close": bool(apart <= CLOSE and between <= se),
+        "full": {"jax": mean, "se": se, "torch": digits(torch_mean), "seeds": [digits(one) for one in ends]},
+        "close": bool(apart <= CLOSE and abs(torch_mean - mean) <= se),
     }
 
 

@@ -10,26 +10,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.quality_methods import Method, setting, torch_step
-from benchmarks.quality_problems import Part, Problem, curvatures
+from benchmarks.quality_problems import Problem, curvatures
 
 Weights = dict[str, Tensor]
 
 
-def replay(problem: Problem, method: Method, rate: float, seed: int, steps: int) -> float | None:
-    """Trains one run for its first steps; returns the test loss at x, None where torch has no such method."""
-    weights = {
+def replay(problem: Problem, method: Method, rate: float, seed: int, steps: int) -> float:
+    """Trains one run for its first steps; returns the test loss at x."""
+    weights: Weights = {
         name: torch.nn.Parameter(torch.from_numpy(weight)) for name, weight in problem.weights(seed).items()
     }
     run = setting(method, problem.steps, problem.matrices())
-    made = torch_step(method, run, rate, list(weights.items()))
-    if made is None:
-        return None
-    step, optimizer = made
+    step, optimizer = torch_step(method, run, rate, list(weights.items()))
     loss = LOSSES[problem.model]
-    train = Part(*map(torch.from_numpy, problem.data.train))
+    inputs, targets = map(torch.from_numpy, problem.data.train)
     for chosen in torch.from_numpy(problem.batches(seed, steps)):
         optimizer.zero_grad()
-        value = loss(problem, weights, _batch(problem, train, chosen))
+        value = loss(problem, weights, _batch(problem, inputs, targets, chosen))
         value.backward()
         step(value.detach())
     if method.schedule_free:
@@ -38,13 +35,13 @@ def replay(problem: Problem, method: Method, rate: float, seed: int, steps: int)
         return float(loss(problem, weights, _held(problem)))
 
 
-def _batch(problem: Problem, train: Any, chosen: Tensor) -> Any:
+def _batch(problem: Problem, inputs: Tensor, targets: Tensor, chosen: Tensor) -> Any:
     if problem.model == "quadratic":
         return chosen
     if problem.model == "transformer":
-        windows = train.inputs[chosen[:, None] + torch.arange(problem.sizes[-1] + 1)]
+        windows = inputs[chosen[:, None] + torch.arange(problem.sizes[-1] + 1)]
         return windows[:, :-1], windows[:, 1:]
-    return train.inputs[chosen], train.targets[chosen]
+    return inputs[chosen], targets[chosen]
 
 
 def _held(problem: Problem) -> Any:

@@ -69,6 +69,7 @@ class World:
         self.wrapper = sftorch.ScheduleFreeWrapper(
             torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
         )
+        self.of_matrices = sftorch.MuonScheduleFree([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
         self.plain = torch.optim.AdamW(self.module.parameters())
         self.module(torch.ones(4, 2)).square().sum().backward()
         self.plain.step()
@@ -119,6 +120,7 @@ class World:
             "sftorch.AdamWScheduleFree": self.optimizer,
             "sftorch.ScheduleFreeWrapper": self.wrapper,
             "sftorch.AdamWScheduleFreeClosure": self.at_rest,
+            "sftorch.MuonScheduleFree": self.of_matrices,
         }
 
     def good(self, name: str) -> dict[str, Any]:
@@ -202,6 +204,7 @@ class World:
             "sftorch.ScheduleFreeWrapper.load_state_dict": {"state_dict": self.wrapper.state_dict()},
             "sftorch.ScheduleFreeWrapper.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
             "sftorch.AdamWScheduleFreeClosure.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
+            "sftorch.MuonScheduleFree.add_param_group": {"param_group": {"params": [torch.zeros(1)]}},
             "sftorch.AdamWScheduleFreeClosure.step": {"closure": lambda: 0.0},
             "sftorch.ship_x": live,
             "sftorch.trainers.flat_metrics": {"optimizer": self.optimizer},
@@ -593,6 +596,7 @@ TABLE = [
     *rows("sftorch.AdamWScheduleFreeClosure.step", TypeError, closure=(*NO_FUNCTION, None)),
     *rows("sftorch.AdamWScheduleFree.add_param_group", TypeError, param_group=(None, 3, "x", [])),
     *rows("sftorch.AdamWScheduleFreeClosure.add_param_group", TypeError, param_group=(None, 3, "x", [])),
+    *rows("sftorch.MuonScheduleFree.add_param_group", TypeError, param_group=(None, 3, "x", [])),
     *rows("sftorch.AdamWScheduleFree.eval_state_dict", TypeError, model=NO_OBJECT),
     *rows(
         "sftorch.AdamWScheduleFree.load_state_dict",

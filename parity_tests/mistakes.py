@@ -90,7 +90,7 @@ MISTAKES = (
         "(1 - c) * self.x[k] + c * z",
         "(1 - c) * ((self.y[k] - (1 - beta) * self.z[k]) / beta if beta else self.x[k]) + c * z",
     ),
-    # As in GPA's program: y does not see the decay of z, and x, which is told by both, grows.
+    # As in a program of GPA: y does not see the decay of z, and x, which is told by both, grows.
     Mistake(
         "decay of z alone",
         _KEPT,

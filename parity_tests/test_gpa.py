@@ -14,7 +14,7 @@ import torch
 import sfjax
 import sftorch
 from sfcore import HyperparameterError
-from sftorch.checkpoint import Checkpoints
+from sftorch.checkpoint import Checkpoints, import_state_dict
 
 LR, DECAY, STEPS = 0.05, 0.3, 40
 START = np.linspace(-1, 2, 5)
@@ -129,3 +129,29 @@ def test_bad_values_are_refused_by_the_names_of_its_user_all_at_once():
     with pytest.raises(HyperparameterError) as caught:
         sfjax.generalized_primal_averaging(optax.sgd(0.1), 0.1, mu_y=2.0, mu_x=1.0, weight_decay=-1.0)
     assert [line.split(" must")[0] for line in caught.value.problems] == ["mu_y", "mu_x", "weight_decay"]
+
+
+def test_metas_state_is_imported_and_its_run_goes_on():
+    """As their GPAAdamW saves it: the clock of a group, in tensors, in the state of its first parameter."""
+    whole, p = in_torch(decay_at="y")
+    x = whole.eval_params()[p].clone()
+    shared = {"step": torch.tensor(STEPS), "lr_max": torch.tensor(LR), "weight_sum": torch.tensor(0.0)}
+    state = {name: whole.state[p][name].clone() for name in ("z", "exp_avg", "exp_avg_sq")}
+    group = {"lr": LR, "eps": 1e-8, "train_interp_coeff": 0.7, "beta1": 0.9, "beta2": 0.999}
+    group |= {"weight_pow_coeff": 0.0, "weight_lr_power": 2, "weight_decay": DECAY, "params": [0]}
+    group |= {"eval_interp_coeff": 0.9967, "iterate_averaging_type": Averaging.GPA}
+    theirs = {
+        "state": {0: state | shared | {"train_mode": torch.tensor(True)}},
+        "param_groups": [group],
+    }
+    q = torch.nn.Parameter(p.detach().clone())
+    optimizer = sftorch.GPAAdamW([q], LR, weight_decay=DECAY, decay_at="y")
+    notices = import_state_dict(optimizer, theirs)
+    assert notices == ["GPAAdamW's state is carried over"]
+    assert torch.equal(optimizer.eval_params()[q], x)
+    for t in range(STEPS, STEPS + 5):
+        p.grad = torch.from_numpy(gradient(t))
+        q.grad = p.grad.clone()
+        whole.step()
+        optimizer.step()
+    assert torch.equal(p, q)

@@ -17,7 +17,7 @@ from sfcore import HyperparameterError, averaging, convert
 from sfcore.hyperparameters import AdamW
 from sfcore.laws import LAWS
 from sfjax.checkpoint import Checkpoints as JaxCheckpoints
-from sftorch.checkpoint import Checkpoints
+from sftorch.checkpoint import Checkpoints, import_state_dict
 
 SIZE, LR = 7, 0.3
 START, TARGET = np.linspace(-1, 2, SIZE), np.linspace(1, -1, SIZE)
@@ -330,3 +330,30 @@ def test_a_resumed_run_ends_in_the_same_bits_and_crosses_there_and_back(tmp_path
         Checkpoints(tmp_path / "newer").restore(model, optimizer, resume=path)
         torch_run(range(16, 21), model, optimizer)
         np.testing.assert_allclose(model.w.detach().numpy(), whole.w.detach().numpy(), rtol=1e-11)
+
+
+@pytest.mark.parametrize("holds", ["x", "y"])
+def test_upstreams_state_is_imported_and_its_run_goes_on(holds):
+    whole, _ = torch_run(range(1, 21))
+    model, before = torch_run(range(1, 11))
+    y, x, state = model.w.detach().clone(), before.eval_params()[model.w], before.state[model.w]
+    group = dict(before.param_groups[0], params=[0], train_mode=holds == "y")
+    names = ("lr", "betas", "sf_beta1", "eps", "r", "k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
+    names += ("polyak_beta", "sf_beta1_anneal_steps", "sf_beta1_max", "c_warmup", "weight_lr_power")
+    tensors = {"x": x, "y": y, **{name: state[name].clone() for name in ("z", "exp_avg", "exp_avg_sq")}}
+    theirs = {
+        "state": {0: tensors},
+        "param_groups": [{name: group[name] for name in (*names, "weight_decay", "grad_l1_ema", "params")}],
+    }
+    model, optimizer = torch_run(range(0))
+    if holds == "x":
+        optimizer.eval()
+    with torch.no_grad():
+        model.w.copy_(x if holds == "x" else y)
+    notices = import_state_dict(optimizer, theirs)
+    assert notices == ["schedulefree's state is carried over"]
+    optimizer.train()
+    torch.testing.assert_close(optimizer.eval_params()[model.w], x, rtol=1e-13, atol=1e-13)
+    optimizer.param_groups[0]["grad_l1_ema"] = group["grad_l1_ema"]  # which upstream's has corrected twice
+    torch_run(range(11, 21), model, optimizer)
+    torch.testing.assert_close(model.w, whole.w, rtol=1e-11, atol=1e-12)

@@ -111,7 +111,9 @@ def log_decay(decay: Any, xp: Any = floats) -> Any:
 
 def bias_correction(decay: Any, t: Any, xp: Any = floats) -> Any:
     """Returns 1 - decay^t without cancellation, also for decay = 0."""
-    return -xp.expm1(t * log_decay(decay, xp))
+    # The common case without a further call; of 0 the logarithm only has to be small enough.
+    log = math.log(max(decay, 5e-324)) if isinstance(decay, float) else log_decay(decay, xp)
+    return -xp.expm1(t * log)
 
 
 # coth(u) - 1/u = u/3 - u^3/45 + ...: Bernoulli numbers, to 2e-14 for u < 0.5.

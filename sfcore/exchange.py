@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sfcore import _safetensors, checks, laws
+from sfcore.beside import beside
 from sfcore.checks import nearest
 
 # In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two
@@ -118,13 +119,20 @@ def write_tensors(
         places=(checks.optional(checks.MAPPING), places),
     )
     stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
-    record = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
-    for leaf, place in (places or {}).items():
-        record[leaf] |= place.as_record()
-    if sealed:
-        text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
-        metadata = text | {_CRC: str(crc_of(text))}
-    _safetensors.write(path, stored, metadata)
+
+    def described() -> dict[str, Any]:
+        found = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
+        for leaf, place in (places or {}).items():
+            found[leaf] |= place.as_record()
+        return found
+
+    if not sealed:
+        with beside(described) as waited:
+            _safetensors.write(path, stored, metadata)
+        return waited()
+    record = described()
+    text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
+    _safetensors.write(path, stored, text | {_CRC: str(crc_of(text))})
     return record
 
 

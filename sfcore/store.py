@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sfcore import exchange, files, shards
+from sfcore.beside import beside
 from sfcore.exchange import OLDER, CheckpointError
 from sfcore.lock import writing
 from sfcore.meta import Meta
@@ -171,7 +172,11 @@ def steps(folder: Path, layout: Layout = PLAIN) -> dict[int, Path]:
 
 
 def write(
-    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
+    folder: Path,
+    meta: Meta,
+    state: Mapping[str, np.ndarray],
+    inference: Mapping[str, np.ndarray],
+    prints: Callable[[], dict[str, str]] | None = None,
 ) -> Path:
     """Writes one checkpoint beside the others and renames it into place; returns its path.
 
@@ -184,6 +189,8 @@ def write(
         meta: the record; its `tensors` are filled in here, in the file and not in this object.
         state: "ROLE/PARAMETER" -> array.
         inference: name -> array, x and the buffers.
+        prints: returns the record's `fingerprints`, and is called while files are written; default None: the
+            record has them.
 
     Raises:
         CheckpointError: no permission, disk full, no folder, a metric that is no finite number, a leaf
@@ -192,17 +199,25 @@ def write(
     for leaf in state:
         exchange.split(leaf)
     with files.cannot(f"write a checkpoint into {folder}"):
-        return put(folder, meta.step, lambda path: _fill(path, meta, state, inference))
+        return put(folder, meta.step, lambda path: _fill(path, meta, state, inference, prints))
 
 
 def _fill(
-    folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, np.ndarray]
+    folder: Path,
+    meta: Meta,
+    state: Mapping[str, np.ndarray],
+    inference: Mapping[str, np.ndarray],
+    prints: Callable[[], dict[str, str]] | None,
 ) -> None:
     folder.mkdir()
-    record = {
-        STATE: exchange.write_tensors(folder / STATE, state),
-        INFERENCE: exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta), sealed=True),
-    }
+    with beside(prints or (lambda: dict(meta.fingerprints))) as taken:
+        record = {
+            STATE: exchange.write_tensors(folder / STATE, state),
+            INFERENCE: exchange.write_tensors(
+                folder / INFERENCE, inference, about_inference(meta), sealed=True
+            ),
+        }
+    meta = replace(meta, fingerprints=taken())
     files.write_text(folder / META, replace(meta, tensors=record).to_json())
 
 

@@ -14,6 +14,7 @@ from sfcore.laws import LAWS
 from sfjax.law.iterates import wide_dtype
 from sfjax.state import arguments
 from sfjax.state.arguments import ScalarOrSchedule
+from sfjax.step.native import Scalars
 from sfjax.step.plan import build
 
 
@@ -27,8 +28,8 @@ def generalized_primal_averaging(
 ) -> optax.GradientTransformationExtraArgs:
     """Generalized primal averaging (arXiv 2512.17131): `schedule_free` whose c is 1 - mu_x in every step.
 
-    The decay moves x, y and z together, so that x stays the average of z; in Meta's program it moves z alone,
-    and x grows.
+    The decay moves x, y and z together, so that x stays the average of z; in a program of Meta's it moved z
+    alone, and x grew. Decay inside the base is taken at y.
 
     Args:
         base_optimizer: built with the same learning_rate and without decay, as optax.adam(learning_rate) is.
@@ -63,10 +64,10 @@ def generalized_primal_averaging(
     values = arguments.read(hyperparameters.ScheduleFree, **usual)
     inner = arguments.as_transformation("base_optimizer", base_optimizer)
 
-    def delta(grads: Any, state: Any, ys: Any, zs: Any, k: Any, extra_args: Any) -> tuple[Any, Any]:
+    def delta(grads: Any, state: Any, ys: Any, zs: Any, scalars: Scalars, extra_args: Any) -> tuple[Any, Any]:
         moved, state = inner.update(grads, state, ys, **extra_args)
         if weight_decay:
-            pull = k.lr_t * weight_decay  # F6
+            pull = scalars.next.lr_t * weight_decay  # F6
             moved = jax.tree.map(lambda d, z: d - jnp.asarray(pull, d.dtype) * z.astype(d.dtype), moved, zs())
         return moved, state
 

@@ -59,6 +59,7 @@ class XAtRest(DirectedOptimizer):
             self._restore(x)
             raise
         self._restore({p: value for p, value in x.items() if p.grad is None})
+        self._is_half_stepped = True
         self._run(plan)
         self._close(plan)
         return loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -26,19 +26,21 @@ class GPAAdamW(AdamWScheduleFree):
     """AdamW with generalized primal averaging (arXiv 2512.17131), with the arguments of Meta's class.
 
     `AdamWScheduleFree` with inner momentum, `window_rule="constant"` and decay at z. The decay moves x, y and
-    z together, so that x stays the average of z; in Meta's program it moves z alone, and x grows.
+    z together, so that x stays the average of z; in a program of Meta's it moved z alone, and x grew. Their
+    newer one decays at y: that is `decay_at="y"`.
 
     Args:
         params: as for `AdamWScheduleFree`.
         lr: step size, >= 0, default 1; the paper has a schedule for it.
         eps: added to the denominator outside the root, > 0, default 1e-8.
         beta1, beta2: decays of the first and the second moment, in [0, 1), default 0.9 and 0.999.
-        weight_decay: decoupled decay at z, >= 0, default 0.
+        weight_decay: decoupled decay, >= 0, default 0.
         iterate_averaging_type: "gpa" (default), or "schedule_free" for the weighted mean of all steps; of an
             enum the name counts.
         train_interp_coeff: mu_y, the interpolation y = mu_y x + (1 - mu_y) z, in [0, 1], default 0.7.
         eval_interp_coeff: mu_x, the share of x that stays in a step, in [0, 1), default 0.9967.
         weight_pow_coeff, weight_lr_power: r and weight_lr_power of "schedule_free", default 0 and 2.
+        decay_at: the point that decays, "z" (default) or "y".
         foreach, fused, precision, seed: as for `AdamWScheduleFree`.
 
     Raises:
@@ -69,6 +71,7 @@ class GPAAdamW(AdamWScheduleFree):
         weight_pow_coeff: float = 0.0,
         weight_lr_power: float = 2,
         *,
+        decay_at: Literal["y", "z"] = "z",
         foreach: bool | None = True,
         fused: bool | None = None,
         precision: Precision = "exact",
@@ -77,7 +80,7 @@ class GPAAdamW(AdamWScheduleFree):
         named = getattr(iterate_averaging_type, "name", iterate_averaging_type)
         iterate_averaging_type = named.lower() if isinstance(named, str) else named
         options = {name: value for name, value in given(locals()).items() if name != "named"}
-        fixed = {"decay_at": "z", "maximize": False, "capturable": False, "differentiable": False}
+        fixed = {"maximize": False, "capturable": False, "differentiable": False}
         super(AdamWDirection, self).__init__(params, options | fixed)
 
     def _values(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -115,6 +115,7 @@ def _step_one(optimizer: YAtRest, plans: dict[Tensor, GroupPlan | None], index: 
             "call optimizer.step() after each backward; gradients cannot accumulate while steps are in it"
         )
     plan = optimizer._prepare_one(optimizer.param_groups[index], p, plans.get(p))
+    optimizer._is_half_stepped = True
     optimizer._run([plan])
     optimizer._close([plan], is_whole=False)
     # The random words of a rounded form depend on the other groups, too.

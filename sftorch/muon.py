@@ -196,8 +196,12 @@ class MuonDirection(DirectedOptimizer):
     def _leaves(self, group: Mapping[str, Any]) -> str:
         return matrices.MATRICES if group.get("use_muon") else matrices.OTHERS
 
-    def _lr_ratio(self, values: Mapping[str, Any]) -> float:
-        return float(values["adam_lr_ratio"]) if values["leaves"] == matrices.OTHERS else 1.0
+    def _called(self, group: dict[str, Any]) -> str:
+        if not group["use_muon"]:
+            return "parameters for AdamW"
+        # Which groups said use_muon=True themselves is not kept; those of the constructor's did.
+        known = "param_names" in group or self.defaults["use_muon"]
+        return "matrices" if known else "matrices by shape, for want of names also embeddings and heads,"
 
     def _problems(self, group: dict[str, Any], values: dict[str, Any]) -> list[str]:
         found = super()._problems(group, values)

@@ -101,6 +101,9 @@ SF307 warning: said
     sd-scripts takes 2e-6 where nothing is said, which suits few runs.
 SF308 error: one or more with Muon
     A polar factor is of a matrix; with vectors and scalars alone the optimizer refuses to be built.
+SF309 warning: 0 in schedulefree's AdamCScheduleFreePlusPaper
+    It corrects the smoothed norm for its start in every step anew: with gradients of one size the norm at 0.9
+    is 3,900 times too large after 20 steps, and the steps as much too small.
 SF401 error: given together with prior_steps
     Its first step has c = 1 and throws the loaded weights away: on digits the validation loss rose to
     2.4 to 7.2 times with AdamW, most with accumulation, and to 1.1 times with RAdam (python -m
@@ -306,6 +309,14 @@ def no_matrix(run: Run) -> Problems:
         instead = run.optimizer.replace(law.torch, usual.torch).replace(law.jax, usual.jax)
         changes = {"optimizer": instead, "matrices": None}
         yield problem(run, "SF308", "matrices", "use AdamW, or name the matrices", changes)
+
+
+def corrected_twice(run: Run) -> Problems:
+    """SF309: a smoothed norm in upstream's ScheduleFree+."""
+    theirs = run.optimizer.endswith("AdamCScheduleFreePlusPaper") and not is_ours(run.optimizer, False)
+    if theirs and run.config.get("polyak_beta", 0):
+        fix = "leave it out, or take sftorch.AdamCScheduleFreePlusPaper, which corrects it once"
+        yield problem(run, "SF309", "polyak_beta", fix, {"polyak_beta": None})
 
 
 # Schedulers: SF101 to SF107.
@@ -660,7 +671,7 @@ def ships_y(run: Run) -> Problems:
 
 
 VALUES = (optimizer_name, other_arguments, ranges, no_matrix)
-SUGGESTIONS = (rate, beta, second_moment)
+SUGGESTIONS = (rate, beta, second_moment, corrected_twice)
 COURSE = (
     scheduler,
     two_owners,

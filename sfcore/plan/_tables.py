@@ -87,6 +87,7 @@ _OF_RUN: dict[str, Field] = {
     "fused_backward": Field("flag", "sd-scripts: the optimizer steps in the backward pass"),
     "param_dtype": Field("text", "dtype of the parameters themselves, not of autocast"),
     "matrices": Field("number", "parameters that Muon takes, of those that the optimizer gets"),
+    "polyak_beta": Field("number", "ScheduleFree+: decay of the smoothed norm of the gradient"),
     "batchnorm": Field("flag", "the model has BatchNorm or other running statistics"),
     "recalibrate": Field("flag", "running statistics are averaged anew at x before every evaluation"),
     "chain": Field("list", "what edits the gradients, in order, the optimizer among it"),

@@ -107,6 +107,10 @@ BAD: dict[str, list[Any]] = {
         {"optimizer": "sftorch.MuonScheduleFree", "matrices": 0, "warmup_steps": 50, "total_steps": 1000},
         {"optimizer": "sfjax.schedule_free_muon", "matrices": 0, "warmup_steps": 50, "total_steps": 1000},
     ],
+    "SF309": [
+        {"optimizer": "schedulefree.AdamCScheduleFreePlusPaper", "polyak_beta": 0.9, "total_steps": 1000},
+        {"optimizer": "AdamCScheduleFreePlusPaper", "polyak_beta": 0.5, "total_steps": 1000},
+    ],
     "SF401": [
         _SF | {"weights": "lora.safetensors", "accumulation": 16},
         f"{_SD} --optimizer_type AdamWScheduleFree --optimizer_args warmup_steps=50 "

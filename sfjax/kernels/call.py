@@ -84,7 +84,10 @@ def why_not(columns: Sequence[Leaves]) -> str | None:
         return "shard_map must have check_vma=False, got True"
     if kinds == {AxisType.Explicit} and not all(map(_alike, zip(*columns, strict=True))):
         return "gradients and state must be laid out like their parameters"
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in kept) and len(kept[0].devices()) > 1:
+    concrete = [
+        leaf for leaf in kept if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    ]
+    if any(len(leaf.devices()) > 1 for leaf in concrete):
         return "a step on several devices must be in jax.jit"
     if not _has_shardy() and jax.device_count() > 1:
         return "jax_use_shardy_partitioner must be True on several devices, got False"

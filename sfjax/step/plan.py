@@ -90,45 +90,58 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     # The raw arguments: an injected 0 keeps a buffer, in tx.init and under jit alike.
     held = _Buffers(direction, law, options, given, precision)
 
-    def scalars(k: Next) -> Scalars:
-        return Scalars(k, direction.numbers(values, k.t), dict(pulls))
-
     def delta(
         grads: Any, state: Any, ys: Any, zs: Callable[[], Any], given_scalars: Scalars, extra_args: Any
     ) -> tuple[Any, Any]:
         k = given_scalars.next
         leaves, tree = jax.tree.flatten(grads)
-        before = held.of_leaves(state, leaves, tree)
+        columns = {name: tree.flatten_up_to(one) for name, one in state._asdict().items() if one is not None}
+        before = [
+            {name: column[i].astype(g.dtype) for name, column in columns.items() if column[i] is not None}
+            for i, g in enumerate(leaves)
+        ]
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
         points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in given_scalars.decays.items()]
-        kinds = held.kinds(ys)
+        kinds = [""] * len(leaves) if direction.others is None else held.kinds(ys)
         deltas, after = list(leaves), list(before)
         for kind in dict.fromkeys(kinds):
             own = direction.others if kind == matrices.OTHERS and direction.others else direction
             lr_t = k.lr_t * values["adam_lr_ratio"] if kind == matrices.OTHERS else k.lr_t
             scale = averaging.power(lr_t, values.get("decay_power", 1) - 1, jnp)  # F6
             rows = [i for i, other in enumerate(kinds) if other == kind]
-            gs, buffers = ([column[i] for i in rows] for column in (leaves, before))
+            gs, buffers = [leaves[i] for i in rows], [before[i] for i in rows]
             numbers = given_scalars.own if own is direction else own.numbers(values, k.t)
-            found = _along_each(own, gs, buffers, numbers)
+            if own.many is not None:
+                found = own.many(gs, buffers, *numbers)
+            else:
+                found = [
+                    _of_complex(own, g, of_g, numbers)
+                    if jnp.iscomplexobj(g)
+                    else own.single(g, of_g, *(jnp.asarray(number, g.dtype) for number in numbers))
+                    for g, of_g in zip(gs, buffers, strict=True)
+                ]
             for i, (d, moved) in zip(rows, found, strict=True):
                 for wd, point in points if masked[i] else ():
                     d = d + jnp.asarray(wd * scale, d.dtype) * point[i].astype(d.dtype)
                 deltas[i] = -lr_t.astype(d.dtype) * d  # S6
                 after[i] = moved
-        return tree.unflatten(deltas), held.in_tree(state, after, tree, k.clock.step)
+        for name, column in columns.items():
+            for i, old in enumerate(column):
+                if old is not None:
+                    column[i] = after[i][name]
+                    if old.dtype == forms.NARROW:  # the lean form
+                        draw = lean.Draw(given["seed"], i, k.clock.step)
+                        column[i] = lean.rounded(column[i], draw, lean.MOMENTS + state._fields.index(name))
+        trees = {name: tree.unflatten(column) for name, column in columns.items()}
+        return tree.unflatten(deltas), state._replace(**trees)
 
     kernel = native.kernel_of(law, direction.kernel, values, mask) if precision != forms.EIGHT else None
-    state_dtype, seed = given["state_dtype"], given["seed"]
-    return build(held.init, delta, law, values, state_dtype, precision, seed, scalars, kernel)
+    own = direction.numbers, dict(pulls)
+    return build(held.init, delta, law, values, given["state_dtype"], precision, given["seed"], own, kernel)
 
 
 class _Buffers:
-    """The buffers of a direction: which leaves have which, in which shape and dtype.
-
-    Attributes:
-        kinds: params -> of each leaf "matrices" or "others", "" for a law of one direction.
-    """
+    """The buffers of a direction: which leaves have which, in which shape and dtype."""
 
     def __init__(
         self,
@@ -138,12 +151,8 @@ class _Buffers:
         given: Mapping[str, Any],
         precision: str,
     ):
-        self._state, self._options, self._seed, self._precision = (
-            direction.state,
-            options,
-            given["seed"],
-            precision,
-        )
+        self._state, self._options, self._precision = direction.state, options, precision
+        self._has_kinds = direction.others is not None
         self._fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
         self._kept = {one.jax: one for one in law.kept(options)}
         if not set(self._kept) <= set(self._fields):
@@ -152,19 +161,17 @@ class _Buffers:
                 f"{self._fields}: name them {sorted(self._kept)}"
             )
 
-        def one_kind(params: Any) -> list[str]:
-            return [""] * len(jax.tree.leaves(params))
+        self._mask = given.get("muon_mask")
 
-        def two_kinds(params: Any) -> list[str]:
-            return arguments.kinds_of_leaves(params, given["muon_mask"], options["output_axis"])
-
-        self.kinds = one_kind if direction.others is None else two_kinds
+    def kinds(self, params: Any) -> list[str]:
+        """Returns "matrices" or "others" for each leaf, of a law of two directions."""
+        return arguments.kinds_of_leaves(params, self._mask, self._options["output_axis"])
 
     def init(self, params: Any) -> Any:
         """Returns zeros; None at leaves that have none of a buffer, and for one that no leaf has."""
         # Of what has no leaves, such as optax's placeholder for params, the tree is all there is.
         leaves, tree = jax.tree.flatten(params)
-        kinds = self.kinds(params)
+        kinds = self.kinds(params) if self._has_kinds else [""] * len(leaves)
 
         def zeros(buffer: Buffer, p: Any, kind: str) -> Any:
             if not buffer.is_kept(self._options, kind):
@@ -182,45 +189,16 @@ class _Buffers:
         kept = self._kept
         return self._state(*(column(kept[name]) if name in kept else None for name in self._fields))
 
-    def of_leaves(self, state: Any, leaves: list[Any], tree: Any) -> list[dict[str, Any]]:
-        """Returns for each gradient the buffers that it has, in its dtype."""
-        columns = {name: tree.flatten_up_to(one) for name, one in state._asdict().items() if one is not None}
-        return [
-            {name: column[i].astype(g.dtype) for name, column in columns.items() if column[i] is not None}
-            for i, g in enumerate(leaves)
-        ]
 
-    def in_tree(self, state: Any, after: list[dict[str, Any]], tree: Any, step: jax.Array) -> Any:
-        """Returns the state with the buffers of each leaf after a step; narrow where they were."""
-        trees = {}
-        for index, name in enumerate(self._fields):
-            if getattr(state, name) is None:
-                continue
-            column = tree.flatten_up_to(getattr(state, name))
-            for i, old in enumerate(column):
-                if old is None:
-                    continue
-                column[i] = after[i][name]
-                if old.dtype == forms.NARROW:  # the lean form
-                    draw = lean.Draw(self._seed, i, step)
-                    column[i] = lean.rounded(column[i], draw, lean.MOMENTS + index)
-            trees[name] = tree.unflatten(column)
-        return state._replace(**trees)
+def _of_complex(direction: Direction, g: jax.Array, buffers: dict[str, jax.Array], numbers: Any) -> Any:
+    """Returns the direction of a complex leaf and its new buffers, by its two parts."""
+    parts = ((f(g), {name: f(one) for name, one in buffers.items()}) for f in (jnp.real, jnp.imag))
+    own = [jnp.asarray(number, jnp.real(g).dtype) for number in numbers]
+    return jax.tree.map(jax.lax.complex, *(direction.single(*part, *own) for part in parts))
 
 
-def _along_each(direction: Direction, gs: list[Any], buffers: list[Any], numbers: Any) -> list[Any]:
-    """Returns (direction, new buffers) of some leaves."""
-    if direction.many is not None:
-        return direction.many(gs, buffers, *numbers)
-    return [_along(direction, g, of_g, numbers) for g, of_g in zip(gs, buffers, strict=True)]
-
-
-def _along(direction: Direction, g: jax.Array, buffers: dict[str, jax.Array], numbers: Any) -> Any:
-    """Returns the direction of a leaf and its new buffers."""
-    if jnp.iscomplexobj(g):
-        parts = ((f(g), {name: f(one) for name, one in buffers.items()}) for f in (jnp.real, jnp.imag))
-        return jax.tree.map(jax.lax.complex, *(_along(direction, *part, numbers) for part in parts))
-    return direction.single(g, buffers, *(jnp.asarray(number, g.dtype) for number in numbers))
+def _no_numbers(values: Values, t: jax.Array) -> tuple[Any, ...]:
+    return ()
 
 
 def build(
@@ -231,7 +209,7 @@ def build(
     state_dtype: Any,
     precision: str = forms.EXACT,
     seed: Any = 0,
-    scalars: Callable[[Next], Scalars] = lambda k: Scalars(k, (), {}),
+    own: tuple[Callable[[Values, jax.Array], tuple[Any, ...]], dict[str, Any]] = (_no_numbers, {}),
     kernel: Kernel | None = None,
 ) -> Transformation:
     """Returns the transformation.
@@ -245,9 +223,10 @@ def build(
         values: as `arguments.read` returns them.
         state_dtype, seed: as in the factories.
         precision: the form of parameters and state, as in the factories.
-        scalars: those of every law -> with them, what `delta` needs to know.
+        own: how a direction's numbers follow from the options and the time, and the decays by their point.
         kernel: what runs a step on a CPU; None if none can.
     """
+    numbers, decays = own
     state_dtype = arguments.read_dtype(state_dtype)
     kept_rests = kept_scales = False
 
@@ -273,15 +252,12 @@ def build(
             scale=params if kept_scales and not jax.tree.leaves(params) else scale,
         )
 
-    def next_scalars(state: ScheduleFreeState) -> Scalars:
-        return scalars(next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values))
-
     def updated(
         given: Scalars, updates: Any, state: ScheduleFreeState, params: Any, extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
         held, rests, scales, tree = forms.leaves_of(updates, state, params, precision)
         stored, k = jax.tree.leaves(state.z), given.next
-        whole = list(map(forms.whole, held, rests))
+        whole = [p if rest is None else forms.whole(p, rest) for p, rest in zip(held, rests, strict=True)]
         ys = tree.unflatten(whole)
 
         def zs() -> Any:
@@ -312,11 +288,13 @@ def build(
         updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
         forms.leaves_of(updates, state, params, precision)  # before anything is made of them
-        return updated(next_scalars(state), updates, state, params, extra_args)
+        k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
+        return updated(Scalars(k, numbers(values, k.t), decays), updates, state, params, extra_args)
 
     def step(params: Any, state: Any, gradients: Any, extra_args: Any) -> tuple[Any, ScheduleFreeState]:
         forms.leaves_of(gradients, state, params, precision)
-        given = next_scalars(state)
+        k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
+        given = Scalars(k, numbers(values, k.t), decays)
 
         def plain(given: Scalars, params: Any, state: Any, gradients: Any) -> tuple[Any, ScheduleFreeState]:
             updates, state = updated(given, gradients, state, params, extra_args)

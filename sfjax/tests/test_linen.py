@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 import sfjax.linen
 from sfjax.checkpoint import CheckpointError, Checkpoints
+from sfjax.kernels import call
 from sfjax.recalibrate import recalibrate_linen
 from sfjax.tests.flax_runs import batch, drawn, host, transformation
 from sfjax.tests.runs import assert_close, assert_same
@@ -220,3 +221,20 @@ def test_a_state_of_another_optimizer_has_no_x():
     state = sfjax.linen.TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.sgd(0.1))
     with pytest.raises(ValueError, match="opt_state must hold a ScheduleFreeState of sfjax, got"):
         _ = state.eval_params
+
+
+def test_gradients_are_applied_by_the_step_of_the_transformation() -> None:
+    tx = sfjax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, weight_decay=0.01))
+    params = {"w": jnp.linspace(-1.0, 1.0, 6)}
+    plain, ours = (
+        kind.create(apply_fn=None, params=params, tx=tx)
+        for kind in (train_state.TrainState, sfjax.linen.TrainState)
+    )
+    apply = jax.jit(lambda state: state.apply_gradients(grads=state.params))
+    for _ in range(3):
+        plain, ours = apply(plain), apply(ours)
+    assert_close((ours.params, ours.opt_state), (plain.params, plain.opt_state), 1e-6)
+    assert int(ours.step) == 3
+    if call.find() is None:
+        assert call.TARGET in apply.lower(ours).as_text()
+    assert call.TARGET not in apply.lower(plain).as_text()

@@ -157,6 +157,13 @@ def test_a_loop_and_a_step_outside_of_jit_take_the_same_path() -> None:
     runs.assert_close(go(tx.step, params, tx.init(params), last=6), scanned, 1e-6)
 
 
+def test_leaves_may_be_arrays_of_numpy() -> None:
+    tx, params = MAKE["adamw"](), jax.tree.map(np.float32, runs.start())
+    state = tx.init(jax.tree.map(jnp.asarray, params))
+    want = jax.jit(tx.step)(params, state, gradients=params)
+    runs.assert_close(tx.step(params, state, gradients=params), want, 1e-6)
+
+
 def test_an_accumulated_update_is_one_call_in_a_loop() -> None:
     params = runs.typed(runs.start(), jnp.float32)
     tx = sfjax.accumulate(sfjax.chain(optax.clip_by_global_norm(1.0), MAKE["adamw"]()), 3)

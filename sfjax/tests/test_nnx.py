@@ -303,3 +303,23 @@ def test_muon_finds_the_matrices_of_a_model_and_resumes_in_the_same_bits(tmp_pat
     for one in (run, other):
         step(*one)
     assert_same(everything(run), everything(other))
+
+
+def test_a_step_goes_where_the_update_of_flax_goes() -> None:
+    tx = sfjax.chain(optax.clip_by_global_norm(1.0), sfjax.schedule_free_adamw(0.02, weight_decay=0.01))
+    ours, theirs = (
+        (model, nnx.Optimizer(model, tx, wrt=nnx.Param))
+        for model in (nnx.Linear(3, 2, rngs=nnx.Rngs(0)) for _ in "ab")
+    )
+
+    def loss(model: nnx.Linear) -> jax.Array:
+        return (model(jnp.ones((4, 3))) ** 2).mean()
+
+    for _ in range(3):
+        nnx.jit(lambda model, optimizer: sfjax.nnx.step(model, optimizer, nnx.grad(loss)(model)))(*ours)
+        nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.grad(loss)(model)))(*theirs)
+    got, want = everything(ours), everything(theirs)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-6, err_msg=name)
+    assert int(ours[1].step[...]) == 3

@@ -64,9 +64,14 @@ def recognise(state_dict: Mapping[str, Any]) -> Source:
             f"state_dict must be what optimizer.state_dict() returned, got the keys {sorted(state_dict)}: "
             "pass the entry of the file that holds the optimizer"
         )
+    groups = [_renamed(group) for group in groups]
     first = groups[0]
     if "y_beta" in _books(first):
         return _ours(groups, states)
+    if "train_interp_coeff" in first:
+        return _gpa(groups, states)
+    if "sf_beta1" in first:
+        return _schedule_free("schedulefree", "adamw", groups, _without_iterates(states), "k")
     if "weight_sum" in first and "k" in first:
         wrapper = "betas" not in first and "scheduled_lr" not in first
         return _schedule_free(
@@ -81,6 +86,46 @@ def recognise(state_dict: Mapping[str, Any]) -> Source:
         "state_dict must be of schedulefree, pytorch_optimizer's ScheduleFree* or torch.optim.AdamW, got the "
         f"options {sorted(first)}: start from the weights with Checkpoints.restore(resume='weights:PATH')"
     )
+
+
+def _renamed(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a group of ScheduleFree+ or of GPA with AdamW's options too; any other as it is."""
+    if "sf_beta1" in group:
+        steps = group["sf_beta1_anneal_steps"]
+        rule = {"beta_rule": "anneal" if steps else "constant", "beta_anneal_steps": steps}
+        found = {"beta_max": group["sf_beta1_max"], "decay_power": 2, **rule}
+        beta, (momentum, b2) = group["sf_beta1"], group["betas"]
+    elif "train_interp_coeff" in group:
+        beta, momentum, b2 = (group[name] for name in ("train_interp_coeff", "beta1", "beta2"))
+        found = {"r": group["weight_pow_coeff"]}
+        kind = group["iterate_averaging_type"]
+        if getattr(kind, "name", kind).lower() == "gpa":
+            found |= {"window": 1.0 / (1.0 - group["eval_interp_coeff"]), "window_rule": "constant"}
+    else:
+        return group
+    return {**group, **found, "betas": (beta, b2), "inner_momentum": momentum}
+
+
+def _without_iterates(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Returns states with z and moments alone: x and y are in the weights, and z tells the other."""
+    kept = ("z", "exp_avg", "exp_avg_sq")
+    return {i: {name: values[name] for name in kept if name in values} for i, values in states.items()}
+
+
+def _gpa(groups: Any, states: Any) -> Source:
+    """Returns a state of Meta's GPAAdamW, whose clock lies in the state of a group's first parameter."""
+    shared = [states.get(group["params"][0], {}) for group in groups]
+    clocks = [
+        Clock(
+            int(one.get("step", 0)),
+            max(float(one.get("lr_max", 0.0)), 0.0),
+            float(one.get("weight_sum", 0.0)),
+        )
+        for one in shared
+    ]
+    found = [_group(group, clock) for group, clock in zip(groups, clocks, strict=True)]
+    holds = "y" if shared[0].get("train_mode", False) else "x"
+    return Source("GPAAdamW", "adamw", found, _without_iterates(states), holds)
 
 
 def _group(options: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
@@ -160,10 +205,10 @@ def import_state_dict(
 ) -> list[str]:
     """Carries over the state of another program's optimizer; the configuration of yours holds.
 
-    Known are schedulefree 1.4.1 (all of it), pytorch_optimizer 4.1.0 (ScheduleFreeSGD, AdamW, RAdam,
-    Wrapper) and torch.optim.AdamW and Adam, whose second moment is kept while x, y and z start from the
-    weights: load those first. For schedulefree's own optimizers `load_state_dict` does as well, and
-    then their saved hyperparameters hold.
+    Known are schedulefree 1.4.1 (all of it) and its AdamCScheduleFreePlusPaper, pytorch_optimizer 4.1.0
+    (ScheduleFreeSGD, AdamW, RAdam, Wrapper), Meta's GPAAdamW, and torch.optim.AdamW and Adam, whose second
+    moment is kept while x, y and z start from the weights: load those first. For schedulefree's own
+    optimizers `load_state_dict` does as well, and then their saved hyperparameters hold.
 
     Args:
         optimizer: of any class of ours; what the two do not share starts anew.
@@ -331,10 +376,16 @@ class _Carried:
 
     def _hyperparameters(self) -> dict[str, Any]:
         options = self.saved["options"]
-        # Called as in the equations, which the halves of betas are not.
+        # Called as in the equations, or the second half of betas.
         same = [name for name in laws.options() if name not in ("lr", "prior_steps")]
         found = {name: options[name] for name in same if name in options and self.source.kind != "wrapper"}
-        return found | {"lr": float(options["lr"]), "beta": self._saved_beta()}
+        beta = options["betas"][0] if self._follows_a_rule() else self._saved_beta()
+        found |= {"b2": options["betas"][1]} if "betas" in options and self.source.kind != "wrapper" else {}
+        return found | {"lr": float(options["lr"]), "beta": beta}
+
+    def _follows_a_rule(self) -> bool:
+        options = self.saved["options"]
+        return "betas" in options and options.get("beta_rule", "constant") != "constant"
 
     def _saved_beta(self) -> float:
         options = self.saved["options"]
@@ -343,6 +394,8 @@ class _Carried:
             return known
         if self.source.kind in ("wrapper", "plain") and "y_beta" not in options:
             return self.optimizer._beta(self.live)  # neither program's wrapper saves it
+        if self._follows_a_rule():
+            return averaging.beta_after(self.saved["clock"].step, {**options, "beta": options["betas"][0]})
         return float(options["betas"][0] if "betas" in options else options["momentum"])
 
     def fill(self, group: dict[str, Any]) -> list[str]:

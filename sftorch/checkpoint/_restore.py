@@ -35,8 +35,11 @@ from sftorch.state.state_dict import ScheduleFreeOptimizer
 
 
 def placed(array: np.ndarray, like: Tensor) -> Tensor:
-    """Returns an array as a tensor on another tensor's device, with its strides."""
+    """Returns an array as a tensor with another one's device and strides, if it can be in its own memory."""
     host = _arrays.to_tensor(array)
+    is_all = array.base is None or array.base.nbytes == array.nbytes  # else it would keep more than its own
+    if is_all and like.device.type == "cpu" and host.stride() == like.stride() and not like.is_neg():
+        return host
     new = torch.empty_like(like, dtype=host.dtype, requires_grad=False)
     return new.copy_(host)
 

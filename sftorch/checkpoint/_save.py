@@ -87,16 +87,19 @@ def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
         for average in captured.averages
         if f"y/{average.name}" in leaves
     }
-    prints = {}
-    if not share.in_pieces and ranks.is_first:
-        prints["x"] = exchange.fingerprint(exchange.of_role(x, "x"))
-        if captured.meta.weights_hold == "y":
-            prints["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
-    meta = replace(captured.meta, fingerprints=prints, recent=captured.recent())
+
+    def prints() -> dict[str, str]:
+        if share.in_pieces or not ranks.is_first:
+            return {}
+        roles = {"x": x} | ({"y": arrays} if captured.meta.weights_hold == "y" else {})
+        return {role: exchange.fingerprint(exchange.of_role(of, role)) for role, of in roles.items()}
+
+    meta = replace(captured.meta, recent=captured.recent())
     held = arrays | x  # a stored x, of a run with beta 0, is not what is shipped
     inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
     if ranks.count == 1:
-        return store.write(folder, meta, arrays, inference)
+        return store.write(folder, meta, arrays, inference, prints)
+    meta = replace(meta, fingerprints=prints())
     places = share.places | {
         f"x/{leaf.removeprefix('y/')}": where for leaf, where in share.places.items() if leaf.startswith("y/")
     }

@@ -23,7 +23,8 @@ def as_real(tensor: Tensor) -> Tensor:
 def recover_x(y: Tensor, z: Tensor, beta: float) -> Tensor:
     """Returns x = (y - (1 - beta) z) / beta in z's dtype, for beta > 0, without its cancellation."""
     y = y.to(z.dtype)
-    return y + (1.0 / beta - 1.0) * (y - z)
+    # Operators would make three tensors, whose fresh memory costs more than the arithmetic.
+    return (y - z).mul_(1.0 / beta - 1.0).add_(y)
 
 
 def interpolate(x: Tensor, z: Tensor, beta: float) -> Tensor:

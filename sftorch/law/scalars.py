@@ -60,5 +60,6 @@ def next_step(
     lr_max, weight = weighed(t, lr_t, clock.lr_max, values)
     weight_sum = clock.weight_sum + weight
     beta, q, change = BETAS[values["beta_rule"]](group_step + 1, values, floats)
-    c = float(AVERAGES[law.averaging](weight, weight_sum, floats, t, {**values, "q": q}))
+    options = {**values, "q": q} if values["refined_c"] else values
+    c = float(AVERAGES[law.averaging](weight, weight_sum, floats, t, options))
     return Next(Clock(t, lr_max, weight_sum), c, lr_t, beta, change)

@@ -244,14 +244,15 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             plan = check(**(known | values | facts))
             holds = "y, to train" if self._books(group)["train_mode"] else "x, to evaluate"
             kinds = ", ".join(sorted(dtypes))
-            leaves = {"": "parameters", "matrices": "matrices", "others": "parameters for AdamW"}[
-                self._leaves(group)
-            ]
-            head = f"group {number}: {len(group['params'])} {leaves} ({kinds}) hold {holds}"
+            head = f"group {number}: {len(group['params'])} {self._called(group)} ({kinds}) hold {holds}"
             texts = {key: value if isinstance(value, str) else f"{value:g}" for key, value in values.items()}
             shown = ", ".join(f"{key} {value}" for key, value in texts.items())
             parts.append(f"{head}\nvalues        {shown}\n{text(plan)}")
         return "\n".join(parts)
+
+    def _called(self, group: dict[str, Any]) -> str:
+        """Returns what `describe` calls the parameters of a group."""
+        return "parameters"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -16,8 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sfcore.native import build
 from sftorch.kernels import call
 from sftorch.kernels.call import Kind
-from sftorch.law import iterates
-from sftorch.law.parts import is_fake, like, note_written, part, parts, parts_of
+from sftorch.law import iterates, lists
+from sftorch.law.parts import PLAIN, is_fake, like, note_written, part, parts, parts_of
 from sftorch.state import arguments, forms, unshipped
 from sftorch.state.compiler import uncompiled, uncompiled_itself
 from sftorch.state.meshes import gather_anew, together
@@ -37,6 +37,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     """
 
     _ships_x = 0  # models: an optimizer may train several
+    _moves_alone = False  # `_run` to `_close`, without anyone who might put back what was
     _kept: WeakIdKeyDictionary | None = None  # parameter -> where its y lay in the last eval mode
 
     @abstractmethod
@@ -70,8 +71,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
         Raises:
             TypeError: for a closure that is no function.
-            RuntimeError: in eval mode, for gradients that are not dense, and where fused=True cannot be had;
-                nothing has moved then.
+            RuntimeError: in eval mode, for gradients that are not dense, where fused=True cannot be had, and
+                if an interrupt or an error ended the last step midway; nothing has moved then.
             HyperparameterError: if a scheduler has put nonsense into a group; nothing has moved then.
         """
         with torch.no_grad():
@@ -92,6 +93,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._prepare()
+        self._is_half_stepped = self._moves_alone
         self._run(plan)
         self._close(plan)
         return loss
@@ -119,10 +121,12 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         settle(self, train_mode=False)
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                ys, left, _ = _flip(Kind.PUT_ASIDE, self, group)
+                flip = _Flip(self, group)
+                ys = flip.to_new(Kind.PUT_ASIDE)
                 torch.autograd.graph.increment_version(list(ys))
                 for p, y in ys.items():
                     self.state[p]["y"] = y
+                left = [p for p in self._started(group) if p not in ys]
                 for p in left:
                     x = self._x_of_part(p, group)
                     self.state[p]["y"] = p.detach().clone(memory_format=torch.preserve_format)
@@ -143,9 +147,18 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         resting = [group for group in self.param_groups if not self._books(group)["train_mode"]]
         if not resting:
             return
-        with together(self._params()):
-            self._require_untouched(resting)
-        for group in resting:
+        flips: list[_Flip] = []
+        try:
+            for group in resting:
+                flips.append(_Flip(self, group))
+                flips[-1].put_back()
+            with together(self._params()):
+                self._require_untouched(resting, {p for flip in flips for p in flip.back})
+        except BaseException:
+            for flip in flips:
+                flip.undo()
+            raise
+        for group, flip in zip(resting, flips, strict=True):
             aside: dict[Tensor, Tensor] = {}
             for p in self._started(group):
                 state = self.state[p]
@@ -155,7 +168,9 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 else:
                     aside[p] = y
             if aside:
-                torch._foreach_copy_(parts(aside), parts(aside.values()))
+                left = [p for p in aside if p not in flip.back]
+                if left:
+                    torch._foreach_copy_(parts(left), parts(map(aside.__getitem__, left)))
                 if self._kept is None:
                     self._kept = WeakIdKeyDictionary()
                 self._kept.update({p: y for p, y in aside.items() if p.device.type == "cpu"})
@@ -196,7 +211,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         found: dict[Tensor, Tensor | None] = dict.fromkeys(self._params())
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                xs, left, _ = _flip(Kind.RECOVER, self, group)
+                xs = _Flip(self, group).to_new(Kind.RECOVER)
+                left = [p for p in self._started(group) if p not in xs]
                 found |= xs | {p: self._x(p, group).to(p.dtype, copy=True) for p in left}
         return {p: p.detach().clone() if x is None else x for p, x in found.items()}
 
@@ -250,6 +266,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         for group in self.param_groups:
             for p in self._started(group):
                 self._rebase(p, group)
+        self._is_half_stepped = False
 
     def _rebase(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -336,11 +353,10 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             return super()._x_and_y(p, group)
         return p if self._holds_x(p, group) else self._x(p, group).to(p.dtype), self.state[p]["y"]
 
-    def _require_untouched(self, groups: list[dict[str, Any]]) -> None:
+    def _require_untouched(self, groups: list[dict[str, Any]], known: Collection[Tensor] = ()) -> None:
         changed = []
         for group in groups:
-            held, _, differ = _flip(Kind.HOLDS, self, group)
-            untouched = {} if differ else held
+            untouched = known or _Flip(self, group).held()
             for index, p in enumerate(group["params"]):
                 aside = p not in untouched and "y" in self.state.get(p, {})
                 if aside and not is_fake(p) and not self._holds_x(p, group):
@@ -366,47 +382,128 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         return bool((near | (p == x.to(p.dtype)) | (p.isnan() & x.isnan())).all())
 
 
-def _flip(
-    kind: Kind, optimizer: TrainEvalOptimizer, group: dict[str, Any]
-) -> tuple[dict[Tensor, Tensor], list[Tensor], bool]:
-    """Goes from y and z to x in one pass over memory, by the native kernel, where it can.
+class _Flip:
+    """Goes between y and x in one pass over memory, by the native kernel or else by lists, where it can.
 
-    Args:
-        kind: RECOVER and PUT_ASIDE make new tensors; HOLDS compares with the y that was put aside.
-        optimizer: whose state they have.
-        group: of its own.
-
-    Returns:
-        Parameter -> its new tensor (or the y put aside), the started parameters that are left, and whether
-        HOLDS found a difference.
+    That is a group's parameters that have the dtype of z. Lists go in groups of bounded size, and so does
+    what is looked at before it is written to: from the cache, writing costs less.
     """
-    started, states, beta = optimizer._started(group), optimizer.state, optimizer._y_beta(group)
-    wanted = group.get("fused") is not False and group.get("foreach") is not False
-    if not wanted or not beta or isinstance(build.find(), str):
-        return {}, started, False
-    names = ("z", "y") if kind is Kind.HOLDS else ("z",)
-    ready = [p for p in started if all(name in states[p] for name in names)]
-    rows = list(
-        zip(*map(_reals, (ready, *([states[p][name] for p in ready] for name in names))), strict=True)
-    )
-    if not call.all_alike(rows):
-        rows = [row if call.alike(*row) else () for row in rows]
-    fast = [p for p, row in zip(ready, rows, strict=True) if row]
-    taken = set(fast)
-    if kind is Kind.HOLDS:
-        found = {p: states[p]["y"] for p in fast}
-    else:
-        kept = optimizer._kept if kind is Kind.PUT_ASIDE and optimizer._kept else {}
-        found = {p: _place_like(p, kept.pop(p, None)) for p in fast}
-    xs = _reals(list(found.values()))
-    differ = False
-    whole = [(*row[:2], x) for row, x in zip(filter(None, rows), xs, strict=True)]
-    for dtype in {row[0].dtype for row in whole}:
-        columns = map(list, zip(*(row for row in whole if row[0].dtype == dtype), strict=True))
+
+    def __init__(self, optimizer: TrainEvalOptimizer, group: dict[str, Any]):
+        self._optimizer, self._group, beta = optimizer, group, optimizer._y_beta(group)
+        self.back: set[Tensor] = set()  # that hold y again
+        self._written: list[dict[str, list[Tensor]]] = []
+        self._native = group.get("fused") is not False and not isinstance(build.find(), str)
+        self._share = 1.0 / beta - 1.0 if beta else None
+        if group.get("foreach") is False:
+            self._share = None
+
+    def to_new(self, kind: Kind) -> dict[Tensor, Tensor]:
+        """Returns parameter -> its new tensor: x by RECOVER; by PUT_ASIDE y, and the parameter becomes x."""
+        rows = self._rows("z")
+        kept = self._optimizer._kept if kind is Kind.PUT_ASIDE and self._optimizer._kept else {}
+        found = {p: _place_like(p, kept.pop(p, None)) for p in rows}
+        for tables in self._tables(rows, found):
+            self._run(kind, tables)
+        return found
+
+    def held(self) -> set[Tensor]:
+        """Returns the parameters with y put aside if all of them hold x bit for bit, else none."""
+        rows = self._rows("z", "y")
+        differ = [self._run(Kind.HOLDS, tables) for tables in self._tables(rows)]
+        return set() if any(differ) else set(rows)
+
+    def put_back(self) -> None:
+        """Puts back y where all parameters hold x bit for bit; else nothing has changed."""
+        rows = self._rows("z", "y")
+        at_once = not any(p.is_cuda for p in rows)  # a look waits for the device: there, once before all
+        looked = self._tables(rows) if at_once else []
+        if not at_once and len(self.held()) != len(rows):
+            return
+        for tables in looked or self._tables(rows):
+            if at_once and self._run(Kind.HOLDS, tables):
+                self.undo()
+                return
+            self._written.append(tables)
+            torch._foreach_copy_(tables["y"], tables["x"])
+        self.back = set(rows)
+
+    def undo(self) -> None:
+        """Makes x of what was put back, in the bits that it had."""
+        for tables in self._written:
+            self._run(Kind.RECOVER, {"y": tables["x"], "z": tables["z"], "x": tables["y"]})
+        self.back, self._written = set(), []
+
+    def _rows(self, *names: str) -> dict[Tensor, tuple[Tensor, ...]]:
+        """Returns parameter -> it and of its state what is named, as reals."""
+        states, started = self._optimizer.state, self._optimizer._started(self._group)
+        if self._share is None:
+            return {}
+        ready = [p for p in started if all(name in states[p] for name in names)]
+        rows = list(
+            zip(*map(_reals, (ready, *([states[p][name] for p in ready] for name in names))), strict=True)
+        )
+        if call.all_alike(rows):
+            return dict(zip(ready, rows, strict=True))
+        fits = call.alike if self._native else _may_be_listed
+        return {p: row for p, row in zip(ready, rows, strict=True) if fits(*row)}
+
+    def _tables(
+        self, rows: dict[Tensor, tuple[Tensor, ...]], found: dict[Tensor, Tensor] | None = None
+    ) -> list[dict[str, list[Tensor]]]:
+        """Returns tables of y, z and x (of HOLDS, of x, z and y), of one dtype and device each."""
+        lasts = [row[2] for row in rows.values()] if found is None else _reals(found.values())
+        kinds: dict[Any, list[tuple[Tensor, ...]]] = {}
+        for row, x in zip(rows.values(), lasts, strict=True):
+            kinds.setdefault((row[0].dtype, row[0].device), []).append((*row[:2], x))
+        made = []
+        for same in kinds.values():
+            columns = [list(column) for column in zip(*same, strict=True)]
+            whole = self._native and found is not None
+            groups = [[(i, 0, None) for i in range(len(same))]] if whole else lists.groups_of(columns)
+            made += [
+                {name: lists.cut(column, cuts) for name, column in zip("yzx", columns, strict=True)}
+                for cuts in groups
+            ]
+        return made
+
+    def _run(self, kind: Kind, tables: dict[str, list[Tensor]]) -> bool:
+        """Does RECOVER, PUT_ASIDE or HOLDS, which alone returns whether it found a difference."""
+        assert self._share is not None
         # The same doubles as in iterates.recover_x, rounded to the tensors' dtype by both.
-        numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], 1.0 / beta - 1.0)
-        differ |= call.Job(kind).run(dict(zip("yzx", columns, strict=True)), numbers)
-    return found, [p for p in started if p not in taken], differ
+        if self._native and tables["y"][0].is_cpu:
+            numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], self._share)
+            return call.Job(kind).run(tables, numbers)
+        ys, zs, xs = (tables[name] for name in "yzx")
+        held = xs if kind is Kind.HOLDS else ys
+        new = list(torch._foreach_sub(held, zs))
+        torch._foreach_mul_(new, self._share)
+        torch._foreach_add_(new, held)
+        if kind is Kind.HOLDS:
+            if ys[0].is_cpu:
+                return not all(map(torch.equal, ys, new))
+            return not all(_equal(ys, new))
+        if kind is Kind.PUT_ASIDE:
+            torch._foreach_copy_(xs, ys)
+        torch._foreach_copy_(ys if kind is Kind.PUT_ASIDE else xs, new)
+        return False
+
+
+def _may_be_listed(first: Tensor, *others: Tensor) -> bool:
+    """Tells whether plain tensors have one wide dtype, device and shape, and their own signs."""
+    return (
+        first.dtype in (torch.float32, torch.float64)
+        and first.device.type in lists.GROUP
+        and PLAIN.issuperset(map(type, (first, *others)))
+        and all((t.dtype, t.device, t.shape) == (first.dtype, first.device, first.shape) for t in others)
+        and not any(t.is_neg() for t in (first, *others))
+    )
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> list[bool]:
+    """Tells which tensors on a device are equal, with one wait; NaN is not."""
+    differ: list[bool] = torch.stack([(a != b).any() for a, b in zip(first, second, strict=True)]).tolist()
+    return [not one for one in differ]
 
 
 def _place_like(p: Tensor, kept: Tensor | None) -> Tensor:

@@ -91,8 +91,11 @@ def settle(optimizer: ScheduleFreeOptimizer, train_mode: bool | None = None, or_
         or_raise: False leaves weights that are neither as they are.
 
     Raises:
-        RuntimeError: if they are neither the saved x nor the saved y; nothing has changed then.
+        RuntimeError: if they are neither the saved x nor the saved y, or a step was ended midway; nothing has
+            changed then.
     """
+    if or_raise:
+        optimizer._require_whole()
     loaded: Loaded | None = optimizer._loaded
     if loaded is None:
         return
@@ -300,6 +303,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     _loaded: Loaded | None = None
     _is_half_restored = False  # by a restore that was interrupted
+    _is_half_stepped = False  # in a step, or by one that an interrupt or an error has ended
     _plan: Any = None  # of the last step, if it may do for the next
     # Parameters that took the coming step in backward already; None without `step_in_backward`.
     _ahead: set[Tensor] | None = None
@@ -311,6 +315,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         Each started parameter has "x_print" and "y_print", 64-bit prints of the bits of its x and y;
         each group has "shapes" and "weights_hold", "x" or "y", what the parameters hold now.
         """
+        self._require_whole()
         packed: dict[str, Any] = without_compiler(torch.optim.Optimizer.state_dict)(self)
         # What was loaded and is not settled keeps the notes it came with.
         pending = self._loaded if self._loaded is not None and not self._loaded.settled else None
@@ -418,14 +423,26 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
     def _begin(self) -> None:
         """Raises unless gradients are, or will be, taken where the step needs them."""
 
+    def _require_whole(self) -> None:
+        """Raises if the last step has not come to its end."""
+        if self._is_half_stepped:
+            without = "; optimizer.rebase() goes on without, from the weights as they are"
+            raise RuntimeError(
+                "weights and state must be of one step, got those of a step that an interrupt or an error "
+                "ended midway: restore the last checkpoint, or load the weights and the state that were "
+                f"saved last{without if hasattr(self, 'rebase') else ''}"
+            )
+
     def _forget_step(self) -> None:
         """Forgets what was known of the coming step: other state has come in its place."""
         self._plan = None
+        self._is_half_stepped = False
         if self._ahead is not None:
             self._ahead.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_built_lrs": self._built_lrs, "_loaded": self._loaded}
+        kept = ("_built_lrs", "_loaded", "_is_half_stepped")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -1,14 +1,15 @@
 """A move, one batch of parameters and where it is to go, and who runs it: the first of a list that takes it.
 
 Each backend says why it does not take a move, and so why fused=True cannot be had. On a CUDA device the
-kernel needs fused=True: its bits are right in Triton's interpreter, but no GPU has run it yet, and None must
-be safe.
+kernel needs fused=True, or SFTORCH_TRITON=1: its bits are right in Triton's interpreter, but no GPU has run
+it yet, and None must be safe. Even then it is used only where `check` has found it right.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from sfcore import laws
 from sfcore.native import build
 from sftorch.kernels import call
 from sftorch.kernels.call import Element, Kind
-from sftorch.law import iterates
-from sftorch.law.parts import Place, indices
+from sftorch.law import iterates, lists
+from sftorch.law.parts import Place, indices, is_fake
 from sftorch.state import eight, forms
+from sftorch.step import check
 
 Numbers = Sequence[Any]  # of `Move`: Python floats, or 0-d tensors under torch.compile
 Key = tuple[int, int] | tuple[Tensor, Tensor]
@@ -136,7 +138,8 @@ def assign(move: Move) -> list[tuple[Backend, Move]]:
     A kernel that takes a move leaves parameters whose tensors it cannot walk to `SINGLE`.
 
     Raises:
-        RuntimeError: if the group has fused=True and no kernel runs, or it leaves some.
+        RuntimeError: if the group has fused=True and no kernel runs, or it leaves some; for state of other
+            sizes than its parameters.
     """
     whys = {}
     for backend in BACKENDS:
@@ -144,13 +147,27 @@ def assign(move: Move) -> list[tuple[Backend, Move]]:
         if why is None:
             break
         whys[backend.device] = why
-    if backend.device:
-        return _shared(move, backend)
-    if move.fused:
+    if move.fused and not backend.device:
         device = move.ys[0].device
         nowhere = f"parameters must be on the CPU or a CUDA device, got {device}"
         raise _no_kernel(whys.get(device.type, nowhere))
-    return [(backend, move)]
+    found = _shared(move, backend) if backend.device else [(backend, move)]
+    for one, share in found:
+        if not one.device:
+            _check_sizes(share)
+    return found
+
+
+def _check_sizes(move: Move) -> None:
+    """Raises if state is not of its parameter's size, before a list operation is half through."""
+    sizes = [y.shape for y in move.ys]
+    for name, tensors in (("z", move.zs), ("y_rest", move.rests), ("x", move.xs)):
+        for found, size in zip([t.shape for t in tensors], sizes, strict=False):
+            if found != size:
+                raise RuntimeError(
+                    f"{name} must have the size of its parameter, {tuple(size)}, got {tuple(found)}: load "
+                    "the state that was saved with these weights"
+                )
 
 
 def _no_kernel(why: str) -> RuntimeError:
@@ -185,9 +202,12 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     return [*found, (SINGLE, move.rows(list(left)))] if left else found
 
 
+_COLUMN = {"exp_avg_sq": "v", "exp_avg": "m"}
+
+
 def _tables(move: Move) -> dict[str, list[Tensor]]:
     tables = {"y": move.ys, "rest": move.rests, "z": move.zs, "g": move.grads, "x": move.xs}
-    tables |= {"v": move.buffers.get("exp_avg_sq", []), "m": move.buffers.get("exp_avg", [])}
+    tables |= {column: move.buffers.get(name, []) for name, column in _COLUMN.items()}
     return {name: tensors for name, tensors in tables.items() if tensors}
 
 
@@ -197,11 +217,21 @@ def _kernel(
     dtypes: Sequence[torch.dtype],
     find: Callable[[], object],
     run: Callable[[Move, Numbers], None],
+    why_not: Callable[[Move], str] | None = None,
 ) -> Backend:
-    """Returns the kernel of a device as a backend; `find` returns it, or why there is none."""
+    """Returns the kernel of a device as a backend.
+
+    Args:
+        name, device, run: as a `Backend` has them.
+        dtypes: that parameters may have.
+        find: returns the kernel, or why there is none.
+        why_not: move -> what is wrong with the kernel here, "" if it is right; None for a kernel that is the
+            default.
+    """
 
     def takes(move: Move) -> str | None:
-        if move.fused is False or (move.fused is None and (device != "cpu" or move.foreach is False)):
+        wish = check.wish() if why_not else True
+        if move.fused is False or (move.fused is None and (not wish or move.foreach is False)):
             return f"fused must be True, got {move.fused}"
         y = move.ys[0]
         if y.device.type != device:
@@ -214,7 +244,11 @@ def _kernel(
             return f"parameters on {y.device} must be of one of {names}, got {y.dtype}"
         if not move.direction.kernel:
             return f"the direction must have a kernel, got {move.direction.single.__name__}, which has none"
+        if wish is False:
+            return f"{check.VARIABLE} must not be 0"
         kernel = find()
+        if why_not:
+            return kernel if isinstance(kernel, str) else why_not(move) or None
         if isinstance(kernel, str) and move.fused is None:
             call.give_notice(kernel)
         return kernel if isinstance(kernel, str) else None
@@ -244,6 +278,44 @@ def _run_native(move: Move, numbers: Numbers) -> None:
 def _run_triton(move: Move, numbers: Numbers) -> None:
     call.launch(*_described(move), _tables(move), (-1.0 if move.maximize else 1.0, *numbers))
     torch.autograd.graph.increment_version(move.ys)
+
+
+def why_not_triton(move: Move) -> str:
+    """Returns what is wrong with the Triton kernel for moves like this on its device, "" if it is right."""
+    if is_fake(move.ys[0]):
+        return "parameters must hold numbers, got fake tensors"
+    dtypes = [(name, tensors[0].dtype) for name, tensors in _tables(move).items()]
+    return _tried(move.direction, tuple(dtypes), move.ys[0].device)
+
+
+@functools.cache
+def _tried(direction: Direction, dtypes: tuple[tuple[str, torch.dtype], ...], device: torch.device) -> str:
+    """Tries the kernel once; each of two steps at either decay, and one of them with maximize."""
+    names = [name for name, column in _COLUMN.items() if column in dict(dtypes)]
+
+    def step(backend: Backend, tables: Mapping[str, Sequence[Tensor]], number: int) -> None:
+        move = Move(
+            direction=direction,
+            ys=list(tables["y"]),
+            rests=list(tables.get("rest", ())),
+            xs=list(tables.get("x", ())),
+            zs=list(tables["z"]),
+            grads=list(tables["g"]),
+            buffers={name: list(tables[_COLUMN[name]]) for name in names},
+            foreach=False,
+            fused=True,
+            maximize=number % 2 == 1,
+            keys=None,
+            kept={},
+        )
+        for decays in ((0.1, 0.0), (0.0, 0.1)):
+            backend.run(move, check.numbers_of(direction.kernel, number + 1, *decays))
+
+    runs = [functools.partial(step, backend) for backend in (TRITON, SINGLE)]
+    why = check.why_wrong(dict(dtypes), device, *runs)
+    if why:
+        check.give_notice(device, why)
+    return why
 
 
 # The random bits of a rounding are a function of where and when, without a generator: of a seed, of the
@@ -389,7 +461,65 @@ def _takes_foreach(move: Move) -> str | None:
     return None if move.rests or len(dtypes) == 1 else f"dtypes must be the same, got {len(dtypes)} of them"
 
 
+class _Group(NamedTuple):
+    """A part of a move of bounded size, so that what is made for a moment is bounded too.
+
+    Attributes:
+        cuts: which pieces of the lists it has; None for all, as they are.
+        move: the part, whose gradients and averages are new in every step.
+        moments: what the fused operation needs beside it; None where it does not take it.
+    """
+
+    cuts: list[lists.Cut] | None
+    move: Move
+    moments: list[Tensor] | None
+
+
+def _groups_of(move: Move) -> tuple[list[_Group], Tensor | None]:
+    """Returns the groups of a move, and the time that the fused operation is given if it takes some."""
+    if move.direction.gathers:  # it looks beyond an element, which a piece has not
+        return [_Group(None, move, None)], None
+    found = lists.groups_of(list(_tables(move).values()))
+    if len(found) == 1 and all(end is None for *_, end in found[0]):
+        parts: list[tuple[list[lists.Cut] | None, Move]] = [(None, move)]
+    else:
+        parts = [(cuts, _part(move, cuts)) for cuts in found]
+    is_adam = move.direction.kernel == Kind.ADAMW.name and move.buffers.keys() == {"exp_avg_sq"}
+    if not is_adam or move.xs or move.rests:
+        return [_Group(*part, None) for part in parts], None
+    memory = lists.memory_for(part.zs for _, part in parts)
+    groups = []
+    for cuts, part in parts:
+        grads = part.grads if cuts is None else lists.cut(move.grads, cuts)
+        plain = lists.why_plain(part.ys, part.zs, part.buffers["exp_avg_sq"], grads)
+        groups.append(_Group(cuts, part, None if plain else lists.moments_in(memory, part.zs)))
+    return groups, memory.time
+
+
+def _part(move: Move, group: Sequence[lists.Cut]) -> Move:
+    """Returns a group of a move, still without gradients and averages."""
+    ys, rests, zs = (lists.cut(tensors, group) for tensors in (move.ys, move.rests, move.zs))
+    buffers = {name: lists.cut(tensors, group) for name, tensors in move.buffers.items()}
+    return move._replace(ys=ys, rests=rests, xs=[], zs=zs, grads=[], buffers=buffers, kept={})
+
+
 def _run_foreach(move: Move, numbers: Numbers) -> None:
+    if "groups" not in move.kept:
+        move.kept["groups"] = _groups_of(move)
+    groups, time = move.kept["groups"]
+    fused = None if time is None else lists.numbers_of(numbers, move.zs[0].dtype)
+    for cuts, part, moments in groups:
+        grads, xs = move.grads, move.xs
+        if cuts is not None:
+            grads, xs = lists.cut(grads, cuts), lists.cut(xs, cuts)
+        if fused is not None and moments is not None:
+            v = part.buffers["exp_avg_sq"]
+            lists.step_(part.ys, part.zs, v, grads, fused, moments, time, move.maximize)
+        else:
+            _run_plainly(part._replace(grads=grads, xs=xs), numbers)
+
+
+def _run_plainly(move: Move, numbers: Numbers) -> None:
     wide = _joined(move) if move.rests else move
     grads = list(torch._foreach_neg(wide.grads)) if wide.maximize else wide.grads
     directions = wide.direction.foreach(grads, wide.buffers, *numbers[5:], **wide.whole())
@@ -433,7 +563,9 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
 NATIVE = _kernel("native", "cpu", _CPU_DTYPES, lambda: build.find(), _run_native)
-TRITON = _kernel("triton", "cuda", _CUDA_DTYPES, lambda: call.find_triton(), _run_triton)
+TRITON = _kernel(
+    "triton", "cuda", _CUDA_DTYPES, lambda: call.find_triton(), _run_triton, lambda move: why_not_triton(move)
+)
 LEAN = Backend(
     "lean",
     lambda move: "precision must be 'lean' or '8bit', got 'exact'" if move.keys is None else None,

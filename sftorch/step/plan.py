@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfcore import checks
+from sfcore import checks, matrices
 from sfcore.averaging import DECAYS, beta_after, coefficients, power
 from sftorch.law.iterates import as_real
 from sftorch.law.parts import PLAIN, gradients, is_divided, note_written, parts, place
@@ -163,7 +163,8 @@ class Work:
         law, values = optimizer.law, plan.values
         self.after = after = next_step(law, self.clock, plan.group["k"], values, optimizer._factor)
         direction, own = optimizer._direction(values, after.clock.step)
-        lr_t = after.lr_t * optimizer._lr_ratio(values)
+        ratio = values.get("adam_lr_ratio", 1.0) if values["leaves"] == matrices.OTHERS else 1.0
+        lr_t = after.lr_t * ratio
         wd = values.get("weight_decay", 0.0) * power(lr_t, values.get("decay_power", 1) - 1)  # F6
         wd_y, wd_z = DECAYS[values.get("decay_at", "y")](wd)
         old_beta = after.beta - after.change
@@ -234,8 +235,10 @@ class GroupPlan:
             self._given, self.values, self._chosen = self._read_options(optimizer)
             if chosen != self._chosen:
                 return False
-        y_beta = beta_after(group["k"], self.values)
-        if group["y_beta"] not in (None, y_beta) or not all(map(is_, params, self._params)):
+        beta = self.values["beta"]
+        if self.values["beta_rule"] != "constant":
+            beta = beta_after(group["k"], self.values)
+        if group["y_beta"] not in (None, beta) or not all(map(is_, params, self._params)):
             return False
         if any(p.grad is not None for p in self._idle):
             return False
@@ -275,10 +278,6 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
             t: one-based.
         """
 
-    def _lr_ratio(self, values: Mapping[str, Any]) -> float:
-        """Returns the lr of these parameters over that of their clock; `values` as for `_direction`."""
-        return 1.0
-
     def _books(self, group: dict[str, Any]) -> dict[str, Any]:
         return group
 
@@ -289,6 +288,8 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
         Args:
             x: parameter -> x, if the parameters are to end as x.
         """
+        if self._is_half_stepped:
+            self._require_whole()
         groups, plan = self.param_groups, self._plan or []
         stands = self._loaded is None and len(plan) == len(groups)
         for of_group, group in zip(plan, groups, strict=False):
@@ -354,16 +355,20 @@ class DirectedOptimizer(ScheduleFreeOptimizer):
             self._plan = None if any(not one.may_be_kept for one in plan) else plan
             if self._ahead:
                 self._ahead.clear()
+        self._is_half_stepped = False
 
 
 class YAtRest(DirectedOptimizer, TrainEvalOptimizer):
     """Abstract: the usual form, parameters hold y between steps."""
 
     _may_be_lean = True
+    _moves_alone = True
 
     @uncompiled
     def _prepare_one(self, group: dict[str, Any], p: Tensor, last: GroupPlan | None) -> GroupPlan:
         """Returns the plan of the coming step of one parameter; `last` is that of its last one."""
+        if self._is_half_stepped:
+            self._require_whole()
         if not self._ahead:
             self._begin()
             self._check_settings()

@@ -35,6 +35,23 @@ def test_a_state_that_is_half_restored_is_not_saved_until_it_is_whole(tmp_path, 
     checkpoints.close()
 
 
+def test_restored_state_is_its_own_and_of_no_more_memory_than_it_needs(tmp_path):
+    """It lies where it was read: two restores share nothing, and nothing else lies there."""
+    model, optimizer = started()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        held = []
+        for _ in range(2):
+            checkpoints.restore(model, optimizer)
+            held.append([value for p in model.parameters() for value in optimizer.state[p].values()])
+    first, second = ([v for v in values if isinstance(v, torch.Tensor)] for values in held)
+    assert len(first) == len(second) > 0
+    pointers = {t.untyped_storage().data_ptr() for t in (*first, *second, *model.parameters())}
+    assert len(pointers) == len(first) + len(second) + len(list(model.parameters()))
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in second)
+    train(model, optimizer, PLAIN, 3, 5)
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     model, optimizer = started()
     with Checkpoints(tmp_path, keep_newest=2, keep_best=1) as checkpoints:

@@ -276,6 +276,7 @@ def on_cuda(fused, dtype=torch.float32):
 
 def test_on_a_cuda_device_fused_must_be_asked_for(monkeypatch):
     monkeypatch.setattr(call, "find_triton", lambda: types.ModuleType("kernel"))
+    monkeypatch.setattr(backends, "why_not_triton", lambda move: "")
     assert backends.TRITON.takes(on_cuda(None)) == "fused must be True, got None"
     assert backends.TRITON.takes(on_cuda(False)) == "fused must be True, got False"
     assert backends.TRITON.takes(on_cuda(True)) is None

@@ -119,6 +119,15 @@ def test_rows_that_are_counted_along_another_axis_start_anew(tmp_path):
     assert same_bits([state["momentum_buffer"]], [saved.state[model.weight]["momentum_buffer"]])
 
 
+def test_a_description_tells_the_matrices_and_what_lacks_names():
+    layer = torch.nn.Linear(4, 3)
+    named = sftorch.MuonScheduleFree(layer.named_parameters()).describe()
+    assert "group 0: 1 matrices (float32) hold y" in named
+    assert "group 1: 1 parameters for AdamW (float32) hold y" in named
+    told = sftorch.MuonScheduleFree(layer.parameters()).describe()
+    assert "group 0: 1 matrices by shape, for want of names also embeddings and heads, (float32)" in told
+
+
 @pytest.fixture
 def mesh(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)

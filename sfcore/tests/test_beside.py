@@ -1,0 +1,45 @@
+"""Work beside other work."""
+
+import threading
+
+import pytest
+
+from sfcore.beside import beside
+
+
+def test_both_run_at_once_and_the_result_is_there_in_the_block_and_after_it():
+    meet = threading.Barrier(2, timeout=20)
+
+    def work():
+        meet.wait()
+        return "done"
+
+    with beside(work) as result:
+        meet.wait()
+        assert result() == "done"
+    assert result() == "done"
+
+
+def test_what_the_work_raises_comes_where_its_result_is_asked_for():
+    with beside(lambda: 1 // 0) as result:
+        pass
+    with pytest.raises(ZeroDivisionError):
+        result()
+
+
+def test_an_error_of_the_block_waits_for_the_work():
+    ended = []
+    with pytest.raises(KeyError), beside(lambda: ended.append(1)):
+        raise KeyError
+    assert ended == [1]
+
+
+def test_without_threads_it_is_done_first(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    order = []
+    with beside(lambda: order.append("work")) as result:
+        order.append("block")
+    assert (result(), order) == (None, ["work", "block"])

@@ -1,0 +1,104 @@
+"""eval() and train() on every path: the same bits, and nothing changes where train() raises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sftorch
+from sftorch.law import lists
+from sftorch.state import modes
+from sftorch.tests.plain import STEP_SIZE, copies, feed, same_bits, some_grads, some_params
+
+SHAPES = [(1003,), (3, 5), (0,), (), (2, 3, 4)]
+PATHS = {"lists": {"fused": False}, "single": {"fused": False, "foreach": False}, "native": {}}
+
+
+def started(path, dtype=torch.float32, shapes=SHAPES):
+    params = some_params(dtype, shapes)
+    optimizer = sftorch.AdamWScheduleFree(params, lr=STEP_SIZE, **PATHS[path])
+    feed(optimizer, params, some_grads(5, params))
+    return params, optimizer
+
+
+@pytest.fixture(params=[7, 1 << 18])
+def group(request, monkeypatch):
+    monkeypatch.setitem(lists.GROUP, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.bfloat16], ids=str)
+def test_every_path_has_the_same_x_and_gives_back_y(dtype):
+    found = {}
+    for path in PATHS:
+        params, optimizer = started("single", dtype)
+        optimizer.param_groups[0].update({"fused": None, "foreach": True} | PATHS[path])
+        y = copies(params)
+        beside = list(optimizer.eval_params().values())
+        for _ in range(2):
+            optimizer.eval()
+            found[path] = copies(params)
+            assert same_bits(found[path], beside)
+            optimizer.train()
+            assert same_bits(params, y)
+    assert same_bits(found["lists"], found["single"])
+    assert same_bits(found["native"], found["single"])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("which", [0, 1, 4])
+def test_weights_that_someone_wrote_to_are_left_with_all_others_as_they_are(which, path):
+    """The first ones are back at y by then, and become x again in the bits that they had."""
+    params, optimizer = started(path)
+    y = copies(params)
+    optimizer.eval()
+    x = copies(params)
+    params[which].data.view(-1)[-1] += 1
+    held = copies(params)
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"weights must stay x while in eval mode, got other values in 1 "
+        ):
+            optimizer.train()
+        assert same_bits(params, held)
+    params[which].data.copy_(x[which])
+    optimizer.train()
+    assert same_bits(params, y)
+
+
+@pytest.mark.parametrize("path", ["lists", "native"])
+def test_an_interrupted_train_can_be_called_again(path, monkeypatch):
+    monkeypatch.setitem(lists.GROUP, "cpu", 100)
+    params, optimizer = started(path)
+    y = copies(params)
+    optimizer.eval()
+    x, copy, calls = copies(params), torch._foreach_copy_, []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return copy(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", cut)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.train()
+    assert same_bits(params, x)
+    optimizer.train()
+    assert same_bits(params, y)
+
+
+def test_on_a_device_equality_is_asked_once_for_a_list():
+    """`_equal` is for CUDA tensors; a NaN is equal to nothing, and such a tensor is looked at by itself."""
+    one = [
+        torch.ones(3),
+        torch.ones(2),
+        torch.tensor([float("nan")]),
+        torch.tensor([float("inf")]),
+        torch.ones(0),
+    ]
+    other = copies(one)
+    other[1][1] += 1e-6
+    assert modes._equal(one, other) == [True, False, False, True, True]
