@@ -26,7 +26,11 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws one panel for each framework (rows) and learning rate (columns)."""
+    """Draws one panel for each framework (rows) and learning rate (columns).
+
+    Rows of other seeds than the first one's are medians of other problems, and are left out.
+    """
+    found = [row for row in found if row["n"] == found[0]["n"]]
     frameworks, lrs = (list(dict.fromkeys(row[key] for row in found)) for key in ("framework", "lr"))
     with mpl.rc_context(RC):  # type: ignore[arg-type]
         figure = Figure(figsize=(4.8 * len(lrs), 3.4 * len(frameworks) + 1.1), layout="constrained")

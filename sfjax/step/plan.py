@@ -136,8 +136,8 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
         return tree.unflatten(deltas), state._replace(**trees)
 
     kernel = native.kernel_of(law, direction.kernel, values, mask) if precision != forms.EIGHT else None
-    state_dtype, seed, own = given["state_dtype"], given["seed"], (direction.numbers, dict(pulls))
-    return build(held.init, delta, law, values, state_dtype, precision, seed, own, kernel)
+    own = direction.numbers, dict(pulls)
+    return build(held.init, delta, law, values, given["state_dtype"], precision, given["seed"], own, kernel)
 
 
 class _Buffers:
