@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = options.out / "precision.jsonl"
     torch.set_num_threads(1)
     for framework in [] if options.report else options.frameworks:
-        found = [row for lr in LRS for row in rows(framework, lr, options.seeds, options.steps)]
+        found = [row for lr in LRS for row in rows(framework, lr, options)]
+        if options.methods:
+            found = _among(path, framework, found)
         _records.replace_part(path, f"precision {framework}", found)
     everything = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     console = Console(width=140)
@@ -60,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     here = [name for name in FRAMEWORKS if importlib.util.find_spec(f"benchmarks.precision_{name}")]
     add = parser.add_argument
     add("--frameworks", nargs="+", choices=here, default=here, help=f"default: {' '.join(here)}")
+    add("--methods", nargs="+", metavar="NAME", help="only these rows, the others stay; default: all")
     add("--seeds", type=int, default=3, metavar="N", help="default: 3")
     add("--steps", type=int, default=STEPS, metavar="N", help=f"default: {STEPS}")
     add("--report", action="store_true", help="run nothing: figure and tables from OUT/precision.jsonl")
@@ -76,12 +79,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def rows(framework: str, lr: float, seeds: int, steps: int) -> list[Row]:
-    """Runs every method of a framework on every seed."""
+def _among(path: Path, framework: str, found: list[Row]) -> list[Row]:
+    """Returns the rows that a framework has had, with new ones in their places; float32's stays."""
+    methods = list(importlib.import_module(f"benchmarks.precision_{framework}").METHODS)
+    old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = {(row["lr"], row["method"]): row for row in found}
+    kept |= {
+        (row["lr"], row["method"]): row
+        for row in old
+        if row["framework"] == framework
+        and ((row["lr"], row["method"]) not in kept or row["method"] == "float32")
+    }
+    return sorted(kept.values(), key=lambda row: (-row["lr"], methods.index(row["method"])))
+
+
+def rows(framework: str, lr: float, options: argparse.Namespace) -> list[Row]:
+    """Runs the methods of a framework on every seed."""
     module = importlib.import_module(f"benchmarks.precision_{framework}")
+    seeds, steps = options.seeds, options.steps
+    chosen = [name for name in module.METHODS if name in {"float32", *(options.methods or module.METHODS)}]
     problems = [make(seed, steps) for seed in range(seeds)]
-    runs: dict[str, list[Any]] = {name: [] for name in module.METHODS}
-    order = [(problem, name) for problem in problems for name in module.METHODS]
+    runs: dict[str, list[Any]] = {name: [] for name in chosen}
+    order = [(problem, name) for problem in problems for name in chosen]
     for problem, name in tqdm(order, desc=f"{framework}, lr {lr:g}", unit="run"):
         runs[name].append(module.train(name, problem, lr))
     reference = np.array([run.curve[-1] for run in runs["float32"]])
@@ -156,7 +175,7 @@ def markdown(found: Sequence[Row]) -> str:
 
 def misses(found: Sequence[Row]) -> list[str]:
     """Returns a sentence for every target that the medians miss."""
-    allowed = {"exact": 0.001, "exact-float16": 0.001, "lean": 0.01}
+    allowed = {"exact": 0.001, "exact-float16": 0.001, "lean": 0.01, "8bit": 0.01, "8bit-float32": 0.01}
     told = []
     for row in found:
         off, name = row["ratio"]["median"] - 1, f"{row['framework']} {row['method']} at lr {row['lr']:g}"

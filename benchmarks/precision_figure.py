@@ -16,6 +16,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "exact": {"color": "#1f6feb", "linewidth": 1.6},
     "exact-float16": {"color": "#12805c", "linewidth": 1.4, "dashes": (1, 2)},
     "lean": {"color": "#e0a800", "linewidth": 1.4, "dashes": (5, 3)},
+    "8bit": {"color": "#0b7285", "linewidth": 1.6, "dashes": (4, 1.5)},
+    "8bit-float32": {"color": "#66a3ad", "linewidth": 1.2, "dashes": (1, 1.5)},
     "rounded": {"color": "#7048a8", "linewidth": 1.4},
     "schedulefree": {"color": "#b42318", "linewidth": 1.4},
     "pytorch_optimizer": {"color": "#e8590c", "linewidth": 1.4, "dashes": (3, 2)},
@@ -24,7 +26,11 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws one panel for each framework (rows) and learning rate (columns)."""
+    """Draws one panel for each framework (rows) and learning rate (columns).
+
+    Rows of other seeds than the first one's are medians of other problems, and are left out.
+    """
+    found = [row for row in found if row["n"] == found[0]["n"]]
     frameworks, lrs = (list(dict.fromkeys(row[key] for row in found)) for key in ("framework", "lr"))
     with mpl.rc_context(RC):  # type: ignore[arg-type]
         figure = Figure(figsize=(4.8 * len(lrs), 3.4 * len(frameworks) + 1.1), layout="constrained")

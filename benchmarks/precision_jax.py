@@ -38,11 +38,17 @@ def _lean(lr: float) -> Any:
     return sfjax.schedule_free_adamw(lr, precision="lean")
 
 
+def _eight(lr: float) -> Any:
+    return sfjax.schedule_free_adamw(lr, precision="8bit")
+
+
 METHODS = {
     "float32": Method("float32 (JAX)", jnp.float32, sfjax.schedule_free_adamw, _x),
     "exact": Method("bfloat16, exact (JAX)", jnp.bfloat16, sfjax.schedule_free_adamw, _x),
     "exact-float16": Method("float16, exact (JAX)", jnp.float16, sfjax.schedule_free_adamw, _x),
     "lean": Method("bfloat16, lean (JAX)", jnp.bfloat16, _lean, _x),
+    "8bit": Method("bfloat16, 8bit (JAX)", jnp.bfloat16, _eight, _x),
+    "8bit-float32": Method("float32, 8bit (JAX)", jnp.float32, _eight, _x),
     "optax.contrib": Method(
         "optax.contrib, bfloat16", jnp.bfloat16, optax.contrib.schedule_free_adamw, _contrib_x
     ),
@@ -88,5 +94,11 @@ def _loss_at(problem: Problem, x: Any) -> float:
 
 
 def _bytes(carry: Any, like: jax.Array) -> float:
-    leaves = [leaf for leaf in jax.tree.leaves(carry) if leaf.shape == like.shape]
-    return float(sum(leaf.dtype.itemsize for leaf in leaves))
+    (params, state), name = carry, "w1"
+    assert params[name].shape == like.shape
+    own = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path((params, state))
+        if path and getattr(path[-1], "key", None) == name
+    ]
+    return float(sum(leaf.nbytes for leaf in own) / like.size)

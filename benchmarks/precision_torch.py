@@ -30,11 +30,17 @@ def _lean(params: Any, lr: float) -> Any:
     return sftorch.AdamWScheduleFree(params, lr=lr, precision="lean")
 
 
+def _eight(params: Any, lr: float) -> Any:
+    return sftorch.AdamWScheduleFree(params, lr=lr, precision="8bit")
+
+
 METHODS = {
     "float32": Method("float32", torch.float32, sftorch.AdamWScheduleFree),
     "exact": Method("bfloat16, exact", torch.bfloat16, sftorch.AdamWScheduleFree),
     "exact-float16": Method("float16, exact", torch.float16, sftorch.AdamWScheduleFree),
     "lean": Method("bfloat16, lean", torch.bfloat16, _lean),
+    "8bit": Method("bfloat16, 8bit", torch.bfloat16, _eight),
+    "8bit-float32": Method("float32, 8bit", torch.float32, _eight),
     "rounded": Method("bfloat16, only z and v float32", torch.bfloat16, sftorch.AdamWScheduleFree, True),
     "schedulefree": Method("schedulefree, bfloat16", torch.bfloat16, schedulefree.AdamWScheduleFree),
     "pytorch_optimizer": Method(
@@ -95,4 +101,4 @@ def _x(optimizer: Any, params: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 def _bytes(optimizer: Any, p: Tensor) -> float:
     kept = [value for value in optimizer.state[p].values() if isinstance(value, Tensor) and value.numel() > 1]
-    return float(sum(tensor.element_size() for tensor in (p, *kept)))
+    return float(sum(tensor.nbytes for tensor in (p, *kept)) / p.numel())

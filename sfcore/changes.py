@@ -16,7 +16,7 @@ from sfcore.meta import Meta
 # Options that the equations do not know.
 _EFFECTS = {
     "maximize": "the direction of every later step is turned around",
-    "precision": "z and the moments are converted, for 'lean' to the nearest in bfloat16",
+    "precision": "z and the moments are converted, for 'lean' and '8bit' to the nearest",
     "seed": "later steps are rounded with other random bits",
 }
 LEFT_BEHIND = "left behind, because the frameworks scale them differently"

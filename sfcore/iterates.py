@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfcore import hyperparameters, laws
+from sfcore import codes, hyperparameters, laws
 from sfcore.exchange import of_role
 from sfcore.meta import Meta
 
@@ -94,6 +94,8 @@ def x_of(meta: Meta, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def widened(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the leaves with z = y + gap in place of each gap, and that parameter's moments in float32.
 
+    Codes of `sfcore.codes` are opened.
+
     Example:
         >>> import numpy as np
         >>> from sfcore.iterates import widened
@@ -101,8 +103,16 @@ def widened(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         >>> found["z/w"], "gap/w" in found
         (array([1.5], dtype=float32), False)
     """
-    found = {leaf: array for leaf, array in state.items() if not leaf.startswith("gap/")}
+    found = {leaf: array for leaf, array in state.items() if not leaf.startswith(("gap/", "scale/"))}
+    scales = of_role(state, "scale")
     for name, gap in of_role(state, "gap").items():
+        if name in scales:
+            held = {
+                role: state[f"{role}/{name}"] for role in ("gap", *laws.roles()) if f"{role}/{name}" in state
+            }
+            opened = codes.opened(held, scales[name])
+            gap = opened.pop("gap")
+            found |= {f"{role}/{name}": array for role, array in opened.items()}
         found[f"z/{name}"] = state[f"y/{name}"].astype(np.float32) + gap.astype(np.float32)
         for leaf in (f"{role}/{name}" for role in laws.roles()):
             if leaf in found:

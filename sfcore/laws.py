@@ -28,7 +28,8 @@ COMMON_ROLES: Mapping[str, str] = {
     "y": "gradient point, what the parameters hold while training; of a 16-bit parameter in float32",
     "x": "average, what is evaluated and shipped; in the state only where it cannot be recomputed",
     "z": "base iterate",
-    "gap": "z - y in bfloat16, where z is kept so (sftorch's lean form); v and m are in bfloat16 there too",
+    "gap": "z - y where z is kept so: in bfloat16 (precision 'lean') or codes ('8bit'), as v and m are there",
+    "scale": "exponents of the rows of gap, v and m where they are codes, see sfcore.codes",
     "base": "state of a wrapped optimizer, as base/PARAMETER/KEY",
     "grad": "gradient accumulated so far, in the middle of an accumulation",
     "buffer": "model state without gradient, such as BatchNorm statistics",
@@ -36,7 +37,7 @@ COMMON_ROLES: Mapping[str, str] = {
     "extra": "arrays of the user's own",
 }
 # What a torch state holds beside the buffers.
-_TORCH_STATE = {"z", "x", "y", "gap", "y_rest", "x_rest", "y_print", "x_print", "base"}
+_TORCH_STATE = {"z", "x", "y", "gap", "scale", "y_rest", "x_rest", "y_print", "x_print", "base"}
 _CLOCK = {"step", "lr_max", "weight_sum"}
 Made = TypeVar("Made")
 OR = " or "  # between names of laws of which a state alone cannot tell which it is
@@ -52,6 +53,8 @@ class Buffer:
         doc: what it is, in two words.
         when: the option that must be neither 0 nor "none" for it to be kept; "" is always.
         lean: its dtype with precision="lean", "bfloat16"; "" for a law that then refuses "lean".
+        code: of `sfcore.codes`, with precision="8bit": "log", for what is never negative, or "linear"; "" for
+            a law that then refuses "8bit".
         leaves: the parameters that have it, "matrices" or "others"; "" is all.
         of_rows: whether it is one number a row, of size 1 in all axes but the option `output_axis`.
     """
@@ -62,6 +65,7 @@ class Buffer:
     doc: str
     when: str = ""
     lean: str = "bfloat16"
+    code: str = ""
     leaves: str = ""
     of_rows: bool = False
 
@@ -214,8 +218,8 @@ class Law:
 _README = "README of facebookresearch/schedule_free"
 _ADAMW_LR, _ADAMW_SOURCE = (1e-6, 1e-2), f"1 to 10 times the 1e-6 to 1e-3 of scheduled runs; {_README}"
 _BETAS = {"beta": "betas[0]", "b2": "betas[1]"}
-_V = Buffer("v", "exp_avg_sq", "nu", "second moment")
-_M = Buffer("m", "exp_avg", "mu", "first moment", when="inner_momentum")
+_V = Buffer("v", "exp_avg_sq", "nu", "second moment", code="log")
+_M = Buffer("m", "exp_avg", "mu", "first moment", when="inner_momentum", code="linear")
 _ROWS = (
     Law(
         "sgd",

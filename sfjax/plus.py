@@ -17,6 +17,7 @@ from sfjax.law.iterates import recover_z
 from sfjax.law.scalars import as_scalar
 from sfjax.state import forms
 from sfjax.state.arguments import Scalar, ScalarOrSchedule, Whole
+from sfjax.state.eight import gap_of
 from sfjax.state.forms import ScheduleFreeState
 
 
@@ -50,7 +51,7 @@ def schedule_free_plus(
     polyak_beta: float = 0.0,
     f_star: Scalar = 0.0,
     axis_name: Hashable | None = None,
-    precision: Literal["exact", "lean"] = "exact",
+    precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -152,9 +153,9 @@ def schedule_free_plus(
                 "returned"
             )
         old = state.inner
-        held, rests, _tree = forms.leaves_of(updates, old, params, precision == "lean")
-        columns = zip(jax.tree.leaves(updates), held, jax.tree.leaves(old.z), rests, strict=True)
-        pairs = [(g, _gap(p, stored, rest, old.b1)) for g, p, stored, rest in columns]
+        held, rests, scales, _tree = forms.leaves_of(updates, old, params, precision)
+        columns = zip(jax.tree.leaves(updates), held, jax.tree.leaves(old.z), rests, scales, strict=True)
+        pairs = [(g, _gap(p, stored, rest, scale, old.b1)) for g, p, stored, rest, scale in columns]
         t = as_scalar(old.step + 1)
         share = BETAS[rule](t, values, jnp).beta / jnp.where(old.b1 > 0, old.b1, 1.0)
         l1 = sum((_total(jnp.abs(one)) for g, _ in pairs for one in _reals(g)), as_scalar(0.0))
@@ -173,8 +174,10 @@ def schedule_free_plus(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _gap(p: jax.Array, stored: jax.Array, rest: Any, b1: jax.Array) -> jax.Array:
+def _gap(p: jax.Array, stored: jax.Array, rest: Any, scale: Any, b1: jax.Array) -> jax.Array:
     """Returns z - y of a leaf."""
+    if scale is not None:
+        return gap_of(stored, rest, scale)
     if forms.is_lean(rest):
         return stored.astype(jnp.float32)
     y = forms.whole(p, rest)

@@ -55,7 +55,7 @@ def schedule_free_radam(
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
     silent_sgd_phase: bool = True,
-    precision: Literal["exact", "lean"] = "exact",
+    precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -90,7 +90,9 @@ def schedule_free_radam(
             unusable; False takes SGD steps there. Default True.
         precision: "exact" (default) keeps parameters of 16 bits as a float32 run would have them; "lean"
             keeps z - y and v in bfloat16, rounded at random, and the rest of y in int16: 8 bytes a parameter
-            in all where "exact" takes 14. Wider parameters are not concerned.
+            in all where "exact" takes 14. Wider parameters are not concerned. "8bit"
+            keeps z - y and v in codes of 8 to 16 bits: about 5 bytes a bfloat16 parameter and 7 a float32
+            one in all; vectors are lean.
         seed: of the rounding, default 0; whole, >= 0.
         mask: tree of bools, or function of params giving one: the leaves that decay; None is all.
 

@@ -36,7 +36,7 @@ def schedule_free_sgd(
     rho: Scalar = 0.8,
     decay_at: Literal["y", "z"] = "y",
     decay_power: Literal[1, 2] = 1,
-    precision: Literal["exact", "lean"] = "exact",
+    precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -67,7 +67,9 @@ def schedule_free_sgd(
         decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
         precision: "exact" (default) keeps parameters of 16 bits as a float32 run would have them; "lean"
             keeps z - y in bfloat16, rounded at random, and the rest of y in int16: 6 bytes a parameter in
-            all where "exact" takes 10. Wider parameters are not concerned.
+            all where "exact" takes 10. Wider parameters are not concerned. "8bit"
+            keeps z - y in a code of 8 to 16 bits: about 4 bytes a bfloat16 parameter and 6 a float32
+            one in all; vectors are lean.
         seed: of the rounding, default 0; whole, >= 0.
         mask: tree of bools, or function of params giving one: the leaves that decay; None is all.
 

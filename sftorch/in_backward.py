@@ -118,7 +118,7 @@ def _step_one(optimizer: YAtRest, plans: dict[Tensor, GroupPlan | None], index: 
     optimizer._is_half_stepped = True
     optimizer._run([plan])
     optimizer._close([plan], is_whole=False)
-    # The random words of the lean form depend on the other groups, too.
-    plans[p] = plan if plan.may_be_kept and not optimizer._is_lean(plan.group) else None
+    # The random words of a rounded form depend on the other groups, too.
+    plans[p] = plan if plan.may_be_kept and not optimizer._is_rounded(plan.group) else None
     ahead.add(p)
     p.grad = None

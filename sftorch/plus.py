@@ -201,7 +201,7 @@ class AdamCScheduleFreePlusPaper(AdamWScheduleFree):
                 found, state = [torch.linalg.vector_norm(g, 1)], parts_of(self.state.get(p, {}))
                 if forms.has_started(state) and old:
                     y = forms.joined(part(p), state)
-                    gap = as_real(state["gap"] if "gap" in state else state["z"] - y)
+                    gap = as_real(forms.gap_of(state) if "gap" in state else state["z"] - y)
                     found.append((g * gap.double()).sum() * (beta / old))
                 else:
                     found.append(torch.zeros_like(found[0]))

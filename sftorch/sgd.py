@@ -96,7 +96,8 @@ class SGDScheduleFree(SGDDirection, YAtRest):
             False; True to require it of all parameters, also on CUDA devices, in Triton and not yet run on
             one; False for never. It wins over foreach, torch.compile over both.
         precision: "exact" (default), or "lean" for about 8 bytes a 16-bit parameter in all: z - y and the
-            moments in bfloat16, rounded at random without bias. docs/precision.md has what it costs.
+            moments in bfloat16, rounded at random without bias; "8bit" for about 4 bytes a bfloat16 parameter
+            and 6 a float32 one: z - y in a code of 8 to 16 bits. docs/precision.md has what they cost.
         seed: of those roundings, >= 0, default 0; the same seed gives the same bits, also after a resume.
         capturable, differentiable: refused when True; the message says why.
 

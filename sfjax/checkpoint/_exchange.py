@@ -26,6 +26,7 @@ from sfcore.names import NameMap
 from sfcore.names.translate import renamed, translate
 from sfjax.checkpoint import _orbax, _record
 from sfjax.checkpoint._arrays import array_like, is_weak, place, stored_form
+from sfjax.checkpoint._codes import gap_code
 from sfjax.checkpoint._leaves import (
     ONE_VECTOR,
     beside,
@@ -119,8 +120,9 @@ def export_exchange(
 
 def _portable(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns role -> array as any optimizer has them: y in full, z for every parameter, no lean form."""
-    held = {"y", "gap", "x", "z", "base", *laws.roles()}
+    held = {"y", "gap", "scale", "x", "z", "base", *laws.roles()}
     found = {role: array for role, array in leaves.items() if role.partition("/")[0] in held}
+    found |= {f"gap/{name}": gap_code(leaves, name) for name in of_role(leaves, "scale")}
     found = widened(found | {f"y/{name}": in_full(leaves, name) for name in of_role(leaves, "y")})
     # Where there is an x, the parameters are z; the twin keeps z in a buffer of its own.
     for name, x in of_role(leaves, "x").items():

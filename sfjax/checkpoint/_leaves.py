@@ -6,7 +6,7 @@ A role says what the leaf means wherever it sits, such as "z/Dense_0/kernel":
     y/NAME, stored/NAME, grad/NAME                   of the parameter NAME; `stored` is z, or x at b1 = 0
     v/NAME, m/NAME and others                        a buffer of its law, see `sfcore.laws`
     rest/NAME                                        what y is more than a parameter of 16 bits holds
-    gap/NAME                                         z - y, in the lean form
+    gap/NAME, scale/NAME                             z - y, in the lean or the 8-bit form; exponents of codes
     clock/GROUP/FIELD                                a scalar of the GROUP-th Schedule-Free state
     base/GROUP/PATH                                  state of a base that `sfjax.schedule_free` wraps
     accumulation/FIELD                               counters of optax.MultiSteps
@@ -27,7 +27,7 @@ from sfcore.exchange import CheckpointError
 from sfcore.matrices import row_shape
 from sfjax.plus import ScheduleFreePlusState
 from sfjax.schedule_free import ScheduleFreeState
-from sfjax.state import forms
+from sfjax.state import eight, forms
 from sfjax.state.find import _pure, _require
 from sfjax.step.plan import STATES
 
@@ -149,17 +149,20 @@ def roles(params: Any, opt_state: Any) -> dict[str, str]:
     rows = {name: [row_shape(one, axis) for axis in ("first", "last") if one] for name, one in shapes.items()}
     found = [(place, f"y/{name}") for name, place, _ in _placed("params", params)]
 
-    def per_parameter(prefix: str, tree: Any, role: str, lean: Collection[str] = ()) -> None:
+    def per_parameter(prefix: str, tree: Any, role: str, gaps: Collection[str] = ()) -> None:
         for name, place, leaf in _placed(prefix, tree):
             if leaf.shape in (shapes.get(name), *rows.get(name, ())):
-                found.append((place, f"{'gap' if name in lean else role}/{name}"))
+                found.append((place, f"{'gap' if name in gaps else role}/{name}"))
 
     for index, group in enumerate(groups(params, opt_state)):
         found += [(f"{group.name}/{field}", f"clock/{index}/{field}") for field in CLOCK]
         rests = parameters(group.state.y_rest)
-        lean = [name for name, rest in rests.items() if forms.is_lean(rest)]
-        per_parameter(f"{group.name}/z", group.state.z, "stored", lean)
+        gaps = [name for name, rest in rests.items() if forms.is_lean(rest)]
+        gaps += [name for name, leaf in parameters(group.state.z).items() if eight.is_code(leaf)]
+        per_parameter(f"{group.name}/z", group.state.z, "stored", gaps)
         per_parameter(f"{group.name}/y_rest", group.state.y_rest, "rest")
+        scales = _placed(f"{group.name}/scale", group.state.scale)
+        found += [(place, f"scale/{name}") for name, place, _ in scales]
         base, prefix = group.state.base_optimizer_state, f"{group.name}/base_optimizer_state"
         if type(base) in STATES:
             for field, role in held(base).items():

@@ -34,6 +34,7 @@ from sfjax.checkpoint._arrays import (
     stored_form,
     with_own,
 )
+from sfjax.checkpoint._codes import in_codes_of
 from sfjax.checkpoint._leaves import (
     CLOCK,
     ONE_VECTOR,
@@ -460,9 +461,9 @@ def _leftovers(saved: Saved, used: set[str], result: Fit) -> None:
 def _in_form_of(saved: Saved, target: Named, roles: Mapping[str, str]) -> tuple[Saved, list[str]]:
     """Returns a checkpoint in the precision of its target, and a sentence if that is another."""
     narrow, buffers = np.dtype(forms.NARROW), laws.roles()
+    saved, changed = in_codes_of(saved, target, roles)
     arrays, found = dict(saved.arrays), dict(saved.roles)
     by_role, leaves = saved.names, saved.leaves
-    changed = False
     for leaf_name, leaf in zip(target.names, target.leaves, strict=True):
         kind, _, parameter = roles.get(leaf_name, "").partition("/")
         source = by_role.get(f"{kind}/{parameter}")

@@ -26,7 +26,7 @@ from sfjax.checkpoint._leaves import check_arrays, check_trees, groups, host_arr
 from sfjax.checkpoint._orbax import Saved
 from sfjax.checkpoint._record import Configured
 from sfjax.checkpoint._restore import Restored, concrete_beta, restore_into, tell
-from sfjax.state import forms
+from sfjax.state import eight, forms
 from sfjax.state.arguments import Configurations, MicroBatches
 
 NO_STATE = "no optimizer state: starting from x"
@@ -96,8 +96,9 @@ def start_from_weights(
     recorded = []
     for group, one in zip(own, given, strict=True):
         buffers, rests = parameters(group.state.z), parameters(group.state.y_rest)
-        for name in group.parameters:  # the lean buffer is bfloat16, which is not enough for z itself
-            wide = np.float32 if forms.is_lean(rests.get(name)) else buffers[name].dtype
+        for name in group.parameters:  # a gap's dtype is not enough for z itself
+            is_gap = forms.is_lean(rests.get(name)) or eight.is_code(buffers[name])
+            wide = np.float32 if is_gap else buffers[name].dtype
             arrays[f"z/{name}"] = x[name].astype(wide)
         clock, sentence = opening(group.state, one, trained_steps)
         notices.append(sentence)

@@ -108,28 +108,45 @@ def as_transformation(name: str, given: Any) -> Any:
     return optax.with_extra_args_support(given)
 
 
-def read_precision(given: Mapping[str, Any], beta: Any, law: Law) -> bool:
-    """Tells whether precision is "lean"; raises HyperparameterError with all that does not go with it."""
+def read_precision(given: Mapping[str, Any], beta: Any, law: Law) -> str:
+    """Returns the precision; raises HyperparameterError with all that does not go with it."""
     precision, seed, state_dtype = (given[name] for name in ("precision", "seed", "state_dtype"))
     found = []
-    if precision not in ("exact", "lean"):
-        found.append(f"precision must be 'exact' or 'lean', got {precision!r}: 'exact' is usual")
+    if precision not in ("exact", "lean", "8bit"):
+        found.append(f"precision must be 'exact', 'lean' or '8bit', got {precision!r}: 'exact' is usual")
     number = _plain(seed)
     is_whole = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**32
     if not (is_whole or isinstance(number, jax.core.Tracer)):
         found.append(f"seed must be a whole number >= 0 and < 2^32, got {seed!r}: 0 is usual")
-    wide = [one.jax for one in law.buffers if not one.lean]
-    if precision == "lean" and wide:
-        found.append(
-            f"precision must be 'exact' with {law.title}, got 'lean': {', '.join(wide)} has no lean form"
-        )
-    if precision == "lean" and is_zero(beta):
-        found.append("precision must be 'exact' at b1 = 0, got 'lean': y is z there, and has no gap to it")
-    if precision == "lean" and state_dtype is not None:
-        found.append(f"state_dtype must be None with precision='lean', got {state_dtype!r}: leave it out")
+    without = {
+        "lean": [one.jax for one in law.buffers if not one.lean],
+        "8bit": [one.jax for one in law.buffers if not one.code],
+    }
+    if precision in ("lean", "8bit"):
+        got, kind = f"got {precision!r}", "lean" if precision == "lean" else "8-bit"
+        if wide := without[precision]:
+            found.append(
+                f"precision must be 'exact' with {law.title}, {got}: {', '.join(wide)} has no {kind} form"
+            )
+        if is_zero(beta):
+            found.append(f"precision must be 'exact' at b1 = 0, {got}: y is z there, and has no gap to it")
+        if state_dtype is not None:
+            found.append(
+                f"state_dtype must be None with precision={precision!r}, got {state_dtype!r}: leave it out"
+            )
     if found:
         raise checks.HyperparameterError(found)
-    return bool(precision == "lean")
+    return str(precision)
+
+
+def check_narrow(params: Any, precision: str) -> None:
+    """Raises TypeError for a leaf that a precision has no form for."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf.dtype == np.float16 and precision == "8bit":
+            raise TypeError(
+                f"precision must be 'exact' or 'lean' for float16, got '8bit' and float16 at "
+                f"params{jax.tree_util.keystr(path)}: cast it to bfloat16"
+            )
 
 
 def is_zero(value: Any) -> bool:

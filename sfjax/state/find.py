@@ -195,7 +195,7 @@ def _overlay(
     A state has MaskedNode for the others; `cast` takes what was found, and the parameter.
     """
 
-    def found(p: Any, stored: Any, rest: Any, beta: Any) -> Any:
+    def found(p: Any, stored: Any, rest: Any, scale: Any, beta: Any) -> Any:
         if isinstance(stored, optax.MaskedNode):
             return p
         shape = getattr(p, "shape", type(p).__name__)
@@ -204,7 +204,7 @@ def _overlay(
                 f"params must have the shapes that tx.init got, got {shape} for {stored.shape}: "
                 "pass what the last update left"
             )
-        return cast(recover(*forms.opened(p, stored, rest), beta), p)
+        return cast(recover(*forms.opened(p, stored, rest, scale), beta), p)
 
     new = _pure(params)
     for state in states:
@@ -223,8 +223,10 @@ def _overlay(
                 "pass what the last update left (with flax.nnx, nnx.state(model, nnx.Param); with Equinox, "
                 "what eqx.filter gave to tx.init)"
             ) from error
-        rests = [None] * len(stored) if rest is None else tree.flatten_up_to(rest)
-        columns = zip(below, stored, rests, strict=True)
+        rests, scales = (
+            [None] * len(stored) if one is None else tree.flatten_up_to(one) for one in (rest, state.scale)
+        )
+        columns = zip(below, stored, rests, scales, strict=True)
         new = tree.unflatten(found(*leaves, state.b1) for leaves in columns)
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(new))
 

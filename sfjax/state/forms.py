@@ -16,9 +16,11 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sfjax.law.iterates import as_held
+from sfjax.law.iterates import as_held, wide_dtype
+from sfjax.state import eight
 
 NARROW, REST = jnp.bfloat16, jnp.int16  # of the lean form
+EXACT, LEAN, EIGHT = "exact", "lean", "8bit"
 _BELONG = "pass the params that tx.init got, their gradients and their state"
 
 
@@ -36,9 +38,11 @@ class ScheduleFreeState(NamedTuple):
         base_optimizer_state: the base's state, or the direction's buffers.
         z: tree of the parameters, at least float32 unless state_dtype says otherwise. At b1 = 0 the
             parameters themselves are z and this holds x. With precision="lean", z - y in bfloat16 for
-            parameters of 16 bits.
+            parameters of 16 bits; with "8bit", its codes.
         y_rest: tree of the parameters in float32, lean: int16 units: what y is more than a parameter of 16
             bits holds. None at wider leaves, and None as a whole where all are wider.
+        scale: with precision="8bit" the exponents of the codes that z and the moments then are, int8 of shape
+            (rows, 1 + moments) for every leaf that lies in codes, None for others and without any.
 
     Example:
         >>> import jax.numpy as jnp, sfjax
@@ -57,6 +61,7 @@ class ScheduleFreeState(NamedTuple):
     base_optimizer_state: Any
     z: Any
     y_rest: Any = None
+    scale: Any = None
 
 
 def zeros_alike(leaf: jax.Array, dtype: Any) -> jax.Array:
@@ -124,17 +129,59 @@ def is_lean(rest: Any) -> bool:
     return rest is not None and rest.dtype == REST
 
 
-def new_rests(params: Any, dtype: Any) -> Any:
+def form_of(precision: str, p: Any) -> str:
+    """Returns which form a precision gives a parameter leaf: "exact", "lean" or "8bit"."""
+    if precision == EIGHT and eight.has_codes(p):
+        return EIGHT
+    return LEAN if precision != EXACT and is_low(p) else EXACT
+
+
+def first_buffer(p: jax.Array, precision: str, dtype: Any) -> jax.Array:
+    """Returns what a state keeps beside a parameter at first: z, or a gap of 0.
+
+    Args:
+        p: the parameter.
+        precision: as in the factories.
+        dtype: of z; None is p's own, at least float32.
+    """
+    form = form_of(precision, p)
+    if form != EXACT:
+        narrow = NARROW if form == LEAN else jnp.int8 if is_low(p) else jnp.int16
+        return zeros_alike(p, narrow)
+    wide = wide_dtype(p) if dtype is None else dtype
+    if dtype is not None and jnp.iscomplexobj(p):
+        wide = np.promote_types(dtype, np.complex64)
+    return jnp.array(p, wide, copy=True)  # a copy, so that params and state can be donated
+
+
+def new_rests(params: Any, precision: str) -> Any:
     """Returns rests of zero: None for wide leaves, and None as a whole where no leaf is low."""
     if not any(map(is_low, jax.tree.leaves(params))):
         return None
 
     def zeros(p: Any) -> Any:
+        dtype = {EXACT: jnp.float32, LEAN: REST, EIGHT: eight.REST}[form_of(precision, p)]
         if isinstance(p, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
         return zeros_alike(p, dtype)
 
     return jax.tree.map(lambda p: zeros(p) if is_low(p) else None, params)
+
+
+def new_scales(params: Any, precision: str, moments: int) -> Any:
+    """Returns exponents: None for leaves that lie in no codes, and None as a whole where none does."""
+    if not any(form_of(precision, p) == EIGHT for p in jax.tree.leaves(params)):
+        return None
+
+    def zeros(p: Any) -> Any:
+        if form_of(precision, p) != EIGHT:
+            return None
+        shape = (p.shape[0], 1 + moments)
+        if isinstance(p, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(shape, jnp.int8, sharding=_everywhere(params))
+        return on_every_device(jnp.zeros(shape, jnp.int8), params)
+
+    return jax.tree.map(zeros, params)
 
 
 def packed(p: jax.Array, rest: jax.Array) -> jax.Array:
@@ -164,13 +211,19 @@ def whole(p: Any, rest: Any) -> Any:
     if rest is None:
         return p
     wide = np.promote_types(p.dtype, np.float32)
-    p, rest = jnp.asarray(p), unpacked(jnp.asarray(p), rest) if is_lean(rest) else rest
+    p = jnp.asarray(p)
+    if is_lean(rest):
+        rest = unpacked(p, rest)
+    elif rest.dtype == eight.REST:
+        rest = eight.rest_of(p, rest)
     return p.astype(wide) + rest.astype(wide)
 
 
-def opened(p: jax.Array, stored: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns y, and the buffer beside it: as it is, or in the lean form the z that its gap tells."""
+def opened(p: jax.Array, stored: jax.Array, rest: Any, scale: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Returns y, and the buffer beside it: as it is, or in the other forms the z that its gap tells."""
     y = whole(p, rest)
+    if eight.is_code(stored):
+        return y, y.astype(jnp.float32) + eight.gap_of(stored, rest, scale)
     return y, y.astype(jnp.float32) + stored.astype(jnp.float32) if is_lean(rest) else stored
 
 
@@ -184,8 +237,10 @@ def split(y: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
     return update.astype(p.dtype), rest.astype(jnp.float32)
 
 
-def leaves_of(updates: Any, state: Any, params: Any, lean: bool) -> tuple[list[Any], list[Any], Any]:
-    """Returns the leaves of params, the rest of each or None, and their tree.
+def leaves_of(
+    updates: Any, state: Any, params: Any, precision: str
+) -> tuple[list[Any], list[Any], list[Any], Any]:
+    """Returns the leaves of params, the rest and the exponents of each or None, and their tree.
 
     Raises:
         ValueError, TypeError: unless update() got gradients, state and parameters that belong together, and
@@ -211,16 +266,22 @@ def leaves_of(updates: Any, state: Any, params: Any, lean: bool) -> tuple[list[A
                 )
     held = [p for _, p in placed]
     rests = [None] * len(held) if state.y_rest is None else tree.flatten_up_to(state.y_rest)
-    for p, rest in zip(held, rests, strict=True):
+    scales = [None] * len(held) if state.scale is None else tree.flatten_up_to(state.scale)
+    for p, rest, stored, scale in zip(held, rests, jax.tree.leaves(state.z), scales, strict=True):
         if is_low(p) != (rest is not None):
             raise ValueError(
                 "state.y_rest must have a leaf for every parameter of 16 bits and no other, got "
                 f"{'none' if rest is None else 'one'} for one of {p.dtype}: keep tx.init's dtypes; "
                 "a state of an earlier version needs state._replace(y_rest=tx.init(params).y_rest)"
             )
-        if rest is not None and is_lean(rest) != lean:
+        found = EXACT
+        if scale is not None and eight.is_code(stored):
+            found = EIGHT
+        elif rest is not None and is_lean(rest):
+            found = LEAN
+        if found != form_of(precision, p):
             raise ValueError(
-                f"state must be of precision={'lean' if lean else 'exact'!r}, got the other: restore it with "
-                "sfjax.checkpoint, which converts"
+                f"state must be of precision={precision!r}, got another: restore it with sfjax.checkpoint, "
+                "which converts"
             )
-    return held, rests, tree
+    return held, rests, scales, tree

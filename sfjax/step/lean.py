@@ -34,25 +34,32 @@ def advance(
     p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, beta: jax.Array, draw: Draw
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Takes one step of a parameter whose y was built by beta; returns its update, the new gap and rest."""
-    y, old, delta = (leaf.astype(jnp.float32) for leaf in (y, gap, delta))
-    k1, k2, beta = (s.astype(jnp.float32) for s in (k.k1, k.k2, beta))
-    w = old + beta * delta
-    y = y + (k1 * old + k2 * delta)  # S7 S9*
+    y, gap = moved(y, gap, delta, k, beta)
     update, rest = forms.split(y, p)
     # p + update is exact but for long strides, where XLA may keep more bits than p has.
     held = as_held(p.astype(jnp.float32) + update.astype(jnp.float32), p.dtype).astype(p.dtype)
-    return update, rounded((1.0 - k1) * w, draw, GAP), forms.packed(held, rest)
+    return update, rounded(gap, draw, GAP), forms.packed(held, rest)
+
+
+def moved(
+    y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, beta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the new y and the new gap, both in float32."""
+    y, old, delta = (leaf.astype(jnp.float32) for leaf in (y, gap, delta))
+    k1, k2, beta = (s.astype(jnp.float32) for s in (k.k1, k.k2, beta))
+    w = old + beta * delta
+    return y + (k1 * old + k2 * delta), (1.0 - k1) * w  # S7 S9*
 
 
 def rounded(value: jax.Array, draw: Draw, buffer: int) -> jax.Array:
     """Returns a float32 array in bfloat16, up or down at random and right on average."""
     bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    noisy = (bits + (_noise(value.shape, draw, buffer) >> 16)) & jnp.uint32(0xFFFF0000)
+    noisy = (bits + (noise(value.shape, draw, buffer) >> 16)) & jnp.uint32(0xFFFF0000)
     up_or_down = jax.lax.bitcast_convert_type(noisy, jnp.float32)
     return jnp.where(jnp.isfinite(value), up_or_down, value).astype(forms.NARROW)
 
 
-def _noise(shape: tuple[int, ...], draw: Draw, buffer: int) -> jax.Array:
+def noise(shape: tuple[int, ...], draw: Draw, buffer: int) -> jax.Array:
     """Returns 32 random bits an element, a hash of where and when it is."""
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sfcore import averaging, checks, laws, matrices
@@ -17,8 +16,9 @@ from sfjax.law.iterates import wide_dtype
 from sfjax.law.scalars import Clock, Next, as_scalar, first_clock, next_step
 from sfjax.state import arguments, forms
 from sfjax.state.arguments import is_zero
+from sfjax.state.eight import dtype_of, gap_of, in_order
 from sfjax.state.forms import ScheduleFreeState
-from sfjax.step import lean, native
+from sfjax.step import eight, lean, native
 from sfjax.step.native import Kernel, Scalars
 from sfjax.step.transformation import Transformation, by_name
 
@@ -84,11 +84,11 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
     options = {name: given[JAX_NAMES.get(name, name)] for name in law.defaults}
     options |= {name: 0 for name in _NONE_IS_0 if name in options and options[name] is None}
     values = arguments.read(law.options, **options)
-    is_lean = arguments.read_precision(given, values["beta"], law)
+    precision = arguments.read_precision(given, values["beta"], law)
     decays = zip("yz", averaging.DECAYS[values.get("decay_at", "y")](values["weight_decay"]), strict=True)
     pulls = [(at, wd) for at, wd in decays if not is_zero(wd)]
     # The raw arguments: an injected 0 keeps a buffer, in tx.init and under jit alike.
-    held = _Buffers(direction, law, options, given, is_lean)
+    held = _Buffers(direction, law, options, given, precision)
 
     def delta(
         grads: Any, state: Any, ys: Any, zs: Callable[[], Any], given_scalars: Scalars, extra_args: Any
@@ -135,9 +135,9 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
         trees = {name: tree.unflatten(column) for name, column in columns.items()}
         return tree.unflatten(deltas), state._replace(**trees)
 
-    kernel = native.kernel_of(law, direction.kernel, values, mask)
+    kernel = native.kernel_of(law, direction.kernel, values, mask) if precision != forms.EIGHT else None
     own = direction.numbers, dict(pulls)
-    return build(held.init, delta, law, values, given["state_dtype"], is_lean, given["seed"], own, kernel)
+    return build(held.init, delta, law, values, given["state_dtype"], precision, given["seed"], own, kernel)
 
 
 class _Buffers:
@@ -149,9 +149,9 @@ class _Buffers:
         law: Law,
         options: Mapping[str, Any],
         given: Mapping[str, Any],
-        is_lean: bool,
+        precision: str,
     ):
-        self._state, self._options, self._is_lean = direction.state, options, is_lean
+        self._state, self._options, self._precision = direction.state, options, precision
         self._has_kinds = direction.others is not None
         self._fields: tuple[str, ...] = direction.state._fields  # type: ignore[attr-defined]
         self._kept = {one.jax: one for one in law.kept(options)}
@@ -176,7 +176,8 @@ class _Buffers:
         def zeros(buffer: Buffer, p: Any, kind: str) -> Any:
             if not buffer.is_kept(self._options, kind):
                 return None
-            dtype = forms.NARROW if self._is_lean and forms.is_low(p) else wide_dtype(p)
+            form = forms.form_of(self._precision, p)
+            dtype = {forms.LEAN: forms.NARROW, forms.EIGHT: dtype_of(buffer)}.get(form, wide_dtype(p))
             shape = buffer.shape(p.shape, self._options)
             # Of what is laid out along the rows as p is.
             axes = tuple(i for i, size in enumerate(shape) if size != p.shape[i])
@@ -206,7 +207,7 @@ def build(
     law: Law,
     values: Values,
     state_dtype: Any,
-    is_lean: bool = False,
+    precision: str = forms.EXACT,
     seed: Any = 0,
     own: tuple[Callable[[Values, jax.Array], tuple[Any, ...]], dict[str, Any]] = (_no_numbers, {}),
     kernel: Kernel | None = None,
@@ -221,79 +222,81 @@ def build(
         law: whose rules the scalars follow.
         values: as `arguments.read` returns them.
         state_dtype, seed: as in the factories.
-        is_lean: whether parameters of 16 bits are kept so.
+        precision: the form of parameters and state, as in the factories.
         own: how a direction's numbers follow from the options and the time, and the decays by their point.
         kernel: what runs a step on a CPU; None if none can.
     """
     numbers, decays = own
-    rest_dtype = forms.REST if is_lean else jnp.float32
     state_dtype = arguments.read_dtype(state_dtype)
-    kept_rests = False
-
-    def first(p: Any) -> Any:
-        if is_lean and forms.is_low(p):
-            return forms.zeros_alike(p, forms.NARROW)
-        dtype = wide_dtype(p) if state_dtype is None else state_dtype
-        if state_dtype is not None and jnp.iscomplexobj(p):
-            dtype = np.promote_types(state_dtype, np.complex64)
-        return jnp.array(p, dtype, copy=True)  # a copy, so that params and state can be donated
+    kept_rests = kept_scales = False
 
     def init_fn(params: Any) -> ScheduleFreeState:
-        nonlocal kept_rests
+        nonlocal kept_rests, kept_scales
         arguments.check_params(params)
-        y_rest = forms.new_rests(params, rest_dtype)
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-            wide = forms.abstract_init(lambda p: init_fn(p)._replace(y_rest=None), params)
-            return wide._replace(y_rest=y_rest)
+        arguments.check_narrow(params, precision)
+        y_rest = forms.new_rests(params, precision)
+        is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+        base = jax.eval_shape(init, params) if is_abstract else init(params)
+        scale = forms.new_scales(params, precision, len(in_order(base)))
+        if is_abstract:
+            wide = forms.abstract_init(lambda p: init_fn(p)._replace(y_rest=None, scale=None), params)
+            return wide._replace(y_rest=y_rest, scale=scale)
         # optax.tree.map_params calls this with a placeholder, to match it with a state that was made before.
-        kept_rests = kept_rests or y_rest is not None
+        kept_rests, kept_scales = kept_rests or y_rest is not None, kept_scales or scale is not None
         scalars = {"lr": as_scalar(0.0), "c": as_scalar(0.0), **first_clock(values)._asdict()}
         return ScheduleFreeState(
             **forms.on_every_device(scalars, params),
-            base_optimizer_state=init(params),
-            z=jax.tree.map(first, params),
+            base_optimizer_state=base,
+            z=jax.tree.map(lambda p: forms.first_buffer(p, precision, state_dtype), params),
             y_rest=params if kept_rests and not jax.tree.leaves(params) else y_rest,
+            scale=params if kept_scales and not jax.tree.leaves(params) else scale,
         )
 
     def updated(
         given: Scalars, updates: Any, state: ScheduleFreeState, params: Any, extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
-        held, rests, tree = forms.leaves_of(updates, state, params, is_lean)
+        held, rests, scales, tree = forms.leaves_of(updates, state, params, precision)
         stored, k = jax.tree.leaves(state.z), given.next
         whole = [p if rest is None else forms.whole(p, rest) for p, rest in zip(held, rests, strict=True)]
         ys = tree.unflatten(whole)
 
         def zs() -> Any:
-            found = map(forms.opened, held, stored, rests)
+            found = map(forms.opened, held, stored, rests, scales)
             return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
 
         grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
-        deltas, base_state = delta(grads, state.base_optimizer_state, ys, zs, given, extra_args)
-        columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, strict=True)
-        moved = [
-            lean.advance(p, y, buffer, d, k, state.b1, lean.Draw(seed, i, k.clock.step))
-            if is_lean and rest is not None
-            else _advance(p, y, buffer, d, k, rest)
-            for i, (p, y, buffer, d, rest) in enumerate(columns)
-        ]
+        in_codes, base = precision == forms.EIGHT, state.base_optimizer_state
+        opened = eight.open_(base, scales, tree) if in_codes else base
+        deltas, base_state = delta(grads, opened, ys, zs, given, extra_args)
+        columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, scales, strict=True)
+        if precision == forms.EXACT:
+            moved = [_advance(p, y, buffer, d, k, rest) for p, y, buffer, d, rest, _ in columns]
+        else:
+            draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
+            pairs = zip(columns, draws, strict=True)
+            new = [_advance_in_form(leaves, k, state.b1, draw) for leaves, draw in pairs]
+            moved, exponents = [one for one, _ in new], [exponent for _, exponent in new]
+            if in_codes:
+                base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
         return tree.unflatten(update for update, _, _ in moved), ScheduleFreeState(
             lr=k.lr_t,
             c=k.c,
             base_optimizer_state=base_state,
             z=tree.unflatten(z for _, z, _ in moved),
             y_rest=state.y_rest if state.y_rest is None else tree.unflatten(rest for *_, rest in moved),
+            scale=state.scale if state.scale is None else tree.unflatten(scales),
             **k.clock._asdict(),
         )
 
     def update_fn(
         updates: Any, state: ScheduleFreeState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
-        forms.leaves_of(updates, state, params, is_lean)  # before anything is made of them
+        forms.leaves_of(updates, state, params, precision)  # before anything is made of them
         k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
         return updated(Scalars(k, numbers(values, k.t), decays), updates, state, params, extra_args)
 
     def step(params: Any, state: Any, gradients: Any, extra_args: Any) -> tuple[Any, ScheduleFreeState]:
-        forms.leaves_of(gradients, state, params, is_lean)
+        forms.leaves_of(gradients, state, params, precision)
         k = next_step(law, Clock(*(getattr(state, name) for name in Clock._fields)), values)
         given = Scalars(k, numbers(values, k.t), decays)
 
@@ -307,6 +310,24 @@ def build(
     found = Transformation(init_fn, update_fn)
     found.step = by_name(step)
     return found
+
+
+def _advance_in_form(
+    leaves: tuple[Any, ...], k: Next, beta: jax.Array, draw: lean.Draw
+) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
+    """Takes one step of a parameter in its form; returns what `_advance` does, and the exponents of a gap.
+
+    Args:
+        leaves: the parameter, y, what is stored beside it, delta, the rest and the exponents, or None.
+        k, draw: of the step.
+        beta: that built y.
+    """
+    p, y, stored, delta, rest, scale = leaves
+    if scale is not None:
+        return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, beta, draw)
+    if forms.is_lean(rest):
+        return lean.advance(p, y, stored, delta, k, beta, draw), None
+    return _advance(p, y, stored, delta, k, rest), None
 
 
 def _advance(

@@ -16,7 +16,7 @@ from sfcore.sources import Source, unknown
 from sftorch.checkpoint import _arrays, _importers, _unpickle
 from sftorch.checkpoint._record import roles
 from sftorch.law.scalars import Clock
-from sftorch.state import forms, prints
+from sftorch.state import eight, forms, prints
 
 _LIGHTNING = "optimizer_states"  # a list
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -182,6 +182,8 @@ def _add_parameter(
 ) -> None:
     """Adds a parameter's leaves, and its entry in the record."""
     kept = {role: values[key] for key, role in roles().items() if key in values}
+    if eight.SCALE in values and "gap" in values:
+        kept["gap"] = eight.gap_code(values)
     state = {f"{role}/{name}": _arrays.to_numpy(value) for role, value in kept.items()}
     held = weights.get(name) if source.named else None
     own = None

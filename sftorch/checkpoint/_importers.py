@@ -17,7 +17,7 @@ from sfcore.meta import number_in
 from sftorch.checkpoint import _changes, _weights
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
-from sftorch.state import forms, prints, state_dict
+from sftorch.state import eight, forms, prints, state_dict
 from sftorch.state.state_dict import HOLD, ScheduleFreeOptimizer, check_optimizer
 
 _STATE_DICT = Rule(
@@ -324,10 +324,21 @@ def _odd_values(where: str, values: Mapping[str, Any], p: Tensor) -> list[str]:
         elif name not in Clock._fields and name != "base":
             if not _is_dense(value):
                 found.append(f"{where} must have a dense tensor as {name}, got {type(value).__name__}")
+            elif name == eight.SCALE:
+                rows = (len(p), 1 + len(eight.columns(values))) if p.dim() else ()
+                if value.shape != rows or value.dtype is not torch.int8:
+                    found.append(
+                        f"{where} must have int8 of shape {rows} in {name}, got {value.dtype} of shape "
+                        f"{tuple(value.shape)}"
+                    )
             elif value.shape != p.shape:
                 kept = "" if name in ("z", "gap") else f" in {name}"
                 found.append(f"{where} must have shape {tuple(p.shape)}{kept}, got {tuple(value.shape)}")
-            elif name not in forms.RESTS and _kind_of_numbers(value) != _kind_of_numbers(p):
+            elif (
+                name not in forms.RESTS
+                and eight.SCALE not in values
+                and _kind_of_numbers(value) != _kind_of_numbers(p)
+            ):
                 found.append(f"{where} must have numbers like the parameter's in {name}, got {value.dtype}")
     return found
 
@@ -405,7 +416,7 @@ class _Carried:
             return self._from_plain(theirs, group, p) if "exp_avg_sq" in theirs else {}
         if not forms.has_started(theirs):
             return {}
-        kept = ("z", "gap", "x", "y", *forms.RESTS, *state_dict.PRINTS)
+        kept = ("z", "gap", eight.SCALE, "x", "y", *forms.RESTS, *state_dict.PRINTS)
         found: dict[str, Any] = {name: theirs[name] for name in kept if name in theirs}
         needed = self.optimizer._buffers(self.live)
         found |= self._buffers(theirs, needed, p)

@@ -118,6 +118,15 @@ def _has_elements(place: Place, tensor: Tensor) -> bool:
     return not tensor.numel() or all(place[1])
 
 
+def rows_taken(array: Any, like: Tensor) -> np.ndarray:
+    """Returns what belongs to this rank's part of a tensor, of an array that says something of each row."""
+    rows = np.asarray(array)
+    if not is_divided(like):
+        return rows
+    start, shape = place_of("parameter", like)
+    return rows[start[0] : start[0] + shape[0]]
+
+
 def taken(array: Any, like: Tensor) -> np.ndarray:
     """Returns what of a file's array belongs to this rank's part of a tensor; of a plain one all."""
     if not is_divided(like) or tuple(array.shape) != tuple(like.shape):

@@ -20,7 +20,7 @@ from sftorch.checkpoint._steps import steps_of
 from sftorch.law.parts import part
 from sftorch.law.scalars import Clock
 from sftorch.schedule_free import ScheduleFreeWrapper
-from sftorch.state import forms, state_dict
+from sftorch.state import eight, forms, state_dict
 from sftorch.state.groups import new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
@@ -55,7 +55,7 @@ class Average(NamedTuple):
         return forms.split(x, self.dtype)[0] if at_rest else x.to(self.dtype)
 
     def _stored(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        roles = ("x", "z", "gap")
+        roles = ("x", "z", "gap", eight.SCALE)
         return {role: leaves[f"{role}/{self.name}"] for role in roles if f"{role}/{self.name}" in leaves}
 
 
@@ -83,7 +83,8 @@ class Capture(NamedTuple):
 
 def roles() -> dict[str, str]:
     """Returns torch's name -> role of what is saved of a parameter's state; y is there in eval mode only."""
-    return {"z": "z", "gap": "gap", "x": "x"} | {one.torch: role for role, one in laws.roles().items()}
+    same = {name: name for name in ("z", "gap", eight.SCALE, "x")}
+    return same | {one.torch: role for role, one in laws.roles().items()}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

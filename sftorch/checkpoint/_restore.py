@@ -28,7 +28,7 @@ from sftorch.checkpoint._record import (
 )
 from sftorch.law.parts import like, note_written, part
 from sftorch.schedule_free import ScheduleFreeWrapper
-from sftorch.state import forms
+from sftorch.state import eight, forms
 from sftorch.state.groups import new_books
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
@@ -78,6 +78,9 @@ class Saved:
     def _placed(self, leaf: str) -> Tensor:
         if leaf.partition("/")[0] in self._of_rows().values():  # whole on every process
             return _arrays.to_tensor(np.asarray(self.arrays[leaf])).to(self.p.device)
+        if leaf.startswith(f"{eight.SCALE}/"):
+            rows = _parts.rows_taken(self.arrays[leaf], self.p)
+            return _arrays.to_tensor(rows).to(self.p.device)
         return placed(_parts.taken(self.arrays[leaf], self.p), part(self.p.detach()))
 
     def _of_rows(self) -> dict[str, str]:
@@ -145,8 +148,13 @@ class Saved:
             key: state[key] if key in state else self.optimizer._new_buffer(key, iterate, self.group)
             for key in needed
         }
-        stored = {k: state[k] for k in ("x",) if k in state}
+        stored = {k: state[k] for k in ("x", eight.SCALE) if k in state}
         state = {kept: iterate, **after._asdict(), **rests, **buffers, **stored}
+        if (
+            self.optimizer._form(self.p, self.group) == forms.EIGHT
+        ):  # with the rest of y, which is there only now
+            eight.pack_(state)
+            forms.convert_(state, held, forms.EIGHT)
         if (
             isinstance(self.optimizer, TrainEvalOptimizer)
             and not self.optimizer._books(self.group)["train_mode"]
@@ -158,16 +166,19 @@ class Saved:
         """Returns in full what the parameter holds at rest; the closure forms hold x, the others y."""
         beta = beta_of(self.saved)
         holds_x, wants_x = self.meta.weights_hold == "x", not isinstance(self.optimizer, TrainEvalOptimizer)
-        lean = self.optimizer._is_lean(self.group)
+        form = self.optimizer._form(self.p, self.group)
+        if form == forms.EIGHT:
+            stays = beta == self.beta and forms.is_in_codes(state, self.optimizer._buffers(self.group))
+            form = forms.EIGHT if stays else forms.EXACT
         if not holds_x:
             if not wants_x and beta != self.beta:
                 held = self._rebuilt(state, held, beta)
-            forms.convert_(state, held, lean)
+            forms.convert_(state, held, form)
         elif not wants_x:
             if self.beta == 0:
                 state["x"] = held.to(state["z"].dtype)
             held = forms.y_from_x(held, state, self.beta)
-            forms.convert_(state, held, lean)
+            forms.convert_(state, held, form)
         if wants_x and not holds_x:
             held = forms.x_from_y(held, state, beta)
         if wants_x:
@@ -176,7 +187,7 @@ class Saved:
 
     def _rebuilt(self, state: dict[str, Any], held: Tensor, beta: float) -> Tensor:
         """Returns the y that the live group's beta makes where its own group had another, so that x stays."""
-        forms.convert_(state, held, False)
+        forms.convert_(state, held, forms.EXACT)
         x = forms.x_from_y(held, state, beta)
         state.pop("x", None)
         if self.beta == 0:

@@ -135,5 +135,7 @@ def _iterates_at(
     if not isinstance(optimizer, TrainEvalOptimizer):  # the closure forms hold x
         return taken(p, state.get(optimizer._rest)), taken(state["z"])
     y = taken(state.get("y", p), state.get(optimizer._rest))
-    some = {name: taken(state[name]) for name in ("x", "z", "gap") if name in state}
+    some = {name: taken(state[name]) for name in ("x", "z") if name in state}
+    if "gap" in state:
+        some["gap"] = taken(forms.gap_of(state))
     return forms.x_from_y(y, some, optimizer._y_beta(group)), forms.z_of(y, some)

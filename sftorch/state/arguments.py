@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from sfcore import checks
 from sfcore.checks import HyperparameterError, Rule, nearest
 from sftorch.law.parts import is_divided
-from sftorch.state import forms
+from sftorch.state import eight, forms
 
 _THREE = "None, True or False"
 # Options that torch has and the equations do not.
@@ -43,7 +43,9 @@ _RULES = {
         "0 is usual",
     ),
     "precision": Rule(
-        "'exact' or 'lean'", lambda v: isinstance(v, str) and v in ("exact", "lean"), "'exact' is usual"
+        "'exact', 'lean' or '8bit'",
+        lambda v: isinstance(v, str) and v in ("exact", "lean", "8bit"),
+        "'exact' is usual",
     ),
 }
 
@@ -151,29 +153,37 @@ def refuse_flat_partitions(built: int, params: list[Tensor]) -> None:
     )
 
 
-def find_problems(group: Mapping[str, Any], beta: Any, may_be_lean: bool) -> list[str]:
+def find_problems(group: Mapping[str, Any], beta: Any, may_be: Collection[str]) -> list[str]:
     """Returns the problems of the options that torch has and the equations do not.
 
     Args:
         group: with its options and parameters; a wrapper's drawer, which has few of them.
         beta: its interpolation.
-        may_be_lean: whether the optimizer has a lean form.
+        may_be: the precisions that the optimizer has.
     """
     given = {name: rule for name, rule in _RULES.items() if name in group}
     found = [
         checks.problem(name, rule, group[name]) for name, rule in given.items() if not rule.holds(group[name])
     ]
-    if group.get("precision") != "lean":
+    precision = group.get("precision")
+    if precision not in ("lean", "8bit"):
         return found
-    start = "precision must be 'exact'"
-    if not may_be_lean:
-        found.append(f"{start} in this class, got 'lean': use the class without 'Closure' in its name")
+    start, got = "precision must be 'exact'", f"got {precision!r}"
+    if "lean" not in may_be:
+        found.append(f"{start} in this class, {got}: use the class without 'Closure' in its name")
+    elif precision not in may_be:
+        found.append(
+            f"precision must be 'exact' or 'lean' in this class, {got}: its buffers have no such form"
+        )
     if beta == 0:
-        found.append(f"{start} at beta = 0, got 'lean': z is y there, and the gap between them says nothing")
+        found.append(f"{start} at beta = 0, {got}: z is y there, and the gap between them says nothing")
     params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # with a name or without
-    wrong = [p for p in params if p.dtype not in forms.LEAN_DTYPES]
+    dtypes = forms.LEAN_DTYPES if precision == "lean" else eight.DTYPES
+    wrong = [p for p in params if p.dtype not in dtypes]
     if wrong:
-        found.append(f"{start} for {wrong[0].dtype} parameters, got 'lean': give them a group of their own")
+        found.append(f"{start} for {wrong[0].dtype} parameters, {got}: give them a group of their own")
+    if precision == "8bit" and any(map(is_divided, params)):
+        found.append(f"precision must be 'exact' or 'lean' for DTensors, {got}: take 'lean'")
     return found
 
 

@@ -3,7 +3,8 @@
 A 16-bit parameter holds the nearest number of its dtype, and its state the rest: "y_rest" beside y,
 "x_rest" in the closure forms, whose parameters hold x. State without one, of an earlier version or of
 another program, has the rest 0. In eval mode y lies in "y", with the same rest. Beside y there is "z" or,
-in the lean form, the "gap" z - y, which with the moments is in bfloat16.
+in the lean form, the "gap" z - y, which with the moments is in bfloat16; the 8-bit form, which tells by its
+"scale", has codes of `eight` in their place, and its rest is an int8.
 
 A float32 number in two halves: for bfloat16 the rest is an int16 in units of the last bit of float32, so that
 both halves together are as large as the float32 number; float16 has other exponents, and its rest is the
@@ -13,7 +14,7 @@ DTensor as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from sfcore import laws
 from sftorch.law.iterates import interpolate, recover_x
+from sftorch.state import eight
 
 Y_REST, X_REST = "y_rest", "x_rest"
 RESTS = (Y_REST, X_REST)
 NARROW = torch.bfloat16
 LEAN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _RESTS = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
+EXACT, LEAN, EIGHT = "exact", "lean", "8bit"
 
 
 def rest_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -84,7 +87,7 @@ def put_halves_(p: Tensor, rest: Tensor | None, y: Tensor) -> None:
     upper, lower = (y, None) if rest is None else split(y, p.dtype)
     p.copy_(upper)
     if rest is not None and lower is not None:
-        rest.copy_(lower)
+        rest.copy_(eight.with_rest(rest, lower) if rest.dtype is torch.int8 else lower)
 
 
 def join(p: Tensor, rest: Tensor | None) -> Tensor:
@@ -102,7 +105,8 @@ def join(p: Tensor, rest: Tensor | None) -> Tensor:
     if rest is None:
         return p
     if p.dtype is torch.bfloat16:
-        y = (p.view(torch.int16).to(torch.int32) * 0x10000 + rest).view(torch.float32)
+        lower = eight.rest_of(rest) if rest.dtype is torch.int8 else rest
+        y = (p.view(torch.int16).to(torch.int32) * 0x10000 + lower).view(torch.float32)
         return torch.where(y.isnan(), p, y)  # zero or infinity, with a rest that leads beyond it
     wide = p.to(torch.float32)
     whole = wide + rest
@@ -126,14 +130,25 @@ def y_of(p: Tensor, state: Mapping[str, Any]) -> Tensor:
 
 def z_of(y: Tensor, state: Mapping[str, Any]) -> Tensor:
     """Returns z, which the lean form tells by its distance from y."""
-    z: Tensor = state["z"] if "z" in state else y.to(torch.float32) + state["gap"]
+    z: Tensor = state["z"] if "z" in state else y.to(torch.float32) + gap_of(state)
     return z
+
+
+def gap_of(state: Mapping[str, Any]) -> Tensor:
+    """Returns z - y in float32, of a state that is kept by it."""
+    gap: Tensor = eight.opened(state, "gap") if eight.SCALE in state else state["gap"].to(torch.float32)
+    return gap
+
+
+def form_of(state: Mapping[str, Any]) -> str:
+    """Returns which form a started state is in."""
+    return EIGHT if eight.SCALE in state else LEAN if "gap" in state else EXACT
 
 
 def x_from_y(y: Tensor, state: Mapping[str, Any], beta: float) -> Tensor:
     """Returns x in z's dtype; at beta = 0 it must be stored."""
     if beta and "gap" in state:
-        return y.to(torch.float32) - (1.0 / beta - 1.0) * state["gap"].to(torch.float32)
+        return y.to(torch.float32) - (1.0 / beta - 1.0) * gap_of(state)
     if beta:
         return recover_x(y, state["z"], beta)
     return state["x"] if "x" in state else z_of(y, state)
@@ -142,13 +157,21 @@ def x_from_y(y: Tensor, state: Mapping[str, Any], beta: float) -> Tensor:
 def y_from_x(x: Tensor, state: Mapping[str, Any], beta: float) -> Tensor:
     """Returns y in z's dtype; in the lean form x must be more than z, so that beta > 0."""
     if "gap" in state:
-        return x.to(torch.float32) + (1.0 / beta - 1.0) * state["gap"].to(torch.float32)
+        return x.to(torch.float32) + (1.0 / beta - 1.0) * gap_of(state)
     return interpolate(x, state["z"], beta)
+
+
+def is_in_codes(state: Mapping[str, Any], buffers: Collection[str]) -> bool:
+    """Tells whether a state is in the 8-bit form, these of its moments too."""
+    return eight.SCALE in state and set(buffers) <= eight.columns(state).keys()
 
 
 def has_rest(p: Tensor, state: Mapping[str, Any], rest: str) -> bool:
     """Tells whether a state has the rest that its parameter's dtype needs, or rightly none."""
-    return (state[rest].dtype if rest in state else None) == rest_dtype(p.dtype)
+    wanted = rest_dtype(p.dtype)
+    if wanted is torch.int16 and eight.SCALE in state:
+        wanted = torch.int8
+    return (state[rest].dtype if rest in state else None) == wanted
 
 
 def fit_rest(p: Tensor, state: dict[str, Any], rest: str) -> None:
@@ -174,35 +197,50 @@ def move_y_(p: Tensor, state: dict[str, Any], x: Tensor, beta: float) -> None:
     z = z_of(joined(p, state), state)
     y = interpolate(x, z, beta)
     put_(p, state, y)
-    if "gap" in state:
+    if eight.SCALE in state:
+        eight.put_gap_(state, z - joined(p, state))
+    elif "gap" in state:
         state["gap"].copy_(z - joined(p, state))
 
 
-def first_iterate(p: Tensor, lean: bool) -> dict[str, Tensor]:
-    """Returns the z of a parameter that starts, as it is kept: x = y = z."""
-    if lean:
+def first_iterate(p: Tensor, form: str) -> dict[str, Tensor]:
+    """Returns the z of a parameter that starts, as it is kept: x = y = z; exact before it is in codes."""
+    if form == LEAN:
         return {"gap": torch.zeros_like(p, dtype=NARROW, memory_format=torch.preserve_format)}
     wide = torch.promote_types(p.dtype, torch.float32)
     return {"z": p.detach().to(wide, copy=True, memory_format=torch.preserve_format)}
 
 
-def convert_(state: dict[str, Any], y: Tensor, lean: bool) -> None:
+def convert_(state: dict[str, Any], y: Tensor, form: str) -> None:
     """Brings the state of a started parameter into the form wanted: to the nearest, where that rounds.
 
     Args:
-        state: with z and moments in at least float32, or with the gap and moments in bfloat16.
+        state: in any form; beside a bfloat16 parameter with its rest, if it is to be in 8 bits.
         y: in full.
-        lean: which.
+        form: which.
     """
-    if lean == ("gap" in state):
+    if form == form_of(state):
         return
-    moments = [one.torch for one in laws.roles().values()]
-    if lean:
-        changed = {"gap": (state["z"] - y).to(NARROW)}
+    names = [one.torch for one in laws.roles().values() if one.torch in state]
+    eight.open_(state)
+    if form == EIGHT:
+        changed = _in_codes(state, y, names)
+    elif form == LEAN:
+        gap = state["gap"] if "gap" in state else state["z"] - y
+        changed = {"gap": gap.to(NARROW)} | {name: state[name].to(NARROW) for name in names}
     else:
-        changed = {"z": y + state["gap"].to(torch.float32)}
-    dtype = NARROW if lean else torch.float32
-    changed |= {name: state[name].to(dtype) for name in moments if name in state}
+        changed = {"z": z_of(y, state)} | {name: state[name].to(torch.float32) for name in names}
     others = {name: value for name, value in state.items() if name not in ("z", "gap", *changed)}
     state.clear()
     state.update(changed | others)
+
+
+def _in_codes(state: Mapping[str, Any], y: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Returns the entries of the 8-bit form, to the nearest, for a state in another."""
+    z, rest = z_of(y, state), None
+    if Y_REST in state:
+        upper, lower = split(y, torch.bfloat16)
+        assert lower is not None
+        rest = eight.with_rest(torch.zeros_like(lower, dtype=torch.int8), lower)
+        y = join(upper, rest)
+    return eight.in_codes(z - y, rest, {name: state[name].to(torch.float32) for name in names})

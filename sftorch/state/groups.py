@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sfcore import checks
+from sfcore import checks, codes
 from sfcore.averaging import beta_after, effective_lr
 from sfcore.laws import Law
 from sftorch.law.parts import part, parts_of
 from sftorch.law.scalars import Clock, Next, prior_weight
-from sftorch.state import arguments, forms, meshes
+from sftorch.state import arguments, eight, forms, meshes
 from sftorch.state.compiler import uncompiled, without_compiler
 
 
@@ -142,7 +142,8 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
     def _problems(self, group: dict[str, Any], values: dict[str, Any]) -> list[str]:
         """Returns everything that is wrong with a group's options."""
-        may_be_lean = self._may_be_lean and all(one.lean for one in self.law.buffers)
+        may_be = ["lean"] if self._may_be_lean and all(one.lean for one in self.law.buffers) else []
+        may_be += ["8bit"] if may_be and all(one.code for one in self.law.buffers) else []
         found = checks.find_problems(self.law.options, values, self.law.torch_names)
         if self._books(group) is group and "base_momentum" in group and values["beta_rule"] != "constant":
             name = self.law.torch_names["beta"]
@@ -150,7 +151,7 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
                 f"beta_rule must be 'constant' beside a scheduler that cycles {name}, got "
                 f"{values['beta_rule']!r}: give OneCycleLR or CyclicLR cycle_momentum=False"
             )
-        return found + arguments.find_problems(self._books(group), values.get("beta"), may_be_lean)
+        return found + arguments.find_problems(self._books(group), values.get("beta"), may_be)
 
     def _check_settings(self) -> None:
         """Raises if a scheduler or a user has since put nonsense into a group."""
@@ -262,9 +263,16 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         """Returns what a group's parameters hold in its mode, "x" or "y"."""
         return "x"
 
-    def _is_lean(self, group: dict[str, Any]) -> bool:
-        """Tells whether a group's state is kept in the lean form of `forms`."""
-        return self._may_be_lean and group["precision"] == "lean"
+    def _is_rounded(self, group: dict[str, Any]) -> bool:
+        """Tells whether a group's state is rounded at random, in the lean or the 8-bit form of `forms`."""
+        return self._may_be_lean and group["precision"] != forms.EXACT
+
+    def _form(self, p: Tensor, group: dict[str, Any]) -> str:
+        """Returns the form of `forms` in which a parameter's state is kept."""
+        if not self._is_rounded(group):
+            return forms.EXACT
+        in_codes = group["precision"] == forms.EIGHT and codes.has_rows(p.shape)
+        return forms.EIGHT if in_codes else forms.LEAN
 
     def _to_agree(self) -> list[Tensor]:
         """Returns the parameters whose processes are to raise together: all in the first step, then none.
@@ -285,22 +293,25 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
 
         At the first gradient x = y = z, and the clock is at 0.
         """
-        lean = self._is_lean(group)
+        form = self._form(p, group)
         state: dict[str, Any] = self.state.get(p, {})
-        wanted = ["gap" if lean else "z", "step", *buffers]
-        if all(name in state for name in wanted) and forms.has_rest(p, state, self._rest):
+        wanted = ["z" if form == forms.EXACT else "gap", "step", *buffers]
+        in_form = forms.is_in_codes(state, buffers) if form == forms.EIGHT else eight.SCALE not in state
+        if in_form and all(name in state for name in wanted) and forms.has_rest(p, state, self._rest):
             return state
         state = dict(state)
         if not forms.has_started(state):
-            state |= forms.first_iterate(p, lean)
+            state |= forms.first_iterate(p, form)
             state |= Clock(0, 0.0, self._books(group)["prior_weight"])._asdict()
         elif "step" not in state:  # upstream's state has the group's clock only
             state |= self._group_clock(group)._asdict()
-        forms.convert_(state, forms.joined(p, state, self._rest), lean)
         forms.fit_rest(p, state, self._rest)
+        y = forms.joined(p, state, self._rest)
+        forms.convert_(state, y, forms.EXACT if form == forms.EIGHT else form)
         for name in buffers:
             if name not in state:
-                state[name] = self._new_buffer(name, state[wanted[0]], group)
+                state[name] = self._new_buffer(name, state["z" if "z" in state else "gap"], group)
+        forms.convert_(state, y, form)
         return state
 
     def _y_beta(self, group: dict[str, Any]) -> float:
@@ -329,7 +340,9 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
         table: dict[tuple[Any, ...], tuple[list[Tensor], list[dict[str, Any]]]] = {}
         last = None
         for p, state in states.items():
-            key = (state["step"], state["lr_max"], state["weight_sum"], p.dtype, p.device)
+            key = (
+                state["step"], state["lr_max"], state["weight_sum"], p.dtype, p.device, eight.SCALE in state
+            )  # fmt: skip
             if key != last:
                 params, of_params = table.setdefault(key, ([], []))
                 last = key

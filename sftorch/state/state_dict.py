@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sftorch.law.parts import is_divided, laid_out_like, note_written
-from sftorch.state import forms, prints
+from sftorch.state import eight, forms, prints
 from sftorch.state.compiler import uncompiled, without_compiler
 from sftorch.state.groups import GroupedOptimizer
 from sftorch.state.meshes import gather_anew, together
@@ -172,6 +172,9 @@ def _keep(state: dict[str, Any], dtype: torch.dtype, rest: str, value: Tensor) -
         return value
     upper, lower = forms.split(value, dtype)
     if lower is not None:
+        old = state.get(rest)
+        if old is not None and old.dtype is torch.int8:
+            lower = eight.with_rest(old, lower)
         state[rest] = lower
     return upper
 
@@ -281,6 +284,8 @@ def _problems(
             yield f"{where} must have shape {tuple(p.shape)}, got {tuple(shape)}"
         has_started = values.keys() - {"base"}  # some bases (Adagrad) have state before the first step
         needed = buffers if kept else ("z", *buffers)
+        gap = tensors.get("gap")
+        needed = (*needed, eight.SCALE) if gap is not None and not gap.is_floating_point() else needed
         lacking = [one for one in needed if one not in tensors] if has_started else []
         if lacking:
             yield (
@@ -407,7 +412,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                     dtype = torch.int16
                 value = value.detach().to(device=p.device, dtype=dtype, copy=True)
                 self.state[p][name] = laid_out_like(p, value) if value.shape == p.shape else value
-                if name in forms.RESTS and dtype != forms.rest_dtype(p.dtype):
+                fits = dtype == (torch.int8 if eight.SCALE in saved else forms.rest_dtype(p.dtype))
+                if name in forms.RESTS and not fits:
                     del self.state[p][name]  # it belongs to weights of another dtype, which these are not
         for group in self.param_groups:
             for p in self._started(group):

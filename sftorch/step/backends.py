@@ -22,7 +22,7 @@ from sftorch.kernels import call
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates, lists
 from sftorch.law.parts import Place, indices, is_fake
-from sftorch.state import forms
+from sftorch.state import eight, forms
 from sftorch.step import check
 
 Numbers = Sequence[Any]  # of `Move`: Python floats, or 0-d tensors under torch.compile
@@ -54,22 +54,24 @@ class Move(NamedTuple):
         delta = -lr_t (direction + wd_y y + wd_z z)     z' = z + delta     y' = y + k1 (z - y) + k2 delta
 
     With xs, y ends as x' = x + k1 (z' - x), and k1 is c. In the lean form k2 is beta: w = gap + k2 delta,
-    y' = y + k1 w + (1 - k2) delta, gap' = (1 - k1) w.
+    y' = y + k1 w + (1 - k2) delta, gap' = (1 - k1) w. The 8-bit form has the codes of it.
 
     Attributes:
         direction: how gradients become directions.
         ys: the parameters.
         rests: what 16-bit parameters cannot hold, as in `forms`; empty where they hold all.
         xs: the averages if ys are to end as x (they are used up), else empty.
-        zs: base iterates, at least float32; in the lean form the gaps z - y.
+        zs: base iterates, at least float32; in the lean and the 8-bit form the gaps z - y.
         grads: gradients, in any dtype; new ones in every step.
         buffers: the direction's, by name.
         foreach, fused, maximize: the group's options.
-        keys: in the lean form the random words of `keys`, else None; new ones in every step.
+        keys: in these forms the random words of `keys`, else None; new ones in every step.
         kept: for a backend to keep what it makes of tensors that stay from step to step.
         places: in the lean form where each tensor lies in a larger one, None for one that is whole; empty if
             all are.
         of: the parameters as DTensors, for a direction that gathers; else empty.
+        scales: in the 8-bit form the exponents of gaps and buffers, else empty.
+        columns: of these, by name of the buffer; the first is that of the gap.
     """
 
     direction: Direction
@@ -86,6 +88,8 @@ class Move(NamedTuple):
     kept: dict[str, Any]
     places: Sequence[Place | None] = ()
     of: Sequence[Tensor] = ()
+    scales: Sequence[Tensor] = ()
+    columns: Sequence[tuple[str, int]] = ()
 
     def whole(self, index: int | None = None) -> dict[str, Any]:
         """Returns what a direction that gathers is called with beside its numbers: all of a move, or one."""
@@ -94,11 +98,11 @@ class Move(NamedTuple):
     def rows(self, chosen: list[int]) -> Move:
         """Returns the part of a move that concerns some of its parameters."""
 
-        def some(tensors: list[Tensor]) -> list[Tensor]:
+        def some(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [tensors[i] for i in chosen] if tensors else []
 
         lists: dict[str, Any] = {
-            name: some(getattr(self, name)) for name in ("ys", "rests", "xs", "zs", "grads")
+            name: some(getattr(self, name)) for name in ("ys", "rests", "xs", "zs", "grads", "scales")
         }
         buffers = {name: some(tensors) for name, tensors in self.buffers.items()}
         keys = None if self.keys is None else self.keys[chosen]
@@ -233,7 +237,8 @@ def _kernel(
         if y.device.type != device:
             return f"parameters must be on a {device} device, got {y.device}"
         if move.keys is not None:
-            return "precision must be 'exact', got 'lean': the kernel has no random rounding"
+            form = "8bit" if move.scales else "lean"
+            return f"precision must be 'exact', got {form!r}: the kernel has no random rounding"
         if y.dtype not in dtypes:
             names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
             return f"parameters on {y.device} must be of one of {names}, got {y.dtype}"
@@ -394,6 +399,9 @@ def keys(seed: int, ordinals: Iterable[int], step: int, buffers: int) -> Tensor:
 # (S7 and S9* in other letters). The gap survives bfloat16, which z does not: it is small where z is large.
 def _run_lean(move: Move, numbers: Numbers) -> None:
     assert move.keys is not None
+    if move.scales:
+        _run_eight(move, numbers)
+        return
     lr_t, wd_y, wd_z, k1, beta, *own = numbers
     rests: Sequence[Tensor | None] = move.rests or [None] * len(move.ys)
     compiling = torch.compiler.is_compiling()
@@ -412,6 +420,37 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
         gap.copy_(rounded((1.0 - k1) * w, of_p[0], at))  # S7
         for (name, value), key in zip(wide.items(), of_p[1:], strict=True):
             move.buffers[name][i].copy_(rounded(value, key, None if name in of_rows else at))
+
+
+# The same in codes: row by row new exponents, then the nearest codes below or above at random.
+def _run_eight(move: Move, numbers: Numbers) -> None:
+    assert move.keys is not None
+    lr_t, wd_y, wd_z, k1, beta, *own = numbers
+    compiling = torch.compiler.is_compiling()
+    for i, (p, gap, scale, grad, words) in enumerate(
+        zip(move.ys, move.zs, move.scales, move.grads, move.keys.unbind(), strict=True)
+    ):
+        of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
+        drawn = [noise(p.shape, key, p.device) for key in of_p]
+        rest = move.rests[i] if move.rests else None
+        state = {"gap": gap} if rest is None else {"gap": gap, forms.Y_REST: rest}
+        wide = {name: eight.decoded(move.buffers[name][i], scale[:, at]) for name, at in move.columns}
+        y, wide_gap = forms.join(p, rest), eight.decoded(eight.gap_code(state), scale[:, 0])
+        grad = grad.to(torch.float32)
+        direction = move.direction.single(-grad if move.maximize else grad, wide, *own)
+        z = y + wide_gap if iterates.counts(wd_z) else y
+        delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
+        w = wide_gap + beta * delta
+        y, wide_gap = y + (k1 * w + (1.0 - beta) * delta), (1.0 - k1) * w  # S9* S7
+        y, lower = (y, None) if rest is None else forms.split(eight.rounded_y(y, drawn[-1]), p.dtype)
+        p.copy_(y)
+        exponent = eight.exponents(wide_gap)
+        eight.put_(state, lower, eight.linear(wide_gap, exponent, eight.gap_bits(state), drawn[0] * 2.0**-16))
+        scale[:, 0] = exponent
+        for name, at in move.columns:
+            code, exponent = move.buffers[name][i], eight.exponents(wide[name])
+            code.copy_(eight.encode(code.dtype, wide[name], exponent, drawn[at]))
+            scale[:, at] = exponent
 
 
 def _takes_foreach(move: Move) -> str | None:
@@ -528,7 +567,9 @@ TRITON = _kernel(
     "triton", "cuda", _CUDA_DTYPES, lambda: call.find_triton(), _run_triton, lambda move: why_not_triton(move)
 )
 LEAN = Backend(
-    "lean", lambda move: "precision must be 'lean', got 'exact'" if move.keys is None else None, _run_lean
+    "lean",
+    lambda move: "precision must be 'lean' or '8bit', got 'exact'" if move.keys is None else None,
+    _run_lean,
 )
 FOREACH = Backend("foreach", _takes_foreach, _run_foreach)
 SINGLE = Backend("single", lambda move: None, _run_single)

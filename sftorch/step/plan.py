@@ -22,7 +22,7 @@ from sfcore.averaging import DECAYS, beta_after, coefficients, power
 from sftorch.law.iterates import as_real
 from sftorch.law.parts import PLAIN, gradients, is_divided, note_written, parts, place
 from sftorch.law.scalars import Clock, Next, next_step
-from sftorch.state import arguments
+from sftorch.state import arguments, eight
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
 from sftorch.state.meshes import together
@@ -31,7 +31,7 @@ from sftorch.state.state_dict import ScheduleFreeOptimizer
 from sftorch.step import backends
 from sftorch.step.backends import Direction, Move
 
-Precision = Literal["exact", "lean"]
+Precision = Literal["exact", "lean", "8bit"]
 Group = dict[str, Any]
 Tensors = list[Tensor]
 States = dict[Tensor, dict[str, Any]]
@@ -83,12 +83,14 @@ class Work:
         self.batch = batch
         self.params, self.states, self.clock = batch
         group, self.pairs = plan.group, self.params[0].is_complex()
-        self.is_lean, self.to_x = optimizer._is_lean(group), x is not None
+        self.is_lean, self.to_x = optimizer._is_rounded(group), x is not None
+        self._in_codes = eight.SCALE in self.states[0]
         places = {p: place for place, p in enumerate(optimizer._params())} if self.is_lean else {}
         self._ordinals = [places[p] for p in self.params if places]
         direction = self._number(optimizer, plan)
         rests = [optimizer._rest] if optimizer._rest in self.states[0] else []
-        names = ["gap" if self.is_lean else "z", *rests, *plan.buffers]
+        scales = [eight.SCALE] if self._in_codes else []
+        names = ["gap" if self.is_lean else "z", *rests, *plan.buffers, *scales]
         views = {name: viewed((s[name] for s in self.states), self.pairs) for name in names}
         grads = gradients(self.params)
         move = Move(
@@ -106,6 +108,8 @@ class Work:
             kept={},
             places=[place(p) for p in self.params] if self.is_lean else (),
             of=self.params if direction.gathers and any(map(is_divided, self.params)) else (),
+            scales=views.get(eight.SCALE, ()),
+            columns=tuple(eight.columns(self.states[0]).items()) if self._in_codes else (),
         )
         self.parts = backends.assign(move)
         self._buffer = np.array(self.numbers, dtype=np.float64)
@@ -173,7 +177,9 @@ class Work:
         return direction
 
     def _keys(self, plan: GroupPlan) -> Tensor:
-        return backends.keys(plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers))
+        return backends.keys(
+            plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers) + self._in_codes
+        )
 
 
 class GroupPlan:

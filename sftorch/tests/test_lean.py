@@ -197,7 +197,7 @@ def test_closure_forms_refuse_it(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "low"}, "precision must be 'exact' or 'lean', got 'low'"),
+        ({"precision": "low"}, "precision must be 'exact', 'lean' or '8bit', got 'low'"),
         ({"precision": "lean", "momentum": 0.0}, "precision must be 'exact' at beta = 0"),
         ({"precision": "lean", "seed": -1}, "seed must be a whole number >= 0, got -1"),
         ({"seed": 1.5}, "seed must be a whole number >= 0, got 1.5"),
