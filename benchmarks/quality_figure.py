@@ -88,5 +88,9 @@ def _rates(found: Sequence[Row], problems: Sequence[str], path: Path) -> None:
             ax.set_title(PROBLEMS[problem].label)
             ax.set_xlabel("learning rate")
         axes[0].set_ylabel("test loss at x")
-        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=MUTED)
+        lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
+        wanted = [lines[METHODS[name].label] for name in RATE_STYLES if METHODS[name].label in lines]
+        axes[-1].legend(
+            handles=wanted, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=MUTED
+        )
         figure.savefig(path, dpi=150)

@@ -130,7 +130,7 @@ def programs(problem: Problem, method: Method, run: Setting) -> Programs:
         updates, state = transformation(method, run, rate).update(grads, state, weights, value=loss)
         return optax.apply_updates(weights, updates), state
 
-    every = jax.vmap(jax.vmap(one, (0, 0, 0, None)), (0, 0, None, 0))
+    every: Any = jax.vmap(jax.vmap(one, (0, 0, 0, None)), (0, 0, None, 0))
 
     def advance(weights: Any, states: Any, rates: jax.Array, data: Any, chosen: jax.Array) -> Any:
         def body(carry: Any, of_step: jax.Array) -> Any:

@@ -41,7 +41,17 @@ def gap(first: Sequence[float | None], second: Sequence[float | None]) -> Gap | 
 def of(found: Sequence[Row], part: str, problem: str | None = None) -> dict[str, Row]:
     """Returns the rows of a part: by method those of a problem, else by "problem method"."""
     rows = [row for row in found if row["part"] == part and problem in (None, row["problem"])]
+    rows.sort(key=_place)
     return {row["method"] if problem else f"{row['problem']} {row['method']}": row for row in rows}
+
+
+def _place(row: Row) -> tuple[int, int, str, float]:
+    """Returns where a row stands: by its problem, its method, and the value of what it varies."""
+    option, _, value = row["method"].partition("=")
+    problems, methods = list(PROBLEMS), list(METHODS)
+    problem = problems.index(row["problem"]) if row["problem"] in problems else len(problems)
+    method = methods.index(row["method"]) if row["method"] in methods else len(methods)
+    return problem, method if not value else len(methods), option, float(value or 0)
 
 
 def ends(row: Row, point: int = -1) -> list[float | None]:
@@ -272,5 +282,7 @@ def text(found: Sequence[Row]) -> str:
     parts = [
         f"{titles.get(name, name)}\n{make(found)}" for name, make in TABLES.items() if name != "quality-rates"
     ]
-    spent = sum(row["seconds"]["processor"] for row in found)
-    return "\n\n".join([*parts, f"{len(found)} rows, {spent / 60:.1f} minutes of one core"])
+    spent = [row["seconds"]["processor"] for row in found if row["seconds"]["processor"] is not None]
+    return "\n\n".join(
+        [*parts, f"{len(spent)} of {len(found)} rows: {sum(spent) / 60:.1f} minutes of one core"]
+    )

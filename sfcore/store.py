@@ -43,6 +43,18 @@ class Skipped(NamedTuple):
     why: str
 
 
+class Late(NamedTuple):
+    """What of a checkpoint is made while the rest of it is written.
+
+    Attributes:
+        inference: name -> array, beside what is known of `INFERENCE`.
+        fingerprints: for the record.
+    """
+
+    inference: Mapping[str, np.ndarray]
+    fingerprints: Mapping[str, str]
+
+
 class Layout(NamedTuple):
     """What is different from one kind of checkpoint folder to another.
 
@@ -176,7 +188,7 @@ def write(
     meta: Meta,
     state: Mapping[str, np.ndarray],
     inference: Mapping[str, np.ndarray],
-    prints: Callable[[], dict[str, str]] | None = None,
+    late: Callable[[], Late] | None = None,
 ) -> Path:
     """Writes one checkpoint beside the others and renames it into place; returns its path.
 
@@ -189,8 +201,7 @@ def write(
         meta: the record; its `tensors` are filled in here, in the file and not in this object.
         state: "ROLE/PARAMETER" -> array.
         inference: name -> array, x and the buffers.
-        prints: returns the record's `fingerprints`, and is called while files are written; default None: the
-            record has them.
+        late: returns what else belongs to it, called while the state is written; default None: nothing.
 
     Raises:
         CheckpointError: no permission, disk full, no folder, a metric that is no finite number, a leaf
@@ -199,7 +210,7 @@ def write(
     for leaf in state:
         exchange.split(leaf)
     with files.cannot(f"write a checkpoint into {folder}"):
-        return put(folder, meta.step, lambda path: _fill(path, meta, state, inference, prints))
+        return put(folder, meta.step, lambda path: _fill(path, meta, state, inference, late))
 
 
 def _fill(
@@ -207,17 +218,15 @@ def _fill(
     meta: Meta,
     state: Mapping[str, np.ndarray],
     inference: Mapping[str, np.ndarray],
-    prints: Callable[[], dict[str, str]] | None,
+    late: Callable[[], Late] | None,
 ) -> None:
     folder.mkdir()
-    with beside(prints or (lambda: dict(meta.fingerprints))) as taken:
-        record = {
-            STATE: exchange.write_tensors(folder / STATE, state),
-            INFERENCE: exchange.write_tensors(
-                folder / INFERENCE, inference, about_inference(meta), sealed=True
-            ),
-        }
-    meta = replace(meta, fingerprints=taken())
+    with beside(late or (lambda: Late({}, {}))) as waited:
+        record = {STATE: exchange.write_tensors(folder / STATE, state)}
+        found = waited()
+    whole, about = {**inference, **found.inference}, about_inference(meta)
+    record[INFERENCE] = exchange.write_tensors(folder / INFERENCE, whole, about, sealed=True)
+    meta = replace(meta, fingerprints={**meta.fingerprints, **found.fingerprints})
     files.write_text(folder / META, replace(meta, tensors=record).to_json())
 
 

@@ -274,7 +274,11 @@ def leaves_of(
                 f"{'none' if rest is None else 'one'} for one of {p.dtype}: keep tx.init's dtypes; "
                 "a state of an earlier version needs state._replace(y_rest=tx.init(params).y_rest)"
             )
-        found = EIGHT if eight.is_code(stored) and scale is not None else LEAN if is_lean(rest) else EXACT
+        found = EXACT
+        if scale is not None and eight.is_code(stored):
+            found = EIGHT
+        elif rest is not None and is_lean(rest):
+            found = LEAN
         if found != form_of(precision, p):
             raise ValueError(
                 f"state must be of precision={precision!r}, got another: restore it with sfjax.checkpoint, "

@@ -265,15 +265,19 @@ def build(
             return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
 
         grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
-        base = state.base_optimizer_state
-        deltas, base_state = delta(grads, eight.open_(base, scales, tree), ys, zs, given, extra_args)
+        in_codes, base = precision == forms.EIGHT, state.base_optimizer_state
+        opened = eight.open_(base, scales, tree) if in_codes else base
+        deltas, base_state = delta(grads, opened, ys, zs, given, extra_args)
         columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, scales, strict=True)
-        draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
-        new = [
-            _advance_in_form(leaves, k, state.b1, draw) for leaves, draw in zip(columns, draws, strict=True)
-        ]
-        moved, exponents = [one for one, _ in new], [exponent for _, exponent in new]
-        base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
+        if precision == forms.EXACT:
+            moved = [_advance(p, y, buffer, d, k, rest) for p, y, buffer, d, rest, _ in columns]
+        else:
+            draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
+            pairs = zip(columns, draws, strict=True)
+            new = [_advance_in_form(leaves, k, state.b1, draw) for leaves, draw in pairs]
+            moved, exponents = [one for one, _ in new], [exponent for _, exponent in new]
+            if in_codes:
+                base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
         return tree.unflatten(update for update, _, _ in moved), ScheduleFreeState(
             lr=k.lr_t,
             c=k.c,

@@ -82,24 +82,28 @@ def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
     """
     leaves = _joined(share.leaves)
     arrays = captured.arrays | {leaf: _arrays.to_numpy(tensor, leaf) for leaf, tensor in leaves.items()}
-    x = {
-        f"x/{average.name}": _arrays.to_numpy(average.ship(average.compute(leaves)))
-        for average in captured.averages
-        if f"y/{average.name}" in leaves
-    }
 
-    def prints() -> dict[str, str]:
-        if share.in_pieces or not ranks.is_first:
-            return {}
-        roles = {"x": x} | ({"y": arrays} if captured.meta.weights_hold == "y" else {})
-        return {role: exchange.fingerprint(exchange.of_role(of, role)) for role, of in roles.items()}
+    @torch.no_grad()
+    def late() -> store.Late:  # in a thread, which has its own grad mode
+        x = {
+            f"x/{average.name}": _arrays.to_numpy(average.ship(average.compute(leaves)))
+            for average in captured.averages
+            if f"y/{average.name}" in leaves
+        }
+        held = arrays | x  # a stored x, of a run with beta 0, is not what is shipped
+        inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
+        prints = {}
+        if not share.in_pieces and ranks.is_first:
+            prints["x"] = exchange.fingerprint(exchange.of_role(x, "x"))
+            if captured.meta.weights_hold == "y":
+                prints["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
+        return store.Late(inference, prints)
 
     meta = replace(captured.meta, recent=captured.recent())
-    held = arrays | x  # a stored x, of a run with beta 0, is not what is shipped
-    inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
     if ranks.count == 1:
-        return store.write(folder, meta, arrays, inference, prints)
-    meta = replace(meta, fingerprints=prints())
+        return store.write(folder, meta, arrays, {}, late)
+    inference, prints = late()
+    meta = replace(meta, fingerprints=dict(prints))
     places = share.places | {
         f"x/{leaf.removeprefix('y/')}": where for leaf, where in share.places.items() if leaf.startswith("y/")
     }
