@@ -236,6 +236,39 @@ def test_beta_0_is_refused():
         sftorch.SGDScheduleFree(some_params(torch.bfloat16), precision="8bit", momentum=0.0)
 
 
+@pytest.fixture
+def mesh():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_dtensors_are_refused_and_take_over_its_checkpoints(mesh, tmp_path):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def divided(p):
+        return torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+
+    model = torch.nn.Linear(20, 10).bfloat16()
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE, precision="8bit", seed=2)
+    feed(optimizer, list(model.parameters()), some_grads(6, list(model.parameters())))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+    other = copy.deepcopy(model)
+    other.weight, other.bias = divided(model.weight), divided(model.bias)
+    with pytest.raises(
+        HyperparameterError, match="precision must be 'exact' or 'lean' for DTensors, got '8bit'"
+    ):
+        sftorch.AdamWScheduleFree(other.parameters(), precision="8bit")
+    back = sftorch.AdamWScheduleFree(other.parameters(), lr=STEP_SIZE, seed=2)
+    Checkpoints(tmp_path).restore(other, back)
+    z = forms.z_of(
+        forms.joined(model.weight.detach(), optimizer.state[model.weight]), optimizer.state[model.weight]
+    )
+    assert same_bits([back.state[other.weight]["z"].full_tensor()], [z])
+
+
 class TestStateDict:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("mode", ["train", "eval"])
