@@ -255,7 +255,7 @@ def _polar() -> list[Case]:
         ),
         case("ratio-0", "only matrices move", adam_lr_ratio=0.0),
         case("adam", "b2 and eps are of what is no matrix", b2=0.9, eps=0.5),
-        case("rows", "NorMuon", **rows),
+        case("rows", "rows of one size, as NorMuon has them", **rows),
         case("rows-zeros", "rows without a size", **rows, problem="zeros"),
         case("rows-b2-0", "rows of one size exactly", **rows, b2_rows=0.0),
         case("rows-slow", "a second moment that is still small", **rows, b2_rows=0.999),

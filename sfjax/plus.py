@@ -27,6 +27,12 @@ class ScheduleFreePlusState(NamedTuple):
     Attributes:
         grad_l1_ema: smoothed norm of the gradient, corrected for its start, of shape (); 0 before the first.
         inner: of the Schedule-Free AdamW that takes the steps.
+
+    Example:
+        >>> import jax.numpy as jnp, sfjax
+        >>> state = sfjax.schedule_free_plus().init(jnp.ones(2))
+        >>> isinstance(state, sfjax.ScheduleFreePlusState), float(state.grad_l1_ema)
+        (True, 0.0)
     """
 
     grad_l1_ema: jax.Array

@@ -25,9 +25,7 @@ def for_torch(optimizer: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def for_optax(options: dict[str, Any]) -> dict[str, Any]:
     """Returns canonical options as keyword arguments of optax.contrib, which has fewer."""
-    given = for_jax(options)
-    for missing in OPTAX_LACKS:
-        given.pop(missing, None)
+    given = for_jax({name: value for name, value in options.items() if name not in OPTAX_LACKS})
     return given | {"warmup_steps": given["warmup_steps"] or None}
 
 

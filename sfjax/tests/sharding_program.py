@@ -54,7 +54,7 @@ def specs(state: Any) -> dict[str, Any]:
     scalars = {
         name: leaf
         for name, leaf in state._asdict().items()
-        if name not in ("z", "base_optimizer_state", "y_rest")  # float32 parameters leave no rest
+        if name not in ("z", "base_optimizer_state", "y_rest", "scale")  # float32 parameters have none
     }
     return {
         "trees": {

@@ -39,7 +39,8 @@ def test_every_class_describes_itself():
             else [torch.nn.Parameter(torch.ones(2, 2))]
         )
         told = kind(base).describe(total_steps=100)
-        assert f"optimizer     sftorch.{name.removesuffix('Closure')}" in told
+        of_law = name if name == "ScheduleFreeWrapper" else kind.law.torch  # ScheduleFree+ steps as AdamW
+        assert f"optimizer     sftorch.{of_law}" in told
         assert "error" not in told, told
 
 
