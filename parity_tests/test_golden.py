@@ -17,7 +17,11 @@ from parity_tests.tolerances import TOLERANCES
 
 # Where numbers are constants each case compiles. All cases run traced, so one of a family, which has its
 # option as a constant, is enough here, and in float64; and the wrapper shares what averages.
-SHORT = {"sfjax": first_of_their_family, "sfjax wrapper": first_of_their_optimizer}
+SHORT = {
+    "sfjax": first_of_their_family,
+    "sfjax native": first_of_their_family,  # its scalars are those of "sfjax traced", its C is sftorch's
+    "sfjax wrapper": first_of_their_optimizer,
+}
 
 
 def _in_float64(driver: Driver) -> set[str]:
@@ -34,7 +38,7 @@ def _runs() -> list:
     found = []
     for driver in TWINS:
         in_float64 = _in_float64(driver)
-        in_float32 = set() if driver.name in SHORT else set(first_of_their_family(driver))
+        in_float32 = set() if driver.name in SHORT else set(first_of_their_optimizer(driver))
         fast = {"float64": in_float64, "float32": in_float32}
         for case in filter(driver.supports, CASES.values()):
             for dtype in fast:

@@ -20,6 +20,7 @@ from sfjax.tests import runs
 from sfjax.tests.test_sixteen_bits import scanned
 
 # Of 16 bits, of 32, and what is no matrix.
+SLOW = pytest.mark.slow
 PARAMS = {
     "w": jax.random.normal(jax.random.key(0), (20, 32)).astype(jnp.bfloat16),
     "wide": jax.random.normal(jax.random.key(1), (6, 4, 8)),
@@ -102,7 +103,10 @@ def test_a_y_beside_bfloat16_is_right_on_average(sign: int) -> None:
         assert np.abs(found - sign * y).max() <= 2.0**-13
 
 
-@pytest.mark.parametrize(("name", "b1"), [("sgd", 0.5), ("adamw", 0.9), ("radam", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "b1"),
+    [("adamw", 0.9), pytest.param("sgd", 0.5, marks=SLOW), pytest.param("radam", 1.0, marks=SLOW)],
+)
 def test_x_stays_near_the_float32_run(name: str, b1: float) -> None:
     options = {"b1": b1, "weight_decay": 0.1, **runs.OPTIONS[name]}
     gs = grads(300)
@@ -157,6 +161,7 @@ def test_it_runs_inside_the_wrappers_of_optax() -> None:
         assert int(sfjax.find_state(state).step) in (6, 12)
 
 
+@pytest.mark.slow
 def test_another_b1_moves_y_and_not_x() -> None:
     y, state = scanned(sfjax.schedule_free_sgd(1e-2, precision="8bit"), PARAMS, grads(50))
     before = sfjax.schedule_free_eval_params(state, y, jnp.float32)
@@ -171,7 +176,7 @@ def test_another_b1_moves_y_and_not_x() -> None:
         assert float(jnp.abs(after[name] - before[name]).max()) <= float(gap) * 2.0**-7 + 2.0**-11
 
 
-@pytest.mark.parametrize("precision", ["exact", "lean"])
+@pytest.mark.parametrize("precision", ["exact", pytest.param("lean", marks=SLOW)])
 def test_a_resumed_run_ends_in_the_same_bits_and_other_precisions_are_converted(
     tmp_path: Path, precision: Any
 ) -> None:
@@ -229,6 +234,7 @@ def test_the_store_of_both_twins_takes_it_and_gives_it_back(tmp_path: Path) -> N
     np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_shows() -> None:
     tx = sfjax.schedule_free_adamw(1e-2, precision="8bit")
     gs = grads(3)
@@ -251,6 +257,7 @@ def test_what_does_not_go_with_it_is_refused_all_at_once() -> None:
         sfjax.schedule_free_sgd(0.1, precision="8bit").init({"w": jnp.ones((4, 20), jnp.float16)})
 
 
+@pytest.mark.slow
 def test_shards_give_the_bits_of_one_device() -> None:
     count = min(4, jax.device_count())
     mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
