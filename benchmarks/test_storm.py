@@ -30,7 +30,7 @@ def test_ten_kills_change_no_bit_and_leave_nothing_behind(framework, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("framework", "steps"), [("torch", 300), ("jax", 60)])
+@pytest.mark.parametrize(("framework", "steps"), [("torch", 600), ("jax", 150)])
 def test_ten_kills_of_two_ranks_change_no_bit_and_leave_nothing_behind(framework, steps, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "storm", "--ranks", "2"]
     options = ["--framework", framework, "--kills", "10", "--steps", str(steps), "--seed", "1"]
