@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -122,16 +123,18 @@ def _serve(chosen: argparse.Namespace, facts: Mapping[str, Any]) -> int:
         )
     if idle := [f"--{name}" for name in _OF_A_TABLE if getattr(chosen, name)]:
         raise plan.ConfigError(f"--ui must be alone, got {', '.join(idle)}: the page has what they do")
-    plan.ui.serve(
-        chosen.config,
-        host=chosen.host or "127.0.0.1",
-        port=chosen.port,
-        browser=sys.stdout.isatty(),
-        told=lambda address: print(f"{address} until Ctrl-C", flush=True),
-        source=chosen.source,
-        ignore=chosen.ignore,
-        **facts,
-    )
+    # Gradio ends its own wait at Ctrl-C; one that comes before that wait ends the page as well.
+    with contextlib.suppress(KeyboardInterrupt):
+        plan.ui.serve(
+            chosen.config,
+            host=chosen.host or "127.0.0.1",
+            port=chosen.port,
+            browser=sys.stdout.isatty(),
+            told=lambda address: print(f"{address} until Ctrl-C", flush=True),
+            source=chosen.source,
+            ignore=chosen.ignore,
+            **facts,
+        )
     return FINE
 
 

@@ -415,6 +415,15 @@ def test_a_preset_of_ten_thousand_lines_is_opened(planned, tmp_path):
     assert page.locator("#sf-problems li").count() == 100
 
 
+def test_ctrl_c_ends_the_page_before_it_waits(monkeypatch):
+    def interrupted(*_, told, **__):
+        told("http://127.0.0.1:7860/")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ui, "serve", interrupted)
+    assert __main__.main(["plan", "--ui"]) == 0
+
+
 @SLOW
 def test_ctrl_c_ends_the_page_without_a_traceback():
     command = [sys.executable, "-m", "sfcore", "plan", "--ui"]
