@@ -88,6 +88,8 @@ INLINE void narrow(uint16_t *to, int16_t *rest, const float *from, int64_t n) {
 #define ROOT sqrt
 #include "arithmetic.h"
 
+#include "eight.h"
+
 #define AT(TABLE, TYPE) (job->TABLE ? (TYPE *)job->TABLE[s->tensor] + s->offset : 0)
 
 /* 16-bit elements pass through blocks on the stack, which stay in the first-level cache. */
@@ -114,6 +116,7 @@ INLINE int mixed(const struct job *job, const struct segment *s) {
 }
 
 INLINE int run_segment(const struct job *job, const struct segment *s) {
+    if (job->keys) return run_drawn(job, s), 0;
     if (job->y_type != AS_Z || job->g_type != AS_Z) return mixed(job, s);
     if (job->is_double)
         return span_double(job, s->length, AT(y, double), AT(z, double), AT(v, double), AT(m, double),
