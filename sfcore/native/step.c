@@ -88,6 +88,7 @@ INLINE void narrow(uint16_t *to, int16_t *rest, const float *from, int64_t n) {
 #define ROOT sqrt
 #include "arithmetic.h"
 
+typedef int run_of(const struct job *job, const struct segment *s);
 #include "eight.h"
 
 #define AT(TABLE, TYPE) (job->TABLE ? (TYPE *)job->TABLE[s->tensor] + s->offset : 0)
@@ -116,7 +117,6 @@ INLINE int mixed(const struct job *job, const struct segment *s) {
 }
 
 INLINE int run_segment(const struct job *job, const struct segment *s) {
-    if (job->keys) return run_drawn(job, s), 0;
     if (job->y_type != AS_Z || job->g_type != AS_Z) return mixed(job, s);
     if (job->is_double)
         return span_double(job, s->length, AT(y, double), AT(z, double), AT(v, double), AT(m, double),
@@ -139,7 +139,7 @@ static int has_avx2(void) { return 0; }
 struct team {
     const struct job *job;
     int64_t total;
-    int avx2;
+    run_of *run;
     atomic_llong next; /* chunk that nobody has taken yet: a thread that the machine holds up takes fewer */
     atomic_int differs;
     fenv_t rounding; /* denormals are flushed in all threads or in none */
@@ -154,7 +154,7 @@ static void *work(void *arg) {
         if (position >= team->total) return 0;
         int64_t end = team->total - position < CHUNK ? team->total : position + CHUNK;
         for (; sf_next(team->job->sizes, &at, position, end, &s); position += s.length)
-            if ((team->avx2 ? run_avx2 : run_plain)(team->job, &s)) atomic_store(&team->differs, 1);
+            if (team->run(team->job, &s)) atomic_store(&team->differs, 1);
     }
 }
 
@@ -167,7 +167,8 @@ static void *help(void *arg) {
  * Threads live for one call, so that a fork finds none. Making one took 19 us where waking one of a pool took
  * 7 us; each is given four chunks at least, some 80 us of work. */
 int sf_run(const struct job *job, int threads) {
-    struct team team = {.job = job, .total = 0, .avx2 = has_avx2()};
+    run_of *run = job->keys ? drawn_here() : has_avx2() ? run_avx2 : run_plain;
+    struct team team = {.job = job, .total = 0, .run = run};
     for (int64_t i = 0; i < job->count; i++) team.total += job->sizes[i];
     fegetenv(&team.rounding);
     int64_t useful = team.total / (4 * CHUNK) + 1;

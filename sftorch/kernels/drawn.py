@@ -1,4 +1,4 @@
-"""Calls of the C kernel for the forms that are rounded at random, "lean" and "8bit": eight.h of sfcore.native.
+"""Calls of the C kernel for the forms that are rounded at random, "lean" and "8bit" (sfcore/native/eight.h).
 
 A parameter whose tensors lie in another order than its elements are counted in is left to the operations of
 torch, and so is a part of a DTensor that is not one run of the whole's elements.
