@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _among(path: Path, framework: str, found: list[Row]) -> list[Row]:
-    """Returns the rows that a framework has had, with new ones in their places; references of more seeds stay."""
+    """Returns the rows that a framework has had, new ones in their places; references of more seeds stay."""
     methods = list(importlib.import_module(f"benchmarks.precision_{framework}").METHODS)
     old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = {(row["lr"], row["method"]): row for row in found}

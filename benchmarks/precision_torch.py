@@ -1,8 +1,8 @@
 """The torch rows of `benchmarks precision`: ours in every precision, and the others.
 
 bitsandbytes and torchao bring AdamW with its moments in 8 bits, for tensors of 4,096 elements and more. Here
-that is every matrix with rows, as it is with ours: their limits are lowered, and torchao's block is the matrix.
-They have no average, so they are held to torch's AdamW in float32, at the same constant rate.
+that is every matrix with rows, as with ours: their limits are lowered, torchao's block is the matrix. They
+have no average, so they are held to torch's AdamW in float32, at the same constant rate.
 """
 
 from __future__ import annotations
@@ -100,9 +100,6 @@ METHODS = {
         False,
         "adamw",
         "torchao",
-    ),
-    "torchao-float32": Method(
-        "torchao AdamW8bit, float32", torch.float32, _torchao, False, "adamw", "torchao"
     ),
 }
 BETA = 0.9

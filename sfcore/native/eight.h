@@ -284,17 +284,6 @@ INLINE void step_lean(const struct job *job, const struct leaf *leaf, int64_t le
     }
 }
 
-/* The traffic of a step beside a bfloat16 parameter and as good as no arithmetic, for benchmarks. */
-INLINE void floor_eight(const struct leaf *leaf, int64_t n) {
-    uint16_t *p = (uint16_t *)leaf->y;
-    const uint16_t *g = (const uint16_t *)leaf->g;
-    uint8_t *rest = (uint8_t *)leaf->rest, *gap = (uint8_t *)leaf->gap, *v = (uint8_t *)leaf->v;
-    ELEMENTWISE
-    for (int64_t i = 0; i < n; i++) p[i] = (uint16_t)(p[i] + g[i]);
-    for (int64_t i = 0; i < n; i++) rest[i]++, gap[i]++;
-    if (v) for (int64_t i = 0; i < n; i++) v[i]++;
-}
-
 INLINE struct leaf leaf_of(const struct job *job, step_of *step, int64_t tensor, int64_t at) {
     int64_t of_y = job->y_type == AS_Z ? 4 : 2, of_g = job->g_type == AS_Z ? 4 : 2;
     int64_t of_code = job->scale ? 1 : 2, of_gap = job->scale && job->y_type == AS_Z ? 2 : of_code;
@@ -322,8 +311,7 @@ INLINE int run_drawn(const struct job *job, const struct segment *s, step_of *st
     const int64_t columns = 1 + (job->v != 0) + (job->m != 0);
     for (int64_t row = (s->offset + length - 1) / length; row * length < s->offset + s->length; row++) {
         struct leaf leaf = leaf_of(job, step, s->tensor, row * length);
-        if (job->kind == FLOOR_SGD || job->kind == FLOOR_ADAMW) floor_eight(&leaf, length);
-        else step_and_encode_row(job, &leaf, (int8_t *)job->scale[s->tensor] + row * columns, length);
+        step_and_encode_row(job, &leaf, (int8_t *)job->scale[s->tensor] + row * columns, length);
     }    return 0;
 }
 
