@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sfcore import _safetensors, checks, laws
+from sfcore import _safetensors, checks, codes, laws
 from sfcore.beside import beside
 from sfcore.checks import nearest
 
@@ -118,7 +118,9 @@ def write_tensors(
         sealed=(checks.FLAG, sealed),
         places=(checks.optional(checks.MAPPING), places),
     )
-    stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
+    stored = codes.put_together(
+        {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
+    )
 
     def described() -> dict[str, Any]:
         found = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
@@ -207,7 +209,9 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     """
     checks.require(TypeError, path=(checks.PATH, path), record=(checks.optional(checks.MAPPING), record))
     with reading(path):
-        stored = _safetensors.read(path)
+        found = _safetensors.read(path)
+        held = _held(found)
+        stored = {leaf: _apart(leaf, found[one], leaf != one) for leaf, one in held.items()}
     record = read_header(path)[1] if record is None else record
     if record is None:
         return stored
@@ -226,15 +230,35 @@ def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.nd
     """
     with reading(path):
         opened = _safetensors.Opened(path)
-    _check_names(path, opened.names, record)
+        held = _held(opened.names)
+    _check_names(path, held, record)
 
     def read(leaf: str) -> np.ndarray:
         with reading(path):
-            found = _from_stored(opened.read(leaf), record[leaf]["dtype"])
+            stored = _apart(leaf, opened.read(held[leaf]), leaf != held[leaf])
+        found = _from_stored(stored, record[leaf]["dtype"])
         check_leaf(path, leaf, found, record[leaf])
         return found
 
     return read
+
+
+def _held(names: Iterable[str]) -> dict[str, str]:
+    """Returns leaf -> what it lies in, of the names in a file."""
+    held: dict[str, str] = {}
+    for one in names:
+        for leaf in codes.names_of(one):
+            if leaf in held:
+                raise _safetensors.Damaged(f"it must hold {leaf!r} once, got {held[leaf]!r} and {one!r}")
+            held[leaf] = one
+    return held
+
+
+def _apart(leaf: str, stored: np.ndarray, is_part: bool) -> np.ndarray:
+    try:
+        return codes.taken_apart(leaf, stored) if is_part else stored
+    except ValueError as error:
+        raise _safetensors.Damaged(str(error)) from error
 
 
 def _check_names(path: Path, stored: Iterable[str], record: Mapping[str, Any]) -> None:

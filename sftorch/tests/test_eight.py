@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import sftorch
-from sfcore import codes, inspection, store
+from sfcore import _safetensors, codes, inspection, store
 from sfcore.checks import HyperparameterError
+from sfcore.exchange import CheckpointError
 from sfcore.iterates import widened
 from sftorch.checkpoint import Checkpoints, import_state_dict
 from sftorch.state import eight, forms
@@ -380,6 +381,27 @@ class TestCheckpoints:
         assert inspection.inspect(path)["norms"]["z"] == pytest.approx(norm, rel=1e-6)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
         assert inspection.inspect(tmp_path / "run.pt")["norms"]["z"] == pytest.approx(norm, rel=1e-6)
+
+    @pytest.mark.parametrize(("dtype", "total"), [(torch.bfloat16, 5), (torch.float32, 7)], ids=str)
+    def test_the_file_is_as_large_as_parameter_and_state(self, tmp_path, dtype, total):
+        model = torch.nn.Linear(400, 200, bias=False).to(dtype)
+        optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE, precision="8bit")
+        feed(optimizer, list(model.parameters()), some_grads(3, list(model.parameters())))
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(model, optimizer)
+            path = checkpoints.wait()
+        held = _safetensors.read(path / store.STATE)  # as it lies there, with the random states
+        size = sum(array.nbytes for leaf, array in held.items() if leaf.endswith("/weight"))
+        assert size == total * 80_000 + 2 * 200
+
+    def test_a_damaged_file_is_named(self, tmp_path):
+        _, _, path = self.saved(tmp_path)
+        state = path / store.STATE
+        whole = state.read_bytes()
+        at = whole.index(b"}}") + 200
+        state.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"must have crc32"):
+            store.read(path)
 
     @pytest.mark.parametrize("precision", ["exact", "lean"])
     def test_another_precision_is_converted_and_named_and_comes_back(self, tmp_path, precision):
