@@ -36,11 +36,8 @@ Group = dict[str, Any]
 Tensors = list[Tensor]
 States = dict[Tensor, dict[str, Any]]
 Averages = Mapping[Tensor, Tensor]  # x, where parameters are to end as x
-_CLOCK, _DTYPE, _IS_CPU = (
-    itemgetter("step", "lr_max", "weight_sum"),
-    attrgetter("dtype"),
-    attrgetter("is_cpu"),
-)
+_CLOCK = itemgetter("step", "lr_max", "weight_sum")
+_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _NO_OPTIONS = {*new_books(), "params"}
 
 
