@@ -2,7 +2,7 @@
 
 The kernel is what a CPU runs; another device, a derivative or vmap takes the plain program, that of `update`.
 Both have the same equations in another order of operations, and differ in the last places. A mean has the
-same operations, each rounded as it stands; XLA joins some, and multiplies by an inverse where it is to divide.
+same operations, each rounded as it stands; XLA joins some, and multiplies by an inverse instead of dividing.
 """
 
 from __future__ import annotations
