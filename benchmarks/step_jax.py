@@ -52,7 +52,7 @@ COMPILED = ("sfjax.schedule_free_adamw", "sfjax.schedule_free_sgd", "optax.adamw
 def passing(tx: Any) -> sfjax.Transformation:
     """Returns a transformation whose step hands on what it is given: what a call costs beside the step."""
     found = sfjax.Transformation(*tx)
-    found.step = lambda params, state, *, gradients: (params, state)
+    found.step = lambda params, state, *, gradients, **more: (params, state)
     return found
 
 
