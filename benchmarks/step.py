@@ -3,7 +3,7 @@
 The floor reads and writes the arrays of a step and computes next to nothing. Everybody takes one step in
 every round, in an order drawn anew, and what counts is the ratio to the floor of the same round: these
 machines are shared, so a time alone means nothing. JAX's times are those of the processors, its floor is
-in arrays of JAX, and jax.jit alone hands on as many arrays as AdamW has.
+in arrays of JAX, and jax.jit alone hands on as many arrays as a micro-step has.
 """
 
 from __future__ import annotations
