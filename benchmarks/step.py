@@ -2,8 +2,8 @@
 
 The floor reads and writes the arrays of a step and computes next to nothing. Everybody takes one step in
 every round, in an order drawn anew, and what counts is the ratio to the floor of the same round: these
-machines are shared, so a time alone means nothing. JAX's times are those of the processors, its floor is
-in arrays of JAX, and jax.jit alone hands on as many arrays as a micro-step has.
+machines are shared, so a time alone means nothing. JAX's times are those of the processors, and jax.jit
+alone hands on as many arrays as a micro-step has.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def gradients(shapes: Sequence[Shape]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) * 1e-3 for shape in shapes]
 
 
-def floors(shapes: Sequence[Shape], zeros: Callable[[Shape], Tensor] = torch.zeros) -> Steps:
-    """Returns the floors, by algorithm, in arrays that `zeros` makes."""
-    tables = {name: [zeros(shape) for shape in shapes] for name in ("y", "z", "v", "g")}
+def floors(shapes: Sequence[Shape]) -> Steps:
+    """Returns the floors, by algorithm."""
+    tables = {name: [torch.zeros(shape) for shape in shapes] for name in ("y", "z", "v", "g")}
     without_v = {name: tables[name] for name in ("y", "z", "g")}
     of_mean = {"y": tables["z"], "z": tables["z"], "g": tables["g"]}
     return {
@@ -81,15 +81,12 @@ def measure(tree: str, threads: int, rounds: int, seed: int, heavy: bool = False
 
 def measure_jax(tree: str, rounds: int) -> list[dict[str, Any]]:
     """Returns the rows of jitted, donated updates; XLA takes all cores, and so does the floor."""
-    import jax.numpy as jnp
-
     from benchmarks import step_jax
 
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     shapes = {str(i): shape for i, shape in enumerate(TREES[tree])}
-    in_jax = floors(TREES[tree], lambda shape: torch.from_dlpack(jnp.zeros(shape)))
-    others = {f"floor {name}": run for name, run in in_jax.items()}
+    others = {f"floor {name}": run for name, run in floors(TREES[tree]).items()}
     found = step_jax.rows(shapes, rounds, names=tuple(step_jax.METHODS), others=others)
     taken = {name: np.array(seconds) for name, seconds in found}
     rows = []
