@@ -17,3 +17,5 @@ class Kind(IntEnum):
     HOLDS = 6
     FLOOR_SGD = 7
     FLOOR_ADAMW = 8
+    MEAN = 9
+    FLOOR_MEAN = 10
