@@ -188,6 +188,22 @@ def _decay(o: str) -> list[Case]:
             decay_power=2,
             schedule="from zero",
         ),
+        case(
+            "normalized",
+            "lr over its largest in the decay, which is lr alone while it rises",
+            weight_decay=0.1,
+            decay_power="normalized",
+            schedule="sawtooth",
+        ),
+        case(
+            "normalized-z",
+            "the largest stays, also beside a weight of the current lr",
+            weight_decay=0.1,
+            decay_at="z",
+            decay_power="normalized",
+            weight_lr="current",
+            schedule="zero every third",
+        ),
     ]
 
 
@@ -252,6 +268,14 @@ def _polar() -> list[Case]:
         case("ratio", "what is no matrix is slower, its decay too", adam_lr_ratio=0.25, weight_decay=0.1),
         case(
             "ratio-squared", "by the square of its own lr", adam_lr_ratio=3.0, weight_decay=5.0, decay_power=2
+        ),
+        case(
+            "ratio-normalized",
+            "as much in what is no matrix",
+            adam_lr_ratio=3.0,
+            weight_decay=0.1,
+            decay_power="normalized",
+            schedule="falling",
         ),
         case("ratio-0", "only matrices move", adam_lr_ratio=0.0),
         case("adam", "b2 and eps are of what is no matrix", b2=0.9, eps=0.5),

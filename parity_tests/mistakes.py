@@ -66,6 +66,9 @@ MISTAKES = (
     Mistake("window that is the most, not the least", _WINDOW, _WINDOW.replace("max", "min")),
     Mistake("constant window that begins as an average", '1 / o["window"] if', 'max(c, 1 / o["window"]) if'),
     Mistake("decay by lr, not by its square", "(lr_t if o.get(", "(1.0 if o.get("),
+    Mistake("normalized by the lr of the options", "(full_lr / self.lr_max if", '(full_lr / o["lr"] if'),
+    Mistake("normalized by the lr of now", "(full_lr / self.lr_max if", "(full_lr / full_lr if"),
+    Mistake("normalized twice by the lr of matrices", "(full_lr / self.lr_max if", "(lr_t / self.lr_max if"),
     Mistake(
         "weight of the unramped lr, rect missing in S4", "max(self.lr_max, lr_t)", "max(self.lr_max, lr)"
     ),

@@ -69,6 +69,8 @@ class Reference:
         for k, g in grads.items():
             lr_t = full_lr * self.rule.share(self, k)
             wd = o["weight_decay"] * (lr_t if o.get("decay_power") == 2 else 1.0)  # F6
+            if o.get("decay_power") == "normalized":
+                wd = o["weight_decay"] * (full_lr / self.lr_max if full_lr > 0 else 0.0)  # F6
             direction = self.rule.direction(self, k, g, t, usable)
             decaying = self.z[k] if o.get("decay_at") == "z" else self.y[k]  # F6
             delta = -lr_t * (direction + wd * decaying)  # S6

@@ -22,6 +22,7 @@ RULES = [
     {"window": 4},
     {"window": 4, "window_rule": "constant", "decay_at": "z"},
     {"decay_power": 2, "c_warmup": 3},
+    {"decay_power": "normalized", "warmup_steps": 4},
     {"beta_rule": "anneal", "beta_max": 0.99, "beta_anneal_steps": 8},
     {"beta_rule": "amuse", "beta_hold_steps": 3, "refined_c": 4.0},
 ]

@@ -189,10 +189,12 @@ class Placed(Decayed):
         checks.one_of("y", "z", fix="schedulefree decays at y, a torch base in a wrapper at z"),
         "the point that decays: what the parameters hold, or the base iterate (F6)",
     )
-    decay_power: int = option(
+    decay_power: int | str = option(
         1,
-        checks.one_of(1, 2, fix="2 is AdamC's, whose weight_decay is lr times larger"),
-        "weight_decay is multiplied by lr, or by its square (F6)",
+        checks.one_of(
+            1, 2, "normalized", fix="the last two are AdamC's: 2 needs a decay 1 / lr times larger"
+        ),
+        "weight_decay is multiplied by lr, by its square, or by that over the largest lr so far (F6)",
     )
 
 
