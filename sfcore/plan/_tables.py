@@ -307,8 +307,10 @@ def _scheduled() -> Mapping[str, OptimizerKind]:
 
 def optimizers() -> list[OptimizerKind]:
     """Returns every family."""
-    free = {kind.name: kind for kind in reversed(_of_laws().values()) if kind.law}
-    return [*reversed(free.values()), OTHER, *_scheduled().values()]
+    free: dict[str, OptimizerKind] = {}
+    for kind in _of_laws().values():
+        free.setdefault(kind.name, kind)
+    return [*free.values(), OTHER, *_scheduled().values()]
 
 
 def _last(name: str) -> str:
