@@ -14,7 +14,9 @@ import sftorch
 from sfcore import averaging, convert
 from sfcore.laws import LAWS
 from sfjax.checkpoint import Checkpoints as JaxCheckpoints
+from sfjax.tests.test_scalars import MILLION, of_a_rule
 from sftorch.checkpoint import Checkpoints
+from sftorch.law.scalars import Clock, next_step
 
 RULES = [
     {"c_warmup": 9},
@@ -94,6 +96,20 @@ def test_a_resumed_run_ends_in_the_same_bits_and_crosses(options, tmp_path):
         crossed, _ = in_jax(options, range(6, 12), found.params, found.opt_state)
         for name, p in crossed.items():
             np.testing.assert_allclose(p, resumed[name], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("refined_c of amuse", 10**5), *(pytest.param(name, 10**6, marks=pytest.mark.slow) for name in MILLION)],
+)
+def test_the_rules_of_the_average_are_right_after_a_million_steps_in_torch_too(name, steps):
+    values, expected = of_a_rule(name, steps)
+    clock, c, beta = Clock(0, 0.0, 0.0), 0.0, 0.0
+    for step in range(steps):
+        clock, c, _, beta, _ = next_step(LAWS["sgd"], clock, step, values)
+    # Measured: at most 1.3e-14.
+    assert c == pytest.approx(expected, rel=1e-12)
+    assert beta == averaging.beta_after(steps, values)
 
 
 def test_a_configuration_with_another_rule_is_noticed_and_goes_on(tmp_path):
