@@ -93,9 +93,19 @@ def test_a_resumed_run_ends_in_the_same_bits_and_crosses(options, tmp_path):
         path, _ = convert.convert(tmp_path / "torch", tmp_path / "crossed", to="jax")
         with JaxCheckpoints(tmp_path / "new") as theirs:
             found = theirs.restore(*in_jax(options, range(0)), resume=path)
-        crossed, _ = in_jax(options, range(6, 12), found.params, found.opt_state)
+        crossed, state = in_jax(options, range(6, 12), found.params, found.opt_state)
         for name, p in crossed.items():
             np.testing.assert_allclose(p, resumed[name], rtol=1e-12)
+
+        config = LAWS["adamw"].options(lr=LR, weight_decay=DECAY, **options)
+        with JaxCheckpoints(tmp_path / "new") as theirs:
+            theirs.save(12, crossed, state, hyperparameters=config)
+        path, _ = convert.convert(tmp_path / "new", tmp_path / "back", to="torch")
+        model, optimizer = in_torch(options, range(0))
+        Checkpoints(tmp_path / "newer").restore(model, optimizer, resume=path)
+        in_torch(options, range(12, 15), model, optimizer)
+        for name, p in in_torch(options, range(15))[0].named_parameters():
+            torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(
