@@ -186,7 +186,7 @@ TWINS = [
     Driver("sftorch single", _torch("OurRun", "ours", foreach=False), _with_plus),
     Driver("sftorch closure", _torch("OurClosureRun", "ours", suffix="Closure"), laws.directed),
     Driver("sftorch fused closure", _torch("OurClosureRun", "ours", suffix="Closure", fused=True), _KERNELS),
-    Driver("sftorch wrapper", _torch("WrapperRun", "wrapped"), _PAIR, names.WRAPPERS_LACK),
+    Driver("sftorch wrapper", _torch("WrapperRun", "wrapped"), _PAIR, names.WRAPPERS_LACK[:1]),
 ]
 PEERS = [
     _UPSTREAM,

@@ -36,7 +36,7 @@ def for_optax(options: dict[str, Any]) -> dict[str, Any]:
     return given | {"warmup_steps": given["warmup_steps"] or None}
 
 
-WRAPPERS_LACK = ("decay_at", "decay_power")
+WRAPPERS_LACK = ("decay_at", "decay_power")  # that of torch has the second
 BETAS = ("beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho")
 FAMILY = ("c_warmup", "refined_c", "window", "window_rule", "weight_lr", *BETAS, *WRAPPERS_LACK)
 UPSTREAM_LACKS = ("inner_momentum", "prior_steps", *FAMILY)

@@ -152,7 +152,11 @@ def wrapped(case: Case, params: list[Tensor]) -> Any:
         base = torch.optim.Adam(params, lr=o["lr"], betas=(o["inner_momentum"], o["b2"]), eps=o["eps"])
     averaging = {k: o[k] for k in AVERAGING if k not in ("lr", "beta")}
     return sftorch.ScheduleFreeWrapper(
-        base, momentum=o["beta"], weight_decay_at_y=o["weight_decay"], **averaging
+        base,
+        momentum=o["beta"],
+        weight_decay_at_y=o["weight_decay"],
+        decay_power=o["decay_power"],
+        **averaging,
     )
 
 
