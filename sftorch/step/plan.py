@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ Tensors = list[Tensor]
 States = dict[Tensor, dict[str, Any]]
 Averages = Mapping[Tensor, Tensor]  # x, where parameters are to end as x
 _CLOCK = itemgetter("step", "lr_max", "weight_sum")
+_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _NO_OPTIONS = {*new_books(), "params"}
 
 
@@ -58,11 +59,12 @@ def _facts(held: list[Tensor], grads: list[Any]) -> tuple[list[Any], ...]:
     """Returns what tensors are, but for the values in them, and where those lie that stay."""
     every = [*held, *grads]
     return (
-        [t.dtype for t in every],
-        [t.numel() for t in every],
-        [t.stride() for t in every],
-        [t.data_ptr() for t in held],
-        [g.is_cpu and not g.is_neg() for g in grads],
+        list(map(_DTYPE, every)),
+        list(map(Tensor.numel, every)),
+        list(map(Tensor.stride, every)),
+        list(map(Tensor.data_ptr, held)),
+        list(map(_IS_CPU, grads)),
+        list(map(Tensor.is_neg, grads)),
     )
 
 
