@@ -176,4 +176,5 @@ def pytorch_optimizer(case: Case, params: list[Tensor]) -> Any:
     import pytorch_optimizer
 
     make = getattr(pytorch_optimizer, laws.LAWS[case.optimizer].elsewhere["pytorch_optimizer"])
-    return make(params, **names.for_upstream(case.optimizer, case.options))
+    refined = {"decoupling_c": case.options["refined_c"]} if case.optimizer == "adamw" else {}
+    return make(params, **refined, **names.for_upstream(case.optimizer, case.options))
