@@ -258,6 +258,15 @@ def _warmup(o: str) -> list[Case]:
         case("power-1-r-2", "ramp, power and r in one weight", warmup_steps=5, weight_lr_power=1.0, r=2.0),
         case("prior", "prior weights use the unramped lr", warmup_steps=5, prior_steps=10),
         case("beta-0", "the ramp without interpolation", warmup_steps=5, beta=0.0),
+        case(
+            "amuse",
+            "beta rises from the end of the ramp, as its authors have it",
+            warmup_steps=8,
+            weight_lr_power=0.0,
+            beta=0.6,
+            beta_rule="amuse",
+            beta_hold_steps=8,
+        ),
     ]
 
 

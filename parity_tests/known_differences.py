@@ -68,6 +68,14 @@ _KOZISTR = "https://github.com/kozistr/pytorch_optimizer/"
 
 KNOWN_DIFFERENCES = (
     KnownDifference(
+        "amuse-decodes",
+        "kjeiun/amuse 4c6383f",
+        lambda case: case.options["beta_rule"] == "amuse",
+        AssertionError,
+        "AMUSE reads x out of y by the beta of the step, not by the one that built y",
+        "https://github.com/kjeiun/amuse/blob/4c6383f/src/optim/AMUSE.py",
+    ),
+    KnownDifference(
         "plus-corrects-twice",
         "facebookresearch/schedule_free 70785b5",
         lambda case: _takes_polyak_steps(case, smoothed=True),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import builtins
 import functools
-import importlib.util
 import json
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import numpy as np
 
 from parity_tests import golden
 from parity_tests.cases import CASES, Case
-from parity_tests.reference import Arrays
 from parity_tests.trajectory import SEQUENCES, Trajectory, stack
 
 FOLDER = Path(__file__).parent / "recorded"
-# facebookresearch/schedule_free, of whose main branch only what is in version 1.4.1 has been released.
+# Of the first, only what is in schedulefree 1.4.1 has been released; the second is a program of a paper.
 PLUS = "facebookresearch/schedule_free 70785b5"
+AMUSE = "kjeiun/amuse 4c6383f"
 
 
 @functools.cache
@@ -44,65 +45,89 @@ def _file(program: str) -> Path:
     return FOLDER / f"{program.replace('/', '-').replace(' ', '-')}.npz"
 
 
-def plus(make: Any, case: Case) -> Trajectory:
-    """Returns a case of ScheduleFree+ as the class of a checkout runs it.
-
-    Args:
-        make: AdamCScheduleFreePlusPaper.
-        case: without f_star, which it has not.
-    """
-    import torch
-
+def _plus(module: Any, case: Case, params: list[Any]) -> tuple[Any, Any]:
+    """Returns upstream's ScheduleFree+, which has no f_star, and its step by (lr, loss)."""
     from parity_tests.drivers import names
+
+    options = {k: v for k, v in names.for_torch("plus", case.options).items() if k != "f_star"}
+    optimizer = module.AdamCScheduleFreePlusPaper(params, **options)
+
+    def step(lr: float, loss: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step_func(loss)
+
+    return optimizer, step
+
+
+def _amuse(module: Any, case: Case, params: list[Any]) -> tuple[Any, Any]:
+    """Returns the authors' AMUSE along AdamW's direction, whose warm-up holds beta, and its step."""
+    o = case.options
+    group = {"params": params, "lr": o["lr"], "beta2": o["b2"], "eps": o["eps"]}
+    weights = {"weight_lr_power": o["weight_lr_power"], "r": o["r"], "rho": o["rho"]}
+    optimizer = module.AMUSE([group], beta1=o["beta"], warmup_steps=o["warmup_steps"], **weights)
+    return optimizer, lambda lr, loss: optimizer.step()
+
+
+def _run(make: Any, module: Any, case: Case) -> Trajectory:
+    """Returns a case as a class of a checkout runs it, at the steps of its golden file."""
+    import torch
 
     record, steps = golden.load_record(case.problem), golden.load(case.id).steps.tolist()
     params = {k: torch.nn.Parameter(torch.tensor(p)) for k, p in record.params.items()}
-    options = {k: v for k, v in names.for_torch("plus", case.options).items() if k != "f_star"}
-    optimizer = make(list(params.values()), **options)
+    optimizer, step = make(module, case, list(params.values()))
     optimizer.train()
-    held = {k: p.detach() for k, p in params.items()}
-    rows = {0: _copied(held, held, held)}
-    for step, lr in enumerate(case.lrs):
-        grads, told = case.told(record.step(step), step)
+    rows = {0: (dict(record.params),) * 3}
+    for number, lr in enumerate(case.lrs):
+        grads, told = case.told(record.step(number), number)
         for k, p in params.items():
             p.grad = torch.tensor(grads[k])
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step_func(told["loss"])
-        if step + 1 in steps:
-            states = {k: optimizer.state[p] for k, p in params.items()}
-            rows[step + 1] = _copied(*({k: s[name] for k, s in states.items()} for name in SEQUENCES))
+        step(lr, told.get("loss", 0.0))
+        if number + 1 in steps:
+            y = {k: p.detach().numpy().copy() for k, p in params.items()}
+            optimizer.eval()
+            x = {k: p.detach().numpy().copy() for k, p in params.items()}
+            optimizer.train()
+            for k, p in params.items():  # to the last bit
+                p.detach().copy_(torch.tensor(y[k]))
+            rows[number + 1] = x, y, {k: optimizer.state[p]["z"].numpy().copy() for k, p in params.items()}
     return stack(rows)
 
 
-def _copied(*sequences: Any) -> tuple[Arrays, Arrays, Arrays]:
-    x, y, z = ({k: p.numpy().copy() for k, p in s.items()} for s in sequences)
-    return x, y, z
+# Program -> its file in a checkout, how a case is run, and the cases that it has the options for.
+PROGRAMS: dict[str, tuple[str, Any, Callable[[Case], bool]]] = {
+    PLUS: (
+        "schedulefree/adamc_schedulefree_plus_paper.py",
+        _plus,
+        lambda case: case.optimizer == "plus" and not case.options["f_star"],
+    ),
+    AMUSE: ("src/optim/AMUSE.py", _amuse, lambda case: case.id == "adamw-warmup-amuse"),
+}
 
 
 def write(checkout: Path) -> None:
-    """Records every case of ScheduleFree+ that a checkout's class has the options for."""
-    path = checkout / "schedulefree" / "adamc_schedulefree_plus_paper.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Records every case of the program of which this is a checkout.
+
+    Raises:
+        FileNotFoundError: if it is of none of them.
+    """
+    found = [name for name, (file, *_) in PROGRAMS.items() if (checkout / file).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{checkout} must be a checkout of {' or of '.join(PROGRAMS)}")
+    file, make, has = PROGRAMS[found[0]]
+    module = types.ModuleType(found[0])
+    exec(compile((checkout / file).read_text(), file, "exec"), module.__dict__)
     arrays: dict[str, np.ndarray] = {}
     raised = {}
-    for case in CASES.values():
-        if case.optimizer != "plus" or case.options["f_star"]:
-            continue
+    for case in filter(has, CASES.values()):
         try:
-            found = plus(module.AdamCScheduleFreePlusPaper, case)
+            run = _run(make, module, case)
         except ArithmeticError as error:
             raised[case.id] = type(error).__name__
             continue
-        about = {"steps": found.steps} | {
-            s: golden.flatten(found.sequence(s), len(found.steps)) for s in SEQUENCES
-        }
-        arrays |= {f"{case.id}/{name}": array for name, array in about.items()}
+        arrays[f"{case.id}/steps"] = run.steps
+        arrays |= {f"{case.id}/{s}": golden.flatten(run.sequence(s), len(run.steps)) for s in SEQUENCES}
     FOLDER.mkdir(exist_ok=True)
-    np.savez_compressed(_file(PLUS), allow_pickle=False, raised=np.array(json.dumps(raised)), **arrays)
+    np.savez_compressed(_file(found[0]), allow_pickle=False, raised=np.array(json.dumps(raised)), **arrays)
 
 
 if __name__ == "__main__":

@@ -210,5 +210,6 @@ PEERS = [
         ),
     ),
     Recorded(recorded.PLUS, _never, ("plus",), lacks=("f_star",)),
+    Recorded(recorded.AMUSE, _never, ("adamw",)),
 ]
 DRIVERS = {driver.name: driver for driver in TWINS + PEERS}
