@@ -1,7 +1,7 @@
 /* What step.c is told to do, in the order in which Python writes it: sftorch/kernels/call.py, kinds.py. */
 #include <stdint.h>
 
-enum kind { SGD, YOUNG, ADAMW, ADAMW_MOMENTUM, RECOVER, PUT_ASIDE, HOLDS, FLOOR_SGD, FLOOR_ADAMW };
+enum kind { SGD, YOUNG, ADAMW, ADAMW_MOMENTUM, RECOVER, PUT_ASIDE, HOLDS, PUT_BACK, FLOOR_SGD, FLOOR_ADAMW };
 /* An element type of y, x and g: as z, or 16 bits; REST adds the 16 bits that y lacks to be a float32. */
 enum type { AS_Z, BFLOAT16, BFLOAT16_REST };
 

@@ -15,5 +15,6 @@ class Kind(IntEnum):
     RECOVER = 4
     PUT_ASIDE = 5
     HOLDS = 6
-    FLOOR_SGD = 7
-    FLOOR_ADAMW = 8
+    PUT_BACK = 7
+    FLOOR_SGD = 8
+    FLOOR_ADAMW = 9
