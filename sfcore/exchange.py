@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -239,8 +240,13 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     return found
 
 
-def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
-    """Returns what reads one leaf of a safetensors file and holds it against the record.
+Check = Callable[[], None]
+
+
+def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[..., np.ndarray]:
+    """Returns what reads one leaf of a safetensors file and holds it against the record: (leaf, later).
+
+    `later`, None by default, is given the check instead, as a function, and does it before the leaf is used.
 
     Raises:
         CheckpointError: as `read_tensors`; of a leaf's content when that is read.
@@ -249,10 +255,11 @@ def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.nd
         opened = _safetensors.Opened(path)
     _check_names(path, opened.names, record)
 
-    def read(leaf: str) -> np.ndarray:
+    def read(leaf: str, later: Callable[[Check], None] | None = None) -> np.ndarray:
         with reading(path):
             found = _from_stored(opened.read(leaf), record[leaf]["dtype"])
-        check_leaf(path, leaf, found, record[leaf])
+        check = partial(check_leaf, path, leaf, found, record[leaf])
+        check() if later is None else later(check)
         return found
 
     return read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,10 +97,8 @@ def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
             for average in captured.averages
             if f"y/{average.name}" in leaves
         }
-        held: dict[str, exchange.Leaf] = {
-            **arrays,
-            **x,
-        }  # a stored x, of a run with beta 0, is not what is shipped
+        # A stored x, of a run with beta 0, is not what is shipped.
+        held: dict[str, exchange.Leaf] = {**arrays, **x}
         inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
 
         def prints() -> dict[str, str]:
@@ -138,13 +136,12 @@ def _pieces_of_x(average: Average, leaves: Mapping[str, Tensor]) -> Iterator[np.
     """Yields x as it is shipped, in pieces that stay in a processor's cache if that can be."""
     own = {leaf: leaves[leaf] for leaf in average.needs() if leaf in leaves}
     first = own[f"y/{average.name}"]
+    cuts: Iterable[Mapping[str, Tensor]] = [own]
     if all(t.shape == first.shape and t.is_contiguous() for t in own.values()):
         flat = {leaf: tensor.view(-1) for leaf, tensor in own.items()}
         starts = range(0, first.numel(), PIECE)
-    else:
-        flat, starts = own, range(1)
-    for i in starts:
-        cut = {leaf: tensor[i : i + PIECE] for leaf, tensor in flat.items()} if flat is not own else own
+        cuts = ({leaf: tensor[i : i + PIECE] for leaf, tensor in flat.items()} for i in starts)
+    for cut in cuts:
         with torch.no_grad():  # a thread has its own grad mode
             found = _arrays.to_numpy(average.ship(average.compute(cut)))
         yield found
