@@ -1,7 +1,10 @@
 /* What step.c is told to do, in the order in which Python writes it: sftorch/kernels/call.py, kinds.py. */
 #include <stdint.h>
 
-enum kind { SGD, YOUNG, ADAMW, ADAMW_MOMENTUM, RECOVER, PUT_ASIDE, HOLDS, FLOOR_SGD, FLOOR_ADAMW };
+enum kind {
+    SGD, YOUNG, ADAMW, ADAMW_MOMENTUM, RECOVER, PUT_ASIDE, HOLDS, PUT_BACK, MEAN,
+    FLOOR_SGD, FLOOR_ADAMW, FLOOR_MEAN
+};
 /* An element type of y, x and g: as z, or 16 bits; REST adds the 16 bits that y lacks to be a float32. */
 enum type { AS_Z, BFLOAT16, BFLOAT16_REST };
 

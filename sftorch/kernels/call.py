@@ -101,11 +101,8 @@ def alike(first: Tensor, *others: Tensor) -> bool:
     )
 
 
-def all_alike(rows: Sequence[Sequence[Tensor]]) -> bool:
-    """Tells whether `alike` holds of every row, and all are contiguous and of one dtype: a list at a time."""
-    if not rows:
-        return True
-    columns = list(zip(*rows, strict=True))
+def all_alike(columns: Sequence[Sequence[Tensor]]) -> bool:
+    """Tells whether `alike` holds of every row of some columns, and all are contiguous and of one dtype."""
     every = [tensor for column in columns for tensor in column]
     shapes = [t.shape for t in columns[0]]
     return (
@@ -187,7 +184,7 @@ class Job(ctypes.Structure):
             threads: at most so many; None (default) is torch's number.
 
         Returns:
-            Whether HOLDS found a difference.
+            Whether HOLDS or PUT_BACK found a difference.
 
         Raises:
             Unavailable: if there is no kernel.
