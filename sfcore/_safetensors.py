@@ -11,7 +11,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,52 @@ _MOST_AXES = 64  # of an array of NumPy
 _LONGEST_HEADER, _MOST_LEAVES = 1 << 24, 1 << 16
 
 
+@dataclass(frozen=True)
+class Made:
+    """An array that is made when it is asked for, a piece at a time, so that it never takes its memory.
+
+    Attributes:
+        dtype, shape: of all of it.
+        pieces: returns flat arrays, which follow each other in C order; called from any thread, any number of
+            times.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return math.prod(self.shape) * self.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        found = np.empty(self.shape, self.dtype)
+        flat, done = found.reshape(-1), 0
+        for piece in self.pieces():
+            flat[done : done + piece.size] = piece.reshape(-1)
+            done += piece.size
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+
+Leaf = np.ndarray | Made
+
+
 class Damaged(ValueError):
     """The bytes are not what the format asks for; the message says where."""
 
 
-def write(path: Path, leaves: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def write(
+    path: Path,
+    leaves: Mapping[str, Leaf],
+    metadata: Mapping[str, str] | None = None,
+    late: Callable[[Mapping[str, int]], Mapping[str, str]] | None = None,
+) -> None:
     """Writes a file and syncs it to the disk.
 
     Args:
@@ -60,11 +103,13 @@ def write(path: Path, leaves: Mapping[str, np.ndarray], metadata: Mapping[str, s
         leaves: name -> array of a dtype that `storable` accepts, any memory layout and byte order. A leaf
             cannot be called "__metadata__".
         metadata: text that goes into the header.
+        late: returns the text instead, once the leaves are written, from the CRC-32 of each one's bytes. It
+            must not be longer than `metadata`, which keeps its place.
 
     Raises:
         OSError: as the system gives it (disk full, no permission).
     """
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {}
     end = 0
     # Wide items first, so that every leaf is aligned to its item size.
     order = sorted(leaves, key=lambda name: (-leaves[name].itemsize, name))
@@ -76,13 +121,28 @@ def write(path: Path, leaves: Mapping[str, np.ndarray], metadata: Mapping[str, s
             "shape": list(leaf.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+
+    def text_with(said: Mapping[str, str] | None) -> bytes:
+        whole = {_METADATA: dict(said), **header} if said else header
+        return json.dumps(whole, separators=(",", ":")).encode()
+
+    text = text_with(metadata)
+    length = len(text) + -len(text) % 8
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+        file.write(struct.pack("<Q", length))
+        file.write(text.ljust(length))
+        crcs = dict.fromkeys(order, 0)
         for name in order:
-            file.write(as_bytes(leaves[name]))
+            for piece in bytes_of(leaves[name]):
+                if late:
+                    crcs[name] = zlib.crc32(piece, crcs[name])
+                file.write(piece)
+        if late:
+            text = text_with(late(crcs))
+            if len(text) > length:
+                raise ValueError(f"late must return at most {length} bytes of header, got {len(text)}")
+            file.seek(8)
+            file.write(text.ljust(length))
         file.flush()
         os.fsync(file.fileno())
 
@@ -90,6 +150,11 @@ def write(path: Path, leaves: Mapping[str, np.ndarray], metadata: Mapping[str, s
 def storable(dtype: np.dtype[Any]) -> bool:
     """Tells whether the format has this dtype."""
     return dtype.name in _CODES
+
+
+def bytes_of(leaf: Leaf) -> Iterator[memoryview | bytes]:
+    """Yields the bytes of a leaf, in little-endian C order, as they are or as they are made."""
+    yield from map(as_bytes, leaf.pieces() if isinstance(leaf, Made) else [leaf])
 
 
 def as_bytes(array: np.ndarray) -> memoryview | bytes:

@@ -231,6 +231,19 @@ DECAYS: Mapping[str, Callable[[Any], tuple[Any, Any]]] = {
 }
 
 
+def decay_scale(lr_t: Any, lr_max: Any, decay_power: Any, xp: Any = floats) -> Any:
+    """Returns what multiplies lr_t weight_decay: 1, lr_t, or lr_t over the largest so far.
+
+    Args:
+        lr_t: step size of what decays, with all factors.
+        lr_max: the largest so far, this step included.
+        decay_power: the option.
+    """
+    if isinstance(decay_power, str):  # "normalized"
+        return lr_t / xp.where(lr_max > 0, lr_max, 1.0)  # F6
+    return power(lr_t, decay_power - 1, xp)  # F6
+
+
 class Beta(NamedTuple):
     """The interpolation that builds the y of a step.
 

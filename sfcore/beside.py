@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -56,3 +57,33 @@ def beside(work: Callable[[], Found]) -> Iterator[Callable[[], Found]]:
     finally:
         if thread.ident is not None:
             thread.join()
+
+
+@contextmanager
+def checking() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Yields what takes checks, which a thread does in their order while the block goes on.
+
+    The block ends when they are done. The first that failed raises then, also where the block has raised.
+
+    Example:
+        >>> from sfcore.beside import checking
+        >>> found = []
+        >>> with checking() as later:
+        ...     later(lambda: found.append(1))
+        >>> found
+        [1]
+    """
+    with ThreadPoolExecutor(1, "sfcore-checking") as thread:
+        begun = []
+
+        def later(check: Callable[[], None]) -> None:
+            try:
+                begun.append(thread.submit(check))
+            except RuntimeError:  # the interpreter is going down
+                check()
+
+        try:
+            yield later
+        finally:
+            for one in begun:
+                one.result()

@@ -11,20 +11,27 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from sfcore import _safetensors, checks, laws
+from sfcore import _safetensors, checks, codes, laws
+from sfcore._safetensors import Leaf as Leaf
+from sfcore._safetensors import Made as Made
 from sfcore.beside import beside
 from sfcore.checks import nearest
 
 # In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two
 # of these words make a header ours, so that damage to one of them is noticed.
 _LEAVES, _CRC, _OURS = "leaves", "crc32", {"weights_hold", "leaves", "crc32"}
+_MOST_CRC = 0xFFFFFFFF
 _MOST_TEXT = 1 << 26  # of the record of as many leaves as a file may have
 OLDER = "restore an older checkpoint, resume='latest-good' finds one"
+
+
+Array = TypeVar("Array", bound=Leaf)
 
 
 class CheckpointError(RuntimeError):
@@ -64,7 +71,7 @@ def split(leaf: str) -> tuple[str, str]:
     return role, parameter
 
 
-def of_role(tensors: Mapping[str, np.ndarray], role: str) -> dict[str, np.ndarray]:
+def of_role(tensors: Mapping[str, Array], role: str) -> dict[str, Array]:
     """Returns parameter -> array of one role, in the order of `tensors`.
 
     Example:
@@ -78,9 +85,12 @@ def of_role(tensors: Mapping[str, np.ndarray], role: str) -> dict[str, np.ndarra
     return {leaf.removeprefix(start): array for leaf, array in tensors.items() if leaf.startswith(start)}
 
 
-def describe(array: np.ndarray) -> dict[str, Any]:
-    """Returns what is recorded of a leaf: dtype, shape and CRC-32 of its bytes."""
-    crc32 = zlib.crc32(_safetensors.as_bytes(array))
+def describe(array: Leaf, crc32: int | None = None) -> dict[str, Any]:
+    """Returns what is recorded of a leaf: dtype, shape and CRC-32, taken of its bytes if it is None."""
+    if crc32 is None:
+        crc32 = 0
+        for piece in _safetensors.bytes_of(array):
+            crc32 = zlib.crc32(piece, crc32)
     return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": crc32}
 
 
@@ -91,7 +101,7 @@ def crc_of(body: Mapping[str, Any]) -> int:
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Leaf],
     metadata: Mapping[str, str] | None = None,
     sealed: bool = False,
     places: Mapping[str, Any] | None = None,
@@ -100,7 +110,8 @@ def write_tensors(
 
     Args:
         path: the file, overwritten if it is there.
-        tensors: leaf -> array: bool, integers to 64 bits, float16/32/64, bfloat16, float8, complex64/128.
+        tensors: leaf -> array, or what is `Made` while it is written: bool, integers to 64 bits,
+            float16/32/64, bfloat16, float8, complex64/128.
         metadata: text for the file's header, such as {"format": "pt"}.
         sealed: let the header say what is returned, for a file that is read without a record: "leaves" is
             that as JSON, and "crc32" the CRC-32 of all the header's text. Default False.
@@ -118,21 +129,33 @@ def write_tensors(
         sealed=(checks.FLAG, sealed),
         places=(checks.optional(checks.MAPPING), places),
     )
-    stored = {leaf: _as_stored(leaf, np.asarray(array)) for leaf, array in tensors.items()}
+    arrays = {leaf: one if isinstance(one, Made) else np.asarray(one) for leaf, one in tensors.items()}
+    stored = codes.put_together({leaf: _as_stored(leaf, array) for leaf, array in arrays.items()})
 
-    def described() -> dict[str, Any]:
-        found = {leaf: describe(np.asarray(array)) for leaf, array in tensors.items()}
+    def described(crcs: Mapping[str, int] | None = None) -> dict[str, Any]:
+        # What lies in the file with another has no bytes of its own there.
+        found = {leaf: describe(array, (crcs or {}).get(leaf)) for leaf, array in arrays.items()}
         for leaf, place in (places or {}).items():
             found[leaf] |= place.as_record()
         return found
+
+    def said(record: Mapping[str, Any]) -> dict[str, str]:
+        text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
+        return text | {_CRC: str(crc_of(text))}
 
     if not sealed:
         with beside(described) as waited:
             _safetensors.write(path, stored, metadata)
         return waited()
-    record = described()
-    text = {**(metadata or {}), _LEAVES: json.dumps(record, separators=(",", ":"))}
-    _safetensors.write(path, stored, text | {_CRC: str(crc_of(text))})
+    record: dict[str, Any] = {}
+
+    def seal(crcs: Mapping[str, int]) -> dict[str, str]:
+        record.update(described(crcs))
+        return said(record)
+
+    # Room for the longest numbers, until the right ones are known.
+    widest = said(described(dict.fromkeys(arrays, _MOST_CRC))) | {_CRC: str(_MOST_CRC)}
+    _safetensors.write(path, stored, widest, seal)
     return record
 
 
@@ -207,7 +230,9 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     """
     checks.require(TypeError, path=(checks.PATH, path), record=(checks.optional(checks.MAPPING), record))
     with reading(path):
-        stored = _safetensors.read(path)
+        found = _safetensors.read(path)
+        held = _held(found)
+        stored = {leaf: _apart(leaf, found[one], leaf != one) for leaf, one in held.items()}
     record = read_header(path)[1] if record is None else record
     if record is None:
         return stored
@@ -218,23 +243,49 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     return found
 
 
-def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
-    """Returns what reads one leaf of a safetensors file and holds it against the record.
+Check = Callable[[], None]
+
+
+def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[..., np.ndarray]:
+    """Returns what reads one leaf of a safetensors file and holds it against the record: (leaf, later).
+
+    `later`, None by default, is given the check instead, as a function, and does it before the leaf is used.
 
     Raises:
         CheckpointError: as `read_tensors`; of a leaf's content when that is read.
     """
     with reading(path):
         opened = _safetensors.Opened(path)
-    _check_names(path, opened.names, record)
+        held = _held(opened.names)
+    _check_names(path, held, record)
 
-    def read(leaf: str) -> np.ndarray:
+    def read(leaf: str, later: Callable[[Check], None] | None = None) -> np.ndarray:
         with reading(path):
-            found = _from_stored(opened.read(leaf), record[leaf]["dtype"])
-        check_leaf(path, leaf, found, record[leaf])
+            stored = _apart(leaf, opened.read(held[leaf]), leaf != held[leaf])
+        found = _from_stored(stored, record[leaf]["dtype"])
+        check = partial(check_leaf, path, leaf, found, record[leaf])
+        check() if later is None else later(check)
         return found
 
     return read
+
+
+def _held(names: Iterable[str]) -> dict[str, str]:
+    """Returns leaf -> what it lies in, of the names in a file."""
+    held: dict[str, str] = {}
+    for one in names:
+        for leaf in codes.names_of(one):
+            if leaf in held:
+                raise _safetensors.Damaged(f"it must hold {leaf!r} once, got {held[leaf]!r} and {one!r}")
+            held[leaf] = one
+    return held
+
+
+def _apart(leaf: str, stored: np.ndarray, is_part: bool) -> np.ndarray:
+    try:
+        return codes.taken_apart(leaf, stored) if is_part else stored
+    except ValueError as error:
+        raise _safetensors.Damaged(str(error)) from error
 
 
 def _check_names(path: Path, stored: Iterable[str], record: Mapping[str, Any]) -> None:
@@ -317,9 +368,10 @@ def check_leaf(
             )
 
 
-def _as_stored(leaf: str, array: np.ndarray) -> np.ndarray:
+def _as_stored(leaf: str, array: Leaf) -> Leaf:
     """Returns an array of a dtype that safetensors has; complex128 goes as pairs of float64."""
     if array.dtype.name == "complex128":
+        array = np.asarray(array)
         return np.stack([array.real, array.imag], axis=-1)
     if not _safetensors.storable(array.dtype):
         raise CheckpointError(
@@ -334,7 +386,7 @@ def _from_stored(array: np.ndarray, dtype: str) -> np.ndarray:
     return array
 
 
-def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
+def fingerprint(tensors: Mapping[str, Leaf]) -> str:
     """Returns a SHA-256 over names, dtypes, shapes and bytes, whatever the order of the mapping.
 
     Example:
@@ -346,7 +398,9 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
     checks.require(TypeError, tensors=(checks.MAPPING, tensors))
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        array = np.asarray(tensors[name])
+        array = tensors[name]
+        array = array if isinstance(array, Made) else np.asarray(array)
         digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        digest.update(_safetensors.as_bytes(array))
+        for piece in _safetensors.bytes_of(array):
+            digest.update(piece)
     return digest.hexdigest()

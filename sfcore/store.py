@@ -27,7 +27,7 @@ import numpy as np
 
 from sfcore import exchange, files, shards
 from sfcore.beside import beside
-from sfcore.exchange import OLDER, CheckpointError
+from sfcore.exchange import OLDER, CheckpointError, Leaf
 from sfcore.lock import writing
 from sfcore.meta import Meta
 
@@ -47,12 +47,12 @@ class Late(NamedTuple):
     """What of a checkpoint is made while the rest of it is written.
 
     Attributes:
-        inference: name -> array, beside what is known of `INFERENCE`.
-        fingerprints: for the record.
+        inference: name -> array, or what is made while it is written, beside what is known of `INFERENCE`.
+        fingerprints: returns what goes into the record; called while those are written.
     """
 
-    inference: Mapping[str, np.ndarray]
-    fingerprints: Mapping[str, str]
+    inference: Mapping[str, Leaf]
+    fingerprints: Callable[[], Mapping[str, str]]
 
 
 class Layout(NamedTuple):
@@ -163,7 +163,9 @@ def open_parts(path: Path, meta: Meta, file: str = STATE) -> dict[str, Any]:
     readers = {name: exchange.open_tensors(path / name, meta.tensors[name]) for name in names}
     for name in names if file == INFERENCE else ():
         exchange.check_metadata(path / name, about_inference(meta))
-    return shards.joined({name: meta.tensors[name] for name in names}, lambda name, leaf: readers[name](leaf))
+    return shards.joined(
+        {name: meta.tensors[name] for name in names}, lambda name, *asked: readers[name](*asked)
+    )
 
 
 def _verify(path: Path) -> None:
@@ -221,13 +223,19 @@ def _fill(
     late: Callable[[], Late] | None,
 ) -> None:
     folder.mkdir()
-    with beside(late or (lambda: Late({}, {}))) as waited:
+
+    def ship() -> tuple[dict[str, Any], Mapping[str, str]]:
+        found = late() if late else Late({}, dict)
+        with beside(found.fingerprints) as prints:
+            whole, about = {**inference, **found.inference}, about_inference(meta)
+            shipped = exchange.write_tensors(folder / INFERENCE, whole, about, sealed=True)
+        return shipped, prints()
+
+    with beside(ship) as waited:
         record = {STATE: exchange.write_tensors(folder / STATE, state)}
-        found = waited()
-    whole, about = {**inference, **found.inference}, about_inference(meta)
-    record[INFERENCE] = exchange.write_tensors(folder / INFERENCE, whole, about, sealed=True)
-    meta = replace(meta, fingerprints={**meta.fingerprints, **found.fingerprints})
-    files.write_text(folder / META, replace(meta, tensors=record).to_json())
+    record[INFERENCE], prints = waited()
+    filled = replace(meta, fingerprints={**meta.fingerprints, **prints}, tensors=record)
+    files.write_text(folder / META, filled.to_json())
 
 
 def put(folder: Path, step: int, fill: Callable[[Path], None], layout: Layout = PLAIN) -> Path:

@@ -101,7 +101,7 @@ class Part:
     """
 
     state: Mapping[str, np.ndarray] = field(default_factory=dict)
-    inference: Mapping[str, np.ndarray] = field(default_factory=dict)
+    inference: Mapping[str, exchange.Leaf] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
     inference_places: Mapping[str, Place] = field(default_factory=dict)
 

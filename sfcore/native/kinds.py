@@ -15,7 +15,8 @@ class Kind(IntEnum):
     RECOVER = 4
     PUT_ASIDE = 5
     HOLDS = 6
-    FLOOR_SGD = 7
-    FLOOR_ADAMW = 8
-    MEAN = 9
-    FLOOR_MEAN = 10
+    PUT_BACK = 7
+    MEAN = 8
+    FLOOR_SGD = 9
+    FLOOR_ADAMW = 10
+    FLOOR_MEAN = 11

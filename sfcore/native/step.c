@@ -8,7 +8,11 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "job.h"
 
@@ -88,6 +92,9 @@ INLINE void narrow(uint16_t *to, int16_t *rest, const float *from, int64_t n) {
 #define ROOT sqrt
 #include "arithmetic.h"
 
+typedef int run_of(const struct job *job, const struct segment *s);
+#include "eight.h"
+
 #define AT(TABLE, TYPE) (job->TABLE ? (TYPE *)job->TABLE[s->tensor] + s->offset : 0)
 
 /* 16-bit elements pass through blocks on the stack, which stay in the first-level cache. */
@@ -136,22 +143,58 @@ static int has_avx2(void) { return 0; }
 struct team {
     const struct job *job;
     int64_t total;
-    int avx2;
+    run_of *run;
     atomic_llong next; /* chunk that nobody has taken yet: a thread that the machine holds up takes fewer */
     atomic_int differs;
+    char *back; /* for PUT_BACK: whether a chunk holds y again */
     fenv_t rounding; /* denormals are flushed in all threads or in none */
 };
 
+/* Makes x of a chunk that holds y again, from the y that lies aside. */
+static void undo(const struct team *team, struct cursor at, int64_t position, int64_t end) {
+    struct job again = *team->job;
+    again.kind = RECOVER, again.y = team->job->x, again.x = team->job->y;
+    struct segment s;
+    for (; sf_next(again.sizes, &at, position, end, &s); position += s.length) team->run(&again, &s);
+}
+
+/* Puts back y in a chunk, by blocks, which stay in the first-level cache from the look to the copy.
+ * Returns whether it found that the chunk does not hold x; then it is as it was. */
+static int put_back(const struct team *team, struct cursor *at, int64_t begin, int64_t end) {
+    const struct cursor first = *at;
+    const int64_t item = team->job->is_double ? sizeof(double) : sizeof(float);
+    struct job look = *team->job;
+    look.kind = HOLDS;
+    struct segment s;
+    for (int64_t position = begin; position < end; position += s.length) {
+        sf_next(look.sizes, at, position, position + BLOCK < end ? position + BLOCK : end, &s);
+        if (team->run(&look, &s)) {
+            undo(team, first, begin, position);
+            return 1;
+        }
+        memcpy(look.y[s.tensor] + s.offset * item, look.x[s.tensor] + s.offset * item, s.length * item);
+    }
+    return 0;
+}
+
 static void *work(void *arg) {
     struct team *team = arg;
+    const struct job *job = team->job;
     struct cursor at = {0, 0};
     struct segment s;
     for (;;) {
-        int64_t position = (int64_t)atomic_fetch_add(&team->next, 1) * CHUNK;
+        int64_t chunk = (int64_t)atomic_fetch_add(&team->next, 1), position = chunk * CHUNK;
         if (position >= team->total) return 0;
         int64_t end = team->total - position < CHUNK ? team->total : position + CHUNK;
-        for (; sf_next(team->job->sizes, &at, position, end, &s); position += s.length)
-            if ((team->avx2 ? run_avx2 : run_plain)(team->job, &s)) atomic_store(&team->differs, 1);
+        int differ = 0;
+        if (job->kind == PUT_BACK) {
+            differ = put_back(team, &at, position, end);
+            team->back[chunk] = !differ;
+        } else {
+            for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
+                differ |= team->run(job, &s);
+        }
+        if (differ) atomic_store(&team->differs, 1);
     }
 }
 
@@ -160,12 +203,15 @@ static void *help(void *arg) {
     return work(arg);
 }
 
-/* Runs a job with up to that many threads; returns 1 if HOLDS found a difference, else 0.
+/* Runs a job with up to that many threads. Returns 1 if HOLDS found a difference, or PUT_BACK, which then has
+ * changed nothing; else 0.
  * Threads live for one call, so that a fork finds none. Making one took 19 us where waking one of a pool took
  * 7 us; each is given four chunks at least, some 80 us of work. */
 int sf_run(const struct job *job, int threads) {
-    struct team team = {.job = job, .total = 0, .avx2 = has_avx2()};
+    run_of *run = job->keys ? drawn_here() : has_avx2() ? run_avx2 : run_plain;
+    struct team team = {.job = job, .total = 0, .run = run};
     for (int64_t i = 0; i < job->count; i++) team.total += job->sizes[i];
+    if (job->kind == PUT_BACK && !(team.back = calloc(team.total / CHUNK + 1, 1))) return 1;
     fegetenv(&team.rounding);
     int64_t useful = team.total / (4 * CHUNK) + 1;
     if (threads > useful) threads = (int)useful;
@@ -175,5 +221,10 @@ int sf_run(const struct job *job, int threads) {
     while (started < threads - 1 && !pthread_create(&helpers[started], 0, help, &team)) started++;
     work(&team);
     while (started > 0) pthread_join(helpers[--started], 0);
-    return atomic_load(&team.differs);
+    int differs = atomic_load(&team.differs);
+    for (int64_t chunk = 0, begin = 0; team.back && differs && begin < team.total; chunk++, begin += CHUNK)
+        if (team.back[chunk])
+            undo(&team, (struct cursor){0, 0}, begin, team.total - begin < CHUNK ? team.total : begin + CHUNK);
+    free(team.back);
+    return differs;
 }

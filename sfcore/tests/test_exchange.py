@@ -97,3 +97,34 @@ def test_fingerprints_do_not_depend_on_order_or_layout():
 def test_a_leaf_without_a_role_is_refused(leaf):
     with pytest.raises(CheckpointError, match="must be named ROLE/NAME"):
         exchange.split(leaf)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_is_made_while_it_is_written_makes_the_same_file(tmp_path, sealed):
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.zeros((0, 2), np.int16), "c": np.ones(2) * (1 + 2j)}
+    arrays |= {"d": np.ones((), np.float32)}
+    cuts = {"a": [1, 5], "b": [], "c": [1], "d": []}
+
+    def made(name):
+        array = arrays[name]
+        pieces = lambda: iter(np.split(array.reshape(-1), cuts[name]))  # noqa: E731
+        return exchange.Made(array.dtype, array.shape, pieces)
+
+    leaves = {name: made(name) for name in arrays}
+    text = {"format": "pt"}
+    record = exchange.write_tensors(tmp_path / "arrays", arrays, text, sealed)
+    assert exchange.write_tensors(tmp_path / "made", leaves, text, sealed) == record
+    assert (tmp_path / "made").read_bytes() == (tmp_path / "arrays").read_bytes()
+    assert examples.same(exchange.read_tensors(tmp_path / "made", record), arrays)
+    assert exchange.fingerprint(leaves) == exchange.fingerprint(arrays)
+    assert {name: exchange.describe(leaf) for name, leaf in leaves.items()} == record
+    assert all(np.array_equal(np.asarray(leaf), arrays[name]) for name, leaf in leaves.items())
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_a_seal_has_room_for_every_number(tmp_path, number):
+    """CRCs of one to ten digits, in a header whose length is fixed before they are known."""
+    leaves = {f"w{i}": np.random.default_rng(1000 * number + i).random(3) for i in range(7)}
+    record = exchange.write_tensors(tmp_path / "f", leaves, {"step": "3"}, sealed=True)
+    assert exchange.read_header(tmp_path / "f") == ({"step": "3"}, record)
+    assert safetensors.numpy.load_file(tmp_path / "f").keys() == leaves.keys()

@@ -50,12 +50,12 @@ class Kernel(NamedTuple):
     Attributes:
         numbers: the kernel's names of the direction's own numbers.
         mask: as the factories have it.
-        decay_power: of the lr, by which weight_decay is multiplied.
+        decay_power: the option.
     """
 
     numbers: tuple[str, ...]
     mask: Any
-    decay_power: int
+    decay_power: Any
 
 
 def kernel_of(
@@ -228,7 +228,7 @@ def _numbers(kernel: Kernel, scalars: Scalars) -> jax.Array:
     k = scalars.next
     held_x, holds_x = k.stores_x, jnp.asarray(k.will_store_x)
     to_x = k.c - jnp.where(held_x, 0.0, k.per_gap) * (1.0 - k.c)
-    scale = averaging.power(k.lr_t, kernel.decay_power - 1, jnp)  # F6
+    scale = averaging.decay_scale(k.lr_t, k.clock.lr_max, kernel.decay_power, jnp)  # F6
     y, z = (as_scalar(scalars.decays.get(at, 0.0)) * scale for at in "yz")
     given = dict(zip(kernel.numbers, scalars.own, strict=True)) | {
         "lr_t": k.lr_t,

@@ -33,6 +33,12 @@ def _ml_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name))
 
 
+def dtype_of(dtype: torch.dtype) -> np.dtype[Any]:
+    """Returns NumPy's dtype of the same numbers."""
+    name = name_of(dtype)
+    return _ml_dtype(name) if name in _EXTENDED else np.dtype(name)
+
+
 def check_dense(tensor: Tensor, name: str) -> None:
     """Raises CheckpointError, naming the tensor, if it is sparse or quantized, or NumPy cannot hold it."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:

@@ -30,6 +30,9 @@ REST = "rest"
 MODEL_EXTRA = "model_extra_state"
 
 
+_OTHERS = ("x", "z", "gap", eight.SCALE)  # beside y, what x may be made from
+
+
 class Average(NamedTuple):
     """How to get a parameter's x from the leaves: at rest in y/, stored in x/, or from y/ and z/ by beta.
 
@@ -54,9 +57,12 @@ class Average(NamedTuple):
         at_rest = self.beta is None and x.dtype != self.dtype
         return forms.split(x, self.dtype)[0] if at_rest else x.to(self.dtype)
 
+    def needs(self) -> list[str]:
+        """Returns the leaves that x may be made from."""
+        return [f"{role}/{self.name}" for role in ("y", *_OTHERS)]
+
     def _stored(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        roles = ("x", "z", "gap", eight.SCALE)
-        return {role: leaves[f"{role}/{self.name}"] for role in roles if f"{role}/{self.name}" in leaves}
+        return {role: leaves[f"{role}/{self.name}"] for role in _OTHERS if f"{role}/{self.name}" in leaves}
 
 
 class Capture(NamedTuple):

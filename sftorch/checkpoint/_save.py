@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +16,10 @@ from sfcore import exchange, store, together
 from sfcore.ranks import Ranks
 from sfcore.shards import Place
 from sftorch.checkpoint import _arrays
-from sftorch.checkpoint._record import REST, Capture
+from sftorch.checkpoint._record import REST, Average, Capture
 from sftorch.state import eight, forms
+
+PIECE = 1 << 17  # elements of x that are made at once
 
 
 class Snapshot:
@@ -83,27 +87,35 @@ def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
     leaves = _joined(share.leaves)
     arrays = captured.arrays | {leaf: _arrays.to_numpy(tensor, leaf) for leaf, tensor in leaves.items()}
 
-    @torch.no_grad()
-    def late() -> store.Late:  # in a thread, which has its own grad mode
+    def late() -> store.Late:
         x = {
-            f"x/{average.name}": _arrays.to_numpy(average.ship(average.compute(leaves)))
+            f"x/{average.name}": exchange.Made(
+                _arrays.dtype_of(average.dtype),
+                tuple(leaves[f"y/{average.name}"].shape),
+                partial(_pieces_of_x, average, leaves),
+            )
             for average in captured.averages
             if f"y/{average.name}" in leaves
         }
-        held = arrays | x  # a stored x, of a run with beta 0, is not what is shipped
+        # A stored x, of a run with beta 0, is not what is shipped.
+        held: dict[str, exchange.Leaf] = {**arrays, **x}
         inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
-        prints = {}
-        if not share.in_pieces and ranks.is_first:
-            prints["x"] = exchange.fingerprint(exchange.of_role(x, "x"))
+
+        def prints() -> dict[str, str]:
+            if share.in_pieces or not ranks.is_first:
+                return {}
+            found = {"x": exchange.fingerprint(exchange.of_role(x, "x"))}
             if captured.meta.weights_hold == "y":
-                prints["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
+                found["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
+            return found
+
         return store.Late(inference, prints)
 
     meta = replace(captured.meta, recent=captured.recent())
     if ranks.count == 1:
         return store.write(folder, meta, arrays, {}, late)
     inference, prints = late()
-    meta = replace(meta, fingerprints=dict(prints))
+    meta = replace(meta, fingerprints=dict(prints()))
     places = share.places | {
         f"x/{leaf.removeprefix('y/')}": where for leaf, where in share.places.items() if leaf.startswith("y/")
     }
@@ -118,6 +130,21 @@ def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
         },
     )
     return together.write(ranks, folder, meta, part, share.in_pieces)
+
+
+def _pieces_of_x(average: Average, leaves: Mapping[str, Tensor]) -> Iterator[np.ndarray]:
+    """Yields x as it is shipped, in pieces that stay in a processor's cache if that can be."""
+    own = {leaf: leaves[leaf] for leaf in average.needs() if leaf in leaves}
+    first = own[f"y/{average.name}"]
+    cuts: Iterable[Mapping[str, Tensor]] = [own]
+    if all(t.shape == first.shape and t.is_contiguous() for t in own.values()):
+        flat = {leaf: tensor.view(-1) for leaf, tensor in own.items()}
+        starts = range(0, first.numel(), PIECE)
+        cuts = ({leaf: tensor[i : i + PIECE] for leaf, tensor in flat.items()} for i in starts)
+    for cut in cuts:
+        with torch.no_grad():  # a thread has its own grad mode
+            found = _arrays.to_numpy(average.ship(average.compute(cut)))
+        yield found
 
 
 def _joined(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -101,11 +101,8 @@ def alike(first: Tensor, *others: Tensor) -> bool:
     )
 
 
-def all_alike(rows: Sequence[Sequence[Tensor]]) -> bool:
-    """Tells whether `alike` holds of every row, and all are contiguous and of one dtype: a list at a time."""
-    if not rows:
-        return True
-    columns = list(zip(*rows, strict=True))
+def all_alike(columns: Sequence[Sequence[Tensor]]) -> bool:
+    """Tells whether `alike` holds of every row of some columns, and all are contiguous and of one dtype."""
     every = [tensor for column in columns for tensor in column]
     shapes = [t.shape for t in columns[0]]
     return (
@@ -161,6 +158,7 @@ class Job(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in TABLES]
         + [(name, ctypes.c_int32) for name in ("kind", "is_double", "y_type", "g_type")]
         + [(name, ctypes.c_double) for name in NUMBERS]
+        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "first", "keys")]
     )
 
     def __init__(self, kind: Kind, y_type: Element = Element.AS_Z, g_type: Element = Element.AS_Z):
@@ -173,6 +171,7 @@ class Job(ctypes.Structure):
         """
         super().__init__(kind=kind, y_type=y_type, g_type=g_type)
         self.columns: dict[str, array[int]] = {}  # the job points there
+        self.arrays: dict[str, np.ndarray] = {}  # and there
 
     def run(self, tables: Tables, numbers: Sequence[float], threads: int | None = None) -> bool:
         """Does it.
@@ -185,7 +184,7 @@ class Job(ctypes.Structure):
             threads: at most so many; None (default) is torch's number.
 
         Returns:
-            Whether HOLDS found a difference.
+            Whether HOLDS or PUT_BACK found a difference.
 
         Raises:
             Unavailable: if there is no kernel.

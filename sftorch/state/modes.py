@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,6 +26,7 @@ from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
 
 # Parameter -> the optimizer that knows its x, and the index of its group there, while `ship_x` is on.
 SHIPPED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+Columns = tuple[list[Tensor], list[Tensor], list[Tensor]]  # in rows of one parameter each
 Loss = TypeVar("Loss")  # what a closure returns: a number, or a tensor of one
 
 
@@ -38,7 +40,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
     _ships_x = 0  # models: an optimizer may train several
     _moves_alone = False  # `_run` to `_close`, without anyone who might put back what was
-    _kept: WeakIdKeyDictionary | None = None  # parameter -> where its y lay in the last eval mode
+    _kept: dict[int, Tensor] | None = None  # id of a parameter -> where its y lay in the last eval mode
 
     @abstractmethod
     def _prepare(self) -> Any:
@@ -119,17 +121,18 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             RuntimeError: if weights and state were loaded that do not belong together.
         """
         settle(self, train_mode=False)
+        kept, self._kept = self._kept or {}, None
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
                 flip = _Flip(self, group)
-                ys = flip.to_new(Kind.PUT_ASIDE)
-                torch.autograd.graph.increment_version(list(ys))
-                for p, y in ys.items():
-                    self.state[p]["y"] = y
-                left = [p for p in self._started(group) if p not in ys]
+                rows = flip.to_new(Kind.PUT_ASIDE, kept)
+                torch.autograd.graph.increment_version([row.p for row in rows])
+                for row in rows:
+                    row.state["y"] = row.third
+                left = flip.left(rows)
                 for p in left:
                     x = self._x_of_part(p, group)
-                    self.state[p]["y"] = p.detach().clone(memory_format=torch.preserve_format)
+                    self.state[p]["y"] = _copied(p, kept.get(id(p)))
                     part(p).copy_(x)
                 note_written(left)
                 gather_anew(self, group["params"])
@@ -153,30 +156,28 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 flips.append(_Flip(self, group))
                 flips[-1].put_back()
             with together(self._params()):
-                self._require_untouched(resting, {p for flip in flips for p in flip.back})
+                self._require_untouched(resting, {id(row.p) for flip in flips for row in flip.back})
         except BaseException:
             for flip in flips:
                 flip.undo()
             raise
+        kept: dict[int, Tensor] = {}
         for group, flip in zip(resting, flips, strict=True):
-            aside: dict[Tensor, Tensor] = {}
-            for p in self._started(group):
-                state = self.state[p]
-                y = state.pop("y", None)
+            left = {}
+            for p in flip.left(flip.back):
+                y = self.state[p].pop("y", None)
                 if y is None:  # an eval-mode checkpoint of schedulefree, which keeps no y
-                    forms.put_(p, state, forms.y_from_x(p, state, self._y_beta(group)))
+                    forms.put_(p, self.state[p], forms.y_from_x(p, self.state[p], self._y_beta(group)))
                 else:
-                    aside[p] = y
-            if aside:
-                left = [p for p in aside if p not in flip.back]
-                if left:
-                    torch._foreach_copy_(parts(left), parts(map(aside.__getitem__, left)))
-                if self._kept is None:
-                    self._kept = WeakIdKeyDictionary()
-                self._kept.update({p: y for p, y in aside.items() if p.device.type == "cpu"})
-            note_written(aside)
+                    left[p] = y
+            if left:
+                torch._foreach_copy_(parts(left), parts(left.values()))
+            aside = [(row.p, row.state.pop("y")) for row in flip.back] + list(left.items())
+            kept |= {id(p): y for p, y in aside if y.is_cpu and type(y) in PLAIN}
+            note_written(p for p, _ in aside)
             gather_anew(self, group["params"])
             self._books(group)["train_mode"] = True
+        self._kept = kept
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -211,9 +212,10 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         found: dict[Tensor, Tensor | None] = dict.fromkeys(self._params())
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                xs = _Flip(self, group).to_new(Kind.RECOVER)
-                left = [p for p in self._started(group) if p not in xs]
-                found |= xs | {p: self._x(p, group).to(p.dtype, copy=True) for p in left}
+                flip = _Flip(self, group)
+                rows = flip.to_new(Kind.RECOVER, {})
+                found |= {row.p: row.third for row in rows}
+                found |= {p: self._x(p, group).to(p.dtype, copy=True) for p in flip.left(rows)}
         return {p: p.detach().clone() if x is None else x for p, x in found.items()}
 
     def eval_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -353,12 +355,12 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             return super()._x_and_y(p, group)
         return p if self._holds_x(p, group) else self._x(p, group).to(p.dtype), self.state[p]["y"]
 
-    def _require_untouched(self, groups: list[dict[str, Any]], known: Collection[Tensor] = ()) -> None:
+    def _require_untouched(self, groups: list[dict[str, Any]], known: Collection[int] = ()) -> None:
         changed = []
         for group in groups:
-            untouched = known or _Flip(self, group).held()
+            untouched = known or {id(row.p) for row in _Flip(self, group).held()}
             for index, p in enumerate(group["params"]):
-                aside = p not in untouched and "y" in self.state.get(p, {})
+                aside = id(p) not in untouched and "y" in self.state.get(p, {})
                 if aside and not is_fake(p) and not self._holds_x(p, group):
                     changed.append((index, p))
         if changed:
@@ -382,6 +384,14 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         return bool((near | (p == x.to(p.dtype)) | (p.isnan() & x.isnan())).all())
 
 
+class _Row(NamedTuple):
+    """A parameter, its state, and where its y lies aside, or is to lie, or its x."""
+
+    p: Tensor
+    state: dict[str, Any]
+    third: Tensor
+
+
 class _Flip:
     """Goes between y and x in one pass over memory, by the native kernel or else by lists, where it can.
 
@@ -390,102 +400,133 @@ class _Flip:
     """
 
     def __init__(self, optimizer: TrainEvalOptimizer, group: dict[str, Any]):
-        self._optimizer, self._group, beta = optimizer, group, optimizer._y_beta(group)
-        self.back: set[Tensor] = set()  # that hold y again
-        self._written: list[dict[str, list[Tensor]]] = []
+        beta, state = optimizer._y_beta(group), optimizer.state
+        found = [(p, state.get(p, {})) for p in group["params"]]
+        self._started = [(p, of_p) for p, of_p in found if forms.has_started(of_p)]
+        self.back: list[_Row] = []  # of parameters that hold y again
+        self._written: list[Columns] = []
         self._native = group.get("fused") is not False and not isinstance(build.find(), str)
         self._share = 1.0 / beta - 1.0 if beta else None
         if group.get("foreach") is False:
             self._share = None
 
-    def to_new(self, kind: Kind) -> dict[Tensor, Tensor]:
-        """Returns parameter -> its new tensor: x by RECOVER; by PUT_ASIDE y, and the parameter becomes x."""
-        rows = self._rows("z")
-        kept = self._optimizer._kept if kind is Kind.PUT_ASIDE and self._optimizer._kept else {}
-        found = {p: _place_like(p, kept.pop(p, None)) for p in rows}
-        for tables in self._tables(rows, found):
-            self._run(kind, tables)
-        return found
+    def left(self, rows: list[_Row]) -> list[Tensor]:
+        """Returns the parameters with a state that are not among those of some rows."""
+        if len(rows) == len(self._started):
+            return []
+        done = {id(row.p) for row in rows}
+        return [p for p, _ in self._started if id(p) not in done]
 
-    def held(self) -> set[Tensor]:
-        """Returns the parameters with y put aside if all of them hold x bit for bit, else none."""
-        rows = self._rows("z", "y")
-        differ = [self._run(Kind.HOLDS, tables) for tables in self._tables(rows)]
-        return set() if any(differ) else set(rows)
+    def to_new(self, kind: Kind, kept: Mapping[int, Tensor]) -> list[_Row]:
+        """Returns rows with new tensors: x by RECOVER; by PUT_ASIDE y, and the parameter becomes x.
+
+        Args:
+            kind: one of these two.
+            kept: id of a parameter -> a tensor that may be taken for its new one.
+        """
+        ready, columns = self._columns(kept)
+        for some in columns:
+            self._run(kind, some)
+        return ready
+
+    def held(self) -> list[_Row]:
+        """Returns the rows with y put aside if all of them hold x bit for bit, else none."""
+        ready, columns = self._columns()
+        return [] if any(self._run(Kind.HOLDS, some) for some in columns) else ready
 
     def put_back(self) -> None:
         """Puts back y where all parameters hold x bit for bit; else nothing has changed."""
-        rows = self._rows("z", "y")
-        at_once = not any(p.is_cuda for p in rows)  # a look waits for the device: there, once before all
-        looked = self._tables(rows) if at_once else []
-        if not at_once and len(self.held()) != len(rows):
+        ready, columns = self._columns()
+        at_once = not any(
+            row.p.is_cuda for row in ready
+        )  # a look waits for the device: there, once before all
+        if not at_once and any(self._run(Kind.HOLDS, some) for some in columns):
             return
-        for tables in looked or self._tables(rows):
-            if at_once and self._run(Kind.HOLDS, tables):
+        for some in columns:
+            if not self._put_back(some, look=at_once):
                 self.undo()
                 return
-            self._written.append(tables)
-            torch._foreach_copy_(tables["y"], tables["x"])
-        self.back = set(rows)
+        self.back = ready
+
+    def _put_back(self, columns: Columns, look: bool) -> bool:
+        """Puts back y where all of a list holds x, and tells whether it does; else nothing has changed."""
+        if self._native:
+            self._written.append(columns)
+            if self._run(Kind.PUT_BACK, columns):
+                self._written.pop()
+                return False
+        else:
+            if look and self._run(Kind.HOLDS, columns):
+                return False
+            self._written.append(columns)
+            torch._foreach_copy_(columns[0], columns[2])
+        return True
 
     def undo(self) -> None:
         """Makes x of what was put back, in the bits that it had."""
-        for tables in self._written:
-            self._run(Kind.RECOVER, {"y": tables["x"], "z": tables["z"], "x": tables["y"]})
-        self.back, self._written = set(), []
+        for ps, zs, ys in self._written:
+            # The kernel puts back a whole list or nothing, and who interrupts it does not learn which.
+            if not self._native or all(_equal(ps, ys)):
+                self._run(Kind.RECOVER, (ys, zs, ps))
+        self.back, self._written = [], []
 
-    def _rows(self, *names: str) -> dict[Tensor, tuple[Tensor, ...]]:
-        """Returns parameter -> it and of its state what is named, as reals."""
-        states, started = self._optimizer.state, self._optimizer._started(self._group)
-        if self._share is None:
-            return {}
-        ready = [p for p in started if all(name in states[p] for name in names)]
-        rows = list(
-            zip(*map(_reals, (ready, *([states[p][name] for p in ready] for name in names))), strict=True)
-        )
-        if call.all_alike(rows):
-            return dict(zip(ready, rows, strict=True))
+    def _columns(self, kept: Mapping[int, Tensor] | None = None) -> tuple[list[_Row], list[Columns]]:
+        """Returns the rows that can be walked, and the same as lists, of one dtype and device each.
+
+        Args:
+            kept: id of a parameter -> what may be its third tensor, which is a new one else; None takes the
+                y that lies aside.
+        """
+        rows = []
+        for p, state in self._started if self._share is not None else ():
+            z, third = state.get("z"), state.get("y") if kept is None else kept.get(id(p))
+            if z is not None and z.dtype == p.dtype and (third is not None or kept is not None):
+                rows.append(_Row(p, state, _empty_like(p) if third is None else third))
+        columns = _reals_of(rows)
+        if call.all_alike(columns):
+            return rows, self._grouped(columns)
         fits = call.alike if self._native else _may_be_listed
-        return {p: row for p, row in zip(ready, rows, strict=True) if fits(*row)}
+        kinds: dict[Any, list[_Row]] = {}
+        for row, (y, z, third) in zip(rows, zip(*columns, strict=True), strict=True):
+            if kept is not None and not fits(y, third):  # it was kept of another parameter
+                row = row._replace(third=_empty_like(row.p))
+                third = _reals([row.third])[0]
+            if fits(y, z, third):
+                kinds.setdefault((y.dtype, y.device), []).append(row)
+        ready = [row for same in kinds.values() for row in same]
+        return ready, [some for same in kinds.values() for some in self._grouped(_reals_of(same))]
 
-    def _tables(
-        self, rows: dict[Tensor, tuple[Tensor, ...]], found: dict[Tensor, Tensor] | None = None
-    ) -> list[dict[str, list[Tensor]]]:
-        """Returns tables of y, z and x (of HOLDS, of x, z and y), of one dtype and device each."""
-        lasts = [row[2] for row in rows.values()] if found is None else _reals(found.values())
-        kinds: dict[Any, list[tuple[Tensor, ...]]] = {}
-        for row, x in zip(rows.values(), lasts, strict=True):
-            kinds.setdefault((row[0].dtype, row[0].device), []).append((*row[:2], x))
-        made = []
-        for same in kinds.values():
-            columns = [list(column) for column in zip(*same, strict=True)]
-            whole = self._native and found is not None
-            groups = [[(i, 0, None) for i in range(len(same))]] if whole else lists.groups_of(columns)
-            made += [
-                {name: lists.cut(column, cuts) for name, column in zip("yzx", columns, strict=True)}
-                for cuts in groups
-            ]
-        return made
+    def _grouped(self, columns: Columns) -> list[Columns]:
+        """Returns columns of one dtype and device in lists that one call takes."""
+        if self._native:
+            return [columns]
+        ys, zs, thirds = columns
+        return [
+            (lists.cut(ys, cuts), lists.cut(zs, cuts), lists.cut(thirds, cuts))
+            for cuts in lists.groups_of(columns)
+        ]
 
-    def _run(self, kind: Kind, tables: dict[str, list[Tensor]]) -> bool:
-        """Does RECOVER, PUT_ASIDE or HOLDS, which alone returns whether it found a difference."""
+    def _run(self, kind: Kind, columns: Columns) -> bool:
+        """Does RECOVER, PUT_ASIDE, HOLDS or PUT_BACK; returns whether one of the last two found a difference.
+
+        RECOVER and PUT_ASIDE take y, z and what is to become x or the y put aside; the others x, z and y.
+        """
         assert self._share is not None
+        ys, zs, thirds = columns
         # The same doubles as in iterates.recover_x, rounded to the tensors' dtype by both.
-        if self._native and tables["y"][0].is_cpu:
+        if self._native:
             numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], self._share)
-            return call.Job(kind).run(tables, numbers)
-        ys, zs, xs = (tables[name] for name in "yzx")
-        held = xs if kind is Kind.HOLDS else ys
-        new = list(torch._foreach_sub(held, zs))
-        torch._foreach_mul_(new, self._share)
-        torch._foreach_add_(new, held)
+            return call.Job(kind).run({"y": ys, "z": zs, "x": thirds}, numbers)
         if kind is Kind.HOLDS:
-            if ys[0].is_cpu:
-                return not all(map(torch.equal, ys, new))
+            new = list(torch._foreach_sub(thirds, zs))
+            torch._foreach_mul_(new, self._share)
+            torch._foreach_add_(new, thirds)
             return not all(_equal(ys, new))
-        if kind is Kind.PUT_ASIDE:
-            torch._foreach_copy_(xs, ys)
-        torch._foreach_copy_(ys if kind is Kind.PUT_ASIDE else xs, new)
+        torch._foreach_copy_(thirds, ys)
+        x, y = (ys, thirds) if kind is Kind.PUT_ASIDE else (thirds, ys)
+        torch._foreach_sub_(x, zs)
+        torch._foreach_mul_(x, self._share)
+        torch._foreach_add_(x, y)
         return False
 
 
@@ -500,17 +541,45 @@ def _may_be_listed(first: Tensor, *others: Tensor) -> bool:
     )
 
 
-def _equal(first: list[Tensor], second: list[Tensor]) -> list[bool]:
-    """Tells which tensors on a device are equal, with one wait; NaN is not."""
-    differ: list[bool] = torch.stack([(a != b).any() for a, b in zip(first, second, strict=True)]).tolist()
+def _equal(first: list[Tensor], second: list[Tensor]) -> Iterable[bool]:
+    """Tells which tensors on a device are equal, on others than a CPU with one wait; NaN is not."""
+    pairs = zip(first, second, strict=True)
+    if not first or first[0].is_cpu:  # torch.equal takes five times as long
+        return (np.array_equal(a.detach().numpy(), b.numpy()) for a, b in pairs)
+    differ: list[bool] = torch.stack([(a != b).any() for a, b in pairs]).tolist()
     return [not one for one in differ]
 
 
-def _place_like(p: Tensor, kept: Tensor | None) -> Tensor:
-    """Returns a tensor like a parameter to write to: the one that was kept if it is still like it."""
-    if kept is not None and call.alike(p, kept):
-        return kept
+def _empty_like(p: Tensor) -> Tensor:
     return torch.empty_like(p, requires_grad=False)
+
+
+def _copied(p: Tensor, kept: Tensor | None) -> Tensor:
+    """Returns a copy of a parameter, in what was kept if that is still like it."""
+    if kept is not None and _kind_of(kept) == _kind_of(p.detach()):
+        return kept.copy_(p)
+    return p.detach().clone(memory_format=torch.preserve_format)
+
+
+def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    return (
+        type(tensor),
+        tensor.dtype,
+        tensor.device,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_neg(),
+        tensor.is_conj(),
+    )
+
+
+def _reals_of(rows: Sequence[_Row]) -> Columns:
+    """Returns the columns of some rows: parameters, z, and the third tensors."""
+    return (
+        _reals([row.p for row in rows]),
+        _reals([row.state["z"] for row in rows]),
+        _reals([row.third for row in rows]),
+    )
 
 
 def _reals(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import sftorch
-from sfcore import store
+from sfcore import exchange, store
 from sfcore.tests.examples import listed
-from sftorch.checkpoint import CheckpointError, Checkpoints
+from sftorch.checkpoint import CheckpointError, Checkpoints, _arrays
 from sftorch.tests.checkpoint_runs import PLAIN, build, started, train
 
 
@@ -236,3 +236,27 @@ def test_a_path_may_be_a_checkpoint_or_a_folder_of_them(tmp_path, form):
     other = Checkpoints(tmp_path / "b")
     for place in (path, tmp_path / "a"):
         assert other.restore(model, optimizer, resume=form(place)).path == path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"betas": (0.0, 0.999)}], ids=["beta 0.9", "beta 0"])
+def test_x_that_is_made_in_pieces_is_what_eval_mode_holds(tmp_path, monkeypatch, dtype, options):
+    monkeypatch.setattr("sftorch.checkpoint._save.PIECE", 7)
+    torch.manual_seed(0)
+    shapes = [(5, 5), (7,), (), (0, 3), (2, 3, 4, 5)]
+    model = torch.nn.ParameterList([torch.randn(shape, dtype=dtype) for shape in shapes])
+    model[4].data = model[4].data.contiguous(memory_format=torch.channels_last)
+    optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=0.1, **options)
+    for _ in range(3):
+        for p in model:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer)
+        path = checkpoints.wait()
+    record = store.read_meta(path)
+    _, shipped = store.read(path, store.INFERENCE)
+    optimizer.eval()
+    x = {f"x/{name}": _arrays.to_numpy(p) for name, p in model.named_parameters()}
+    assert all(shipped[leaf.removeprefix("x/")].tobytes() == array.tobytes() for leaf, array in x.items())
+    assert record.fingerprints["x"] == exchange.fingerprint(exchange.of_role(x, "x"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sftorch
+from sftorch.kernels import call
 from sftorch.law import lists
 from sftorch.state import modes
 from sftorch.tests.plain import STEP_SIZE, copies, feed, same_bits, some_grads, some_params
@@ -67,10 +68,9 @@ def test_weights_that_someone_wrote_to_are_left_with_all_others_as_they_are(whic
     assert same_bits(params, y)
 
 
-@pytest.mark.parametrize("path", ["lists", "native"])
-def test_an_interrupted_train_can_be_called_again(path, monkeypatch):
+def test_an_interrupted_train_can_be_called_again(monkeypatch):
     monkeypatch.setitem(lists.GROUP, "cpu", 100)
-    params, optimizer = started(path)
+    params, optimizer = started("lists")
     y = copies(params)
     optimizer.eval()
     x, copy, calls = copies(params), torch._foreach_copy_, []
@@ -88,6 +88,82 @@ def test_an_interrupted_train_can_be_called_again(path, monkeypatch):
     assert same_bits(params, x)
     optimizer.train()
     assert same_bits(params, y)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_around_the_kernel_leaves_what_was_there(moment, written, monkeypatch):
+    params, optimizer = started("native")
+    y = copies(params)
+    optimizer.eval()
+    x = copies(params)
+    if written:
+        params[0].data[0] += 1
+    held, run = copies(params), call.Job.run
+
+    def cut(job, *args):
+        if moment == "after" or job.kind != call.Kind.PUT_BACK:
+            found = run(job, *args)
+        if job.kind == call.Kind.PUT_BACK:
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call.Job, "run", cut)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.train()
+    assert same_bits(params, held)
+    params[0].data.copy_(x[0])
+    optimizer.train()
+    assert same_bits(params, y)
+
+
+# Several chunks of the kernel, which do not begin where tensors do.
+LARGE = [(1003,), (70001,), (0,), (40000,), (7,)]
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_kernel_has_the_bits_of_a_single_tensor_in_every_chunk(dtype):
+    params, optimizer = started("native", dtype, LARGE)
+    y = copies(params)
+    optimizer.param_groups[0]["foreach"] = False
+    x = list(optimizer.eval_params().values())
+    optimizer.param_groups[0]["foreach"] = True
+    for _ in range(2):
+        optimizer.eval()
+        assert same_bits(params, x)
+        assert same_bits([optimizer.state[p]["y"] for p in params], y)
+        optimizer.train()
+        assert same_bits(params, y)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("at", [(0, 0), (1, 35000), (1, 70000), (4, 6)])
+def test_one_number_that_someone_wrote_keeps_the_kernel_from_all_others(at):
+    """Also from where y was written back in eval mode: that is no x."""
+    params, optimizer = started("native", shapes=LARGE)
+    y = copies(params)
+    optimizer.eval()
+    params[3].data.copy_(y[3])
+    params[at[0]].data.view(-1)[at[1]] = float("nan")
+    held = copies(params)
+    tables = {"y": params, "z": [optimizer.state[p]["z"] for p in params]}
+    tables["x"] = [optimizer.state[p]["y"] for p in params]
+    numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], 1 / 0.9 - 1)
+    assert call.Job(call.Kind.PUT_BACK).run(tables, numbers)
+    assert same_bits(params, held)
+    with pytest.raises(RuntimeError, match=r"got other values in 2 parameter"):
+        optimizer.train()
+    assert same_bits(params, held)
 
 
 def test_on_a_device_equality_is_asked_once_for_a_list():

@@ -65,8 +65,9 @@ def test_1000_flips_change_no_bit(kind, dtype):
         assert same_bits(params, x)
 
 
-def test_the_memory_of_y_is_kept_for_the_next_evaluation_and_not_by_a_copy():
-    params = some_params()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_the_memory_of_y_is_kept_for_the_next_evaluation_and_not_by_a_copy(dtype):
+    params = some_params(dtype)
     optimizer = CLASSES["adamw"](params, lr=STEP_SIZE)
     feed(optimizer, params, some_grads(3, params))
     places = []
