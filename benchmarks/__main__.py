@@ -10,6 +10,7 @@ BENCHMARKS = {
     "quality": "whether one run without a schedule beats a tuned schedule: test losses, every rate",
     "resume": "what a restart costs: loss after a restart from weights alone",
     "precision": "what 16-bit parameters cost: the loss in every precision, ours and the others'",
+    "eight": "what a step costs in every precision against the memory that it must move, beside 8-bit peers",
     "exact": "whether a run resumed in a fresh process ends in the same bits: a table",
     "cost": "what a save and a restore cost, against the size of the state",
     "memory": "what an optimizer keeps, and what a step takes for a moment",

@@ -46,7 +46,8 @@ def build(one: Combination, seed: int) -> tuple[Any, Any, Any]:
     @jax.jit
     def micro_step(params: Any, state: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
         key, now = jax.random.split(key)
-        updates, state = tx.update(jax.grad(loss_of)(params, now), state, params)
+        loss, gradients = jax.value_and_grad(loss_of)(params, now)
+        updates, state = tx.update(gradients, state, params, value=loss)  # for ScheduleFree+
         return optax.apply_updates(params, updates), state, key
 
     return params, tx.init(params), micro_step

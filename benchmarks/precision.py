@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _among(path: Path, framework: str, found: list[Row]) -> list[Row]:
-    """Returns the rows that a framework has had, with new ones in their places; float32's stays."""
+    """Returns the rows that a framework has had, new ones in their places; references of more seeds stay."""
     methods = list(importlib.import_module(f"benchmarks.precision_{framework}").METHODS)
     old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = {(row["lr"], row["method"]): row for row in found}
@@ -88,7 +88,10 @@ def _among(path: Path, framework: str, found: list[Row]) -> list[Row]:
         (row["lr"], row["method"]): row
         for row in old
         if row["framework"] == framework
-        and ((row["lr"], row["method"]) not in kept or row["method"] == "float32")
+        and (
+            (row["lr"], row["method"]) not in kept
+            or (row["method"] in ("float32", "adamw") and row["n"] > kept[row["lr"], row["method"]]["n"])
+        )
     }
     return sorted(kept.values(), key=lambda row: (-row["lr"], methods.index(row["method"])))
 
@@ -97,24 +100,43 @@ def rows(framework: str, lr: float, options: argparse.Namespace) -> list[Row]:
     """Runs the methods of a framework on every seed."""
     module = importlib.import_module(f"benchmarks.precision_{framework}")
     seeds, steps = options.seeds, options.steps
-    chosen = [name for name in module.METHODS if name in {"float32", *(options.methods or module.METHODS)}]
+    asked = {name: module.METHODS[name] for name in options.methods or module.METHODS}
+    references = {"float32", *map(_reference, asked.values())}
+    chosen = [
+        name for name in module.METHODS if name in {*references, *asked} and _is_here(module.METHODS[name])
+    ]
     problems = [make(seed, steps) for seed in range(seeds)]
     runs: dict[str, list[Any]] = {name: [] for name in chosen}
     order = [(problem, name) for problem in problems for name in chosen]
     for problem, name in tqdm(order, desc=f"{framework}, lr {lr:g}", unit="run"):
         runs[name].append(module.train(name, problem, lr))
-    reference = np.array([run.curve[-1] for run in runs["float32"]])
+    last = {name: np.array([run.curve[-1] for run in of_method]) for name, of_method in runs.items()}
+    of = {name: last[_reference(module.METHODS[name])] for name in runs}
     shared = {"part": f"precision {framework}", "framework": framework, "lr": lr, "steps": steps, "n": seeds}
     shared |= {"device": "cpu", "versions": _records.versions()}
     return [
         shared
         | {"method": name, "label": module.METHODS[name].label, "bytes": of_method[0].bytes}
-        | {"loss": _records.spread(np.array([run.curve[-1] for run in of_method]))}
-        | {"ratio": _ratio(np.array([run.curve[-1] for run in of_method]) / reference)}
-        | {"shipped_ratio": _ratio(np.array([run.shipped for run in of_method]) / reference)}
+        | {"reference": module.METHODS[_reference(module.METHODS[name])].label}
+        | {"loss": _records.spread(last[name]), "ratio": _ratio(last[name] / of[name])}
+        | {"shipped_ratio": _ratio(np.array([run.shipped for run in of_method]) / of[name])}
         | {"every": EVERY, "curve": [_records.digits(v) for v in np.median([r.curve for r in of_method], 0)]}
         for name, of_method in runs.items()
     ]
+
+
+def _reference(method: Any) -> str:
+    """Returns the name of the row that a method is held to."""
+    return getattr(method, "reference", "float32")
+
+
+def _is_here(method: Any) -> bool:
+    """Tells whether a method can run; a row of a package that is missing is left out, and said to be."""
+    needs = getattr(method, "needs", "")
+    if needs and not importlib.util.find_spec(needs):
+        print(f"{method.label} is left out: pip install -e .[bench-8bit] for {needs}")
+        return False
+    return True
 
 
 def _ratio(values: np.ndarray) -> dict[str, float]:

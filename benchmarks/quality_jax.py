@@ -182,7 +182,7 @@ def sweep(
     batches = np.stack([problem.batches(seed, points[-1]) for seed in seeds], 1)
     data = tuple(map(jnp.asarray, problem.data.train))
     held = [_held(problem, part) for part in (problem.data.validation, problem.data.test)]
-    lrs = jnp.asarray(rates, jnp.float32)
+    lrs = jnp.asarray(rates, problem.dtype)
     states = made.start(weights, lrs)
     found, done = [], 0
     for point in points:

@@ -64,7 +64,7 @@ METHODS = {
         Method("sf-adamw-c", "Schedule-Free AdamW, refined C = 30", "adamw", {"refined_c": 30.0}),
         Method("sf-radam", "Schedule-Free RAdam", "radam"),
         Method("sf-sgd", "Schedule-Free SGD", "sgd", scale=100.0),
-        Method("sf-muon", "Schedule-Free Muon", "muon", scale=2.0),
+        Method("sf-muon", "Schedule-Free Muon", "muon", {"mu": 0.8}, scale=2.0),
         Method("sf-normuon", "Schedule-Free NorMuon", "muon", {"mu": 0.8, "normalize": "rows"}, scale=2.0),
         Method("amuse", "AMUSE: Schedule-Free Muon, beta rising from 0.6", "muon", AMUSE, scale=2.0),
         Method(

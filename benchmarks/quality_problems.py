@@ -53,6 +53,7 @@ class Problem(NamedTuple):
         steps: of a run.
         rates: those tried, for AdamW and its like.
         noise: standard deviation of a quadratic's gradient.
+        dtype: of weights and inputs.
     """
 
     name: str
@@ -64,19 +65,20 @@ class Problem(NamedTuple):
     steps: int
     rates: tuple[float, ...]
     noise: float = 0.0
+    dtype: str = "float32"
 
     @property
     def data(self) -> Data:
-        return _loaded(self.load)
+        return _loaded(self.load, self.dtype)
 
     def random(self, purpose: int, seed: int) -> np.random.Generator:
         """Returns the stream of a purpose; problems of the same sizes share their first weights."""
         return np.random.default_rng([zlib.crc32(repr((self.model, self.sizes)).encode()), purpose, seed])
 
     def weights(self, seed: int) -> Weights:
-        """Returns the first weights, float32."""
+        """Returns the first weights: float32 numbers, whatever their dtype."""
         drawn = WEIGHTS_OF[self.model](self.random(WEIGHTS, seed), self.sizes)
-        return {name: np.asarray(weight, np.float32) for name, weight in drawn.items()}
+        return {name: weight.astype(np.float32).astype(self.dtype) for name, weight in drawn.items()}
 
     def batches(self, seed: int, steps: int) -> np.ndarray:
         """Returns the examples (or starts) of the first steps, (steps, batch); of a quadratic the noise."""
@@ -94,8 +96,13 @@ class Problem(NamedTuple):
 
 
 @functools.cache
-def _loaded(load: Callable[[], Data]) -> Data:
-    return load()
+def _loaded(load: Callable[[], Data], dtype: str) -> Data:
+    return Data(*(Part(_typed(part.inputs, dtype), part.targets) for part in load()))
+
+
+def _typed(inputs: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns numbers in a dtype, and characters as they are."""
+    return inputs.astype(dtype, copy=False) if inputs.dtype.kind == "f" else inputs
 
 
 def _mlp(random: np.random.Generator, sizes: tuple[int, ...]) -> Weights:

@@ -206,10 +206,11 @@ def twins(found: Sequence[Row]) -> str:
                 shown(full["jax"], full["se"]),
                 f"{full['torch']:.5g}",
                 f"{abs(full['torch'] - full['jax']) / full['se']:.2f}",
+                f"{row['float64']['apart']:.0e}" if "float64" in row else "",
             ]
         )
-    head = ("", "apart after 100 steps", "JAX at the end", "torch", "apart, in standard errors")
-    return table(head, lines)
+    apart = "after 100 steps", "in standard errors", "in float64"
+    return table(("apart:", apart[0], "JAX at the end", "torch", *apart[1:]), lines)
 
 
 SENSITIVE = {"b1": "beta", "r": "r", "warmup": "warm-up, share of the run"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from benchmarks._records import digits
 
 if TYPE_CHECKING:
     from benchmarks.quality import Job, Row
+    from benchmarks.quality_problems import Problem
 
 SHORT = 100  # steps of a twin's short run
 CLOSE = 1e-3  # how far apart the twins may be after them, as a share of the loss
@@ -74,30 +75,57 @@ def curve(job: Job, swept: Row | None) -> Row:
 def twin(job: Job, swept: Row | None) -> Row:
     """Returns the test losses of both twins, after the first steps of one seed, and at the end of all seeds.
 
-    Close is: within CLOSE of each other after the short run, and within a standard error at the end.
+    Close is: within CLOSE of each other after the short run, and within a standard error at the end. Where a
+    run makes much of roundings, it is that each seed's runs in float64 end within CLOSE of each other: that
+    tells roundings from a difference between the twins.
     """
     import torch
 
-    from benchmarks import quality_jax, quality_torch
+    from benchmarks import quality_jax
 
     assert swept is not None
     torch.set_num_threads(1)
-    (rate,) = job.rates
     short = min(SHORT, job.problem.steps)
-
-    def replayed(seed: int, steps: int) -> float:
-        return quality_torch.replay(job.problem, job.method, rate, seed, steps)
-
-    jax = float(quality_jax.sweep(job.problem, job.method, [rate], [0], [short]).test[0, 0, 0])
-    first = replayed(0, short)
+    jax = float(quality_jax.sweep(job.problem, job.method, job.rates, [0], [short]).test[0, 0, 0])
+    first = _replayed(job, job.problem, [0], short)[0]
     apart = abs(first - jax) / abs(jax)
-    ends = np.array([replayed(seed, job.problem.steps) for seed in range(job.seeds)])
+    ends = _replayed(job, job.problem, range(job.seeds), job.problem.steps)
     mean, se = swept["chosen"]["mean"][-1], swept["chosen"]["se"][-1]
     torch_mean = float(ends.mean())
-    return {
+    row: Row = {
         "short": {"steps": short, "jax": digits(jax), "torch": digits(first), "apart": digits(apart)},
         "full": {"jax": mean, "se": se, "torch": digits(torch_mean), "seeds": [digits(one) for one in ends]},
         "close": bool(apart <= CLOSE and abs(torch_mean - mean) <= se),
+    }
+    if not row["close"]:
+        row["float64"] = _exact(job)
+        row["close"] = row["float64"]["apart"] <= CLOSE
+    return row
+
+
+def _replayed(job: Job, problem: Problem, seeds: Sequence[int], steps: int) -> np.ndarray:
+    """Returns torch's test losses."""
+    from benchmarks import quality_torch
+
+    (rate,) = job.rates
+    return np.array([quality_torch.replay(problem, job.method, rate, seed, steps) for seed in seeds])
+
+
+def _exact(job: Job) -> Row:
+    """Returns both twins' test losses at the end, seed by seed, of runs in float64."""
+    import jax
+
+    from benchmarks import quality_jax
+
+    problem, seeds = job.problem._replace(dtype="float64"), range(job.seeds)
+    with jax.enable_x64(True):
+        ends = quality_jax.sweep(problem, job.method, job.rates, seeds, [problem.steps]).test[0, :, 0]
+    again = _replayed(job, problem, seeds, problem.steps)
+    apart = np.max(np.abs(again - ends) / np.abs(ends))
+    return {
+        "jax": [digits(one) for one in ends],
+        "torch": [digits(one) for one in again],
+        "apart": digits(apart),
     }
 
 

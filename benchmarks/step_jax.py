@@ -1,7 +1,11 @@
-"""The JAX rows of a benchmark of steps: seconds of a jitted step with donation, everyone in turn."""
+"""The JAX rows of a benchmark of steps: processor time of a jitted step with donation, everyone in turn.
+
+Processor time of all threads, because a machine that others use as well stretches any other.
+"""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +22,7 @@ DECAY = 0.1
 
 
 class Row(NamedTuple):
-    """Seconds of each timed step of one program; one entry a round, rounds of all programs interleaved."""
+    """Seconds of each timed step of one program; one entry a round, in which everybody has a turn."""
 
     name: str
     seconds: list[float]
@@ -36,11 +40,22 @@ METHODS: dict[str, Callable[[], Any]] = {
         sfjax.schedule_free_adamw(1e-3, weight_decay=DECAY), 1_000_000
     ),
     "sfjax.schedule_free_radam": lambda: sfjax.schedule_free_radam(1e-3, weight_decay=DECAY),
+    "jax.jit alone, of a micro-step": lambda: passing(
+        sfjax.accumulate(sfjax.schedule_free_adamw(1e-3), 1_000_000)
+    ),
 }
 
 
 # Ours, and what each is to be held against.
 PEERED = ("sfjax.schedule_free_adamw", "optax.contrib.schedule_free_adamw", "optax.adamw")
+COMPILED = ("sfjax.schedule_free_adamw", "sfjax.schedule_free_sgd", "optax.adamw")
+
+
+def passing(tx: Any) -> sfjax.Transformation:
+    """Returns a transformation whose step hands on what it is given: what a call costs beside the step."""
+    found = sfjax.Transformation(*tx)
+    found.step = lambda params, state, *, gradients, **more: (params, state)
+    return found
 
 
 def gpt2_like(width: int = 432) -> dict[str, tuple[int, ...]]:
@@ -70,7 +85,7 @@ def rows(
     names: Any = PEERED,
     others: Mapping[str, Callable[[], Any]] | None = None,
 ) -> list[Row]:
-    """Times steps of several programs in turn; the first, which allocates, is not timed.
+    """Times steps of several programs, in an order drawn anew each round; the first of each is not timed.
 
     Args:
         shapes: of the tree of parameters.
@@ -79,40 +94,47 @@ def rows(
         names: which of METHODS.
         others: name -> what is timed in the same turns, such as a floor.
     """
-    random = np.random.default_rng(0)
-    start = {name: jnp.asarray(random.standard_normal(shape) * 0.02, dtype) for name, shape in shapes.items()}
+    draw, generator = random.Random(0), np.random.default_rng(0)
+    start = {
+        name: jnp.asarray(generator.standard_normal(shape) * 0.02, dtype) for name, shape in shapes.items()
+    }
     grads = jax.tree.map(lambda leaf: leaf * 0.1, start)
-    others = others or {}
-    found = [Row(name, []) for name in (*names, *others)]
     with jax.numpy_dtype_promotion("standard"):  # optax's own programs mix dtypes
-        running = [_started(METHODS[name](), start, grads) for name in names]
-        for _ in range(rounds):
-            for i, (step, params, state) in enumerate(running):
-                begin = time.perf_counter()
-                params, state = jax.block_until_ready(step(params, state, grads))
-                found[i].seconds.append(time.perf_counter() - begin)
-                running[i] = (step, params, state)
-            for row, run in zip(found[len(running) :], others.values(), strict=True):
-                begin = time.perf_counter()
-                run()
-                row.seconds.append(time.perf_counter() - begin)
-    return found
+        turns = {name: _turns(METHODS[name](), start, grads) for name in names} | dict(others or {})
+    found = {name: Row(name, []) for name in turns}
+    for _ in range(rounds):
+        for name in draw.sample(list(turns), len(turns)):
+            begin = time.process_time()
+            made = turns[name]()
+            found[name].seconds.append(time.process_time() - begin)
+            jax.block_until_ready(made)  # nothing of it is left for the next turn
+    return list(found.values())
 
 
 def seconds_to_compile(name: str, leaves: int) -> tuple[float, float]:
-    """Returns how long tracing and compiling a step of a tree of 16 by 16 leaves takes."""
+    """Returns what tracing and compiling a step of a tree of 16 by 16 leaves take of the processors."""
     params = {str(i): jax.ShapeDtypeStruct((16, 16), jnp.float32) for i in range(leaves)}
     with jax.numpy_dtype_promotion("standard"):
         tx = METHODS[name]()
         state = jax.eval_shape(tx.init, params)
-        begin = time.perf_counter()
+        begin = time.process_time()
         lowered = jax.jit(step_of(tx), donate_argnums=(0, 1)).lower(params, state, params)
-        traced = time.perf_counter()
+        traced = time.process_time()
         lowered.compile()
-    return traced - begin, time.perf_counter() - traced
+    return traced - begin, time.process_time() - traced
 
 
-def _started(tx: Any, start: Any, grads: Any) -> tuple[Any, Any, Any]:
+def _turns(tx: Any, start: Any, grads: Any) -> Callable[[], Any]:
+    """Returns what takes one more step of a run, whose first step has been taken, and gives its results."""
     jitted = jax.jit(step_of(tx), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, start)
-    return jitted, *jax.block_until_ready(jitted(params, tx.init(params), grads))
+    run = jax.block_until_ready(jitted(params, tx.init(params), grads))
+    name = next(iter(params))
+
+    def turn() -> Any:
+        nonlocal run
+        run = jitted(*run, grads)
+        run[0][name].block_until_ready()  # all results of a program are there at once
+        return run
+
+    return turn

@@ -1,7 +1,8 @@
 """Cuts training runs at random, saves in flight, until they have had enough; then lets them end and compares
 them with the run that was never cut.
 
-- kills: one long run, the example's, under SIGKILL at random moments; with --ranks of several processes.
+- kills: one long run, the example's, under SIGKILL at random moments; with --ranks of several processes, with
+  --optimizer a program of that one.
 - programs: random short programs under SIGKILL and under KeyboardInterrupt at random moments and lines.
 """
 
@@ -138,6 +139,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--ranks", type=int, default=1, help="processes of the run that is killed; default: 1"
     )
+    parser.add_argument(
+        "--optimizer", choices=storm_programs.MEMBERS, help="of a run that is killed; default: the example's"
+    )
     parser.add_argument("--life", type=float, help=f"seconds an attempt lives at most; default: {LIFE}")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write DIR/storm.jsonl; default: print only"
@@ -145,6 +149,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     tqdm.set_lock(threading.RLock())  # its own is shared with the forks, and one that is killed may hold it
     kills = _kills if arguments.ranks == 1 else _kills_of_ranks
+    kills = _kills_of_a_member if arguments.optimizer else kills
     storms = {"kills": kills, "programs": _programs}[arguments.kind]
     rows = [storms(framework, arguments) for framework in arguments.framework or tuple(LIFE)]
     return 0 if all(rows) else 1
@@ -177,6 +182,18 @@ def _kills_of_ranks(framework: str, arguments: argparse.Namespace) -> bool:
     _report(f"{arguments.ranks} ranks {framework}", settings | found, arguments.out)
     enough = found["kills"] == arguments.kills
     return found["same bits"] is True and not found["leftovers"] and enough
+
+
+def _kills_of_a_member(framework: str, arguments: argparse.Namespace) -> bool:
+    run = importlib.import_module(f"benchmarks.storm_{framework}").run
+    optimizer, life = arguments.optimizer, arguments.life or LIFE[framework]
+    settings = {"steps": arguments.steps, "seed": arguments.seed, "life": life}
+    with tempfile.TemporaryDirectory() as folder:
+        found = storm_programs.kills(
+            run, optimizer, arguments.kills, arguments.steps, arguments.seed, Path(folder), life
+        )
+    _report(f"{optimizer} {framework}", settings | found, arguments.out)
+    return found["same bits"] is True and not found["leftovers"] and found["kills"] == arguments.kills
 
 
 def _programs(framework: str, arguments: argparse.Namespace) -> bool:

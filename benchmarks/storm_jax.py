@@ -27,6 +27,12 @@ MAKERS: dict[str, Callable[[Program], Any]] = {
     "adamw": lambda one: sfjax.schedule_free_adamw(lr(one), weight_decay=0.01),
     "radam": lambda one: sfjax.schedule_free_radam(lr(one), weight_decay=0.01),
     "wrapper": lambda one: sfjax.schedule_free(optax.sgd(lr(one), momentum=0.5), lr(one)),
+    "muon": lambda one: sfjax.schedule_free_muon(lr(one), weight_decay=0.01, output_axis="last"),
+    "normuon": lambda one: sfjax.schedule_free_muon(lr(one), normalize="rows", decay_at="z"),
+    "plus": lambda one: sfjax.schedule_free_plus(lr(one), polyak_beta=0.9, b1_anneal_steps=9),
+    "gpa": lambda one: sfjax.generalized_primal_averaging(optax.adam(lr(one)), lr(one), weight_decay=0.01),
+    "anneal": lambda one: sfjax.schedule_free_adamw(lr(one), b1_rule="anneal", b1_anneal_steps=9),
+    "amuse": lambda one: sfjax.schedule_free_muon(lr(one), b1_rule="amuse", b1_hold_steps=3),
     "lean": lambda one: sfjax.schedule_free_adamw(lr(one), precision="lean"),
 }
 

@@ -23,8 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+# Members of the family that came after the first laws.
+MEMBERS = ("muon", "normuon", "plus", "gpa", "anneal", "amuse")
 OPTIONS: dict[str, Sequence[Any]] = {
-    "optimizer": ("sgd", "adamw", "radam", "wrapper"),
+    "optimizer": ("sgd", "adamw", "radam", "wrapper", *MEMBERS),
     "precision": ("float32", "float32", "bfloat16", "lean"),
     "accumulate": (1, 1, 2, 4),
     "background": (True, False),
@@ -212,6 +214,51 @@ def storm(
         "options": dict(sorted(options.items())),
         "problems": problems[:20],
     }
+
+
+def kills(
+    run: Callable[[Program, Path, bool], str],
+    optimizer: str,
+    count: int,
+    updates: int,
+    seed: int,
+    folder: Path,
+    life: float,
+) -> dict[str, object]:
+    """Returns what came of SIGKILLs at random moments of one long program that saves every third update.
+
+    Args:
+        run: of a framework.
+        optimizer: of the program.
+        count: kills, unless the program comes to its end before.
+        updates: of the program.
+        seed: of the moments.
+        folder: for its checkpoints.
+        life: seconds that an attempt lives at most.
+
+    Raises:
+        RuntimeError: if an attempt fails by itself: something unreadable was left behind.
+    """
+    saves = frozenset(range(0, updates, 3))
+    one = Program(optimizer, "float32", 1, True, 2, False, updates, saves, frozenset(), frozenset())
+    draw, killed, stormy = random.Random(f"{optimizer} {seed}"), 0, folder / "storm"
+
+    def taken(place: Path, kind: str, moment: float) -> tuple[int, str]:
+        code, said = attempt(run, one, place, kind, moment, 0)
+        if code == FAILED:
+            raise RuntimeError(f"{one.optimizer}: a run must end well, got: {said}")
+        return code, said.split()[0] if said else ""
+
+    _, calm = taken(folder / "calm", "none", 0)
+    with tqdm(total=count, desc=f"{optimizer} kills") as bar:
+        while killed < count and taken(stormy, "kill", draw.uniform(0, life))[0] == CUT:
+            killed += 1
+            bar.update()
+    _, ended = taken(stormy, "none", 0)
+    left = [
+        path.name for path in stormy.iterdir() if path.name.startswith(".partial") or path.name == ".replaced"
+    ]
+    return {"kills": killed, "same bits": ended == calm, "leftovers": left}
 
 
 def _cut(

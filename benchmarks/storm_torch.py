@@ -16,6 +16,12 @@ from sftorch.checkpoint import Checkpoints
 
 MAKERS = exact_torch.MAKERS | {
     "wrapper": lambda p: sftorch.ScheduleFreeWrapper(torch.optim.SGD(p, lr=0.1, momentum=0.5)),
+    "muon": lambda p: sftorch.MuonScheduleFree(p, lr=0.01, weight_decay=0.01),
+    "normuon": lambda p: sftorch.MuonScheduleFree(p, lr=0.01, normalize="rows", decay_at="z"),
+    "plus": lambda p: sftorch.AdamCScheduleFreePlusPaper(p, lr=0.1, polyak_beta=0.9, sf_beta1_anneal_steps=9),
+    "gpa": lambda p: sftorch.GPAAdamW(p, lr=0.01, weight_decay=0.01),
+    "anneal": lambda p: sftorch.AdamWScheduleFree(p, 0.01, beta_rule="anneal", beta_anneal_steps=9),
+    "amuse": lambda p: sftorch.MuonScheduleFree(p, 0.01, beta_rule="amuse", beta_hold_steps=3),
     "lean": lambda p: sftorch.AdamWScheduleFree(p, lr=0.01, precision="lean"),
 }
 
@@ -60,9 +66,10 @@ def _run(one: Program, checkpoints: Checkpoints, held: list[Any]) -> str:
     for taken in range(position, one.micro_batches):
         _before(one, taken, checkpoints, model, optimizer, scheduler)
         images = torch.rand(6, 8, dtype=torch.float64).to(next(model.parameters()).dtype)
-        (model(images).float().square().mean() / one.accumulate).backward()
+        loss = model(images).float().square().mean()
+        (loss / one.accumulate).backward()
         if (taken + 1) % one.accumulate == 0:
-            optimizer.step()
+            optimizer.step(**({"loss": loss.detach()} if one.optimizer == "plus" else {}))
             optimizer.zero_grad()
             if scheduler:
                 scheduler.step()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_data, quality_report
+from benchmarks import quality, quality_data, quality_report, quality_torch
 from benchmarks.quality_methods import METHODS, factor, setting
 from benchmarks.quality_problems import PROBLEMS
 
@@ -48,6 +48,19 @@ def test_the_twins_land_on_the_same_loss(method):
     assert row["short"]["apart"] < 1e-5
     assert row["full"]["torch"] == pytest.approx(row["full"]["jax"], rel=1e-4)
     assert row["close"]
+
+
+def test_twins_that_part_are_run_again_in_float64(monkeypatch):
+    job = quality.Job("sweep", quadratic(40), METHODS["sf-adamw"], 2)
+    swept = quality.measure(job)
+    again = job._replace(part="twin", rate=swept["chosen"]["rate"])
+    swept["chosen"]["mean"][-1] += 2 * swept["chosen"]["se"][-1]
+    row = quality.measure(again, swept)
+    assert row["close"]
+    assert row["float64"]["apart"] < 1e-12
+    replay = quality_torch.replay
+    monkeypatch.setattr(quality_torch, "replay", lambda *a: 1.01 * replay(*a))
+    assert not quality.measure(again, swept)["close"]
 
 
 def test_another_rate_is_another_run_and_the_best_of_validation_is_chosen():

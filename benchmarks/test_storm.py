@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import exact
+from benchmarks.storm_programs import MEMBERS
 
 ROOT = Path(__file__).parent.parent
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -40,6 +41,25 @@ def test_ten_kills_of_two_ranks_change_no_bit_and_leave_nothing_behind(framework
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads((tmp_path / "storm.jsonl").read_text())
     assert (row["kills"], row["same bits"], row["leftovers"]) == (10, True, [])
+
+
+@pytest.mark.parametrize(
+    ("framework", "optimizer", "kills", "steps"),
+    [
+        ("torch", "plus", 2, 200),
+        *(pytest.param("torch", one, 10, 1500, marks=SLOW) for one in MEMBERS),
+        *(pytest.param("jax", one, 3, 400, marks=SLOW) for one in MEMBERS),
+    ],
+)
+def test_kills_of_a_member_of_the_family_change_no_bit(framework, optimizer, kills, steps, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "storm", "--framework", framework]
+    options = ["--optimizer", optimizer, "--kills", str(kills), "--steps", str(steps), "--seed", "1"]
+    done = subprocess.run(
+        [*command, *options, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tmp_path / "storm.jsonl").read_text())
+    assert (row["part"], row["kills"], row["same bits"]) == (f"{optimizer} {framework}", kills, True)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ OTHERS = {
     "F5 constant": ({"window": 5, "window_rule": "constant"}, "S5"),
     "F6 at z": ({"decay_at": "z"}, "S6"),
     "F6 squared": ({"decay_power": 2}, "S6"),
+    "F6 normalized": ({"decay_power": "normalized"}, "S6"),
 }
 MORE = {"C": 12.0, "N": 5}
 # Row of a beta that rises -> the options that it is for, and its letters.

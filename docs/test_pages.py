@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cost, devices, hlo, precision, quality_report, resume_rows, step_report
+from benchmarks import cost, devices, eight, hlo, precision, quality_report, resume_rows, step_report
 from parity_tests.matrix import BEGIN, END
 
 DOCS = Path(__file__).parent
@@ -29,6 +29,7 @@ def restart():
 
 TABLES = {
     ("precision.md", "precision"): lambda: precision.markdown(rows("precision")),
+    ("precision.md", "eight"): lambda: eight.markdown(rows("eight")),
     ("precision.md", "step"): lambda: step_report.markdown(rows("step"), rows("memory")),
     ("precision.md", "hlo"): lambda: hlo.markdown(rows("hlo")),
     ("resuming.md", "restart"): restart,

@@ -28,8 +28,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"warmup_steps": 0, "mu": 0.95, "ns_steps": 5, "nesterov": True, "normalize": "none", "b2_rows": 0.95}
     | {"adjust_lr": "match_rms_adamw", "output_axis": "first", "adam_lr_ratio": 1.0},
 }
+# ScheduleFree+ has the options of its authors' class.
+PLUS = {
+    name: AVERAGING[name]
+    for name in ("beta", "r", "weight_lr_power", "c_warmup", "beta_max", "beta_anneal_steps")
+}
+DEFAULTS["plus"] = PLUS | {"lr": 1.0, "inner_momentum": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+DEFAULTS["plus"] |= {"polyak_beta": 0.0, "f_star": 0.0}
 # A learning rate that moves the problems' leaves by about their size.
-LRS = {"sgd": 0.05, "adamw": 0.01, "radam": 0.05, "muon": 0.02}
+LRS = {"sgd": 0.05, "adamw": 0.01, "radam": 0.05, "muon": 0.02, "plus": 0.05}
 # The multiple of lr that a schedule gives at step 0, 1, 2, ...
 SCHEDULES: dict[str, Callable[[int], float]] = {
     "constant": lambda step: 1.0,
@@ -38,6 +45,12 @@ SCHEDULES: dict[str, Callable[[int], float]] = {
     "zero every third": lambda step: float(step % 3 > 0),
     "sawtooth": lambda step: 0.25 + 0.25 * (step % 4),
     "steps down": lambda step: 1 / (1 + step // 20),
+}
+# The loss at step 0, 1, 2, ...
+LOSSES: dict[str, Callable[[int], float]] = {
+    "falling": lambda step: 0.5 + 8 * 0.95**step,
+    "noisy": lambda step: 2 + 3 * ((7 * step) % 5) / (1 + step),
+    "below 0": lambda step: 3 - 0.5 * step,
 }
 
 
@@ -69,17 +82,40 @@ class Case:
         """Every option of the optimizer, by canonical name."""
         return DEFAULTS[self.optimizer] | self.changed
 
+    def told(self, grads: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the gradients of a step as the optimizer gets them, and what else it is told."""
+        return grads, {}
+
     @property
     def lrs(self) -> list[float]:
         """The schedule's learning rate at each step, before warm-up."""
         return [self.options["lr"] * SCHEDULES[self.schedule](step) for step in range(self.steps)]
 
 
+@dataclass(frozen=True)
+class PolyakCase(Case):
+    """A run whose steps are told the loss.
+
+    Attributes:
+        loss: a name in LOSSES.
+        clip: what the gradients are multiplied by before every third step.
+    """
+
+    loss: str = "falling"
+    clip: float = 1.0
+
+    def told(self, grads: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        clip = self.clip if step % 3 == 1 else 1.0
+        return {k: clip * g for k, g in grads.items()}, {"loss": LOSSES[self.loss](step), "clip": clip}
+
+
 def _case(optimizer: str, family: str, name: str, why: str, **given: Any) -> Case:
     """Returns a case; what is not an option of the optimizer is a field of the case."""
-    run = {key: given.pop(key) for key in ("schedule", "problem", "steps") if key in given}
+    fields = ("schedule", "problem", "steps", "loss", "clip")
+    run = {key: given.pop(key) for key in fields if key in given}
     changed = {"lr": LRS[optimizer]} | given if name != "defaults" else {}
-    return Case(f"{optimizer}-{name}", why, family, optimizer, changed, **run)
+    kind = PolyakCase if optimizer == "plus" else Case
+    return kind(f"{optimizer}-{name}", why, family, optimizer, changed, **run)
 
 
 def _shared(o: str) -> list[Case]:
@@ -188,6 +224,22 @@ def _decay(o: str) -> list[Case]:
             decay_power=2,
             schedule="from zero",
         ),
+        case(
+            "normalized",
+            "lr over its largest in the decay, which is lr alone while it rises",
+            weight_decay=0.1,
+            decay_power="normalized",
+            schedule="sawtooth",
+        ),
+        case(
+            "normalized-z",
+            "the largest stays, also beside a weight of the current lr",
+            weight_decay=0.1,
+            decay_at="z",
+            decay_power="normalized",
+            weight_lr="current",
+            schedule="zero every third",
+        ),
     ]
 
 
@@ -206,6 +258,15 @@ def _warmup(o: str) -> list[Case]:
         case("power-1-r-2", "ramp, power and r in one weight", warmup_steps=5, weight_lr_power=1.0, r=2.0),
         case("prior", "prior weights use the unramped lr", warmup_steps=5, prior_steps=10),
         case("beta-0", "the ramp without interpolation", warmup_steps=5, beta=0.0),
+        case(
+            "amuse",
+            "beta rises from the end of the ramp, as its authors have it",
+            warmup_steps=8,
+            weight_lr_power=0.0,
+            beta=0.6,
+            beta_rule="amuse",
+            beta_hold_steps=8,
+        ),
     ]
 
 
@@ -253,6 +314,14 @@ def _polar() -> list[Case]:
         case(
             "ratio-squared", "by the square of its own lr", adam_lr_ratio=3.0, weight_decay=5.0, decay_power=2
         ),
+        case(
+            "ratio-normalized",
+            "as much in what is no matrix",
+            adam_lr_ratio=3.0,
+            weight_decay=0.1,
+            decay_power="normalized",
+            schedule="falling",
+        ),
         case("ratio-0", "only matrices move", adam_lr_ratio=0.0),
         case("adam", "b2 and eps are of what is no matrix", b2=0.9, eps=0.5),
         case("rows", "rows of one size, as NorMuon has them", **rows),
@@ -263,6 +332,73 @@ def _polar() -> list[Case]:
         case("rows-original", "as long as the polar factor was", **rows, adjust_lr="original"),
         case("rows-last", "the size of columns", **rows, **last, decay_at="z", weight_decay=0.1),
     ]
+
+
+def _polyak() -> list[Case]:
+    """Returns the cases of ScheduleFree+."""
+
+    def case(name: str, why: str, **given: Any) -> Case:
+        return _case("plus", "Polyak", name, why, **given)
+
+    anneal = {"beta_anneal_steps": 30, "beta": 0.6}
+    return [
+        case("defaults", "what a user gets who sets nothing"),
+        case("long", "a norm over a longer run", steps=300, polyak_beta=0.99, loss="noisy"),
+        case("smoothed", "the norm is corrected for its start, once", polyak_beta=0.9),
+        case("unsmoothed", "the norm is that of the step", loss="noisy", problem="scales"),
+        case("floor", "steps stop where the loss is below its floor", f_star=1.5, loss="below 0"),
+        case("floor-below-0", "a floor may lie anywhere", f_star=-4.0, polyak_beta=0.5, loss="below 0"),
+        case("zeros", "without a gradient nothing moves", problem="zeros"),
+        case(
+            "zeros-smoothed",
+            "the first norm comes late, and stays while there is none",
+            problem="zeros",
+            polyak_beta=0.8,
+        ),
+        case("clipped", "what clipping does to the norm is undone", clip=0.125, loss="noisy"),
+        case("clipped-smoothed", "in its mean too", clip=0.25, polyak_beta=0.9, problem="scales"),
+        case("anneal", "the loss is linear between x and the y to come", beta_max=0.99, **anneal),
+        case("anneal-smoothed", "with a smoothed norm", polyak_beta=0.7, **anneal),
+        case("decay", "AdamC's decay follows the Polyak step", weight_decay=2.0, loss="noisy"),
+        case("c-warmup", "x is z for eleven steps", c_warmup=11, r=2.0, polyak_beta=0.5),
+        case(
+            "power-1",
+            "steps weigh as long as they are",
+            weight_lr_power=1.0,
+            schedule="steps down",
+            loss="noisy",
+        ),
+        case("moments", "without the momentum that it has", inner_momentum=0.0, b2=0.9, eps=1e-3),
+        case("beta-0", "y is z, and x is stored", beta=0.0, polyak_beta=0.9, weight_decay=1.0),
+        case("lr-falling", "a schedule multiplies the step", schedule="falling", polyak_beta=0.9),
+    ]
+
+
+def _everything_of_polyak() -> Case:
+    """Returns the case with all options of ScheduleFree+ at once."""
+    return _case(
+        "plus",
+        "Polyak",
+        "everything",
+        "all options at once",
+        problem="scales",
+        steps=200,
+        clip=0.5,
+        loss="noisy",
+        beta=0.8,
+        beta_max=0.95,
+        beta_anneal_steps=50,
+        r=1.0,
+        weight_lr_power=1.5,
+        c_warmup=7,
+        weight_decay=3.0,
+        inner_momentum=0.8,
+        b2=0.9,
+        eps=1e-6,
+        polyak_beta=0.9,
+        f_star=0.25,
+        schedule="sawtooth",
+    )
 
 
 def _sgd_phase() -> list[Case]:
@@ -310,11 +446,13 @@ def of_law(optimizer: str) -> list[Case]:
 
 
 _ALL = (
-    *(case for optimizer in DEFAULTS for case in of_law(optimizer)),
+    *(case for optimizer in DEFAULTS if optimizer != "plus" for case in of_law(optimizer)),
     *_moments(),
     *_polar(),
     *_sgd_phase(),
     *_everything(),
+    *_polyak(),
+    _everything_of_polyak(),
 )
 CASES: dict[str, Case] = {case.id: case for case in _ALL}
 if len(CASES) < len(_ALL):

@@ -28,7 +28,8 @@ def replay(case: Case, recorded: Record) -> Trajectory:
     run = Reference(case.optimizer, recorded.params, case.options)
     rows = {0: run.iterates()}
     for step, lr in enumerate(case.lrs):
-        run.update(recorded.step(step), lr)
+        grads, told = case.told(recorded.step(step), step)
+        run.update(grads, lr, **told)
         rows[step + 1] = run.iterates()
     return stack(rows)
 
@@ -47,7 +48,7 @@ def case_file(case: Case, recorded: Record) -> dict[str, np.ndarray]:
     run = replay(case, recorded)
     kept = run.at(np.array([s for s in CHECKPOINTS if s <= case.steps]))
     about = {"steps": kept.steps, "case": np.array(json.dumps(asdict(case), indent=1))}
-    return about | {s: _flatten(kept.sequence(s), len(kept.steps)) for s in SEQUENCES}
+    return about | {s: flatten(kept.sequence(s), len(kept.steps)) for s in SEQUENCES}
 
 
 @functools.cache
@@ -72,7 +73,8 @@ def unpack(arrays: dict[str, np.ndarray]) -> Trajectory:
     return Trajectory(arrays["steps"], *(_unflatten(arrays[s]) for s in SEQUENCES))
 
 
-def _flatten(leaves: Arrays, rows: int) -> np.ndarray:
+def flatten(leaves: Arrays, rows: int) -> np.ndarray:
+    """Returns leaves of some rows each as one array [rows, all leaves flat]."""
     # An empty leaf has no size from which reshape could infer a -1.
     return np.concatenate(
         [leaves[k].reshape(rows, int(np.prod(shape))) for k, shape in SHAPES.items()], axis=1

@@ -55,11 +55,50 @@ def _averaging(case: Case, lrs: list[float]) -> np.ndarray:
     return weights / np.where(total > 0, total, 1)
 
 
+def _takes_polyak_steps(case: Case, *, silent: bool = False, smoothed: bool | None = None) -> bool:
+    """Tells whether a case of ScheduleFree+ begins without gradients, and smooths its norm."""
+    smooths = case.options.get("polyak_beta", 0.0) > 0
+    return case.optimizer == "plus" and (case.problem == "zeros") == silent and smoothed in (None, smooths)
+
+
+_PLUS = "https://github.com/facebookresearch/schedule_free/blob/70785b5/schedulefree/adamc_schedulefree_plus_paper.py"
 _UPSTREAM = "https://github.com/facebookresearch/schedule_free/blob/main/schedulefree/"
 _OPTAX = "https://github.com/google-deepmind/optax/"
 _KOZISTR = "https://github.com/kozistr/pytorch_optimizer/"
 
 KNOWN_DIFFERENCES = (
+    KnownDifference(
+        "amuse-decodes",
+        "kjeiun/amuse 4c6383f",
+        lambda case: case.options["beta_rule"] == "amuse",
+        AssertionError,
+        "AMUSE reads x out of y by the beta of the step, not by the one that built y",
+        "https://github.com/kjeiun/amuse/blob/4c6383f/src/optim/AMUSE.py",
+    ),
+    KnownDifference(
+        "plus-corrects-twice",
+        "facebookresearch/schedule_free 70785b5",
+        lambda case: _takes_polyak_steps(case, smoothed=True),
+        AssertionError,
+        "ScheduleFree+ keeps the norm as it was corrected for its start, and corrects it in every step anew",
+        _PLUS,
+    ),
+    KnownDifference(
+        "plus-clipped",
+        "facebookresearch/schedule_free 70785b5",
+        lambda case: _takes_polyak_steps(case, smoothed=False) and getattr(case, "clip", 1.0) != 1,
+        AssertionError,
+        "a Polyak step grows by what gradients were clipped by, since the loss is not",
+        _PLUS,
+    ),
+    KnownDifference(
+        "plus-divides-by-0",
+        "facebookresearch/schedule_free 70785b5",
+        lambda case: _takes_polyak_steps(case, silent=True),
+        ZeroDivisionError,
+        "a Polyak step divides by the norm of a gradient that may be 0",
+        _PLUS,
+    ),
     KnownDifference(
         "sgd-refuses-ends",
         "schedulefree",

@@ -37,6 +37,8 @@ _S9 = "beta * x + (1 - beta) * z"
 _KEPT = "self.x[k], self.y[k], self.z[k] = np.asarray(x), np.asarray(y), np.asarray(z)"
 _DECODED = "x = (y - (1 - beta) * z) / beta if beta else x"
 _ANNEALED = '1 - math.exp((1 - u) * math.log(1 - o["beta"]) + u * math.log(1 - o["beta_max"]))'
+_POLYAK = "return rise / (self.l1 / share) if self.l1 > 0 else 0.0"
+_RISE = 'max(0.0, loss - o["f_star"] + beta * inner)'
 _SUM = "math.fsum(i**r * lr**power for i in range(1, options["
 
 MISTAKES = (
@@ -66,6 +68,9 @@ MISTAKES = (
     Mistake("window that is the most, not the least", _WINDOW, _WINDOW.replace("max", "min")),
     Mistake("constant window that begins as an average", '1 / o["window"] if', 'max(c, 1 / o["window"]) if'),
     Mistake("decay by lr, not by its square", "(lr_t if o.get(", "(1.0 if o.get("),
+    Mistake("normalized by the lr of the options", "(full_lr / self.lr_max if", '(full_lr / o["lr"] if'),
+    Mistake("normalized by the lr of now", "(full_lr / self.lr_max if", "(full_lr / full_lr if"),
+    Mistake("normalized twice by the lr of matrices", "(full_lr / self.lr_max if", "(lr_t / self.lr_max if"),
     Mistake(
         "weight of the unramped lr, rect missing in S4", "max(self.lr_max, lr_t)", "max(self.lr_max, lr)"
     ),
@@ -145,6 +150,24 @@ MISTAKES = (
     Mistake("rows that change the length of a step", "size / (np.linalg.norm(q) or 1.0)", "size"),
     Mistake("AdamW's lr also in matrices", "1.0 if is_matrix(run, k) else float", "float"),
     Mistake("AdamW's decay by the lr of matrices", '(lr_t if o.get("decay', '(full_lr if o.get("decay'),
+    # As in upstream's ScheduleFree+: what is stored has been corrected, and is corrected again.
+    Mistake(
+        "norm corrected twice", _POLYAK, "self.l1 /= share; return rise / self.l1 if self.l1 > 0 else 0.0"
+    ),
+    Mistake("norm never corrected", "(self.l1 / share)", "self.l1"),
+    Mistake("clipped norm", "float(np.abs(g).sum()) / clip", "float(np.abs(g).sum())"),  # upstream's too
+    Mistake(
+        "clipped inner product", "(self.z[k] - self.x[k])).sum()) / clip", "(self.z[k] - self.x[k])).sum())"
+    ),
+    Mistake("division by a norm of 0", _POLYAK, _POLYAK.replace("0.0", "math.nan")),  # upstream's too
+    Mistake("Polyak step from y, not from x", "(self.z[k] - self.x[k])", "(self.z[k] - self.y[k])"),
+    Mistake("inner product by the first beta", _RISE, _RISE.replace("beta * inner", 'o["beta"] * inner')),
+    Mistake("f_star left out", _RISE, "max(0.0, loss + beta * inner)"),
+    Mistake("Polyak step uphill", _RISE, _RISE.replace("max(0.0, loss", "(loss")),
+    Mistake(
+        "norm that waits for its first gradient", 'norm * one_minus_power(o["polyak_beta"], t - 1)', "0.0"
+    ),
+    Mistake("norm without its root", "math.sqrt(math.pi / 2) * math.fsum", "math.fsum"),
     Mistake("rect without rho_inf", " * rho_inf / (", " / ("),
 )
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,19 +40,27 @@ class Reference:
     """
 
     def __init__(self, optimizer: str, params: Arrays, options: dict[str, Any]):
-        self.rule, self.options = RULES[optimizer], options
+        self.rule = RULES[optimizer]
+        self.options = options = {**self.rule.fixed, **options}
         self.x, self.y, self.z = ({k: np.array(p, np.float64) for k, p in params.items()} for _ in "xyz")
         zeros = {k: np.zeros_like(p) for k, p in self.z.items()}
         self.buffers: defaultdict[str, Arrays] = defaultdict(zeros.copy)
-        self.step, self.lr_max, self.c = 0, 0.0, 0.0
+        self.step, self.lr_max, self.c, self.l1 = 0, 0.0, 0.0, 0.0
         lr, r, power = options["lr"], options["r"], options["weight_lr_power"]
         self.weight_sum = math.fsum(i**r * lr**power for i in range(1, options["prior_steps"] + 1))
 
-    def update(self, grads: Arrays, lr: float) -> None:
-        """Takes one step; `lr` is the schedule's value at this step, before warm-up."""
+    def update(self, grads: Arrays, lr: float, loss: float | None = None, clip: float = 1.0) -> None:
+        """Takes one step.
+
+        Args:
+            grads: at y, after they were multiplied by `clip`.
+            lr: the schedule's value at this step, before warm-up.
+            loss: at y, of a law that takes Polyak steps.
+        """
         o = self.options
         t = self.step + 1  # S1
         factor, usable = self.rule.factor(self, t)
+        factor *= self.polyak(grads, t, loss, clip) if loss is not None else 1.0
         lr_t = lr * factor  # S2
         self.lr_max = max(self.lr_max, lr_t)  # S3
         ref = lr_t if o["weight_lr"] == "current" else self.lr_max  # F3
@@ -69,6 +78,8 @@ class Reference:
         for k, g in grads.items():
             lr_t = full_lr * self.rule.share(self, k)
             wd = o["weight_decay"] * (lr_t if o.get("decay_power") == 2 else 1.0)  # F6
+            if o.get("decay_power") == "normalized":
+                wd = o["weight_decay"] * (full_lr / self.lr_max if full_lr > 0 else 0.0)  # F6
             direction = self.rule.direction(self, k, g, t, usable)
             decaying = self.z[k] if o.get("decay_at") == "z" else self.y[k]  # F6
             delta = -lr_t * (direction + wd * decaying)  # S6
@@ -77,6 +88,20 @@ class Reference:
             y = beta * x + (1 - beta) * z  # S9
             self.x[k], self.y[k], self.z[k] = np.asarray(x), np.asarray(y), np.asarray(z)
         self.step, self.weight_sum, self.c = t, total, c
+
+    def polyak(self, grads: Arrays, t: int, loss: float, clip: float) -> float:
+        """Returns what multiplies the lr in a step of ScheduleFree+: 0 where there is no gradient."""
+        o = self.options
+        norm = math.sqrt(math.pi / 2) * math.fsum(float(np.abs(g).sum()) / clip for g in grads.values())
+        share = one_minus_power(o["polyak_beta"], t)  # of the steps so far in the mean
+        before = (
+            self.l1 if self.l1 > 0 else norm * one_minus_power(o["polyak_beta"], t - 1)
+        )  # the first counts
+        self.l1 = o["polyak_beta"] * before + (1 - o["polyak_beta"]) * norm
+        inner = math.fsum(float((g * (self.z[k] - self.x[k])).sum()) / clip for k, g in grads.items())
+        beta = BETAS[o["beta_rule"]](o, t)
+        rise = max(0.0, loss - o["f_star"] + beta * inner)
+        return rise / (self.l1 / share) if self.l1 > 0 else 0.0
 
     def iterates(self) -> tuple[Arrays, Arrays, Arrays]:
         """Returns x, y and z as they are now; an update replaces arrays and writes to none."""
@@ -100,6 +125,7 @@ BETAS: dict[str, Callable[[dict[str, Any], int], float]] = {
     "constant": lambda o, t: float(o["beta"]),
     "anneal": annealed,
     "amuse": amuse,
+    "anneal, if it has steps": lambda o, t: annealed(o, t) if o["beta_anneal_steps"] else float(o["beta"]),
 }
 
 
@@ -184,12 +210,23 @@ def muon(run: Reference, k: str, g: np.ndarray, t: int, usable: bool) -> np.ndar
 
 
 class Rule(NamedTuple):
-    """What one law does: `direction` as `gradient`, `factor` as `ramp`, and the `share` of lr of a leaf."""
+    """What one law does.
+
+    Attributes:
+        direction, factor: as `gradient` and as `ramp`.
+        share: of a leaf, of the lr.
+        fixed: options that its users cannot choose.
+    """
 
     direction: Callable[[Reference, str, np.ndarray, int, bool], np.ndarray]
     factor: Callable[[Reference, int], tuple[float, bool]] = ramp
     share: Callable[[Reference, str], float] = lambda run, k: 1.0
+    fixed: Mapping[str, Any] = MappingProxyType({})
 
+
+# ScheduleFree+ is AdamW with the decay of AdamC, whose steps are Polyak's where `update` is told the loss.
+PLUS = {"prior_steps": 0, "refined_c": 0.0, "window": 0, "weight_lr": "max", "warmup_steps": 0}
+PLUS |= {"decay_at": "y", "decay_power": 2, "beta_rule": "anneal, if it has steps"}
 
 # A law that joins adds its own.
 RULES = {
@@ -197,4 +234,5 @@ RULES = {
     "adamw": Rule(rms),
     "radam": Rule(rms, rectified),
     "muon": Rule(muon, share=share),
+    "plus": Rule(rms, fixed=PLUS),
 }

@@ -96,7 +96,7 @@ def test_every_case_says_why_and_every_option_is_varied():
         assert {name for case in cases for name in case.changed} == set(defaults)
         assert all(set(case.options) == set(defaults) for case in cases)
         assert {case.problem for case in cases} == set(PROBLEMS)
-    assert len(FAMILIES) == 13
+    assert len(FAMILIES) == 14
 
 
 def test_goldens_stay_small():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ import torch
 
 import sfjax
 import sftorch
-from sfcore import HyperparameterError
+from sfcore import HyperparameterError, convert
+from sfcore.hyperparameters import AdamW
+from sfcore.laws import LAWS
+from sfjax.checkpoint import Checkpoints as JaxCheckpoints
 from sftorch.checkpoint import Checkpoints, import_state_dict
 
 LR, DECAY, STEPS = 0.05, 0.3, 40
@@ -119,6 +123,45 @@ def test_it_resumes_in_the_same_bits(tmp_path):
         optimizer.step()
     _, whole = in_torch()
     assert torch.equal(model.w, whole)
+
+
+def test_it_crosses_to_jax_and_back(tmp_path):
+    """Where it is AdamW with a constant window; sfjax's GPA is around any base, whose state is its own."""
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.tensor(START))
+    optimizer = sftorch.GPAAdamW([model.w], LR, weight_decay=DECAY)
+    config = AdamW(
+        lr=LR, beta=0.7, inner_momentum=0.9, weight_decay=DECAY, decay_at="z", window=1 / (1 - 0.9967),
+        window_rule="constant",
+    )  # fmt: skip
+    tx = sfjax.schedule_free_adamw(**LAWS["adamw"].to_jax(asdict(config)))
+
+    def train(model, optimizer, steps):
+        for t in steps:
+            model.w.grad = torch.from_numpy(gradient(t))
+            optimizer.step()
+
+    train(model, optimizer, range(1, 16))
+    with Checkpoints(tmp_path / "torch") as checkpoints:
+        checkpoints.save(model, optimizer)
+    path, _ = convert.convert(tmp_path / "torch", tmp_path / "crossed", to="jax")
+    with jax.enable_x64(True):
+        params = {"w": jnp.asarray(START)}
+        with JaxCheckpoints(tmp_path / "jax") as theirs:
+            found = theirs.restore(params, tx.init(params), resume=path, hyperparameters=config)
+            assert found.changes == []
+            params, state = found.params, found.opt_state
+            for t in range(16, 31):
+                updates, state = jax.jit(tx.update)({"w": jnp.asarray(gradient(t))}, state, params)
+                params = optax.apply_updates(params, updates)
+            theirs.save(30, params, state, hyperparameters=config)
+    path, _ = convert.convert(tmp_path / "jax", tmp_path / "back", to="torch")
+    model.w = torch.nn.Parameter(torch.zeros(START.size, dtype=torch.float64))
+    optimizer = sftorch.GPAAdamW([model.w], LR, weight_decay=DECAY)
+    Checkpoints(tmp_path / "newer").restore(model, optimizer, resume=path)
+    train(model, optimizer, range(31, STEPS + 1))
+    for mine, theirs in zip(all_of(optimizer, model.w), reference(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
 def test_bad_values_are_refused_by_the_names_of_its_user_all_at_once():

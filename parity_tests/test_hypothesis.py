@@ -41,7 +41,7 @@ OWN: dict[str, st.SearchStrategy[Any]] = {
     "beta_hold_steps": st.integers(2, 20),
     "rho": st.floats(0.1, 3.0),
     "decay_at": st.sampled_from(["y", "z"]),
-    "decay_power": st.sampled_from([1, 2]),
+    "decay_power": st.sampled_from([1, 2, "normalized"]),
     "warmup_steps": st.integers(0, 20),
     "eps": st.floats(1e-10, 1.0),
     "b2": st.just(0.0) | st.floats(0.1, 0.999),

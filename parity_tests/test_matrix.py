@@ -41,7 +41,7 @@ def test_cells_hold_the_largest_error_of_their_family(made: matrix.Matrix):
     assert [right[f].error for f in FAMILIES if right[f].cases] == [0.0] * 10
     assert str(right["moments"]) == "·"
     counted = [c for c in CASES.values() if c.optimizer == "sgd" and c.family == "warm-up"]
-    assert right["warm-up"].cases == len(counted) == 8
+    assert right["warm-up"].cases == len(counted) == 9
     assert made["wrong"]["warm-up"].error > 1e-3
     assert not made["wrong"]["warm-up"].conforms
     assert made["wrong"]["decay"].conforms

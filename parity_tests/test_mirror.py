@@ -124,7 +124,8 @@ def test_defaults_of_the_wrappers_agree():
     ours = canonical_defaults(sfjax.schedule_free)
     theirs = canonical_defaults(sftorch.ScheduleFreeWrapper)
     assert ours.pop("lr") is inspect.Parameter.empty  # torch's base has it
-    assert theirs.pop("weight_decay_at_y") == 0  # in JAX the base takes its decay at y already
+    # In JAX the base takes its decay at y already, by the rate that it has.
+    assert [theirs.pop(name) for name in ("weight_decay_at_y", "decay_power")] == [0, 1]
     assert ours == theirs
 
 

@@ -300,7 +300,7 @@ def jax_run(steps, params=None, state=None):
 
 def test_a_resumed_run_ends_in_the_same_bits_and_crosses_there_and_back(tmp_path):
     with jax.enable_x64(True):
-        whole, optimizer = torch_run(range(1, 21))
+        whole, uncut = torch_run(range(1, 21))
         model, optimizer = torch_run(range(1, 11))
         with Checkpoints(tmp_path / "torch") as checkpoints:
             checkpoints.save(model, optimizer)
@@ -308,6 +308,8 @@ def test_a_resumed_run_ends_in_the_same_bits_and_crosses_there_and_back(tmp_path
         Checkpoints(tmp_path / "torch").restore(model, optimizer)
         torch_run(range(11, 21), model, optimizer)
         assert torch.equal(model.w, whole.w)
+        groups = [one.state_dict()["param_groups"] for one in (optimizer, uncut)]
+        assert groups[0] == groups[1]  # and no option that it has not
 
         path, _ = convert.convert(tmp_path / "torch", tmp_path / "crossed", to="jax")
         rule = {"beta_rule": "anneal", "beta_anneal_steps": 30, "decay_power": 2, "weight_decay": 5.0}

@@ -14,7 +14,9 @@ import sftorch
 from sfcore import averaging, convert
 from sfcore.laws import LAWS
 from sfjax.checkpoint import Checkpoints as JaxCheckpoints
+from sfjax.tests.test_scalars import MILLION, of_a_rule
 from sftorch.checkpoint import Checkpoints
+from sftorch.law.scalars import Clock, next_step
 
 RULES = [
     {"c_warmup": 9},
@@ -22,6 +24,7 @@ RULES = [
     {"window": 4},
     {"window": 4, "window_rule": "constant", "decay_at": "z"},
     {"decay_power": 2, "c_warmup": 3},
+    {"decay_power": "normalized", "warmup_steps": 4},
     {"beta_rule": "anneal", "beta_max": 0.99, "beta_anneal_steps": 8},
     {"beta_rule": "amuse", "beta_hold_steps": 3, "refined_c": 4.0},
 ]
@@ -90,9 +93,33 @@ def test_a_resumed_run_ends_in_the_same_bits_and_crosses(options, tmp_path):
         path, _ = convert.convert(tmp_path / "torch", tmp_path / "crossed", to="jax")
         with JaxCheckpoints(tmp_path / "new") as theirs:
             found = theirs.restore(*in_jax(options, range(0)), resume=path)
-        crossed, _ = in_jax(options, range(6, 12), found.params, found.opt_state)
+        crossed, state = in_jax(options, range(6, 12), found.params, found.opt_state)
         for name, p in crossed.items():
             np.testing.assert_allclose(p, resumed[name], rtol=1e-12)
+
+        config = LAWS["adamw"].options(lr=LR, weight_decay=DECAY, **options)
+        with JaxCheckpoints(tmp_path / "new") as theirs:
+            theirs.save(12, crossed, state, hyperparameters=config)
+        path, _ = convert.convert(tmp_path / "new", tmp_path / "back", to="torch")
+        model, optimizer = in_torch(options, range(0))
+        Checkpoints(tmp_path / "newer").restore(model, optimizer, resume=path)
+        in_torch(options, range(12, 15), model, optimizer)
+        for name, p in in_torch(options, range(15))[0].named_parameters():
+            torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("refined_c of amuse", 10**5), *(pytest.param(name, 10**6, marks=pytest.mark.slow) for name in MILLION)],
+)
+def test_the_rules_of_the_average_are_right_after_a_million_steps_in_torch_too(name, steps):
+    values, expected = of_a_rule(name, steps)
+    clock, c, beta = Clock(0, 0.0, 0.0), 0.0, 0.0
+    for step in range(steps):
+        clock, c, _, beta, _ = next_step(LAWS["sgd"], clock, step, values)
+    # Measured: at most 1.3e-14.
+    assert c == pytest.approx(expected, rel=1e-12)
+    assert beta == averaging.beta_after(steps, values)
 
 
 def test_a_configuration_with_another_rule_is_noticed_and_goes_on(tmp_path):

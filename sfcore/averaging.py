@@ -45,8 +45,8 @@ def weighed(t: Any, lr_t: Any, lr_max: Any, options: Options, xp: Any = floats) 
     """
     lr_max = xp.maximum(lr_max, lr_t)  # S3
     ref = lr_t if options["weight_lr"] == "current" else lr_max  # F3
-    r, exponent, first = (options[name] for name in ("r", "weight_lr_power", "c_warmup"))
-    weight = step_weight(t, ref, r, exponent, options["prior_steps"], xp)
+    weight = step_weight(t, ref, options["r"], options["weight_lr_power"], options["prior_steps"], xp)
+    first = options["c_warmup"]
     if not isinstance(first, int | float) or first:  # one that is traced may be 0, and is not left out
         weight = xp.where(t <= first, 0.0, weight)  # F5
     return lr_max, weight
@@ -72,7 +72,7 @@ def averaging_weight(
     c = xp.where(counts, weight / xp.where(counts, weight_sum, 1.0), 0.0)  # S5
     if options is None:
         return c
-    first, refined, window = (options[name] for name in ("c_warmup", "refined_c", "window"))
+    first, refined, window = options["c_warmup"], options["refined_c"], options["window"]
     if not isinstance(refined, int | float) or refined:
         c = xp.where(refined > 0, xp.minimum(1.0, c * options["q"] * refined), c)  # F5
     if not isinstance(window, int | float) or window:
@@ -229,6 +229,19 @@ DECAYS: Mapping[str, Callable[[Any], tuple[Any, Any]]] = {
     "y": lambda wd: (wd, 0.0),
     "z": lambda wd: (0.0, wd),
 }
+
+
+def decay_scale(lr_t: Any, lr_max: Any, decay_power: Any, xp: Any = floats) -> Any:
+    """Returns what multiplies lr_t weight_decay: 1, lr_t, or lr_t over the largest so far.
+
+    Args:
+        lr_t: step size of what decays, with all factors.
+        lr_max: the largest so far, this step included.
+        decay_power: the option.
+    """
+    if isinstance(decay_power, str):  # "normalized"
+        return lr_t / xp.where(lr_max > 0, lr_max, 1.0)  # F6
+    return power(lr_t, decay_power - 1, xp)  # F6
 
 
 class Beta(NamedTuple):

@@ -26,6 +26,9 @@ GAP_BITS = 10  # of z - y beside a bfloat16 parameter; the 6 bits left of 16 are
 SHORTEST = 16  # elements of a row
 FIRST, SHIFT = 1776, 19  # LOG's code 0, and where its bits lie in a float32
 LEAST, BROKEN = -120, 127  # the least exponent, and that of a row with a number that is not finite
+# In a file, y and z - y beside a bfloat16 parameter: 22 bits of a float32, and below them 10 of a gap.
+TOGETHER = "y+gap"
+_GAP = np.uint32((1 << GAP_BITS) - 1)
 
 
 def has_rows(shape: Sequence[int]) -> bool:
@@ -82,3 +85,67 @@ def opened(leaves: Mapping[str, np.ndarray], scale: np.ndarray) -> dict[str, np.
     """
     found = {role: decoded(leaves[role], scale[:, at]) for role, at in columns(tuple(leaves), "role").items()}
     return found | {"gap": decoded(leaves["gap"], scale[:, 0])}
+
+
+def put_together(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns "ROLE/PARAMETER" -> array as they lie in a file: y and gap in one, where that keeps every bit.
+
+    Example:
+        >>> import numpy as np
+        >>> from sfcore.codes import put_together, taken_apart
+        >>> leaves = {"y/w": np.float32([[1.5]]), "gap/w": np.int16([[-64]]), "scale/w": np.int8([[0]])}
+        >>> found = put_together(leaves)
+        >>> [(leaf, array.dtype.name) for leaf, array in found.items()]
+        [('y+gap/w', 'uint32'), ('scale/w', 'int8')]
+        >>> taken_apart("y/w", found["y+gap/w"]).tolist(), taken_apart("gap/w", found["y+gap/w"]).tolist()
+        ([[1.5]], [[-64]])
+    """
+    both = {
+        leaf.removeprefix("scale/"): _together(leaves, leaf) for leaf in leaves if leaf.startswith("scale/")
+    }
+    found: dict[str, np.ndarray] = {}
+    for leaf, array in leaves.items():
+        role, _, name = leaf.partition("/")
+        joined = both.get(name) if role in ("y", "gap") else None
+        if joined is None:
+            found[leaf] = array
+        elif role == "y":
+            found[f"{TOGETHER}/{name}"] = joined
+    return found
+
+
+def _together(leaves: Mapping[str, np.ndarray], scale: str) -> np.ndarray | None:
+    """Returns y and gap of a parameter in one, None where bits of either would be lost."""
+    held = [leaves.get(f"{role}/{scale.removeprefix('scale/')}") for role in ("y", "gap")]
+    y, gap = (None if one is None else np.ascontiguousarray(one) for one in held)
+    if y is None or gap is None or (y.dtype, gap.dtype, y.shape) != (np.float32, np.int16, gap.shape):
+        return None
+    bits, code, below = y.view(np.uint32), gap.view(np.uint16), np.uint16(16 - GAP_BITS)
+    if np.any(bits & _GAP) or np.any(code & np.uint16((1 << (16 - GAP_BITS)) - 1)):
+        return None
+    return bits | (code >> below)
+
+
+def names_of(leaf: str) -> list[str]:
+    """Returns the leaves that lie in one of a file.
+
+    Example:
+        >>> from sfcore.codes import names_of
+        >>> names_of("y+gap/w"), names_of("v/w")
+        (['y/w', 'gap/w'], ['v/w'])
+    """
+    role, _, name = leaf.partition("/")
+    return [f"y/{name}", f"gap/{name}"] if role == TOGETHER else [leaf]
+
+
+def taken_apart(leaf: str, together: np.ndarray) -> np.ndarray:
+    """Returns y or the gap, by the leaf's name, of the two together.
+
+    Raises:
+        ValueError: if these are not the two.
+    """
+    if together.dtype != np.uint32:
+        raise ValueError(f"{leaf!r} must lie in a leaf of uint32, got {together.dtype}")
+    if leaf.startswith("y/"):
+        return (together & ~_GAP).view(np.float32)
+    return ((together & _GAP).astype(np.uint16) << np.uint16(16 - GAP_BITS)).view(np.int16)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sfcore import _safetensors, checks, laws
+from sfcore import _safetensors, checks, codes, laws
 from sfcore._safetensors import Leaf as Leaf
 from sfcore._safetensors import Made as Made
 from sfcore.beside import beside
@@ -130,10 +130,11 @@ def write_tensors(
         places=(checks.optional(checks.MAPPING), places),
     )
     arrays = {leaf: one if isinstance(one, Made) else np.asarray(one) for leaf, one in tensors.items()}
-    stored = {leaf: _as_stored(leaf, array) for leaf, array in arrays.items()}
+    stored = codes.put_together({leaf: _as_stored(leaf, array) for leaf, array in arrays.items()})
 
     def described(crcs: Mapping[str, int] | None = None) -> dict[str, Any]:
-        found = {leaf: describe(array, crcs[leaf] if crcs else None) for leaf, array in arrays.items()}
+        # What lies in the file with another has no bytes of its own there.
+        found = {leaf: describe(array, (crcs or {}).get(leaf)) for leaf, array in arrays.items()}
         for leaf, place in (places or {}).items():
             found[leaf] |= place.as_record()
         return found
@@ -229,7 +230,9 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     """
     checks.require(TypeError, path=(checks.PATH, path), record=(checks.optional(checks.MAPPING), record))
     with reading(path):
-        stored = _safetensors.read(path)
+        found = _safetensors.read(path)
+        held = _held(found)
+        stored = {leaf: _apart(leaf, found[one], leaf != one) for leaf, one in held.items()}
     record = read_header(path)[1] if record is None else record
     if record is None:
         return stored
@@ -253,16 +256,36 @@ def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[..., np.ndar
     """
     with reading(path):
         opened = _safetensors.Opened(path)
-    _check_names(path, opened.names, record)
+        held = _held(opened.names)
+    _check_names(path, held, record)
 
     def read(leaf: str, later: Callable[[Check], None] | None = None) -> np.ndarray:
         with reading(path):
-            found = _from_stored(opened.read(leaf), record[leaf]["dtype"])
+            stored = _apart(leaf, opened.read(held[leaf]), leaf != held[leaf])
+        found = _from_stored(stored, record[leaf]["dtype"])
         check = partial(check_leaf, path, leaf, found, record[leaf])
         check() if later is None else later(check)
         return found
 
     return read
+
+
+def _held(names: Iterable[str]) -> dict[str, str]:
+    """Returns leaf -> what it lies in, of the names in a file."""
+    held: dict[str, str] = {}
+    for one in names:
+        for leaf in codes.names_of(one):
+            if leaf in held:
+                raise _safetensors.Damaged(f"it must hold {leaf!r} once, got {held[leaf]!r} and {one!r}")
+            held[leaf] = one
+    return held
+
+
+def _apart(leaf: str, stored: np.ndarray, is_part: bool) -> np.ndarray:
+    try:
+        return codes.taken_apart(leaf, stored) if is_part else stored
+    except ValueError as error:
+        raise _safetensors.Damaged(str(error)) from error
 
 
 def _check_names(path: Path, stored: Iterable[str], record: Mapping[str, Any]) -> None:

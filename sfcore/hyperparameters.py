@@ -180,6 +180,16 @@ class Decayed(ScheduleFree):
     weight_decay: float = option(0.0, checks.NON_NEGATIVE, "decoupled decay, taken at y (S6)")
 
 
+def _decay_power() -> Any:
+    return option(
+        1,
+        checks.one_of(
+            1, 2, "normalized", fix="the last two are AdamC's: 2 needs a decay 1 / lr times larger"
+        ),
+        "weight_decay is multiplied by lr, by its square, or by that over the largest lr so far (F6)",
+    )
+
+
 @dataclass(frozen=True)
 class Placed(Decayed):
     """The options of a law that may be told where and how it decays weights."""
@@ -189,11 +199,7 @@ class Placed(Decayed):
         checks.one_of("y", "z", fix="schedulefree decays at y, a torch base in a wrapper at z"),
         "the point that decays: what the parameters hold, or the base iterate (F6)",
     )
-    decay_power: int = option(
-        1,
-        checks.one_of(1, 2, fix="2 is AdamC's, whose weight_decay is lr times larger"),
-        "weight_decay is multiplied by lr, or by its square (F6)",
-    )
+    decay_power: int | str = _decay_power()
 
 
 @dataclass(frozen=True)
@@ -292,6 +298,8 @@ class Muon(Ramped, Placed, Adaptive):
 @dataclass(frozen=True)
 class Wrapper(Decayed):
     """Schedule-Free around any base optimizer, which owns lr and its own decay."""
+
+    decay_power: int | str = _decay_power()
 
 
 def defaults(options: type) -> dict[str, Any]:

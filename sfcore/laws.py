@@ -315,6 +315,37 @@ _ROWS = (
     ),
 )
 LAWS: dict[str, Law] = {law.name: law for law in _ROWS}
+# Members of the family that are AdamW with options set, under the words of their papers' classes.
+MEMBERS: Mapping[str, Law] = {
+    "plus": replace(
+        LAWS["adamw"],
+        title="ScheduleFree+",
+        torch="AdamCScheduleFreePlusPaper",
+        jax="schedule_free_plus",
+        torch_names={
+            "beta": "sf_beta1",
+            "beta_max": "sf_beta1_max",
+            "beta_anneal_steps": "sf_beta1_anneal_steps",
+            "inner_momentum": "betas[0]",
+            "b2": "betas[1]",
+        },
+        lr_range=None,  # a multiple of the Polyak step
+        elsewhere={"schedulefree": "AdamCScheduleFreePlusPaper"},
+    ),
+    "gpa": replace(
+        LAWS["adamw"],
+        title="GPA",
+        torch="GPAAdamW",
+        jax="generalized_primal_averaging",
+        torch_names={
+            "beta": "train_interp_coeff",
+            "inner_momentum": "beta1",
+            "b2": "beta2",
+            "r": "weight_pow_coeff",
+        },
+        elsewhere={},
+    ),
+}
 
 
 def register(law: Law) -> ExitStack:

@@ -78,7 +78,7 @@ def schedule_free_adamw(
     b1_hold_steps: Whole = 0,
     rho: Scalar = 0.8,
     decay_at: Literal["y", "z"] = "y",
-    decay_power: Literal[1, 2] = 1,
+    decay_power: Literal[1, 2, "normalized"] = 1,
     inner_momentum: Scalar = 0.0,
     precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
@@ -111,7 +111,8 @@ def schedule_free_adamw(
         b1_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
         rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default) or "z".
-        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
+        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC); "normalized" is
+            AdamC's too, lr^2 over the largest lr so far, whose weight_decay is like AdamW's.
         inner_momentum: decay of a first moment in the numerator, in [0, 1); the number 0 (default) keeps
             no buffer, so name it in static_args of inject_hyperparams.
         precision: "exact" (default) keeps parameters of 16 bits as a float32 run would have them; "lean"

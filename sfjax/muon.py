@@ -200,7 +200,7 @@ def schedule_free_muon(
     b1_hold_steps: Whole = 0,
     rho: Scalar = 0.8,
     decay_at: Literal["y", "z"] = "y",
-    decay_power: Literal[1, 2] = 1,
+    decay_power: Literal[1, 2, "normalized"] = 1,
     mu: Scalar = 0.95,
     ns_steps: Whole = 5,
     nesterov: bool = True,
@@ -244,7 +244,8 @@ def schedule_free_muon(
         rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default, as in the other optimizers here) or "z", as published
             for Schedule-Free NorMuon and AMUSE.
-        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
+        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC); "normalized" is
+            AdamC's too, lr^2 over the largest lr so far, whose weight_decay is like AdamW's.
         mu: decay of the momentum, in [0, 1), default 0.95.
         ns_steps: Newton-Schulz iterations, 1 to 99, default 5; name it in static_args of inject_hyperparams
             to differentiate through a step.

@@ -35,7 +35,7 @@ def schedule_free_sgd(
     b1_hold_steps: Whole = 0,
     rho: Scalar = 0.8,
     decay_at: Literal["y", "z"] = "y",
-    decay_power: Literal[1, 2] = 1,
+    decay_power: Literal[1, 2, "normalized"] = 1,
     precision: Literal["exact", "lean", "8bit"] = "exact",
     seed: Whole = 0,
     mask: Any = None,
@@ -64,7 +64,8 @@ def schedule_free_sgd(
         b1_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
         rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default) or "z".
-        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
+        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC); "normalized" is
+            AdamC's too, lr^2 over the largest lr so far, whose weight_decay is like AdamW's.
         precision: "exact" (default) keeps parameters of 16 bits as a float32 run would have them; "lean"
             keeps z - y in bfloat16, rounded at random, and the rest of y in int16: 6 bytes a parameter in
             all where "exact" takes 10. Wider parameters are not concerned. "8bit"

@@ -128,7 +128,7 @@ class SGDScheduleFreeClosure(SGDDirection, XAtRest):
         beta_hold_steps: int = 0,
         rho: float = 0.8,
         decay_at: Literal["y", "z"] = "y",
-        decay_power: Literal[1, 2] = 1,
+        decay_power: Literal[1, 2, "normalized"] = 1,
         maximize: bool = False,
         fused: bool | None = None,
         capturable: bool = False,

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sfcore import checks
-from sfcore.laws import LAWS
+from sfcore.laws import MEMBERS
 from sftorch.adamw import AdamWDirection, AdamWScheduleFree
 from sftorch.step.plan import Precision, given
 
-_NAMES = {
-    "beta": "train_interp_coeff",
-    "inner_momentum": "beta1",
-    "b2": "beta2",
-    "r": "weight_pow_coeff",
-}
 _AVERAGES = checks.one_of("gpa", "schedule_free", fix="'gpa' keeps c, 'schedule_free' averages all steps")
 
 
@@ -55,7 +48,7 @@ class GPAAdamW(AdamWScheduleFree):
     """
 
     # Its groups have Meta's names; its state is AdamW's.
-    law = replace(LAWS["adamw"], torch_names=_NAMES)
+    law = MEMBERS["gpa"]
 
     def __init__(
         self,

@@ -145,7 +145,7 @@ class MuonDirection(DirectedOptimizer):
         beta_hold_steps: int = 0,
         rho: float = 0.8,
         decay_at: Literal["y", "z"] = "y",
-        decay_power: Literal[1, 2] = 1,
+        decay_power: Literal[1, 2, "normalized"] = 1,
         mu: float = 0.95,
         ns_steps: int = 5,
         nesterov: bool = True,
@@ -264,7 +264,8 @@ class MuonScheduleFree(MuonDirection, YAtRest):
             ((beta_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default, as in the other optimizers here) or "z", as published
             for Schedule-Free NorMuon and AMUSE.
-        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
+        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC); "normalized" is
+            AdamC's too, lr^2 over the largest lr so far, whose weight_decay is like AdamW's.
         mu: decay of the momentum, in [0, 1), default 0.95.
         ns_steps: Newton-Schulz iterations, 1 to 99, default 5.
         nesterov: whether h is (1 - mu) g + mu m (default), or m.

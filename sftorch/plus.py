@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from sfcore import checks
 from sfcore.averaging import BETAS, floats, polyak, smoothed_norm
-from sfcore.laws import LAWS
+from sfcore.laws import MEMBERS
 from sftorch.adamw import AdamWDirection, AdamWScheduleFree
 from sftorch.law.iterates import as_real
 from sftorch.law.parts import gradients, part, parts_of
@@ -23,13 +22,6 @@ from sftorch.step.plan import Precision, given
 
 Loss = float | Tensor | Sequence[float | Tensor]
 _NORM = "grad_l1_ema"
-_NAMES = {
-    "beta": "sf_beta1",
-    "beta_max": "sf_beta1_max",
-    "beta_anneal_steps": "sf_beta1_anneal_steps",
-    "inner_momentum": "betas[0]",
-    "b2": "betas[1]",
-}
 
 
 class AdamCScheduleFreePlusPaper(AdamWScheduleFree):
@@ -70,7 +62,7 @@ class AdamCScheduleFreePlusPaper(AdamWScheduleFree):
     """
 
     # Its groups have upstream's names; its state is AdamW's.
-    law = replace(LAWS["adamw"], torch_names=_NAMES)
+    law = MEMBERS["plus"]
     _carried = (_NORM,)
 
     def __init__(

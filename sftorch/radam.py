@@ -63,7 +63,7 @@ class RAdamDirection(DirectedOptimizer):
         beta_hold_steps: int = 0,
         rho: float = 0.8,
         decay_at: Literal["y", "z"] = "y",
-        decay_power: Literal[1, 2] = 1,
+        decay_power: Literal[1, 2, "normalized"] = 1,
         maximize: bool = False,
         fused: bool | None = None,
         precision: Precision = "exact",
@@ -111,7 +111,8 @@ class RAdamScheduleFree(RAdamDirection, YAtRest):
         rho: of "amuse", > 0, default 0.8: 1 - beta is its first value times
             ((beta_hold_steps - 1) / (t - 1))^rho.
         decay_at: the point that decays, "y" (default) or "z".
-        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC).
+        decay_power: weight_decay is multiplied by lr to this power, 1 (default) or 2 (AdamC); "normalized" is
+            AdamC's too, lr^2 over the largest lr so far, whose weight_decay is like AdamW's.
         maximize: ascend instead of descend, default False.
         fused: one native pass over memory: None (default) on the CPU, where it can be had and foreach is not
             False; True to require it of all parameters, also on CUDA devices, in Triton and not yet run on

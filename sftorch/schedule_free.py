@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfcore.averaging import coefficients
+from sfcore.averaging import coefficients, decay_scale
 from sfcore.laws import LAWS
 from sftorch.law import iterates
 from sftorch.law.parts import note_written
@@ -42,6 +42,8 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         base: the optimizer to wrap, before its first step; its groups must have an "lr".
         momentum: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9.
         weight_decay_at_y: decoupled decay taken at y, >= 0, default 0; the base's own is taken at z.
+        decay_power: it is multiplied by lr to this power, 1 (default) or 2 (AdamC); "normalized" is AdamC's
+            too, lr^2 over the largest lr so far, whose weight_decay_at_y is like AdamW's.
         r: the average weighs step t by t^r, >= 0, default 0.
         weight_lr_power: and by the largest lr so far to this power, >= 0, default 2.
         prior_steps: the initial weights count as the average of this many earlier steps, default 0.
@@ -80,6 +82,7 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
         *,
         momentum: float = 0.9,
         weight_decay_at_y: float = 0.0,
+        decay_power: Literal[1, 2, "normalized"] = 1,
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         prior_steps: int = 0,
@@ -230,11 +233,13 @@ class ScheduleFreeWrapper(TrainEvalOptimizer):
     def _fold(self, batch: Batch, after: Next, values: dict[str, Any], y: Tensors, moved: Tensors) -> None:
         """Takes S6-S9 with what the base did: to stand-ins of 16-bit parameters, else to the parameters."""
         k1, k2 = coefficients(after.c, after.beta, after.change, after.beta - after.change or 1.0)
+        scale = decay_scale(after.lr_t, after.clock.lr_max, values["decay_power"])  # F6
+        wd = values["weight_decay"] * scale
         for p, state in zip(batch.params, batch.states, strict=True):
             z = state["z"]
             step = moved.get(p, p) - z
             full = forms.joined(y[p], state)
-            delta = step - after.lr_t * values["weight_decay"] * full.to(z.dtype)  # S6
+            delta = step - after.lr_t * wd * full.to(z.dtype)  # S6
             iterates.fold_single_(full, z, delta, k1, k2)
             forms.put_(p, state, full)
         self._finish_batch(batch, after)

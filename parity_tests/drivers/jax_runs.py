@@ -21,6 +21,7 @@ from sfcore import laws
 Tree = Any
 Observe = Callable[[Tree, Tree], tuple[Tree, Tree, Tree]]
 Options = dict[str, Any]
+_TOLD = {"loss": "value"}
 Make = Callable[[str, Options], optax.GradientTransformationExtraArgs]
 
 
@@ -81,10 +82,11 @@ class JaxRun:
     def _tree(self, arrays: Arrays) -> Tree:
         return {k: np.asarray(a, self.dtype) for k, a in arrays.items()}
 
-    def update(self, grads: Arrays, lr: float) -> None:
+    def update(self, grads: Arrays, lr: float, **told: Any) -> None:
         """Takes one step; lr is the schedule's, which the transformation reads itself."""
         with precision(self.dtype):
-            self.params, self.state = self._update(self.params, self.state, self._tree(grads))
+            extra = {_TOLD.get(name, name): value for name, value in told.items()}
+            self.params, self.state = self._update(self.params, self.state, self._tree(grads), extra)
 
     def iterates(self) -> Iterates:
         """Returns x, y and z."""
@@ -144,13 +146,13 @@ def _decides(name: str, value: Any) -> bool:
     return isinstance(value, bool | str) or (name == "inner_momentum" and value == 0)
 
 
-def _step(tx: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
-    updates, state = tx.update(grads, state, params)
+def _step(tx: Any, params: Tree, state: Tree, grads: Tree, told: Options) -> tuple[Tree, Tree]:
+    updates, state = tx.update(grads, state, params, **told)
     return optax.apply_updates(params, updates), state
 
 
-def _native_step(tx: Any, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
-    new: tuple[Tree, Tree] = tx.step(params, state, gradients=grads)
+def _native_step(tx: Any, params: Tree, state: Tree, grads: Tree, told: Options) -> tuple[Tree, Tree]:
+    new: tuple[Tree, Tree] = tx.step(params, state, gradients=grads, **told)
     return new
 
 
@@ -182,7 +184,7 @@ def ours(optimizer: str, options: Options) -> Any:
     """Returns sfjax's transformation."""
     import sfjax
 
-    return getattr(sfjax, laws.LAWS[optimizer].jax)(**names.for_jax(options))
+    return getattr(sfjax, names.row(optimizer).jax)(**names.for_jax(options))
 
 
 def wrapped(optimizer: str, options: Options) -> Any:

@@ -7,6 +7,11 @@ from typing import Any
 from sfcore import laws
 
 
+def row(optimizer: str) -> laws.Law:
+    """Returns a law, or a member of the family under the words of its class."""
+    return laws.LAWS.get(optimizer) or laws.MEMBERS[optimizer]
+
+
 def shown(framework: str, optimizer: str, name: str) -> str:
     """Returns what a user of "jax" or "torch" knows an option as."""
     known = laws.JAX_NAMES if framework == "jax" else laws.LAWS[optimizer].torch_names
@@ -20,7 +25,9 @@ def for_jax(options: dict[str, Any]) -> dict[str, Any]:
 
 def for_torch(optimizer: str, options: dict[str, Any]) -> dict[str, Any]:
     """Returns canonical options as keyword arguments of sftorch, schedulefree and pytorch_optimizer."""
-    return laws.LAWS[optimizer].to_torch(options)
+    law = row(optimizer)
+    own = {name: value for name, value in options.items() if name not in law.defaults}  # a class's own
+    return law.to_torch({name: options[name] for name in options.keys() - own.keys()}) | own
 
 
 def for_optax(options: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def for_optax(options: dict[str, Any]) -> dict[str, Any]:
     return given | {"warmup_steps": given["warmup_steps"] or None}
 
 
-WRAPPERS_LACK = ("decay_at", "decay_power")
+WRAPPERS_LACK = ("decay_at", "decay_power")  # that of torch has the second
 BETAS = ("beta_rule", "beta_max", "beta_anneal_steps", "beta_hold_steps", "rho")
 FAMILY = ("c_warmup", "refined_c", "window", "window_rule", "weight_lr", *BETAS, *WRAPPERS_LACK)
 UPSTREAM_LACKS = ("inner_momentum", "prior_steps", *FAMILY)

@@ -31,16 +31,16 @@ class TorchRun:
     def tensor(self, a: np.ndarray) -> Tensor:
         return torch.tensor(a, dtype=self.dtype)
 
-    def update(self, grads: Arrays, lr: float) -> None:
+    def update(self, grads: Arrays, lr: float, **told: Any) -> None:
         """Takes one step with the schedule's lr."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for k, p in self.params.items():
             p.grad = self.tensor(grads[k])
-        self.step()
+        self.step(**told)
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def step(self, **told: Any) -> None:
+        self.optimizer.step(**told)
 
     def iterates(self) -> Iterates:
         """Returns x, y and z, without touching the run."""
@@ -85,7 +85,7 @@ class OurRun(TorchRun):
 class ClosureRun(TorchRun):
     """The closure forms, whose parameters hold x between steps."""
 
-    def step(self) -> None:
+    def step(self, **told: Any) -> None:
         self.optimizer.step(lambda: 0.0)
 
     def iterates(self) -> Iterates:
@@ -126,7 +126,7 @@ class WrapperRun(OurRun):
         super().__init__(make, case, params, dtype)
         self.warmup, self.t = case.options["warmup_steps"], 0
 
-    def update(self, grads: Arrays, lr: float) -> None:
+    def update(self, grads: Arrays, lr: float, **told: Any) -> None:
         self.t += 1
         super().update(grads, lr * min(1.0, self.t / self.warmup) if self.warmup else lr)
 
@@ -137,7 +137,7 @@ def ours(
     """Returns sftorch's optimizer for a case."""
     import sftorch
 
-    make = getattr(sftorch, laws.LAWS[case.optimizer].torch + suffix)
+    make = getattr(sftorch, names.row(case.optimizer).torch + suffix)
     return make(params, foreach=foreach, fused=fused, **names.for_torch(case.optimizer, case.options))
 
 
@@ -152,7 +152,11 @@ def wrapped(case: Case, params: list[Tensor]) -> Any:
         base = torch.optim.Adam(params, lr=o["lr"], betas=(o["inner_momentum"], o["b2"]), eps=o["eps"])
     averaging = {k: o[k] for k in AVERAGING if k not in ("lr", "beta")}
     return sftorch.ScheduleFreeWrapper(
-        base, momentum=o["beta"], weight_decay_at_y=o["weight_decay"], **averaging
+        base,
+        momentum=o["beta"],
+        weight_decay_at_y=o["weight_decay"],
+        decay_power=o["decay_power"],
+        **averaging,
     )
 
 
@@ -172,4 +176,5 @@ def pytorch_optimizer(case: Case, params: list[Tensor]) -> Any:
     import pytorch_optimizer
 
     make = getattr(pytorch_optimizer, laws.LAWS[case.optimizer].elsewhere["pytorch_optimizer"])
-    return make(params, **names.for_upstream(case.optimizer, case.options))
+    refined = {"decoupling_c": case.options["refined_c"]} if case.optimizer == "adamw" else {}
+    return make(params, **refined, **names.for_upstream(case.optimizer, case.options))

@@ -66,6 +66,19 @@ INLINE int OF(span)(const struct job *job, int64_t n, REAL *y, REAL *z, REAL *v,
     case HOLDS: /* whether y still is what PUT_ASIDE left there; NaN is not */
         for (int64_t i = 0; i < n; i++) differ |= !(y[i] == x[i] + k1 * (x[i] - z[i]));
         break;
+    case MEAN: /* in z, of k1 gradients, of which g is the newest; the first is taken as it is */
+        if (k1 == 1) {
+            ELEMENTWISE
+            for (int64_t i = 0; i < n; i++) z[i] = g[i];
+        } else {
+            ELEMENTWISE
+            for (int64_t i = 0; i < n; i++) z[i] = z[i] + (g[i] - z[i]) / k1;
+        }
+        break;
+    case FLOOR_MEAN:
+        ELEMENTWISE
+        for (int64_t i = 0; i < n; i++) z[i] += g[i];
+        break;
     case FLOOR_SGD: /* the traffic of a step and as good as no arithmetic, for benchmarks */
         ELEMENTWISE
         for (int64_t i = 0; i < n; i++) y[i] += g[i], z[i] += g[i];

@@ -54,7 +54,7 @@ class Library(NamedTuple):
     folders: tuple[Path, ...] = ()
 
 
-STEP = Library("step", "sf_run", (HERE / "step.c", HERE / "job.h", HERE / "arithmetic.h"))
+STEP = Library("step", "sf_run", (HERE / "step.c", HERE / "job.h", HERE / "arithmetic.h", HERE / "eight.h"))
 
 
 class Unavailable(Exception):

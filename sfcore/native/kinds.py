@@ -16,5 +16,7 @@ class Kind(IntEnum):
     PUT_ASIDE = 5
     HOLDS = 6
     PUT_BACK = 7
-    FLOOR_SGD = 8
-    FLOOR_ADAMW = 9
+    MEAN = 8
+    FLOOR_SGD = 9
+    FLOOR_ADAMW = 10
+    FLOOR_MEAN = 11

@@ -92,6 +92,9 @@ INLINE void narrow(uint16_t *to, int16_t *rest, const float *from, int64_t n) {
 #define ROOT sqrt
 #include "arithmetic.h"
 
+typedef int run_of(const struct job *job, const struct segment *s);
+#include "eight.h"
+
 #define AT(TABLE, TYPE) (job->TABLE ? (TYPE *)job->TABLE[s->tensor] + s->offset : 0)
 
 /* 16-bit elements pass through blocks on the stack, which stay in the first-level cache. */
@@ -140,23 +143,19 @@ static int has_avx2(void) { return 0; }
 struct team {
     const struct job *job;
     int64_t total;
-    int avx2;
+    run_of *run;
     atomic_llong next; /* chunk that nobody has taken yet: a thread that the machine holds up takes fewer */
     atomic_int differs;
     char *back; /* for PUT_BACK: whether a chunk holds y again */
     fenv_t rounding; /* denormals are flushed in all threads or in none */
 };
 
-static int run(const struct team *team, const struct job *job, const struct segment *s) {
-    return (team->avx2 ? run_avx2 : run_plain)(job, s);
-}
-
 /* Makes x of a chunk that holds y again, from the y that lies aside. */
 static void undo(const struct team *team, struct cursor at, int64_t position, int64_t end) {
     struct job again = *team->job;
     again.kind = RECOVER, again.y = team->job->x, again.x = team->job->y;
     struct segment s;
-    for (; sf_next(again.sizes, &at, position, end, &s); position += s.length) run(team, &again, &s);
+    for (; sf_next(again.sizes, &at, position, end, &s); position += s.length) team->run(&again, &s);
 }
 
 /* Puts back y in a chunk, by blocks, which stay in the first-level cache from the look to the copy.
@@ -169,7 +168,7 @@ static int put_back(const struct team *team, struct cursor *at, int64_t begin, i
     struct segment s;
     for (int64_t position = begin; position < end; position += s.length) {
         sf_next(look.sizes, at, position, position + BLOCK < end ? position + BLOCK : end, &s);
-        if (run(team, &look, &s)) {
+        if (team->run(&look, &s)) {
             undo(team, first, begin, position);
             return 1;
         }
@@ -192,7 +191,8 @@ static void *work(void *arg) {
             differ = put_back(team, &at, position, end);
             team->back[chunk] = !differ;
         } else {
-            for (; sf_next(job->sizes, &at, position, end, &s); position += s.length) differ |= run(team, job, &s);
+            for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
+                differ |= team->run(job, &s);
         }
         if (differ) atomic_store(&team->differs, 1);
     }
@@ -208,7 +208,8 @@ static void *help(void *arg) {
  * Threads live for one call, so that a fork finds none. Making one took 19 us where waking one of a pool took
  * 7 us; each is given four chunks at least, some 80 us of work. */
 int sf_run(const struct job *job, int threads) {
-    struct team team = {.job = job, .total = 0, .avx2 = has_avx2()};
+    run_of *run = job->keys ? drawn_here() : has_avx2() ? run_avx2 : run_plain;
+    struct team team = {.job = job, .total = 0, .run = run};
     for (int64_t i = 0; i < job->count; i++) team.total += job->sizes[i];
     if (job->kind == PUT_BACK && !(team.back = calloc(team.total / CHUNK + 1, 1))) return 1;
     fegetenv(&team.rounding);

@@ -178,7 +178,9 @@ def _typed(config: Config, name: str, text: Any) -> Any:
         return None
     if FIELDS[name].kind == "list":
         return text if config.source is _trainers.KOHYA else str(text).split()
-    found = _text.literal(text) if FIELDS[name].kind == "number" and isinstance(text, str) else text
+    found = (
+        _text.literal(text) if FIELDS[name].kind in ("number", "either") and isinstance(text, str) else text
+    )
     return found if isinstance(found, int | float) else text
 
 

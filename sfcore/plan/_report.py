@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from sfcore.laws import MEMBERS
 from sfcore.plan._model import Plan
 from sfcore.plan._rules import RULES
-from sfcore.plan._tables import FIELDS, SCHEDULERS, optimizers
+from sfcore.plan._tables import FIELDS, SCHEDULERS, optimizer_kind, optimizers
 from sfcore.plan._trainers import ALIASES, HF, KOHYA, SD_SCRIPTS
 
 
@@ -37,6 +38,8 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     for name, values in (("lr", plan.lr), ("c", plan.c)):
         if len(values):
             rows.append((f"{name} at step", ", ".join(f"{i + 1}: {values[i]:.3g}" for i in _places(plan))))
+    if len(plan.lr) and optimizer_kind(plan.optimizer).law is MEMBERS["plus"]:
+        rows.append(("Polyak steps", "lr multiplies them; c, which they weigh, is that of equal ones"))
     if plan.resumed:
         ran, left = plan.resumed
         rows.append(("resume", f"{ran} micro-batches will be trained on, {left} are left"))
@@ -169,7 +172,7 @@ def page() -> str:
     ]
     kinds = []
     for kind in optimizers():
-        schedule = "a constant one, or none" if kind.schedule_free else "any"
+        schedule = "a constant one, or none" if kind.shuns_schedules else "any"
         low, high = (kind.law and kind.law.lr_range) or (0, 0)
         lr = f"{low:g} to {high:g}: {kind.law.lr_source}" if kind.law and high else "·"
         kinds.append([kind.name, schedule, _words(kind.uses), _words(kind.forbids), lr])

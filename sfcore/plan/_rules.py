@@ -247,7 +247,7 @@ def ranges(run: Run) -> Problems:
 
     adam = run.config.source.dummy_scheduler and "betas" in (run.built.arguments or ())
     for field, value in values.items():
-        rule = _COUNT if field in _COUNTS else checks.NON_NEGATIVE
+        rule = _COUNT if field in _COUNTS else checks.FINITE if field == "f_star" else checks.NON_NEGATIVE
         rule = checks.DECAY_RATE if adam and field in ("beta", "b2") else rule
         if FIELDS[field].kind == "number" and field not in known and not rule.holds(value):
             yield outside(field, rule.text, rule.fix)
@@ -285,6 +285,8 @@ def rate(run: Run) -> Problems:
 def beta(run: Run) -> Problems:
     """SF304: beta taken for a momentum."""
     value = run.config.get("beta", 0.9)
+    if run.kind.law is laws.MEMBERS["gpa"]:  # 0.7 is usual there
+        return
     if not 0.8 <= value <= 0.99:
         fix = "0.9 suits most runs, 0.95 to 0.98 very long ones"
         yield problem(run, "SF304", "beta", fix, {"beta": 0.9}, found=value)
@@ -391,11 +393,11 @@ def scheduler(run: Run) -> Problems:
     if kind is None:
         return
     yield from needless_warmup(run)
-    if run.kind.schedule_free and kind.decays:
+    if run.kind.shuns_schedules and kind.decays:
         fix = f"choose {run.config.name('scheduler')} = constant"
         changes = {"scheduler": "constant"} | (_to_the_optimizer(run) if run.scheduler_acts else {})
         yield problem(run, "SF102", "scheduler", fix, changes, found=name)
-    if run.config.source.dummy_scheduler or not (run.kind.schedule_free and kind.decays):
+    if run.config.source.dummy_scheduler or not (run.kind.shuns_schedules and kind.decays):
         yield from missing(run, kind.needs)  # elsewhere, what is to go needs nothing
     ignores = kind.ignores()
     for field in (*given_warmups(run), *SHAPE):
@@ -561,6 +563,7 @@ def warmup_on_radam(run: Run) -> Problems:
 def no_warmup_at_all(run: Run) -> Problems:
     """SF207: from scratch without the warm-up that the optimizer has."""
     wanted = "warmup_steps" in run.kind.uses and run.owner == "nobody" and not given_warmups(run)
+    wanted = wanted and run.kind.law is not laws.MEMBERS["plus"]  # whose step follows the loss
     if wanted and not run.config.get("prior_steps") and not run.config.get("resume"):
         right = max(1, round(_SHARE * run.total_steps)) if run.total_steps else None
         fix = f"set it to {right}" if right else "set it to 5% of the optimizer steps"

@@ -8,6 +8,7 @@ transformers 5.23 `optimization.py` and `trainer_optimizer.py`, diffusers' piece
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Live(Mapping[str, Value]):
 
 @dataclass(frozen=True)
 class Field:
-    """One neutral field: what it may hold ("number", "text", "flag", "list") and what it means."""
+    """One neutral field: what it may hold ("number", "text", "either", "flag", "list"), and its meaning."""
 
     kind: str
     doc: str
@@ -50,7 +51,7 @@ def inner() -> tuple[str, ...]:
     return tuple(name for name in laws.options() if name != "lr")
 
 
-_KINDS = {bool: "flag", str: "text"}
+_KINDS = {"bool": "flag", "str": "text", "int | str": "either"}  # of an option's annotation
 _OF_RUN: dict[str, Field] = {
     "scheduler": Field("text", "name of the learning-rate schedule"),
     "scheduler_class": Field("text", "a scheduler class by its import path, in place of a name"),
@@ -88,6 +89,7 @@ _OF_RUN: dict[str, Field] = {
     "param_dtype": Field("text", "dtype of the parameters themselves, not of autocast"),
     "matrices": Field("number", "parameters that Muon takes, of those that the optimizer gets"),
     "polyak_beta": Field("number", "ScheduleFree+: decay of the smoothed norm of the gradient"),
+    "f_star": Field("number", "ScheduleFree+: what the loss can fall to"),
     "batchnorm": Field("flag", "the model has BatchNorm or other running statistics"),
     "recalibrate": Field("flag", "running statistics are averaged anew at x before every evaluation"),
     "chain": Field("list", "what edits the gradients, in order, the optimizer among it"),
@@ -103,13 +105,19 @@ FIELDS: Mapping[str, Field] = Live(
     lambda: {
         "optimizer": Field("text", "name of the optimizer, with its module or without"),
         **{
-            name: Field(_KINDS.get(type(one.default), "number"), one.metadata["doc"])
+            name: Field(_KINDS.get(str(one.type), "number"), one.metadata["doc"])
             for name, one in laws.options().items()
         },
         **_OF_RUN,
     }
 )
-EXPECTED = {"number": "a number", "text": "text", "flag": "true or false", "list": "a list"}
+EXPECTED = {
+    "number": "a number",
+    "text": "text",
+    "either": "a number or text",
+    "flag": "true or false",
+    "list": "a list",
+}
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": False}
 
 
@@ -129,6 +137,9 @@ def parse(name: str, value: Any) -> Any:
     value = getattr(value, "value", value)  # an enum's
     if kind == "number":
         return _number(value)
+    if kind == "either":
+        with contextlib.suppress(ValueError):
+            return _number(value)
     if kind == "flag":
         if not isinstance(value, str):
             return bool(value)
@@ -242,6 +253,11 @@ class OptimizerKind:
         return self.rules is not None
 
     @property
+    def shuns_schedules(self) -> bool:
+        """Whether a schedule that decays does it no good; the paper of GPA has one beside the average."""
+        return self.schedule_free and self.law is not laws.MEMBERS["gpa"]
+
+    @property
     def rectified(self) -> bool:
         """Whether its lr is rectified in place of a warm-up."""
         return self.law is not None and self.law.step_size == "rectified"
@@ -275,6 +291,11 @@ def _of_laws() -> Mapping[str, OptimizerKind]:
         lacks = tuple(name for name in laws.options() if name not in has)
         kind = OptimizerKind(f"Schedule-Free {law.title}", law.options, has, lacks, law)
         found |= {_last(name): kind for name in (law.torch, law.jax, *law.elsewhere.values())}
+    for law in laws.MEMBERS.values():
+        # Those of their options that have a rule here; the others are as in the papers' classes.
+        found[_last(law.torch)] = OptimizerKind(law.title, law.options, law=law)
+        uses = ("warmup_steps",) if law is laws.MEMBERS["plus"] else ()
+        found[_last(law.jax)] = OptimizerKind(law.title, law.options, uses, law=law)
     return found
 
 
@@ -286,7 +307,9 @@ def _scheduled() -> Mapping[str, OptimizerKind]:
 
 def optimizers() -> list[OptimizerKind]:
     """Returns every family."""
-    free = {kind.law.name: kind for kind in _of_laws().values() if kind.law}
+    free: dict[str, OptimizerKind] = {}
+    for kind in _of_laws().values():
+        free.setdefault(kind.name, kind)
     return [*free.values(), OTHER, *_scheduled().values()]
 
 

@@ -199,7 +199,7 @@ _ALIASES = {
 @laws.derived
 def options() -> dict[str, str]:
     """Returns what JAX and torch call an option -> its own name; betas, which hold two, are no such word."""
-    rows = [laws.JAX_NAMES, *(law.torch_names for law in laws.LAWS.values())]
+    rows = [laws.JAX_NAMES, *(law.torch_names for law in [*laws.LAWS.values(), laws.MEMBERS["plus"]])]
     return {shown: name for row in rows for name, shown in row.items() if "[" not in shown}
 
 

@@ -42,6 +42,7 @@ def compare(
             Change(name, number, saved[name], value, _effect(name, injected))
             for name, value in configured.values.items()
             if name in saved and not _equal(saved[name], value) and not _goes_on(name, saved, configured)
+            if name != "beta" or not _is_in_doubt(group, configured)
         ]
     now = accumulation or {}
     return found + of_batches(meta.accumulation, now.get("steps"), now.get("batch_size"))
@@ -51,6 +52,25 @@ def _goes_on(name: str, saved: Mapping[str, Any], configured: Configured) -> boo
     """Tells whether the saved beta is that of a step, which a record without its rule has for the first."""
     rule = configured.values.get("beta_rule", "constant")
     return name == "beta" and "beta_rule" not in saved and rule != "constant"
+
+
+def doubts(groups: Sequence[tuple[Mapping[str, Any], Configured]]) -> list[str]:
+    """Returns a sentence a state whose beta has risen, where nobody said whether a rule has raised it."""
+    return [
+        f"beta: it has risen to {group['hyperparameters']['beta']:g}, or was that, and begins at "
+        f"{configured.values['beta']:g}: if by b1_rule, it goes on as it was, else y moves in the next step "
+        "so that x stays; say which with hyperparameters=, here or when saving"
+        for group, configured in groups
+        if _is_in_doubt(group, configured)
+    ]
+
+
+def _is_in_doubt(group: Mapping[str, Any], configured: Configured) -> bool:
+    """Tells whether both betas are known from states alone, which do not know of a rule."""
+    saved, now = group["hyperparameters"], configured.values.get("beta")
+    unknown = "beta_rule" not in saved and not {"beta", "beta_rule"} & {*configured.chosen}
+    told = saved.get("beta")
+    return unknown and now is not None and told is not None and not _equal(told, now) and told > now
 
 
 def _effect(name: str, injected: Collection[str]) -> str:

@@ -141,7 +141,7 @@ def restore_into(
         before = [saved.meta.groups[_saved_group(saved.meta, own, i) or 0] for i in range(len(own))]
         pairs = list(zip(before, configured, strict=True))
         table = _changes.compare(saved.meta, pairs, batches, injected(opt_state))
-        found = [*differences, *map(str, table), *dropped, *result.differences]
+        found = [*differences, *map(str, table), *_changes.doubts(pairs), *dropped, *result.differences]
         if strict:
             refuse(saved.path, found)
         return saved, table, found, result, _placed(target, result)

@@ -94,6 +94,11 @@ def why_not(columns: Sequence[Leaves]) -> str | None:
     return None
 
 
+def is_read(dtype: Any, wide: Any) -> bool:
+    """Tells whether the kernel reads gradients of a dtype as they are, beside leaves of a wide one."""
+    return dtype == wide or (dtype == jnp.bfloat16 and wide == np.float32)
+
+
 def _has_shardy() -> bool:
     """Tells whether a call can say how it is divided, as it can since JAX 0.7."""
     return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
@@ -119,7 +124,7 @@ def step(kind: Kind, columns: Sequence[Leaves], numbers: jax.Array) -> list[Leav
     """Returns the new columns, without gradients.
 
     Args:
-        kind: SGD, ADAMW or ADAMW_MOMENTUM.
+        kind: SGD, ADAMW, ADAMW_MOMENTUM, or MEAN, whose columns are the means and the gradients.
         columns: that `why_not` takes; gradients in another dtype than bfloat16 are cast.
         numbers: those of NUMBERS, of shape (13,), in float32 or float64.
     """
@@ -133,8 +138,7 @@ def step(kind: Kind, columns: Sequence[Leaves], numbers: jax.Array) -> list[Leav
 def _stepped(kind: Kind, columns: Sequence[Leaves], numbers: jax.Array) -> list[Leaves]:
     *kept, gradients = columns
     wide, count = kept[0][0].dtype, len(gradients)
-    known = {wide} | ({jnp.dtype(jnp.bfloat16)} if wide == np.float32 else set())
-    if len({g.dtype for g in gradients}) > 1 or gradients[0].dtype not in known:
+    if len({g.dtype for g in gradients}) > 1 or not is_read(gradients[0].dtype, wide):
         gradients = [g.astype(wide) for g in gradients]
     operands = [leaf for column in (*kept, gradients) for leaf in column]
     new = _where_they_lie(kind, len(kept) * count, operands)(*operands, numbers)

@@ -1,7 +1,8 @@
 /* A step of a list of leaves as a custom call of XLA: buffers become the tables of job.h, step.c does the rest.
  *
- * Operands: y, z, v and m as far as the kind has them, and g, of all leaves each; then the numbers, in one array.
- * Results: the new y, z, v and m, each in the buffer of its operand. Python's side is sfjax/kernels/call.py.
+ * Operands: y, z, v and m as far as the kind has them, for MEAN the means alone, and g, of all leaves each; then
+ * the numbers, in one array. Results: the new y, z, v and m, each in the buffer of its operand. Python's side is
+ * sfjax/kernels/call.py.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -83,7 +84,8 @@ XLA_FFI_Error *sf_xla_step(XLA_FFI_CallFrame *frame) {
     if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return 0;
     if (frame->attrs.size != 1) return error(frame, "sf_xla_step must have the attribute kind alone");
     int32_t kind = *(int32_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[0])->value;
-    int64_t columns = kind == SGD ? 2 : kind == ADAMW_MOMENTUM ? 4 : 3, leaves = frame->rets.size / columns;
+    int64_t columns = kind == MEAN ? 1 : kind == SGD ? 2 : kind == ADAMW_MOMENTUM ? 4 : 3;
+    int64_t leaves = frame->rets.size / columns;
     XLA_FFI_Buffer **in = (XLA_FFI_Buffer **)frame->args.args, **out = (XLA_FFI_Buffer **)frame->rets.rets;
     if (!leaves || frame->rets.size != columns * leaves || frame->args.size != (columns + 1) * leaves + 1)
         return error(frame, "sf_xla_step must have its columns of leaves, gradients and numbers");
@@ -91,6 +93,9 @@ XLA_FFI_Error *sf_xla_step(XLA_FFI_CallFrame *frame) {
     if (elements(numbers) != COUNT) return error(frame, "sf_xla_step must have all numbers");
     for (int64_t i = 0; i < columns * leaves; i++)
         if (in[i]->data != out[i]->data) return error(frame, "sf_xla_step must have results in its operands");
+    for (int64_t i = leaves; i < (columns + 1) * leaves; i++)
+        if (elements(in[i]) != elements(in[i - leaves]))
+            return error(frame, "sf_xla_step must have columns of the same sizes");
 
     int64_t *sizes = malloc(leaves * sizeof *sizes);
     char **tables = malloc((columns + 1) * leaves * sizeof *tables);
@@ -122,8 +127,8 @@ XLA_FFI_Error *sf_xla_step(XLA_FFI_CallFrame *frame) {
         .correction2 = number(numbers, CORRECTION2),
         .correction1 = number(numbers, CORRECTION1),
     };
-    step(&job, tables, tables + leaves, number(numbers, HELD_X) != 0, number(numbers, HOLDS_X) != 0,
-         threads_of(frame));
+    char **zs = kind == MEAN ? tables : tables + leaves;
+    step(&job, tables, zs, number(numbers, HELD_X) != 0, number(numbers, HOLDS_X) != 0, threads_of(frame));
     free(sizes), free(tables);
     return 0;
 }

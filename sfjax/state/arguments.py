@@ -39,7 +39,7 @@ _FACTORY = Rule(
     "such as sfjax.schedule_free_adamw, without calling it",
 )
 # What a plan does not speak of.
-_OTHER = ("base_optimizer", "state_dtype", "mask", "muon_mask", "precision", "seed")
+_OTHER = ("base_optimizer", "state_dtype", "mask", "muon_mask", "precision", "seed", "axis_name")
 
 
 def read(kind: type[ScheduleFree], **values: Any) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def describe(optimizer: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Returns what a run with an optimizer will do, and what is wrong with it, as a table to print.
 
     Args:
-        optimizer: `schedule_free_sgd`, `schedule_free_adamw`, `schedule_free_radam` or `schedule_free`.
+        optimizer: a factory of sfjax, such as `schedule_free_adamw`.
         args, kwargs: its arguments, numbers or a schedule for the learning rate; and any field that
             `sfcore.plan.check` knows beside them, such as `total_steps=10_000`.
 
@@ -260,6 +260,9 @@ def describe(optimizer: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     bound = signature.bind(*args, **own)
     bound.apply_defaults()
     values = {name: value for name, value in bound.arguments.items() if name not in _OTHER}
+    if "mu_x" in values:  # GPA, in the words of the others
+        window = {"window": 1.0 / (1.0 - values.pop("mu_x")), "window_rule": "constant"}
+        values |= {"b1": values.pop("mu_y"), "decay_at": "z"} | window
     note = ""
     ignore: tuple[str, ...] = ()
     if callable(values["learning_rate"]):

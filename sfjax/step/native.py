@@ -1,7 +1,8 @@
-"""A step through the kernel of a CPU: S6 to S9* of a whole tree in one pass over memory.
+"""A step through the kernel of a CPU: S6 to S9* of a whole tree in one pass over memory, and a mean.
 
 The kernel is what a CPU runs; another device, a derivative or vmap takes the plain program, that of `update`.
-Both have the same equations in another order of operations, and differ in the last places.
+Both have the same equations in another order of operations, and differ in the last places. A mean has the
+same operations, each rounded as it stands; XLA joins some, and multiplies by an inverse instead of dividing.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ class Kernel(NamedTuple):
     Attributes:
         numbers: the kernel's names of the direction's own numbers.
         mask: as the factories have it.
-        decay_power: of the lr, by which weight_decay is multiplied.
+        decay_power: the option.
     """
 
     numbers: tuple[str, ...]
     mask: Any
-    decay_power: int
+    decay_power: Any
 
 
 def kernel_of(
@@ -87,11 +88,7 @@ def step(
         scalars: of the step.
         params, state, gradients: that belong together.
     """
-    if jax.default_backend() != "cpu":
-        return None
-    why = call.find()
-    if why is not None:
-        call.give_notice(why)
+    if not _is_there():
         return None
     decayed = jax.tree.leaves(arguments.decay_mask(True if kernel.mask is None else kernel.mask, params))
     groups = [rows for one in (True, False) if (rows := [i for i, flag in enumerate(decayed) if flag == one])]
@@ -110,26 +107,84 @@ def step(
     def by_xla(varying: Any, params: Any, state: Any, gradients: Any) -> Trees:
         return plain(whole(varying), params, state, gradients)
 
-    @custom_vmap
     def natively(varying: Any, params: Any, state: Any, gradients: Any) -> Trees:
         return _moved(kernel, whole(varying), groups, decayed, params, state, gradients)
 
-    @natively.def_vmap
-    def _(size: int, batched: Any, *trees: Any) -> tuple[Trees, Any]:
+    varying = [leaf for leaf, one in zip(leaves, traced, strict=True) if one]
+    new: Trees = _on_a_cpu(natively, by_xla)(varying, params, state, gradients)
+    return new
+
+
+def means(
+    plain: Callable[[Any, jax.Array, jax.Array], jax.Array], taken: jax.Array, old: Any, gradients: Any
+) -> Any:
+    """Returns the means of gradients.
+
+    Args:
+        plain: (gradient, old mean, taken) -> mean, of one leaf; for those that are not for the kernel.
+        taken: how many gradients there were, with the newest; an integer of at least 1.
+        old, gradients: the means without the newest, and the newest, as trees of one structure.
+    """
+    newest, tree = jax.tree.flatten(gradients)
+    leaves = tree.flatten_up_to(old)
+    groups: dict[Any, list[int]] = {}
+    if _is_there():
+        for i, (one, g) in enumerate(zip(leaves, newest, strict=True)):
+            if _is_read_as_it_is(one, g):
+                groups.setdefault((one.dtype, g.dtype), []).append(i)
+    found: dict[int, jax.Array] = {}
+    for rows in groups.values():
+        pair = [leaves[i] for i in rows], [newest[i] for i in rows]
+        if call.why_not(pair) is None:
+            found |= zip(rows, _on_a_cpu(_meant, _by_leaf(plain))(taken, *pair), strict=True)
+    pairs = zip(newest, leaves, strict=True)
+    return tree.unflatten(
+        found[i] if i in found else plain(g, one, taken) for i, (g, one) in enumerate(pairs)
+    )
+
+
+def _is_there() -> bool:
+    """Tells whether steps are taken on a CPU that has the kernel; gives notice if it could not be built."""
+    if jax.default_backend() != "cpu":
+        return False
+    why = call.find()
+    if why is not None:
+        call.give_notice(why)
+    return why is None
+
+
+def _on_a_cpu(natively: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of trees: `natively` on a CPU, `plain` elsewhere and under transformations."""
+    kernel = custom_vmap(natively)
+
+    @kernel.def_vmap
+    def _(size: int, batched: Any, *trees: Any) -> tuple[Any, Any]:
         axes = jax.tree.map(lambda flag: 0 if flag else None, tuple(batched))
-        new = jax.vmap(by_xla, in_axes=axes, axis_size=size)(*trees)
+        new = jax.vmap(plain, in_axes=axes, axis_size=size)(*trees)
         return new, jax.tree.map(lambda _: True, new)
 
     @jax.custom_jvp
-    def somewhere(*trees: Any) -> Trees:
-        found: Trees = jax.lax.platform_dependent(*trees, cpu=natively, default=by_xla)
-        return found
+    def somewhere(*trees: Any) -> Any:
+        return jax.lax.platform_dependent(*trees, cpu=kernel, default=plain)
 
-    somewhere.defjvp(lambda primals, tangents: jax.jvp(by_xla, primals, tangents))
-    new: Trees = somewhere(
-        [leaf for leaf, one in zip(leaves, traced, strict=True) if one], params, state, gradients
-    )
-    return new
+    somewhere.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return somewhere
+
+
+def _is_read_as_it_is(mean: Any, gradient: Any) -> bool:
+    """Tells whether the kernel reads a gradient without a cast, which would be a pass of its own."""
+    shape, dtype = (getattr(gradient, name, None) for name in ("shape", "dtype"))
+    return bool(shape == mean.shape and call.is_read(dtype, mean.dtype))
+
+
+def _by_leaf(plain: Callable[..., jax.Array]) -> Callable[[Any, Any, Any], list[jax.Array]]:
+    return lambda taken, old, gradients: [plain(g, one, taken) for g, one in zip(gradients, old, strict=True)]
+
+
+def _meant(taken: jax.Array, old: list[jax.Array], gradients: list[jax.Array]) -> list[jax.Array]:
+    """Returns the means as the kernel has them."""
+    numbers = jnp.stack([as_scalar({"k1": taken, "usable": 1.0}.get(name, 0.0)) for name in call.NUMBERS])
+    return call.step(Kind.MEAN, (old, gradients), numbers)[0]
 
 
 def _columns(params: Any, state: Any, gradients: Any) -> dict[str, list[Any]]:
@@ -173,7 +228,7 @@ def _numbers(kernel: Kernel, scalars: Scalars) -> jax.Array:
     k = scalars.next
     held_x, holds_x = k.stores_x, jnp.asarray(k.will_store_x)
     to_x = k.c - jnp.where(held_x, 0.0, k.per_gap) * (1.0 - k.c)
-    scale = averaging.power(k.lr_t, kernel.decay_power - 1, jnp)  # F6
+    scale = averaging.decay_scale(k.lr_t, k.clock.lr_max, kernel.decay_power, jnp)  # F6
     y, z = (as_scalar(scalars.decays.get(at, 0.0)) * scale for at in "yz")
     given = dict(zip(kernel.numbers, scalars.own, strict=True)) | {
         "lr_t": k.lr_t,

@@ -106,8 +106,9 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
         deltas, after = list(leaves), list(before)
         for kind in dict.fromkeys(kinds):
             own = direction.others if kind == matrices.OTHERS and direction.others else direction
-            lr_t = k.lr_t * values["adam_lr_ratio"] if kind == matrices.OTHERS else k.lr_t
-            scale = averaging.power(lr_t, values.get("decay_power", 1) - 1, jnp)  # F6
+            ratio = values["adam_lr_ratio"] if kind == matrices.OTHERS else 1.0
+            lr_t, lr_max = k.lr_t * ratio, k.clock.lr_max * ratio
+            scale = averaging.decay_scale(lr_t, lr_max, values.get("decay_power", 1), jnp)  # F6
             rows = [i for i, other in enumerate(kinds) if other == kind]
             gs, buffers = [leaves[i] for i in rows], [before[i] for i in rows]
             numbers = given_scalars.own if own is direction else own.numbers(values, k.t)

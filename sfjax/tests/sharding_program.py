@@ -113,6 +113,11 @@ def collectives(compiled: Any) -> int:
     return sum(any(f" {one}(" in line or f" {one}-start(" in line for one in COLLECTIVES) for line in lines)
 
 
+def native_calls(compiled: Any) -> int:
+    """Returns how many calls of the kernel a program has."""
+    return compiled.as_text().count(f'custom_call_target="{call.TARGET}"')
+
+
 def exchanged(mesh: jax.sharding.Mesh, name: str, like_each_other: bool = False) -> int:
     """Returns how many collectives an update and its addition have; parameters may be cut like each other."""
     tx, params = MAKE[name](), params_on(mesh)
@@ -147,7 +152,7 @@ def natively(mesh: jax.sharding.Mesh, name: str, check_vma: bool | None = None) 
     pairs = zip((sfjax.schedule_free_eval_params(state, params), params), alone(name), strict=True)
     errors = [np.abs(np.asarray(a[key]) - np.asarray(b[key])).max() for a, b in pairs for key in a]
     return {
-        "calls": program.as_text().count(f'custom_call_target="{call.TARGET}"'),
+        "calls": native_calls(program),
         "collectives": collectives(program),
         "compilations": jitted._cache_size(),
         "params": {key: spec(leaf) for key, leaf in params.items()},
@@ -170,10 +175,11 @@ def accumulated(mesh: jax.sharding.Mesh | None, name: str, how: str) -> dict[str
 
     state = tx.init(params)
     means = {key: spec(leaf) for key, leaf in state.acc_grads.items()} if mesh is not None else {}
-    exchanged = collectives(step.lower(params, state).compile())
+    program = step.lower(params, state).compile()
     for _ in range(3 * EVERY + 1):
         params, state = step(params, state)
-    found = {"collectives": exchanged, "compilations": step._cache_size(), "before": means}
+    found = {"collectives": collectives(program), "compilations": step._cache_size(), "before": means}
+    found["calls"] = native_calls(program)
     if mesh is not None:
         found["params"] = {key: spec(leaf) for key, leaf in params.items()}
         found["means"] = {key: spec(leaf) for key, leaf in state.acc_grads.items()}

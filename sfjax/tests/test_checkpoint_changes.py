@@ -92,6 +92,28 @@ def test_a_changed_beta_of_a_live_target_is_noticed_without_being_told(told: Any
     assert [change.name for change in restored.changes] == ["beta"]
 
 
+RISING = {"b1_rule": "anneal", "b1_anneal_steps": 50}
+
+
+def test_a_beta_that_a_rule_has_raised_is_no_change_of_it(tmp_path: Path) -> None:
+    """Without hyperparameters a state does not know of the rule: that is said, and nothing that is not so."""
+    config = AdamW(lr=LR, beta_rule="anneal", beta_anneal_steps=50)
+    tx = transformation("adamw", **RISING)
+    for saving, restoring in ((None, None), ({"lr": LR}, None), (None, config), (config, None)):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        with saved(folder, tx, steps=20, hyperparameters=saving) as (checkpoints, params, state):
+            assert float(sfjax.find_state(state).b1) > 0.91
+            restored = _restored(checkpoints, tx, params, hyperparameters=restoring)
+            assert restored.changes == []
+            told = [one for one in restored.notices if one.startswith("beta")]
+            in_doubt = config not in (saving, restoring)
+            assert len(told) == in_doubt
+            if in_doubt:
+                assert "if by b1_rule, it goes on as it was" in told[0]
+                with pytest.raises(CheckpointError, match="say which with hyperparameters="):
+                    _restored(checkpoints, tx, params, hyperparameters=restoring, strict=True)
+
+
 def test_a_value_that_inject_hyperparams_keeps_is_not_said_to_change(tmp_path: Path) -> None:
     tx = optax.inject_hyperparams(sfjax.schedule_free_sgd)
     with saved(tmp_path, tx(LR), hyperparameters={"lr": LR}) as (checkpoints, params, _):

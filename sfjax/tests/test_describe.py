@@ -33,6 +33,14 @@ def test_every_optimizer_describes_itself():
     for optimizer in (sfjax.schedule_free_sgd, sfjax.schedule_free_adamw, sfjax.schedule_free_radam):
         assert "error" not in sfjax.describe(optimizer)
     assert "error" not in sfjax.describe(sfjax.schedule_free, optax.sgd(0.1), 0.1, prior_steps=10)
+    told = sfjax.describe(sfjax.schedule_free_plus, warmup_steps=50, f_star=-1.0, total_steps=1000)
+    assert "optimizer     sfjax.schedule_free_plus\n" in told
+    assert "warm-up       50 optimizer steps, by optimizer" in told
+    assert "Polyak steps" in told
+    assert "SF" not in told, told
+    told = sfjax.describe(sfjax.generalized_primal_averaging, optax.adam(0.01), 0.01, mu_x=0.9)
+    assert "c at step     1: 0.1, " in told
+    assert "SF" not in told, told
 
 
 def test_a_schedule_is_checked_by_its_largest_value():

@@ -164,13 +164,103 @@ def test_leaves_may_be_arrays_of_numpy() -> None:
     runs.assert_close(tx.step(params, state, gradients=params), want, 1e-6)
 
 
-def test_an_accumulated_update_is_one_call_in_a_loop() -> None:
+def test_an_accumulated_update_is_a_call_for_the_mean_and_one_in_a_loop() -> None:
     params = runs.typed(runs.start(), jnp.float32)
     tx = sfjax.accumulate(sfjax.chain(optax.clip_by_global_norm(1.0), MAKE["adamw"]()), 3)
     with jax.numpy_dtype_promotion("standard"):
-        assert calls(compiled(tx, params)) == 1
+        assert calls(compiled(tx, params)) == 2
         got, want = (go(jax.jit(one), params, tx.init(params)) for one in (tx.step, plain(tx)))
     runs.assert_close(got, want, 2e-6)
+
+
+def means(params: Any, gradients: Any, step: Any = None) -> Any:
+    """Returns the means of some gradients of an accumulation that has come to no update."""
+    tx = sfjax.accumulate(sfjax.schedule_free_sgd(0.1), 100)
+    step, state = step or jax.jit(tx.step), tx.init(params)
+    for g in gradients:
+        _, state = step(params, state, gradients=g)
+    return state.acc_grads
+
+
+def some_gradients(dtypes: dict[str, Any], size: int = 4099, powers: int = 30) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            name: jnp.asarray(rng.standard_normal(size) * 10.0 ** rng.integers(-powers, powers, size), dtype)
+            for name, dtype in dtypes.items()
+        }
+        for _ in range(5)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mean_has_the_bits_of_its_operations_one_by_one(dtype: str) -> None:
+    gradients = some_gradients({"w": dtype})
+    want = np.full(4099, np.nan, np.float32)
+    for taken, g in enumerate(gradients, start=1):
+        newest = np.asarray(g["w"].astype(jnp.float32))
+        want = newest if taken == 1 else want + (newest - want) / np.float32(taken)
+    got = means({"w": jnp.zeros(4099, dtype)}, gradients)
+    np.testing.assert_array_equal(got["w"], want)
+
+
+def test_a_micro_step_copies_nothing_and_takes_no_memory() -> None:
+    tx, params = sfjax.accumulate(MAKE["adamw"](), 4), {str(i): jnp.ones((64, 64)) for i in range(9)}
+    program, size = compiled(tx, params), 9 * 64 * 64 * 4
+    assert " = f32[64,64]{1,0} copy(" not in program.as_text()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= 4 * size  # y, z, v and the mean
+    assert memory.temp_size_in_bytes <= 2048  # the numbers of both; measured: 1,236
+
+
+def test_means_that_the_kernel_would_have_to_cast_are_those_of_xla(x64: None) -> None:
+    dtypes = {
+        "a": "float32",
+        "b": "bfloat16",
+        "c": "float16",
+        "d": "complex64",
+        "e": "float64",
+        "f": "float32",
+    }
+    gradients = some_gradients(dtypes, size=7, powers=2)
+    tx, params = sfjax.accumulate(sfjax.schedule_free_sgd(0.1), 100), gradients[0]
+    with jax.numpy_dtype_promotion("standard"):
+        assert calls(compiled(tx, params)) == 3  # a and f, b, e
+        got = means(params, gradients)
+        want = means(params, gradients, lambda p, s, gradients: (p, tx.update(gradients, s, p)[1]))
+    runs.assert_close(got, want, 1e-6)
+
+
+def test_means_under_vmap_and_derivatives_are_those_of_the_plain_program(monkeypatch: Any) -> None:
+    tx, params = sfjax.accumulate(MAKE["sgd"](), 100), runs.typed(runs.start(), jnp.float32)
+    scales = jnp.arange(1.0, 4.0)
+
+    def mean(scale: Any) -> Any:
+        gradients = [jax.tree.map(lambda p, i=i: p * scale**i, params) for i in range(3)]
+        return means(params, gradients, tx.step)
+
+    def found() -> Any:
+        return jax.jit(jax.vmap(mean))(scales), jax.jit(lambda s: jax.jvp(mean, (s,), (s,))[1])(scales[1])
+
+    native_bits = found()
+    monkeypatch.setattr(call, "find", lambda: "there is no compiler")
+    runs.assert_same(native_bits, found())
+
+
+def test_means_without_a_compiler_are_those_of_update(monkeypatch: Any) -> None:
+    monkeypatch.setattr(call, "find", lambda: "there is no compiler")
+    tx, gradients = sfjax.accumulate(sfjax.schedule_free_sgd(0.1), 100), some_gradients({"w": "float32"})
+    params = jax.tree.map(jnp.zeros_like, gradients[0])
+    assert calls(compiled(tx, params)) == 0
+    want = means(params, gradients, jax.jit(lambda p, s, gradients: (p, tx.update(gradients, s, p)[1])))
+    runs.assert_same(means(params, gradients), want)
+
+
+def test_gradients_of_another_shape_are_never_walked() -> None:
+    tx, params = sfjax.accumulate(MAKE["adamw"](), 4), {"w": jnp.ones(5)}
+    for wrong, match in ({"w": jnp.ones(3)}, "shape"), ({"v": jnp.ones(5)}, "key"), ({"w": None}, "None"):
+        with pytest.raises((TypeError, ValueError), match=match):
+            tx.step(params, tx.init(params), gradients=wrong)
 
 
 def test_vmap_takes_the_plain_program() -> None:

@@ -89,7 +89,7 @@ def recognise(state_dict: Mapping[str, Any]) -> Source:
 
 
 def _renamed(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a group of ScheduleFree+ or of GPA with AdamW's options too; any other as it is."""
+    """Returns a group of another program's options under AdamW's names too; any other as it is."""
     if "sf_beta1" in group:
         steps = group["sf_beta1_anneal_steps"]
         rule = {"beta_rule": "anneal" if steps else "constant", "beta_anneal_steps": steps}
@@ -101,6 +101,8 @@ def _renamed(group: Mapping[str, Any]) -> Mapping[str, Any]:
         kind = group["iterate_averaging_type"]
         if getattr(kind, "name", kind).lower() == "gpa":
             found |= {"window": 1.0 / (1.0 - group["eval_interp_coeff"]), "window_rule": "constant"}
+    elif "decoupling_c" in group:
+        return {**group, "refined_c": float(group["decoupling_c"])}
     else:
         return group
     return {**group, **found, "betas": (beta, b2), "inner_momentum": momentum}
@@ -195,7 +197,6 @@ _THEIRS = {"max_exp_avg_sq"}
 _IGNORED = {
     "ams_bound": "the running maximum of the second moment is dropped",
     "amsgrad": "the running maximum of the second moment is dropped",
-    "decoupling_c": "the average is weighed as the equations say, without the extra factor",
     "use_palm": "the second moment decays at the constant b2",
 }
 

@@ -316,7 +316,9 @@ def _plan_group(
     same = changes.comparable(meta.optimizer, optimizer.law.name)
     _, lr_max, weight_sum = _changes.carry(clock, old, values, same, False)
     books |= {"k": clock["step"], "lr_max": lr_max, "weight_sum": weight_sum}
-    books["prior_steps"] = values["prior_steps"]
+    # Groups of ScheduleFree+ and GPA have no such option, and only get one from another's checkpoint.
+    if "prior_steps" in optimizer._books(group) or values["prior_steps"]:
+        books["prior_steps"] = values["prior_steps"]
     if not isinstance(optimizer, TrainEvalOptimizer):
         books["y_beta"] = None
     elif books.get("y_beta") is None and beta_of(saved) != beta_after(clock["step"], values):

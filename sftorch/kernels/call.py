@@ -158,6 +158,7 @@ class Job(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in TABLES]
         + [(name, ctypes.c_int32) for name in ("kind", "is_double", "y_type", "g_type")]
         + [(name, ctypes.c_double) for name in NUMBERS]
+        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "first", "keys")]
     )
 
     def __init__(self, kind: Kind, y_type: Element = Element.AS_Z, g_type: Element = Element.AS_Z):
@@ -170,6 +171,7 @@ class Job(ctypes.Structure):
         """
         super().__init__(kind=kind, y_type=y_type, g_type=g_type)
         self.columns: dict[str, array[int]] = {}  # the job points there
+        self.arrays: dict[str, np.ndarray] = {}  # and there
 
     def run(self, tables: Tables, numbers: Sequence[float], threads: int | None = None) -> bool:
         """Does it.

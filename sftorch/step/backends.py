@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfcore import laws
 from sfcore.native import build
-from sftorch.kernels import call
+from sftorch.kernels import call, drawn
 from sftorch.kernels.call import Element, Kind
 from sftorch.law import iterates, lists
 from sftorch.law.parts import Place, indices, is_fake
@@ -180,17 +180,21 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     Gradients of other kinds than a kernel takes, which are rare, are copied.
     """
     tables, count = _tables(move), len(move.ys)
-    if call.all_fit(tables):
+    if move.keys is None and call.all_fit(tables):
         return [(kernel, move)]
     grads = list(move.grads)
     taken: dict[torch.dtype, list[int]] = {}
     left: dict[int, str] = {}
     for i in range(count):
         row = {name: tensors[i] for name, tensors in tables.items()}
-        if why := call.why_left(row):
+        if move.keys is None:
+            why, wide = call.why_left(row), row["z"].dtype
+        else:
+            why, wide = drawn.why_left(row, move.places[i] if move.places else None), torch.float32
+        if why:
             left[i] = why
         else:
-            grads[i] = call.walkable(row["g"], row["y"], row["z"].dtype)
+            grads[i] = call.walkable(row["g"], row["y"], wide)
             taken.setdefault(grads[i].dtype, []).append(i)
     if left and move.fused:
         first, why = next(iter(left.items()))
@@ -199,15 +203,17 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     if not left and len(taken) == 1 and all(map(is_, grads, move.grads)):
         return [(kernel, move)]
     found = [(kernel, move._replace(grads=grads).rows(rows)) for rows in taken.values()]
-    return [*found, (SINGLE, move.rows(list(left)))] if left else found
+    other = SINGLE if move.keys is None else LEAN
+    return [*found, (other, move.rows(list(left)))] if left else found
 
 
 _COLUMN = {"exp_avg_sq": "v", "exp_avg": "m"}
 
 
 def _tables(move: Move) -> dict[str, list[Tensor]]:
-    tables = {"y": move.ys, "rest": move.rests, "z": move.zs, "g": move.grads, "x": move.xs}
+    tables: dict[str, Any] = {"y": move.ys, "rest": move.rests, "z": move.zs, "g": move.grads, "x": move.xs}
     tables |= {column: move.buffers.get(name, []) for name, column in _COLUMN.items()}
+    tables["scale"] = move.scales
     return {name: tensors for name, tensors in tables.items() if tensors}
 
 
@@ -218,6 +224,7 @@ def _kernel(
     find: Callable[[], object],
     run: Callable[[Move, Numbers], None],
     why_not: Callable[[Move], str] | None = None,
+    rounds: bool = False,
 ) -> Backend:
     """Returns the kernel of a device as a backend.
 
@@ -227,6 +234,7 @@ def _kernel(
         find: returns the kernel, or why there is none.
         why_not: move -> what is wrong with the kernel here, "" if it is right; None for a kernel that is the
             default.
+        rounds: whether it also runs the forms that are rounded at random.
     """
 
     def takes(move: Move) -> str | None:
@@ -236,7 +244,7 @@ def _kernel(
         y = move.ys[0]
         if y.device.type != device:
             return f"parameters must be on a {device} device, got {y.device}"
-        if move.keys is not None:
+        if move.keys is not None and not rounds:
             form = "8bit" if move.scales else "lean"
             return f"precision must be 'exact', got {form!r}: the kernel has no random rounding"
         if y.dtype not in dtypes:
@@ -266,10 +274,17 @@ def _described(move: Move) -> tuple[Kind, Element, Element]:
 def _run_native(move: Move, numbers: Numbers) -> None:
     job, tables = move.kept.get("job"), {"g": move.grads}
     if job is None:
-        job, tables = call.Job(*_described(move)), _tables(move)
+        tables = _tables(move)
+        if move.keys is None:
+            job = call.Job(*_described(move))
+        else:
+            job = drawn.job_of(_described(move)[0], tables, move.places)
         move.kept["job"] = job
     elif move.xs:
         tables["x"] = move.xs
+    if move.keys is not None:
+        names = move.columns or [(name, at) for at, name in enumerate(move.buffers, start=1)]
+        drawn.give_words(job, move.keys, names, bool(move.scales))
     job.run(tables, (-1.0 if move.maximize else 1.0, *numbers))
     # As an operation of torch does, so that autograd notices a graph that needs the old values.
     torch.autograd.graph.increment_version(move.ys)
@@ -562,7 +577,7 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
 # Complex tensors come as their reals, and are told of.
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
-NATIVE = _kernel("native", "cpu", _CPU_DTYPES, lambda: build.find(), _run_native)
+NATIVE = _kernel("native", "cpu", _CPU_DTYPES, lambda: build.find(), _run_native, rounds=True)
 TRITON = _kernel(
     "triton", "cuda", _CUDA_DTYPES, lambda: call.find_triton(), _run_triton, lambda move: why_not_triton(move)
 )

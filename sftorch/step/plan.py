@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfcore import checks, matrices
-from sfcore.averaging import DECAYS, beta_after, coefficients, power
+from sfcore.averaging import DECAYS, beta_after, coefficients, decay_scale
 from sftorch.law.iterates import as_real
 from sftorch.law.parts import PLAIN, gradients, is_divided, note_written, parts, place
 from sftorch.law.scalars import Clock, Next, next_step
@@ -37,6 +37,7 @@ Tensors = list[Tensor]
 States = dict[Tensor, dict[str, Any]]
 Averages = Mapping[Tensor, Tensor]  # x, where parameters are to end as x
 _CLOCK = itemgetter("step", "lr_max", "weight_sum")
+_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _NO_OPTIONS = {*new_books(), "params"}
 
 
@@ -58,11 +59,12 @@ def _facts(held: list[Tensor], grads: list[Any]) -> tuple[list[Any], ...]:
     """Returns what tensors are, but for the values in them, and where those lie that stay."""
     every = [*held, *grads]
     return (
-        [t.dtype for t in every],
-        [t.numel() for t in every],
-        [t.stride() for t in every],
-        [t.data_ptr() for t in held],
-        [g.is_cpu and not g.is_neg() for g in grads],
+        list(map(_DTYPE, every)),
+        list(map(Tensor.numel, every)),
+        list(map(Tensor.stride, every)),
+        list(map(Tensor.data_ptr, held)),
+        list(map(_IS_CPU, grads)),
+        list(map(Tensor.is_neg, grads)),
     )
 
 
@@ -164,8 +166,8 @@ class Work:
         self.after = after = next_step(law, self.clock, plan.group["k"], values, optimizer._factor)
         direction, own = optimizer._direction(values, after.clock.step)
         ratio = values.get("adam_lr_ratio", 1.0) if values["leaves"] == matrices.OTHERS else 1.0
-        lr_t = after.lr_t * ratio
-        wd = values.get("weight_decay", 0.0) * power(lr_t, values.get("decay_power", 1) - 1)  # F6
+        lr_t, lr_max = after.lr_t * ratio, after.clock.lr_max * ratio
+        wd = values.get("weight_decay", 0.0) * decay_scale(lr_t, lr_max, values.get("decay_power", 1))  # F6
         wd_y, wd_z = DECAYS[values.get("decay_at", "y")](wd)
         old_beta = after.beta - after.change
         k1, k2 = coefficients(after.c, after.beta, after.change, old_beta or 1.0)  # what is 0 does not change

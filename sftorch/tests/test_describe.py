@@ -39,9 +39,20 @@ def test_every_class_describes_itself():
             else [torch.nn.Parameter(torch.ones(2, 2))]
         )
         told = kind(base).describe(total_steps=100)
-        of_law = name if name == "ScheduleFreeWrapper" else kind.law.torch  # ScheduleFree+ steps as AdamW
-        assert f"optimizer     sftorch.{of_law}" in told
+        assert f"optimizer     sftorch.{name.removesuffix('Closure')}" in told
         assert "error" not in told, told
+
+
+def test_schedulefree_plus_is_told_by_its_name_and_its_lr_is_no_learning_rate_of_adamw():
+    options = {"weight_decay": 20.0, "sf_beta1_anneal_steps": 50}
+    told = sftorch.AdamCScheduleFreePlusPaper(parameters(), **options).describe(total_steps=1000)
+    assert "optimizer     sftorch.AdamCScheduleFreePlusPaper" in told
+    assert "Polyak steps" in told
+    assert "warning" not in told, told  # neither SF302 of its lr 1 nor SF207 of a warm-up that it has not
+    gpa = sftorch.GPAAdamW(parameters(), 0.01).describe(total_steps=1000)
+    assert "optimizer     sftorch.GPAAdamW" in gpa
+    assert "warning" not in gpa, gpa
+    assert "SF302" in sftorch.GPAAdamW(parameters()).describe()  # Meta's default of 1 is too much
 
 
 def test_groups_modes_and_problems_are_told():

@@ -1,6 +1,7 @@
 """The 8-bit form: 5 bytes a bfloat16 parameter, unbiased, the same bits from the same seed."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import sftorch
 from sfcore import codes, inspection, store
 from sfcore.checks import HyperparameterError
+from sfcore.exchange import CheckpointError
 from sfcore.iterates import widened
 from sftorch.checkpoint import Checkpoints, import_state_dict
 from sftorch.state import eight, forms
@@ -155,7 +157,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_gives_others(options):
 def test_a_compiled_step_gives_the_same_bits_and_is_compiled_once(dtype):
     runs = []
     for compiling in (True, False):
-        optimizer, params = in_codes(dtype=dtype, shapes=[(3, 20), (5,)])
+        optimizer, params = in_codes(dtype=dtype, shapes=[(3, 20), (5,)], fused=False)
         torch._dynamo.reset()
         step = torch.compile(optimizer.step, backend="aot_eager") if compiling else optimizer.step
         with torch._dynamo.config.patch(error_on_recompile=compiling):
@@ -380,6 +382,29 @@ class TestCheckpoints:
         assert inspection.inspect(path)["norms"]["z"] == pytest.approx(norm, rel=1e-6)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
         assert inspection.inspect(tmp_path / "run.pt")["norms"]["z"] == pytest.approx(norm, rel=1e-6)
+
+    @pytest.mark.parametrize(("dtype", "total"), [(torch.bfloat16, 5), (torch.float32, 7)], ids=str)
+    def test_the_file_is_as_large_as_parameter_and_state(self, tmp_path, dtype, total):
+        model = torch.nn.Linear(400, 200, bias=False).to(dtype)
+        optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE, precision="8bit")
+        feed(optimizer, list(model.parameters()), some_grads(3, list(model.parameters())))
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(model, optimizer)
+            path = checkpoints.wait()
+        raw = (path / store.STATE).read_bytes()  # which has random states too
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        spans = [field["data_offsets"] for leaf, field in header.items() if leaf.endswith("/weight")]
+        size = sum(end - begin for begin, end in spans)
+        assert size == total * 80_000 + 2 * 200
+
+    def test_a_damaged_file_is_named(self, tmp_path):
+        _, _, path = self.saved(tmp_path)
+        state = path / store.STATE
+        whole = state.read_bytes()
+        at = whole.index(b"}}") + 200
+        state.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"must have crc32"):
+            store.read(path)
 
     @pytest.mark.parametrize("precision", ["exact", "lean"])
     def test_another_precision_is_converted_and_named_and_comes_back(self, tmp_path, precision):

@@ -202,7 +202,11 @@ def test_options_without_a_counterpart_are_said():
     state["param_groups"][0] |= {"ams_bound": True, "decoupling_c": 200}
     notices = import_state_dict(make("adamw", parameters(frozen["weights"])), state)
     assert any(re.match(r"ams_bound \(group 0\): the running maximum", notice) for notice in notices)
-    assert any(re.match(r"decoupling_c \(group 0\): the average is weighed", notice) for notice in notices)
+    assert any(notice.startswith("refined_c (group 0): saved 200.0, configured 0.0") for notice in notices), (
+        notices
+    )
+    refined = sftorch.AdamWScheduleFree(parameters(frozen["weights"]), refined_c=200.0)
+    assert not any("refined_c" in notice for notice in import_state_dict(refined, state))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Calls of the C kernel for the forms that are rounded at random, "lean" and "8bit" (sfcore/native/eight.h).
+
+A parameter whose tensors lie in another order than its elements are counted in is left to the operations of
+torch, and so is a part of a DTensor that is not one run of the whole's elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sftorch.kernels import call
+from sftorch.kernels.call import Element, Job, Kind
+from sftorch.law.parts import PLAIN, Place
+
+WORDS = 4  # pairs of a tensor, as in eight.h: of the gap, v, m and y
+COLUMN = {"exp_avg_sq": 1, "exp_avg": 2}  # of the words, and of the scale where all are there
+_RESTS = {(torch.bfloat16, True): torch.int8, (torch.bfloat16, False): torch.int16}
+_GAPS = {(torch.bfloat16, True): torch.int8, (torch.float32, True): torch.int16}
+
+
+def first_of(at: Place | None) -> int | None:
+    """Returns the place of a part's first element in the whole, None where others come between its own.
+
+    Example:
+        >>> from sftorch.kernels.drawn import first_of
+        >>> from sftorch.law.parts import Place
+        >>> first_of(Place((4, 3), (2, 0), (2, 3))), first_of(Place((4, 3), (0, 1), (4, 2)))
+        (6, None)
+    """
+    if at is None:
+        return 0
+    if at.sizes[1:] != at.shape[1:]:
+        return None
+    return at.offsets[0] * math.prod(at.shape[1:]) if at.shape else 0
+
+
+def why_left(row: Mapping[str, Tensor], at: Place | None) -> str | None:
+    """Returns why the kernel does not take a parameter, None if it does; its gradient can be copied.
+
+    Args:
+        row: tensors by the names of job.h, "scale" among them for "8bit".
+        at: where it lies in a larger one.
+    """
+    y, in_codes = row["y"], "scale" in row
+    if not all(type(tensor) in PLAIN for name, tensor in row.items() if name != "g"):
+        return f"parameters must be plain tensors, got {type(y).__name__}"
+    narrow = torch.bfloat16
+    wanted = {
+        "rest": _RESTS.get((y.dtype, in_codes)),
+        "z": _GAPS.get((y.dtype, in_codes), narrow),
+        "v": torch.uint8 if in_codes else narrow,
+        "m": torch.int8 if in_codes else narrow,
+        "scale": torch.int8,
+    }
+    if any(row[name].dtype != dtype for name, dtype in wanted.items() if name in row):
+        return "state must be of its parameter's kind"
+    if not all(tensor.is_contiguous() and tensor.is_cpu for name, tensor in row.items() if name != "g"):
+        return "parameters and state must be contiguous"
+    if not all(tensor.shape == y.shape for name, tensor in row.items() if name != "scale"):
+        return "state must be of its parameter's shape"
+    return None if first_of(at) is not None else "a part of a DTensor must be one run of the whole's elements"
+
+
+def give_words(job: Job, keys: Tensor, columns: Sequence[tuple[str, int]], has_y: bool) -> None:
+    """Gives a job the random words of its next step.
+
+    Args:
+        job: of `job_of`.
+        keys: of a `Move`.
+        columns: buffer -> its place among the keys.
+        has_y: whether the last are those of y.
+    """
+    given = keys.numpy().astype(np.uint32)
+    words = job.arrays["keys"] = np.zeros((len(given), WORDS, 2), dtype=np.uint32)
+    words[:, 0] = given[:, 0]
+    for name, at in columns:
+        words[:, COLUMN[name]] = given[:, at]
+    if has_y:
+        words[:, -1] = given[:, -1]
+    job.keys = words.ctypes.data
+
+
+def job_of(kind: Kind, tables: Mapping[str, Sequence[Tensor]], places: Sequence[Any]) -> Job:
+    """Returns what will run again while the tensors are the same, but for its random words.
+
+    Args:
+        kind: of the step.
+        tables: as for a `Job`, and "scale" for "8bit".
+        places: where each lies in a larger one; empty if all are whole.
+    """
+    narrow = [call.NARROW.get(tables[name][0].dtype, Element.AS_Z) for name in ("y", "g")]
+    job = Job(kind, Element.BFLOAT16_REST if narrow[0] else Element.AS_Z, narrow[1])
+    ys = tables["y"]
+    rows = np.array([y.shape[0] if y.ndim else 1 for y in ys], dtype=np.int64)
+    first = np.array([first_of(at) for at in places or [None] * len(ys)], dtype=np.int64)
+    job.arrays = {"rows": rows, "first": first}
+    job.rows, job.first = rows.ctypes.data, first.ctypes.data
+    return job
