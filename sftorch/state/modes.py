@@ -425,9 +425,22 @@ class _Flip:
             kept: id of a parameter -> a tensor that may be taken for its new one.
         """
         ready, columns = self._columns(kept)
-        for some in columns:
-            self._run(kind, some)
+        try:
+            for some in columns:
+                self._run(kind, some)
+        except BaseException:
+            if kind is Kind.PUT_ASIDE:
+                self._take_back(columns)
+            raise
         return ready
+
+    def _take_back(self, columns: list[Columns]) -> None:
+        """Gives the parameters y again that an interrupted PUT_ASIDE has, or has not, made x of."""
+        for some in columns:
+            if self._native:
+                self._run(Kind.PUT_BACK, some)  # which changes nothing where y was not put aside
+        for ys, _, thirds in self._written:
+            torch._foreach_copy_(ys, thirds)
 
     def held(self) -> list[_Row]:
         """Returns the rows with y put aside if all of them hold x bit for bit, else none."""
@@ -524,7 +537,10 @@ class _Flip:
             torch._foreach_add_(new, thirds)
             return not _all_equal(ys, new)
         torch._foreach_copy_(thirds, ys)
-        x, y = (ys, thirds) if kind is Kind.PUT_ASIDE else (thirds, ys)
+        x, y = thirds, ys
+        if kind is Kind.PUT_ASIDE:
+            self._written.append(columns)
+            x, y = ys, thirds
         torch._foreach_sub_(x, zs)
         torch._foreach_mul_(x, self._share)
         torch._foreach_add_(x, y)
