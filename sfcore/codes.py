@@ -16,6 +16,7 @@ has the precision of any other. Vectors, and arrays with short rows, are little 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def opened(leaves: Mapping[str, np.ndarray], scale: np.ndarray) -> dict[str, np.
     return found | {"gap": decoded(leaves["gap"], scale[:, 0])}
 
 
-def put_together(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def put_together(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns "ROLE/PARAMETER" -> array as they lie in a file: y and gap in one, where that keeps every bit.
 
     Example:
@@ -103,7 +104,7 @@ def put_together(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     both = {
         leaf.removeprefix("scale/"): _together(leaves, leaf) for leaf in leaves if leaf.startswith("scale/")
     }
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
     for leaf, array in leaves.items():
         role, _, name = leaf.partition("/")
         joined = both.get(name) if role in ("y", "gap") else None
@@ -114,11 +115,11 @@ def put_together(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def _together(leaves: Mapping[str, np.ndarray], scale: str) -> np.ndarray | None:
+def _together(leaves: Mapping[str, Any], scale: str) -> np.ndarray | None:
     """Returns y and gap of a parameter in one, None where bits of either would be lost."""
     held = [leaves.get(f"{role}/{scale.removeprefix('scale/')}") for role in ("y", "gap")]
     y, gap = (None if one is None else np.ascontiguousarray(one) for one in held)
-    if y is None or gap is None or (y.dtype, gap.dtype, y.shape) != (np.float32, np.int16, gap.shape):
+    if y is None or gap is None or (y.dtype.name, gap.dtype.name, y.shape) != ("float32", "int16", gap.shape):
         return None
     bits, code, below = y.view(np.uint32), gap.view(np.uint16), np.uint16(16 - GAP_BITS)
     if np.any(bits & _GAP) or np.any(code & np.uint16((1 << (16 - GAP_BITS)) - 1)):
