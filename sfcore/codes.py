@@ -119,7 +119,7 @@ def _together(leaves: Mapping[str, Any], scale: str) -> np.ndarray | None:
     """Returns y and gap of a parameter in one, None where bits of either would be lost."""
     held = [leaves.get(f"{role}/{scale.removeprefix('scale/')}") for role in ("y", "gap")]
     y, gap = (None if one is None else np.ascontiguousarray(one) for one in held)
-    if y is None or gap is None or y.dtype != np.float32 or gap.dtype != np.int16 or y.shape != gap.shape:
+    if y is None or gap is None or (y.dtype.name, gap.dtype.name, y.shape) != ("float32", "int16", gap.shape):
         return None
     bits, code, below = y.view(np.uint32), gap.view(np.uint16), np.uint16(16 - GAP_BITS)
     if np.any(bits & _GAP) or np.any(code & np.uint16((1 << (16 - GAP_BITS)) - 1)):

@@ -235,7 +235,7 @@ def _fill(
         record = {STATE: exchange.write_tensors(folder / STATE, state)}
     record[INFERENCE], prints = waited()
     filled = replace(meta, fingerprints={**meta.fingerprints, **prints}, tensors=record)
-    files.write_text(folder / META, filled.to_json())
+    (folder / META).write_text(filled.to_json(), encoding="utf-8")  # what names the folder syncs it
 
 
 def put(folder: Path, step: int, fill: Callable[[Path], None], layout: Layout = PLAIN) -> Path:

@@ -425,9 +425,22 @@ class _Flip:
             kept: id of a parameter -> a tensor that may be taken for its new one.
         """
         ready, columns = self._columns(kept)
-        for some in columns:
-            self._run(kind, some)
+        try:
+            for some in columns:
+                self._run(kind, some)
+        except BaseException:
+            if kind is Kind.PUT_ASIDE:
+                self._take_back(columns)
+            raise
         return ready
+
+    def _take_back(self, columns: list[Columns]) -> None:
+        """Gives the parameters y again that an interrupted PUT_ASIDE has, or has not, made x of."""
+        for some in columns:
+            if self._native:
+                self._run(Kind.PUT_BACK, some)  # which changes nothing where y was not put aside
+        for ys, _, thirds in self._written:
+            torch._foreach_copy_(ys, thirds)
 
     def held(self) -> list[_Row]:
         """Returns the rows with y put aside if all of them hold x bit for bit, else none."""
@@ -466,7 +479,7 @@ class _Flip:
         """Makes x of what was put back, in the bits that it had."""
         for ps, zs, ys in self._written:
             # The kernel puts back a whole list or nothing, and who interrupts it does not learn which.
-            if not self._native or all(_equal(ps, ys)):
+            if not self._native or _all_equal(ps, ys):
                 self._run(Kind.RECOVER, (ys, zs, ps))
         self.back, self._written = [], []
 
@@ -482,9 +495,10 @@ class _Flip:
             z, third = state.get("z"), state.get("y") if kept is None else kept.get(id(p))
             if z is not None and z.dtype == p.dtype and (third is not None or kept is not None):
                 rows.append(_Row(p, state, _empty_like(p) if third is None else third))
-        columns = _reals_of(rows)
+        columns = _columns_of(rows)
         if call.all_alike(columns):
             return rows, self._grouped(columns)
+        columns = _reals_of(rows)
         fits = call.alike if self._native else _may_be_listed
         kinds: dict[Any, list[_Row]] = {}
         for row, (y, z, third) in zip(rows, zip(*columns, strict=True), strict=True):
@@ -521,9 +535,12 @@ class _Flip:
             new = list(torch._foreach_sub(thirds, zs))
             torch._foreach_mul_(new, self._share)
             torch._foreach_add_(new, thirds)
-            return not all(_equal(ys, new))
+            return not _all_equal(ys, new)
         torch._foreach_copy_(thirds, ys)
-        x, y = (ys, thirds) if kind is Kind.PUT_ASIDE else (thirds, ys)
+        x, y = thirds, ys
+        if kind is Kind.PUT_ASIDE:
+            self._written.append(columns)
+            x, y = ys, thirds
         torch._foreach_sub_(x, zs)
         torch._foreach_mul_(x, self._share)
         torch._foreach_add_(x, y)
@@ -541,12 +558,16 @@ def _may_be_listed(first: Tensor, *others: Tensor) -> bool:
     )
 
 
-def _equal(first: list[Tensor], second: list[Tensor]) -> Iterable[bool]:
-    """Tells which tensors on a device are equal, on others than a CPU with one wait; NaN is not."""
-    pairs = zip(first, second, strict=True)
-    if not first or first[0].is_cpu:  # torch.equal takes five times as long
-        return (np.array_equal(a.detach().numpy(), b.numpy()) for a, b in pairs)
-    differ: list[bool] = torch.stack([(a != b).any() for a, b in pairs]).tolist()
+def _all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Tells whether plain tensors are equal; NaN is not."""
+    if first and first[0].is_cpu:  # torch.equal takes five times as long
+        return all(np.array_equal(a.detach(), b) for a, b in zip(first, second, strict=True))
+    return all(_equal(first, second)) if first else True
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> list[bool]:
+    """Tells which tensors on a device are equal, with one wait; NaN is not."""
+    differ: list[bool] = torch.stack([(a != b).any() for a, b in zip(first, second, strict=True)]).tolist()
     return [not one for one in differ]
 
 
@@ -573,13 +594,16 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _columns_of(rows: Sequence[_Row]) -> Columns:
+    """Returns the parts of the parameters of some rows, of their z, and of the third tensors."""
+    thirds = parts([row.third for row in rows])
+    return parts([row.p for row in rows]), parts([row.state["z"] for row in rows]), thirds
+
+
 def _reals_of(rows: Sequence[_Row]) -> Columns:
-    """Returns the columns of some rows: parameters, z, and the third tensors."""
-    return (
-        _reals([row.p for row in rows]),
-        _reals([row.state["z"] for row in rows]),
-        _reals([row.third for row in rows]),
-    )
+    """Returns the same, complex ones as pairs of reals."""
+    ys, zs, thirds = map(_reals, _columns_of(rows))
+    return ys, zs, thirds
 
 
 def _reals(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -90,6 +90,54 @@ def test_an_interrupted_train_can_be_called_again(monkeypatch):
     assert same_bits(params, y)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_around_the_kernel_of_eval_leaves_y(moment, monkeypatch):
+    params, optimizer = started("native")
+    optimizer.eval()
+    optimizer.train()
+    feed(optimizer, params, some_grads(1, params))  # so that what is kept is an older y
+    y, run = copies(params), call.Job.run
+
+    def cut(job, *args):
+        if job.kind != call.Kind.PUT_ASIDE:
+            return run(job, *args)
+        if moment == "after":
+            run(job, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call.Job, "run", cut)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.eval()
+    assert same_bits(params, y)
+    assert not any("y" in optimizer.state[p] for p in params)
+    optimizer.eval()
+    optimizer.train()
+    assert same_bits(params, y)
+
+
+@pytest.mark.parametrize("name", ["copy_", "sub_", "mul_", "add_"])
+def test_an_interrupted_eval_of_lists_leaves_y(name, monkeypatch):
+    monkeypatch.setitem(lists.GROUP, "cpu", 100)
+    params, optimizer = started("lists")
+    y, own, calls = copies(params), getattr(torch, f"_foreach_{name}"), []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, f"_foreach_{name}", cut)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.eval()
+    assert same_bits(params, y)
+    optimizer.eval()
+    optimizer.train()
+    assert same_bits(params, y)
+
+
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_interrupt_around_the_kernel_leaves_what_was_there(moment, written, monkeypatch):
