@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -406,8 +407,16 @@ def keys(seed: int, ordinals: Iterable[int], step: int, buffers: int) -> Tensor:
 
     A tensor, because torch.compile would compile numbers into its program, new ones in every step.
     """
-    words = [[key_of(seed, n, step, b) for b in range(1 + buffers)] for n in ordinals]
-    return torch.tensor(words, dtype=torch.int64, device="cpu").view(-1, 1 + buffers, 2)
+    places = np.array([[n] for n in ordinals], dtype=np.uint64).reshape(-1, 1)
+    state = np.zeros((len(places), 1 + buffers), dtype=np.uint64)
+    first, time = (np.full((1, 1), word % (1 << 64), dtype=np.uint64) for word in (seed, step))
+    for word in (first, places, time, np.arange(1 + buffers, dtype=np.uint64)):
+        state = state + word + np.uint64(0x9E3779B97F4A7C15)  # `key_of`, of all at once
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    halves = np.stack([state >> np.uint64(32), state], axis=-1)
+    return torch.from_numpy(halves.astype(np.uint32).view(np.int32).astype(np.int64))
 
 
 # The lean form. With w = gap + beta delta, the new gap is (1 - k1) w and y moves by k1 w + (1 - beta) delta
