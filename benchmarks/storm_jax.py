@@ -13,7 +13,7 @@ import optax
 
 import sfjax
 from benchmarks import exact_jax
-from benchmarks.storm_programs import Program, until_done
+from benchmarks.storm_programs import ROUNDED, Program, until_done
 from sfjax.checkpoint import Checkpoints
 
 
@@ -34,15 +34,16 @@ MAKERS: dict[str, Callable[[Program], Any]] = {
     "anneal": lambda one: sfjax.schedule_free_adamw(lr(one), b1_rule="anneal", b1_anneal_steps=9),
     "amuse": lambda one: sfjax.schedule_free_muon(lr(one), b1_rule="amuse", b1_hold_steps=3),
     "lean": lambda one: sfjax.schedule_free_adamw(lr(one), precision="lean"),
+    "8bit": lambda one: sfjax.schedule_free_adamw(lr(one), precision="8bit"),
 }
 
 
 def build(one: Program, seed: int) -> tuple[Any, Any, Any]:
     """Returns parameters, state, and a jitted micro-step that draws its batch and dropout from a key."""
-    lean = one.precision == "lean"
-    exact_jax.MAKERS["program"] = lambda: MAKERS["lean" if lean else one.optimizer](one)
+    rounded = one.precision in ROUNDED
+    exact_jax.MAKERS["program"] = lambda: MAKERS[one.precision if rounded else one.optimizer](one)
     named: Any = dataclasses.replace(
-        one, optimizer="program", precision="bfloat16" if lean else one.precision
+        one, optimizer="program", precision="bfloat16" if rounded else one.precision
     )
     found: tuple[Any, Any, Any] = exact_jax.build(named, seed)
     return found

@@ -27,7 +27,7 @@ from tqdm import tqdm
 MEMBERS = ("muon", "normuon", "plus", "gpa", "anneal", "amuse")
 OPTIONS: dict[str, Sequence[Any]] = {
     "optimizer": ("sgd", "adamw", "radam", "wrapper", *MEMBERS),
-    "precision": ("float32", "float32", "bfloat16", "lean"),
+    "precision": ("float32", "float32", "bfloat16", "lean", "8bit"),
     "accumulate": (1, 1, 2, 4),
     "background": (True, False),
     "saves": (0.1, 0.3, 0.8),
@@ -35,6 +35,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "scheduler": (False, True),
     "keep_newest": (1, 2),
 }
+ROUNDED = ("lean", "8bit")
 CUTS = ("kill", "moment", "line", "again")
 MOST_CUTS = 6  # of one program
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -47,8 +48,8 @@ class Program:
     """One training program.
 
     Attributes:
-        optimizer, precision, accumulate, background, keep_newest: as a user chooses them; "lean" is bfloat16
-            with precision="lean".
+        optimizer, precision, accumulate, background, keep_newest: as a user chooses them; "lean" and "8bit"
+            are bfloat16 with that precision.
         scheduler: whether a scheduler drives lr; in JAX a schedule does.
         updates: their number.
         saves, evaluates: micro-batches, counted from the start, before which it saves or is in eval mode.
@@ -75,7 +76,7 @@ class Program:
 def program(draw: random.Random) -> tuple[Program, dict[str, str]]:
     """Returns a program, and the options that were drawn as text."""
     drawn = {name: draw.choice(values) for name, values in OPTIONS.items()}
-    if drawn["precision"] == "lean":
+    if drawn["precision"] in ROUNDED:
         drawn["optimizer"] = "adamw"
     updates = draw.randrange(4, 12)
     micro_batches = range(updates * drawn["accumulate"])

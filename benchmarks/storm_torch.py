@@ -11,7 +11,7 @@ import torch
 import sftorch
 from benchmarks import exact_torch
 from benchmarks.fuzz_torch import digest
-from benchmarks.storm_programs import Program, until_done
+from benchmarks.storm_programs import ROUNDED, Program, until_done
 from sftorch.checkpoint import Checkpoints
 
 MAKERS = exact_torch.MAKERS | {
@@ -23,6 +23,7 @@ MAKERS = exact_torch.MAKERS | {
     "anneal": lambda p: sftorch.AdamWScheduleFree(p, 0.01, beta_rule="anneal", beta_anneal_steps=9),
     "amuse": lambda p: sftorch.MuonScheduleFree(p, 0.01, beta_rule="amuse", beta_hold_steps=3),
     "lean": lambda p: sftorch.AdamWScheduleFree(p, lr=0.01, precision="lean"),
+    "8bit": lambda p: sftorch.AdamWScheduleFree(p, lr=0.01, precision="8bit"),
 }
 
 
@@ -32,9 +33,9 @@ def build(one: Program, seed: int) -> tuple[Any, Any, Any]:
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(16, 4)
     )
-    lean = one.precision == "lean"
-    model.to(getattr(torch, "bfloat16" if lean else one.precision))
-    optimizer = MAKERS["lean" if lean else one.optimizer](model.parameters())
+    rounded = one.precision in ROUNDED
+    model.to(getattr(torch, "bfloat16" if rounded else one.precision))
+    optimizer = MAKERS[one.precision if rounded else one.optimizer](model.parameters())
     if not one.scheduler:
         return model, optimizer, None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 + 0.1 * math.cos(step))

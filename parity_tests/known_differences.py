@@ -68,38 +68,6 @@ _KOZISTR = "https://github.com/kozistr/pytorch_optimizer/"
 
 KNOWN_DIFFERENCES = (
     KnownDifference(
-        "amuse-decodes",
-        "kjeiun/amuse 4c6383f",
-        lambda case: case.options["beta_rule"] == "amuse",
-        AssertionError,
-        "AMUSE reads x out of y by the beta of the step, not by the one that built y",
-        "https://github.com/kjeiun/amuse/blob/4c6383f/src/optim/AMUSE.py",
-    ),
-    KnownDifference(
-        "plus-corrects-twice",
-        "facebookresearch/schedule_free 70785b5",
-        lambda case: _takes_polyak_steps(case, smoothed=True),
-        AssertionError,
-        "ScheduleFree+ keeps the norm as it was corrected for its start, and corrects it in every step anew",
-        _PLUS,
-    ),
-    KnownDifference(
-        "plus-clipped",
-        "facebookresearch/schedule_free 70785b5",
-        lambda case: _takes_polyak_steps(case, smoothed=False) and getattr(case, "clip", 1.0) != 1,
-        AssertionError,
-        "a Polyak step grows by what gradients were clipped by, since the loss is not",
-        _PLUS,
-    ),
-    KnownDifference(
-        "plus-divides-by-0",
-        "facebookresearch/schedule_free 70785b5",
-        lambda case: _takes_polyak_steps(case, silent=True),
-        ZeroDivisionError,
-        "a Polyak step divides by the norm of a gradient that may be 0",
-        _PLUS,
-    ),
-    KnownDifference(
         "sgd-refuses-ends",
         "schedulefree",
         lambda case: case.optimizer == "sgd" and _beta(case) in (0, 1),
@@ -173,6 +141,38 @@ KNOWN_DIFFERENCES = (
         AssertionError,
         "RAdam with silent_sgd_phase=False takes its SGD steps with lr 1 whatever lr is",
         _KOZISTR + "pull/351",
+    ),
+    KnownDifference(
+        "amuse-decodes",
+        "kjeiun/amuse 4c6383f",
+        lambda case: case.options["beta_rule"] == "amuse",
+        AssertionError,
+        "AMUSE reads x out of y by the beta of the step, not by the one that built y",
+        "https://github.com/kjeiun/amuse/blob/4c6383f/src/optim/AMUSE.py",
+    ),
+    KnownDifference(
+        "plus-corrects-twice",
+        "facebookresearch/schedule_free 70785b5",
+        lambda case: _takes_polyak_steps(case, smoothed=True),
+        AssertionError,
+        "ScheduleFree+ keeps the norm as it was corrected for its start, and corrects it in every step anew",
+        _PLUS,
+    ),
+    KnownDifference(
+        "plus-clipped",
+        "facebookresearch/schedule_free 70785b5",
+        lambda case: _takes_polyak_steps(case, smoothed=False) and getattr(case, "clip", 1.0) != 1,
+        AssertionError,
+        "a Polyak step grows by what gradients were clipped by, since the loss is not",
+        _PLUS,
+    ),
+    KnownDifference(
+        "plus-divides-by-0",
+        "facebookresearch/schedule_free 70785b5",
+        lambda case: _takes_polyak_steps(case, silent=True),
+        ZeroDivisionError,
+        "a Polyak step divides by the norm of a gradient that may be 0",
+        _PLUS,
     ),
 )
 

@@ -143,8 +143,10 @@ def test_many_threads_take_the_step_of_one_and_twice_the_same() -> None:
     np.testing.assert_array_equal(np.concatenate(small), first[0]["w"][-1001:])
 
 
-def test_a_loop_and_a_step_outside_of_jit_take_the_same_path() -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_loop_and_a_step_outside_of_jit_take_the_same_path(every: int) -> None:
     tx, params = MAKE["adamw"](), runs.typed(runs.start(), jnp.float32)
+    tx = tx if every == 1 else sfjax.accumulate(tx, every)
     grads = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *(runs.typed(g, jnp.float32) for g in runs.gradients(6))
     )

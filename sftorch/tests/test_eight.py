@@ -124,6 +124,32 @@ def test_the_run_stays_near_the_exact_one(kind, dtype):
     assert (x - reference.eval_params()[exact[0]]).norm() < 0.06 * moved + rounding
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [sftorch.AdamCScheduleFreePlusPaper, sftorch.GPAAdamW])
+def test_other_classes_stay_near_the_exact_run_and_resume_with_the_same_bits(make, dtype):
+    def advance(optimizer, params, grads):
+        for of_step in grads:
+            for p, g in zip(params, of_step, strict=True):
+                p.grad = g.to(p.dtype)
+            optimizer.step(lambda: torch.tensor(1.0))
+
+    optimizer, params = in_codes(make, dtype, lr=1e-2)
+    exact = [torch.nn.Parameter(p.float()) for p in copies(params)]
+    reference, grads, start = make(exact, lr=1e-2), some_grads(100, params), copies(exact)
+    advance(optimizer, params, grads[:50])
+    twins = [torch.nn.Parameter(p.clone()) for p in copies(params)]
+    other = make(twins, lr=1e-2, precision="8bit")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, own in ((optimizer, params), (other, twins)):
+        advance(one, own, grads[50:])
+    assert same_bits(everything(other, twins), everything(optimizer, params))
+    advance(reference, exact, grads)
+    moved = (exact[0] - start[0]).norm()
+    off = (forms.joined(params[0].detach(), optimizer.state[params[0]]) - exact[0]).norm()
+    rounding = 6 * start[0].norm() * 2.0**-13 if dtype is torch.bfloat16 else 0.0
+    assert off < 0.15 * moved + rounding
+
+
 @pytest.mark.parametrize(("dtype", "total"), [(torch.bfloat16, 5), (torch.float32, 7)], ids=str)
 def test_bytes_of_a_parameter(dtype, total):
     optimizer, params = in_codes(dtype=dtype, shapes=[(10, 1000)])
