@@ -44,16 +44,16 @@ def test_ten_kills_of_two_ranks_change_no_bit_and_leave_nothing_behind(framework
 
 
 @pytest.mark.parametrize(
-    ("framework", "optimizer", "kills", "steps"),
+    ("framework", "optimizer", "kills", "steps", "life"),
     [
-        ("torch", "plus", 2, 200),
-        *(pytest.param("torch", one, 10, 1500, marks=SLOW) for one in MEMBERS),
-        *(pytest.param("jax", one, 3, 400, marks=SLOW) for one in MEMBERS),
+        ("torch", "plus", 1, 150, 0.05),
+        *(pytest.param("torch", one, 10, 1500, 0.1, marks=SLOW) for one in MEMBERS),
+        *(pytest.param("jax", one, 3, 600, 3, marks=SLOW) for one in MEMBERS),
     ],
 )
-def test_kills_of_a_member_of_the_family_change_no_bit(framework, optimizer, kills, steps, tmp_path):
+def test_kills_of_a_member_of_the_family_change_no_bit(framework, optimizer, kills, steps, life, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "storm", "--framework", framework]
-    options = ["--optimizer", optimizer, "--kills", str(kills), "--steps", str(steps), "--seed", "1"]
+    options = ["--optimizer", optimizer, "--kills", str(kills), "--steps", str(steps), "--life", str(life)]
     done = subprocess.run(
         [*command, *options, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
