@@ -25,6 +25,8 @@ import _digits
 import sfjax
 from sfjax.kernels import call
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parent.parent
 HAS_KERNEL = call.find() is None
 # Of an array, not of a scalar or a random key.

@@ -8,6 +8,7 @@ of the displacement plus one ulp, a thousandth of what any implementation is all
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from parity_tests.tolerances import TOLERANCES
 from parity_tests.trajectory import SEQUENCES
 
 
+@functools.cache
 def wanted() -> dict[str, dict[str, np.ndarray]]:
-    """Returns file name -> arrays, for every golden file there must be, generated anew."""
+    """Returns file name -> arrays, for every golden file there must be, generated anew, once a process."""
     files = {f"problem-{id}.npz": golden.problem_file(id) for id in PROBLEMS}
     records = {id: golden.record(PROBLEMS[id]) for id in PROBLEMS}
     return files | {f"{id}.npz": golden.case_file(case, records[case.problem]) for id, case in CASES.items()}

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from parity_tests import bad_arguments
-from parity_tests.bad_arguments import TABLE, WITHOUT_ROWS, Refused, World
+from parity_tests.bad_arguments import TABLE, WITHOUT_ROWS, Refused
+from parity_tests.good_arguments import World
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +54,7 @@ def print_of(world: World) -> str:
     for folder, _, files in os.walk(world.folder):
         # Who writes a file or a name leaves a new time.
         paths = [folder, *(os.path.join(folder, file) for file in files)]
-        add([(path, (about := os.stat(path)).st_mtime_ns, about.st_size) for path in paths])
+        add(repr([(path, (about := os.stat(path)).st_mtime_ns, about.st_size) for path in paths]))
     add(world.module.state_dict())
     for one in (world.optimizer, world.at_rest, world.wrapper, world.wrapper.base):
         add([one.param_groups, *one.state.values()])

@@ -22,6 +22,8 @@ SHORT = {
     "sfjax native": first_of_their_family,  # its scalars are those of "sfjax traced", its C is sftorch's
     "sfjax wrapper": first_of_their_optimizer,
 }
+# Of these a case of each optimizer is compiled as it is for users, by default too. Slow cases all are.
+OPTIMIZED = ("sfjax", "sfjax traced")
 
 
 def _in_float64(driver: Driver) -> set[str]:
@@ -40,9 +42,12 @@ def _runs() -> list:
         in_float64 = _in_float64(driver)
         in_float32 = set() if driver.name in SHORT else set(first_of_their_optimizer(driver))
         fast = {"float64": in_float64, "float32": in_float32}
+        as_users_do = set(first_of_their_optimizer(driver) if driver.name in OPTIMIZED else ())
         for case in filter(driver.supports, CASES.values()):
             for dtype in fast:
                 marks = [] if case.id in fast[dtype] else [pytest.mark.slow]
+                if case.id in as_users_do:
+                    marks.append(pytest.mark.optimized)
                 found.append(pytest.param(driver.name, case.id, dtype, marks=marks))
     return found
 

@@ -54,6 +54,8 @@ class Rule:
 
 
 def _is_number(value: Any) -> bool:
+    if type(value) in (float, int):  # nearly always, and an abstract class takes its time
+        return True
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -186,15 +188,21 @@ def find_problems(kind: type, values: Mapping[str, Any], names: Mapping[str, str
         names: field name -> the name its user knows it by; the field name by default.
     """
     names = names or {}
-    shown = {field.name: names.get(field.name, field.name) for field in fields(kind)}
+    rules = _rules(kind)
+    shown = {name: names.get(name, name) for name in rules}
     found = [
-        problem(shown[field.name], field.metadata["rule"], values[field.name])
-        for field in fields(kind)
-        if field.name in values and not field.metadata["rule"].holds(values[field.name])
+        problem(shown[name], rule, values[name])
+        for name, rule in rules.items()
+        if name in values and not rule.holds(values[name])
     ]
     if not found:
         found = kind.joint_problems(values, shown)  # type: ignore[attr-defined]
     return found
+
+
+@functools.cache
+def _rules(kind: type) -> dict[str, Rule]:
+    return {field.name: field.metadata["rule"] for field in fields(kind)}
 
 
 def check(kind: type, values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:

@@ -6,6 +6,7 @@ them is in the rows of `sfcore.laws`. A law's dataclass inherits the options tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -310,6 +311,11 @@ def defaults(options: type) -> dict[str, Any]:
         >>> defaults(SGD)["lr"]
         1.0
     """
+    return dict(_defaults(options))
+
+
+@functools.cache
+def _defaults(options: type) -> dict[str, Any]:
     return {one.name: one.default for one in fields(options)}
 
 

@@ -142,8 +142,7 @@ class Law:
             {'lr': 0.1, 'beta': 0.9, 'b2': 0.99}
         """
         found = {}
-        for name in self.defaults:
-            key, half = self._place(name)
+        for name, (key, half) in self._places.items():
             if key not in group:
                 continue
             value = group[key]
@@ -155,7 +154,7 @@ class Law:
 
     def missing(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns option -> default of those that a torch group, as of an older release, has not."""
-        return {name: value for name, value in self.defaults.items() if self._place(name)[0] not in group}
+        return {name: value for name, value in self.defaults.items() if self._places[name][0] not in group}
 
     def to_torch(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns options as keyword arguments of the torch class; of a pair, the other half is the default.
@@ -167,8 +166,8 @@ class Law:
         """
         given, found = self.defaults | dict(values), {}
         for name, value in values.items():
-            key, half = self._place(name)
-            pair = (given[other] for other in self.torch_names if self._place(other)[0] == key)
+            key, half = self._places.get(name, (name, None))
+            pair = (given[other] for other in self.torch_names if self._places[other][0] == key)
             found[key] = value if half is None else tuple(pair)
         return found
 
@@ -182,7 +181,7 @@ class Law:
         """
         found: dict[str, str] = {}
         for name in self.defaults:
-            torch, jax = self._place(name)[0], JAX_NAMES.get(name, name)
+            torch, jax = self._places[name][0], JAX_NAMES.get(name, name)
             found |= dict.fromkeys((name, torch, jax), torch if framework == "torch" else jax)
         return found
 
@@ -207,12 +206,16 @@ class Law:
     @property
     def torch_options(self) -> tuple[str, ...]:
         """The options' names in a torch group, in order: betas for both of its halves."""
-        return tuple(dict.fromkeys(self._place(name)[0] for name in self.defaults))
+        return tuple(dict.fromkeys(key for key, _ in self._places.values()))
 
-    def _place(self, name: str) -> tuple[str, int | None]:
-        """Returns where an option is in a torch group: ("betas", 0), or ("momentum", None)."""
-        key, _, half = self.torch_names.get(name, name).rstrip("]").partition("[")
-        return key, int(half) if half else None
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[str, int | None]]:
+        """Option -> where it is in a torch group: ("betas", 0), or ("momentum", None)."""
+        found = {}
+        for name in self.defaults:
+            key, _, half = self.torch_names.get(name, name).rstrip("]").partition("[")
+            found[name] = key, int(half) if half else None
+        return found
 
 
 _README = "README of facebookresearch/schedule_free"

@@ -73,8 +73,9 @@ class XAtRest(DirectedOptimizer):
         params = self._params()
         x = {p: forms.joined(p.detach().clone(), self.state.get(p, {}), self._rest) for p in params}
         for group in self.param_groups:
+            beta = self._beta(group)
             for p in self._started(group):
-                y = forms.y_from_x(x[p], self.state[p], self._beta(group))  # S9
+                y = forms.y_from_x(x[p], self.state[p], beta)  # S9
                 forms.put_(p, self.state[p], y, self._rest)
         gather_anew(self, params)
         return x

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sfcore.checks import nearest
-from sfcore.plan import _config, _rules, _sd_rules, _written
+from sfcore.plan import _config, _course_rules, _rules, _sd_rules, _written
 from sfcore.plan._config import SOURCES, Config, ConfigLike, SourceName
 from sfcore.plan._model import Change, ConfigError, FieldState, Plan, Problem
 from sfcore.plan._run import Run
@@ -110,7 +110,7 @@ def _problems(run: Run) -> Iterator[Problem]:
     if run.kind.schedule_free and not any(one.code == "SF301" for one in found):
         rest += _rules.SUGGESTIONS
     if _computable(found):
-        rest += [*_rules.COURSE, *(_sd_rules.COURSE if sd else ())]
+        rest += [*_course_rules.COURSE, *(_sd_rules.COURSE if sd else ())]
         if run.kind.schedule_free:
             rest += [*_rules.SURROUNDINGS, *(_sd_rules.SURROUNDINGS if sd else ())]
     for look in rest:

@@ -10,8 +10,9 @@ from typing import Any
 from sfcore.checks import nearest
 from sfcore.plan import _sd_scripts
 from sfcore.plan._config import Place
+from sfcore.plan._course_rules import given_warmups, no_warmup
 from sfcore.plan._model import Problem
-from sfcore.plan._rules import RULES, Problems, full_name, given_warmups, no_warmup, package_fix, problem
+from sfcore.plan._rules import RULES, Problems, full_name, package_fix, problem
 from sfcore.plan._run import Run
 from sfcore.plan._sd_scripts import ONLY_OURS, OURS
 from sfcore.plan._tables import FIELDS

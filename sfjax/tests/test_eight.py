@@ -40,6 +40,7 @@ def noise(shape: tuple[int, ...], number: int) -> jax.Array:
     return lean.noise(shape, lean.Draw(0, number, jnp.int32(1)), 0)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("bits", [8, codes.GAP_BITS, 16])
 def test_linear_is_right_on_average_and_exact_where_it_can_be(bits: int) -> None:
     value = jnp.tile(jnp.linspace(-3, 3, 64), (4000, 1))
@@ -56,6 +57,7 @@ def test_linear_is_right_on_average_and_exact_where_it_can_be(bits: int) -> None
     np.testing.assert_array_equal(eight.decoded(again, exponent), found)
 
 
+@pytest.mark.optimized
 def test_log_is_right_on_average_exact_where_it_can_be_and_never_0_above_0() -> None:
     value = jnp.tile(jnp.logspace(-4.5, 0, 64), (4000, 1)).at[:, 0].set(0.0)
     exponent = eight.exponents(value)
@@ -78,6 +80,7 @@ def test_a_row_with_a_number_that_is_not_finite_is_nan_and_no_other_is(strange: 
     assert found[1].tolist() == [1.0, 0.5]
 
 
+@pytest.mark.optimized
 def test_numpy_reads_the_same_numbers() -> None:
     value = jax.random.normal(jax.random.key(0), (50, 40)) * jnp.logspace(-9, 9, 50)[:, None]
     exponent = eight.exponents(value)
@@ -90,6 +93,7 @@ def test_numpy_reads_the_same_numbers() -> None:
         np.testing.assert_array_equal(found, eight.decoded(code, exponent))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_y_beside_bfloat16_is_right_on_average(sign: int) -> None:
     # Between two places, across a power of two, and where a rest would be a half.

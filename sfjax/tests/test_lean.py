@@ -21,6 +21,7 @@ from sfjax.tests.test_sixteen_bits import low, problem, scanned
 OPTIONS: dict[str, Any] = {"weight_decay": 0.1}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "b1"), [("sgd", 0.5), ("adamw", 0.9), ("radam", 1.0)])
 def test_x_stays_near_the_float32_run(name: str, b1: float) -> None:
     options = {"b1": b1, **OPTIONS, **runs.OPTIONS[name]}
@@ -41,6 +42,7 @@ def test_it_takes_8_bytes_a_parameter() -> None:
     assert (state.z["wide"].dtype, state.base_optimizer_state.nu["wide"].dtype) == ("float32", "float32")
 
 
+@pytest.mark.optimized
 def test_the_rounding_is_right_on_average_and_leaves_what_bfloat16_has() -> None:
     value = jnp.full((1000, 200), 1 + 2.0**-10)  # an eighth of an ulp above 1
     found = lean.rounded(value, lean.Draw(0, 0, jnp.int32(1)), lean.GAP).astype(jnp.float32)
@@ -54,6 +56,7 @@ def test_the_rounding_is_right_on_average_and_leaves_what_bfloat16_has() -> None
     assert jnp.isnan(lean.rounded(jnp.asarray([jnp.nan]), lean.Draw(1, 2, jnp.int32(3)), 0)).all()
 
 
+@pytest.mark.optimized
 def test_bits_depend_on_seed_leaf_step_and_buffer_alone() -> None:
     def draw(seed: Any = 0, leaf: int = 0, step: int = 0, buffer: int = 0) -> np.ndarray:
         return np.asarray(lean.noise((64,), lean.Draw(seed, leaf, jnp.int32(step)), buffer))

@@ -100,6 +100,7 @@ def test_leaves_that_do_not_decay_are_a_call_of_their_own(name: str) -> None:
     assert_goes_where_the_plain_program_goes(tx, params, 2e-6)
 
 
+@pytest.mark.optimized
 @EVERY
 def test_a_donated_step_copies_nothing_and_takes_no_memory(name: str) -> None:
     params = {str(i): jnp.ones((64, 64)) for i in range(9)}
@@ -206,6 +207,7 @@ def test_a_mean_has_the_bits_of_its_operations_one_by_one(dtype: str) -> None:
     np.testing.assert_array_equal(got["w"], want)
 
 
+@pytest.mark.optimized
 def test_a_micro_step_copies_nothing_and_takes_no_memory() -> None:
     tx, params = sfjax.accumulate(MAKE["adamw"](), 4), {str(i): jnp.ones((64, 64)) for i in range(9)}
     program, size = compiled(tx, params), 9 * 64 * 64 * 4

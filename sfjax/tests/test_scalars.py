@@ -12,8 +12,15 @@ from sfcore import averaging
 from sfcore.laws import LAWS
 from sfjax.law import scalars
 
+pytestmark = pytest.mark.optimized
+
 TIMES = np.unique([*range(1, 300), *np.logspace(2, 7, 600).astype(int)])
 RATES = [0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999]
+
+
+def test_jax_compiles_here_as_it_does_for_users():
+    program = jax.jit(jnp.sum).lower(jnp.ones((8, 8))).compile().as_text()
+    assert "wrapped_reduce" in program  # what no quick compilation puts around an operation
 
 
 def _ramp(t, warmup_steps):

@@ -56,6 +56,7 @@ def assert_same_x(narrow: tuple[Any, Any], wide: tuple[Any, Any], tolerance: flo
         runs.assert_close(p.astype(leaf.dtype), leaf, 0.5 * float(jnp.finfo(p.dtype).eps))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "b1"),
     [
@@ -131,6 +132,7 @@ def test_x_is_that_of_the_float32_run_in_multi_steps() -> None:
     assert_same_x(scanned(tx, low(params), grads), scanned(tx, params, grads))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_any_y_is_kept_and_the_update_gets_there_as_optax_adds_it(dtype: Any) -> None:
     rng = np.random.default_rng(0)

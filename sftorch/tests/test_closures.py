@@ -175,3 +175,23 @@ def test_a_change_of_beta_moves_the_next_y_only():
     optimizer.step(lambda: seen.extend(copies([p])))
     torch.testing.assert_close(seen[0], 0.3 * x + 0.7 * z, rtol=1e-15, atol=1e-15)
     assert same_bits([p], [x])
+
+
+def test_a_step_asks_for_beta_as_often_with_one_parameter_as_with_twenty(monkeypatch):
+    asked = []
+    plain = sftorch.AdamWScheduleFreeClosure._beta
+    monkeypatch.setattr(
+        sftorch.AdamWScheduleFreeClosure, "_beta", lambda self, group: asked.append(1) or plain(self, group)
+    )
+
+    def times(number):
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(number)]
+        optimizer = sftorch.AdamWScheduleFreeClosure(params)
+        for p in params:
+            p.grad = torch.ones(2)
+        optimizer.step(lambda: 0.0)
+        asked.clear()
+        optimizer.step(lambda: 0.0)
+        return len(asked)
+
+    assert 0 < times(1) == times(20)
