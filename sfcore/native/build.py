@@ -46,15 +46,19 @@ class Library(NamedTuple):
         entry: the function that it must have.
         sources: the first is compiled; what it includes comes after it, because a change of it counts too.
         folders: where else what it includes lies.
+        options: of the compiler, beside FLAGS.
     """
 
     name: str
     entry: str
     sources: tuple[Path, ...]
     folders: tuple[Path, ...] = ()
+    options: tuple[str, ...] = ()
 
 
-STEP = Library("step", "sf_run", (HERE / "step.c", HERE / "job.h", HERE / "arithmetic.h", HERE / "eight.h"))
+STEP = Library("step", "sf_run", (HERE / "step.c", HERE / "job.h", HERE / "arithmetic.h"))
+# Apart, because it takes twice as long to build, and most runs need none of it.
+DRAWN = Library("drawn", "sf_run", (*STEP.sources, HERE / "eight.h"), options=("-DROUNDS_AT_RANDOM",))
 
 
 class Unavailable(Exception):
@@ -97,7 +101,7 @@ def _user() -> int | str:
 def _key(library: Library) -> str:
     """Returns its name and a hash of all that the object depends on, but for the compiler."""
     parts = [path.read_bytes() for path in library.sources]
-    system = (*FLAGS, sys.platform, platform.machine(), *platform.libc_ver())
+    system = (*FLAGS, *library.options, sys.platform, platform.machine(), *platform.libc_ver())
     found = hashlib.sha256(b"\0".join([*parts, *(part.encode() for part in system)])).hexdigest()[:24]
     return f"{library.name}-{found}"
 
@@ -217,7 +221,7 @@ def _compiled(library: Library, folder: Path) -> bytes:
         raise Unavailable("a C compiler must be in PATH or in CC, got none: install gcc or clang")
     made = folder / "made.so"
     include = [f"-I{one}" for one in library.folders]
-    command = [*compiler, *FLAGS, *include, str(library.sources[0]), "-o", str(made), "-lm"]
+    command = [*compiler, *FLAGS, *library.options, *include, str(library.sources[0]), "-o", str(made), "-lm"]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
         return made.read_bytes()

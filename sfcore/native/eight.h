@@ -270,7 +270,7 @@ INLINE void step_lean(const struct job *job, const struct leaf *leaf, int64_t le
         uint16_t *of_v = leaf->v ? (uint16_t *)leaf->v + at : 0, *of_m = leaf->m ? (uint16_t *)leaf->m + at : 0;
         uint16_t *of_gap = (uint16_t *)leaf->gap + at, *p = (uint16_t *)leaf->y + at;
         int16_t *rest = (int16_t *)leaf->rest + at;
-            const float *g = gradients_of(job, leaf, at, n, wide_g);
+        const float *g = gradients_of(job, leaf, at, n, wide_g);
         if (leaf->rest) widen(y, p, rest, n);
         widen(gap, of_gap, 0, n);
         if (of_v) widen(v, of_v, 0, n);
@@ -296,15 +296,21 @@ INLINE struct leaf leaf_of(const struct job *job, step_of *step, int64_t tensor,
         .v = job->v ? job->v[tensor] + at * of_code : 0,
         .m = job->m ? job->m[tensor] + at * of_code : 0,
         .keys = job->keys + KEYS * tensor,
-        .first = (uint32_t)(job->first[tensor] + at),
+        .first = (uint32_t)(job->places[3 * tensor] + at),
     };
 }
 
 /* A row belongs to the segment in which it begins. */
 INLINE int run_drawn(const struct job *job, const struct segment *s, step_of *step) {
     if (!job->scale) {
-        struct leaf leaf = leaf_of(job, step, s->tensor, s->offset);
-        step_lean(job, &leaf, s->length);
+        const int64_t *place = job->places + 3 * s->tensor;
+        for (int64_t at = s->offset, end = at + s->length, n; at < end; at += n) {
+            const int64_t in_run = at % place[1], left = place[1] - in_run;
+            n = left < end - at ? left : end - at;
+            struct leaf leaf = leaf_of(job, step, s->tensor, at);
+            leaf.first = (uint32_t)(place[0] + at / place[1] * place[2] + in_run);
+            step_lean(job, &leaf, n);
+        }
         return 0;
     }
     const int64_t rows = job->rows[s->tensor], length = job->sizes[s->tensor] / rows;
@@ -312,7 +318,8 @@ INLINE int run_drawn(const struct job *job, const struct segment *s, step_of *st
     for (int64_t row = (s->offset + length - 1) / length; row * length < s->offset + s->length; row++) {
         struct leaf leaf = leaf_of(job, step, s->tensor, row * length);
         step_and_encode_row(job, &leaf, (int8_t *)job->scale[s->tensor] + row * columns, length);
-    }    return 0;
+    }
+    return 0;
 }
 
 #define DRAWN(NAME, TARGET)                                                                               \

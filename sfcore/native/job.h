@@ -18,7 +18,8 @@ struct job {
     /* Of the forms that are rounded at random, see eight.h; else 0. z is then the gap z - y. */
     char *const *scale;    /* exponents of the rows, of gap, v and m; 0 for "lean" */
     const int64_t *rows;   /* of each tensor */
-    const int64_t *first;  /* the place of each tensor's first element in the whole of which it is a part */
+    const int64_t *places; /* three of each tensor: the place of its first element in the whole of which it is a
+                              part, the length of a run of the whole's elements in it, and from one to the next */
     const uint32_t *keys;  /* random words of each tensor's step */
 };
 

@@ -93,7 +93,9 @@ INLINE void narrow(uint16_t *to, int16_t *rest, const float *from, int64_t n) {
 #include "arithmetic.h"
 
 typedef int run_of(const struct job *job, const struct segment *s);
+#if defined(ROUNDS_AT_RANDOM) /* a library of its own, see build.py */
 #include "eight.h"
+#endif
 
 #define AT(TABLE, TYPE) (job->TABLE ? (TYPE *)job->TABLE[s->tensor] + s->offset : 0)
 
@@ -208,7 +210,11 @@ static void *help(void *arg) {
  * Threads live for one call, so that a fork finds none. Making one took 19 us where waking one of a pool took
  * 7 us; each is given four chunks at least, some 80 us of work. */
 int sf_run(const struct job *job, int threads) {
-    run_of *run = job->keys ? drawn_here() : has_avx2() ? run_avx2 : run_plain;
+#if defined(ROUNDS_AT_RANDOM)
+    run_of *run = drawn_here();
+#else
+    run_of *run = has_avx2() ? run_avx2 : run_plain;
+#endif
     struct team team = {.job = job, .total = 0, .run = run};
     for (int64_t i = 0; i < job->count; i++) team.total += job->sizes[i];
     if (job->kind == PUT_BACK && !(team.back = calloc(team.total / CHUNK + 1, 1))) return 1;

@@ -103,12 +103,13 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
         masked = [True] * len(leaves) if mask is None else jax.tree.leaves(arguments.decay_mask(mask, ys))
         points = [(wd, jax.tree.leaves(ys if at == "y" else zs())) for at, wd in given_scalars.decays.items()]
         kinds = [""] * len(leaves) if direction.others is None else held.kinds(ys)
+        decay_power = values.get("decay_power", 1)
         deltas, after = list(leaves), list(before)
         for kind in dict.fromkeys(kinds):
             own = direction.others if kind == matrices.OTHERS and direction.others else direction
             ratio = values["adam_lr_ratio"] if kind == matrices.OTHERS else 1.0
             lr_t, lr_max = k.lr_t * ratio, k.clock.lr_max * ratio
-            scale = averaging.decay_scale(lr_t, lr_max, values.get("decay_power", 1), jnp)  # F6
+            scale = averaging.decay_scale(lr_t, lr_max, decay_power, jnp) if points else 0  # F6
             rows = [i for i, other in enumerate(kinds) if other == kind]
             gs, buffers = [leaves[i] for i in rows], [before[i] for i in rows]
             numbers = given_scalars.own if own is direction else own.numbers(values, k.t)

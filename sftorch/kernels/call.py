@@ -158,7 +158,7 @@ class Job(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in TABLES]
         + [(name, ctypes.c_int32) for name in ("kind", "is_double", "y_type", "g_type")]
         + [(name, ctypes.c_double) for name in NUMBERS]
-        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "first", "keys")]
+        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "places", "keys")]
     )
 
     def __init__(self, kind: Kind, y_type: Element = Element.AS_Z, g_type: Element = Element.AS_Z):
@@ -189,7 +189,7 @@ class Job(ctypes.Structure):
         Raises:
             Unavailable: if there is no kernel.
         """
-        library = build.find()
+        library = build.find(build.DRAWN if self.keys else build.STEP)
         if isinstance(library, str):
             raise build.Unavailable(library)
         for name, tensors in tables.items():

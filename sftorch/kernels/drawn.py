@@ -1,7 +1,7 @@
 """Calls of the C kernel for the forms that are rounded at random, "lean" and "8bit" (sfcore/native/eight.h).
 
 A parameter whose tensors lie in another order than its elements are counted in is left to the operations of
-torch, and so is a part of a DTensor that is not one run of the whole's elements.
+torch, and so is a part of a DTensor that is cut in three dimensions, or in two of which none is the first.
 """
 
 from __future__ import annotations
@@ -24,20 +24,27 @@ _RESTS = {(torch.bfloat16, True): torch.int8, (torch.bfloat16, False): torch.int
 _GAPS = {(torch.bfloat16, True): torch.int8, (torch.float32, True): torch.int16}
 
 
-def first_of(at: Place | None) -> int | None:
-    """Returns the place of a part's first element in the whole, None where others come between its own.
+def place_of(at: Place | None, size: int) -> tuple[int, int, int] | None:
+    """Returns where a part's elements lie in the whole, as job.h has it; None where it takes more numbers.
+
+    Args:
+        at: None for what is whole.
+        size: elements in all.
 
     Example:
-        >>> from sftorch.kernels.drawn import first_of
+        >>> from sftorch.kernels.drawn import place_of
         >>> from sftorch.law.parts import Place
-        >>> first_of(Place((4, 3), (2, 0), (2, 3))), first_of(Place((4, 3), (0, 1), (4, 2)))
-        (6, None)
+        >>> place_of(Place((4, 3), (2, 0), (2, 3)), 6), place_of(Place((4, 3), (0, 1), (4, 2)), 8)
+        ((6, 6, 12), (1, 2, 3))
     """
     if at is None:
-        return 0
-    if at.sizes[1:] != at.shape[1:]:
+        return 0, size, size
+    cut = [i for i, (whole, own) in enumerate(zip(at.shape, at.sizes, strict=True)) if whole != own]
+    last = max(cut, default=0)
+    if not {*cut} <= {0, last}:
         return None
-    return at.offsets[0] * math.prod(at.shape[1:]) if at.shape else 0
+    first = sum(offset * math.prod(at.shape[i + 1 :]) for i, offset in enumerate(at.offsets))
+    return first, math.prod(at.sizes[last:]), math.prod(at.shape[last:])
 
 
 def why_left(row: Mapping[str, Tensor], at: Place | None) -> str | None:
@@ -64,7 +71,11 @@ def why_left(row: Mapping[str, Tensor], at: Place | None) -> str | None:
         return "parameters and state must be contiguous"
     if not all(tensor.shape == y.shape for name, tensor in row.items() if name != "scale"):
         return "state must be of its parameter's shape"
-    return None if first_of(at) is not None else "a part of a DTensor must be one run of the whole's elements"
+    return (
+        None
+        if place_of(at, y.numel())
+        else "a DTensor must be cut in its first dimension and one more at most"
+    )
 
 
 def give_words(job: Job, keys: Tensor, columns: Sequence[tuple[str, int]], has_y: bool) -> None:
@@ -98,7 +109,8 @@ def job_of(kind: Kind, tables: Mapping[str, Sequence[Tensor]], places: Sequence[
     job = Job(kind, Element.BFLOAT16_REST if narrow[0] else Element.AS_Z, narrow[1])
     ys = tables["y"]
     rows = np.array([y.shape[0] if y.ndim else 1 for y in ys], dtype=np.int64)
-    first = np.array([first_of(at) for at in places or [None] * len(ys)], dtype=np.int64)
-    job.arrays = {"rows": rows, "first": first}
-    job.rows, job.first = rows.ctypes.data, first.ctypes.data
+    of_all = zip(ys, places or [None] * len(ys), strict=True)
+    lie = np.array([place_of(at, y.numel()) for y, at in of_all], dtype=np.int64)
+    job.arrays = {"rows": rows, "places": lie}
+    job.rows, job.places = rows.ctypes.data, lie.ctypes.data
     return job

@@ -222,7 +222,7 @@ def _kernel(
     name: str,
     device: str,
     dtypes: Sequence[torch.dtype],
-    find: Callable[[], object],
+    find: Callable[[Move], object],
     run: Callable[[Move, Numbers], None],
     why_not: Callable[[Move], str] | None = None,
     rounds: bool = False,
@@ -232,7 +232,7 @@ def _kernel(
     Args:
         name, device, run: as a `Backend` has them.
         dtypes: that parameters may have.
-        find: returns the kernel, or why there is none.
+        find: move -> its kernel, or why there is none.
         why_not: move -> what is wrong with the kernel here, "" if it is right; None for a kernel that is the
             default.
         rounds: whether it also runs the forms that are rounded at random.
@@ -255,7 +255,7 @@ def _kernel(
             return f"the direction must have a kernel, got {move.direction.single.__name__}, which has none"
         if wish is False:
             return f"{check.VARIABLE} must not be 0"
-        kernel = find()
+        kernel = find(move)
         if why_not:
             return kernel if isinstance(kernel, str) else why_not(move) or None
         if isinstance(kernel, str) and move.fused is None:
@@ -270,6 +270,10 @@ def _described(move: Move) -> tuple[Kind, Element, Element]:
     kind = Kind.ADAMW_MOMENTUM if "exp_avg" in move.buffers else Kind[move.direction.kernel]
     of_y, of_g = (call.NARROW.get(ts[0].dtype, Element.AS_Z) for ts in (move.ys, move.grads))
     return kind, Element.BFLOAT16_REST if move.rests else of_y, of_g
+
+
+def _find_native(move: Move) -> object:
+    return build.find(build.STEP if move.keys is None else build.DRAWN)
 
 
 def _run_native(move: Move, numbers: Numbers) -> None:
@@ -586,9 +590,14 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
 # Complex tensors come as their reals, and are told of.
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
-NATIVE = _kernel("native", "cpu", _CPU_DTYPES, lambda: build.find(), _run_native, rounds=True)
+NATIVE = _kernel("native", "cpu", _CPU_DTYPES, _find_native, _run_native, rounds=True)
 TRITON = _kernel(
-    "triton", "cuda", _CUDA_DTYPES, lambda: call.find_triton(), _run_triton, lambda move: why_not_triton(move)
+    "triton",
+    "cuda",
+    _CUDA_DTYPES,
+    lambda _: call.find_triton(),
+    _run_triton,
+    lambda move: why_not_triton(move),
 )
 LEAN = Backend(
     "lean",

@@ -119,35 +119,49 @@ def test_a_parameter_in_another_order_is_left_to_torchs_operations(precision, mo
         run(True)
 
 
-def test_a_part_is_drawn_for_as_of_the_whole():
-    whole, at = some_params(torch.bfloat16, shapes=[(6, 20)])[0], Place((6, 20), (2, 0), (3, 20))
+CUTS = [((2, 0), (3, 20)), ((0, 0), (6, 20)), ((0, 5), (6, 7)), ((2, 5), (1, 7)), ((1, 3), (4, 17))]
+
+
+@pytest.mark.parametrize(("offsets", "sizes"), CUTS)
+def test_a_part_is_drawn_for_as_of_the_whole(offsets, sizes):
+    whole, at = some_params(torch.bfloat16, shapes=[(6, 20)])[0], Place((6, 20), offsets, sizes)
     grad = some_grads(1, [whole])[0][0]
     keys = backends.keys(3, [0], 1, 0)
+    cut = tuple(slice(first, first + size) for first, size in zip(offsets, sizes, strict=True))
 
     def step(place, backend):
-        cut = slice(None) if place is None else slice(2, 5)
-        y = whole.detach()[cut].clone()
+        cut_out = cut if place else ()
+        y = whole.detach()[cut_out].clone(memory_format=torch.contiguous_format)
         gap, rest = (torch.zeros_like(y, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
         move = backends.Move(
-            sftorch.sgd.SGD, [y], [rest], [], [gap], [grad[cut].clone()], {}, False, True, False, keys, {},
-            places=() if place is None else [place],
+            sftorch.sgd.SGD, [y], [rest], [], [gap], [grad[cut_out].contiguous()], {}, False, True, False,
+            keys, {}, places=[place] if place else (),
         )  # fmt: skip
         backend.run(move, (0.1, 0.01, 0.0, 0.3, 0.9))
         return [y, rest, gap]
 
-    wanted = [tensor[2:5] for tensor in step(None, backends.NATIVE)]
+    wanted = [tensor[cut] for tensor in step(None, backends.NATIVE)]
     assert same_bits(step(at, backends.NATIVE), wanted)
     assert same_bits(step(at, backends.LEAN), wanted)
 
 
-@pytest.mark.parametrize(
-    ("offsets", "sizes"), [((2, 0), (3, 20)), ((0, 0), (6, 20)), ((0, 5), (6, 7)), ((2, 5), (1, 7))]
-)
-def test_where_a_part_begins_is_told_where_it_is_one_run(offsets, sizes):
-    at = Place((6, 20), offsets, sizes)
-    found = indices(at, torch.device("cpu")).flatten()
-    is_run = bool((found.diff() == 1).all()) and sizes[1] == 20
-    assert drawn.first_of(at) == (found[0].item() if is_run else None)
+PARTS = [(Place((6, 20), *cut), True) for cut in CUTS] + [
+    (Place((3, 4, 5), (1, 0, 2), (2, 4, 2)), True),
+    (Place((3, 4, 5), (0, 1, 0), (3, 2, 5)), True),
+    (Place((3, 4, 5), (0, 1, 2), (3, 2, 2)), False),
+    (Place((), (), ()), True),
+]
+
+
+@pytest.mark.parametrize(("at", "is_taken"), PARTS)
+def test_where_a_part_lies_is_told_by_one_length_and_one_distance(at, is_taken):
+    wanted = indices(at, torch.device("cpu")).flatten()
+    found = drawn.place_of(at, len(wanted))
+    assert (found is not None) == is_taken
+    if found:
+        first, run, step = found
+        local = torch.arange(len(wanted))
+        assert torch.equal(first + local // run * step + local % run, wanted)
 
 
 def test_state_of_another_kind_is_left_and_named():

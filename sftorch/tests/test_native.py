@@ -256,7 +256,7 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch, tmp_path):
 
 
 def test_without_a_kernel_steps_are_foreach_with_one_notice(monkeypatch, caplog):
-    monkeypatch.setattr(build, "find", lambda: "there is no compiler")
+    monkeypatch.setattr(build, "find", lambda *_: "there is no compiler")
     call.give_notice.cache_clear()
     runs = []
     with caplog.at_level(logging.WARNING, logger="sftorch"):
