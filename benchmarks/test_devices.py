@@ -15,6 +15,7 @@ from sfcore.native import build
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(isinstance(build.find(), str), reason="fused steps need a C compiler")
 def test_everybody_steps_in_parts_beside_a_local_run():
     # A process of its own, because it forks, which it must not do where JAX has run already.

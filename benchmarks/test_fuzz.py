@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 # What begins at once; the other parts first import a framework and train, and are among the many cases.
-SHORT = dict.fromkeys(fuzz.CASES, 100) | {"plan": 300, "pickles": 60}
+SHORT = dict.fromkeys(fuzz.CASES, 30) | {"plan": 100, "pickles": 20}
 
 
 def test_nothing_that_is_read_ends_in_a_traceback_a_wait_or_changed_numbers(tmp_path):

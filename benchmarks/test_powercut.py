@@ -34,6 +34,7 @@ def test_a_power_cut_after_any_operation_loses_nothing_that_was_promised(framewo
         assert powercut.replay(kept, 0, draws=0)["problems"] != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_jobs_that_overlap_lose_nothing_and_one_of_two_is_refused(framework, tmp_path):
     # A process of its own, because it forks, which it must not do where JAX has run already.
@@ -54,6 +55,7 @@ def test_jobs_that_overlap_lose_nothing_and_one_of_two_is_refused(framework, tmp
     ]
 
 
+@pytest.mark.slow
 def test_without_the_lock_two_jobs_are_seen_to_overlap():
     program = (
         "import sys; from sfcore import lock; lock.WriterLock.take = lambda self: None\n"

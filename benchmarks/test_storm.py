@@ -43,6 +43,7 @@ def test_ten_kills_of_two_ranks_change_no_bit_and_leave_nothing_behind(framework
     assert (row["kills"], row["same bits"], row["leftovers"]) == (10, True, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("framework", "optimizer", "kills", "steps", "life"),
     [

@@ -57,6 +57,7 @@ def ids(page):
     return set(re.findall(r'\bid="([^"]+)"', page.read_text()))
 
 
+@pytest.mark.slow
 def test_it_builds_without_a_warning(site):
     _, code, said = site
     assert (code, re.findall(r"^(?:WARNING|ERROR).*", said, re.MULTILINE)) == (0, []), said
@@ -166,6 +167,7 @@ IN_TORCH = "torch.randint = stopped(torch.randint); torch.manual_seed(1); train(
 IN_JAX = "jax.random.randint = stopped(jax.random.randint); train('stopped-jax', 100)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "run", "end"),
     [(0, IN_TORCH, "torch.manual_seed(1)"), (1, IN_JAX, "whole = ")],

@@ -48,6 +48,7 @@ def written(pattern: re.Pattern[str]) -> set:
     return {found for path in TEXTS for found in pattern.findall(NO_NAMES.sub("", path.read_text()))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["sfcore", "sfjax", "sftorch"])
 def test_every_name_is_there_after_the_plain_import(package):
     names = sorted(name for name in written(NAME) if name.startswith(f"{package}."))

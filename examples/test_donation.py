@@ -194,7 +194,7 @@ LOOPS = {
         of_text("train_step.lower(state, batches[0])", "with Checkpoints"), 4, is_slow=True
     ),
     "docs/flax.md, Equinox: train_step": Loop(
-        of_text("train_step.lower(params, opt_state, jnp.ones((3, 4)))", "batches ="), 4
+        of_text("train_step.lower(params, opt_state, jnp.ones((3, 4)))", "batches ="), 4, is_slow=True
     ),
     # Its loss has nothing but params to read, which XLA therefore keeps.
     "docs/flax.md, Plain optax: train_step": Loop(
@@ -220,8 +220,8 @@ LOOPS = {
     "examples/equinox_loop.py: train_step": Loop(equinox_loop, 6, is_slow=True),
     # What convolutions make of their own.
     "examples/flax_linen.py: train_step": Loop(linen_loop, 6, most=2 / 3, is_slow=True),
-    "examples/flax_nnx.py: train_step": Loop(nnx_loop, 6, most=2 / 3),
-    "examples/jax_mesh.py: step": Loop(mesh_loop, 3),
+    "examples/flax_nnx.py: train_step": Loop(nnx_loop, 6, most=2 / 3, is_slow=True),
+    "examples/jax_mesh.py: step": Loop(mesh_loop, 3, is_slow=True),
     # The last bias, which XLA reads once more for the loss.
     "examples/optax_loop.py: train_step": Loop(plain_loop, 6, most=1 / 3),
     "examples/train_jax.py: micro_step": Loop(tutorial_loop, 6),

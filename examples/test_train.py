@@ -138,6 +138,7 @@ def test_a_run_that_diverges_still_writes_valid_json(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_anywhere_and_shows_its_table(tmp_path):
     root = Path(__file__).parent.parent
     done = subprocess.run(
@@ -166,6 +167,7 @@ def killed(out: Path, *arguments: str) -> int:
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["auto", pytest.param("latest-good", marks=pytest.mark.slow)])
 def test_a_killed_run_is_started_again_and_ends_in_the_same_bits(
     tmp_path, capsys, short_run, killed_run, how

@@ -110,7 +110,7 @@ def test_enough_mistakes_are_planted_and_none_in_the_right_files():
 @pytest.mark.parametrize(
     ("checker", "topic"),
     [
-        (pyright, ""),
+        pytest.param(pyright, "", marks=pytest.mark.slow),
         # mypy reads all of torch and JAX first, and any checker all of transformers.
         pytest.param(pyright, "_trainers", marks=pytest.mark.slow),
         pytest.param(mypy, "", marks=pytest.mark.slow),

@@ -60,8 +60,13 @@ OWN: dict[str, st.SearchStrategy[Any]] = {
 RECTIFIED = {"b2": st.sampled_from([0.7, 0.9, 0.95, 0.99, 0.999])}
 OPTIMIZERS = list(laws.directed())
 TWINS = ("sfjax traced", "sftorch fused", "sftorch foreach", "sftorch single", "sftorch closure")
+# A law in JAX and all in torch by default; the goldens hold every path to the same laws.
+SHORT = [("sfjax traced", "sgd"), *(("sftorch single", optimizer) for optimizer in OPTIMIZERS)]
 FOLLOWERS = [
-    (twin, optimizer) for twin in TWINS for optimizer in OPTIMIZERS if optimizer in DRIVERS[twin].runs()
+    pytest.param(twin, optimizer, marks=[] if (twin, optimizer) in SHORT else pytest.mark.slow)
+    for twin in TWINS
+    for optimizer in OPTIMIZERS
+    if optimizer in DRIVERS[twin].runs()
 ]
 
 

@@ -65,9 +65,9 @@ def _grid() -> list[Case]:
 @pytest.mark.parametrize(
     ("path", "closure"),
     [
-        *((path, False) for path in PATHS),
+        *(pytest.param(path, False, marks=[pytest.mark.slow] * (path == "single")) for path in PATHS),
         # The closure forms share each path with the others.
-        *(pytest.param(path, True, marks=[pytest.mark.slow] if path != "foreach" else []) for path in PATHS),
+        *(pytest.param(path, True, marks=pytest.mark.slow) for path in PATHS),
     ],
 )
 @pytest.mark.parametrize("optimizer", THEIRS)

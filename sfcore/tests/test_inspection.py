@@ -271,6 +271,7 @@ def test_an_orbax_folder_without_a_schedule_free_state_is_refused(tmp_path):
         inspection.inspect(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_changed_byte_of_a_torch_file_of_the_older_kind_is_an_error_or_changes_nothing(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
     intact = (tmp_path / "w.pt").read_bytes()

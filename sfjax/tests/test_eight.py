@@ -40,6 +40,7 @@ def noise(shape: tuple[int, ...], number: int) -> jax.Array:
     return lean.noise(shape, lean.Draw(0, number, jnp.int32(1)), 0)
 
 
+@SLOW
 @pytest.mark.optimized
 @pytest.mark.parametrize("bits", [8, codes.GAP_BITS, 16])
 def test_linear_is_right_on_average_and_exact_where_it_can_be(bits: int) -> None:
@@ -80,6 +81,7 @@ def test_a_row_with_a_number_that_is_not_finite_is_nan_and_no_other_is(strange: 
     assert found[1].tolist() == [1.0, 0.5]
 
 
+@SLOW
 @pytest.mark.optimized
 def test_numpy_reads_the_same_numbers() -> None:
     value = jax.random.normal(jax.random.key(0), (50, 40)) * jnp.logspace(-9, 9, 50)[:, None]
@@ -180,6 +182,7 @@ def test_another_b1_moves_y_and_not_x() -> None:
         assert float(jnp.abs(after[name] - before[name]).max()) <= float(gap) * 2.0**-7 + 2.0**-11
 
 
+@SLOW
 @pytest.mark.parametrize("precision", ["exact", pytest.param("lean", marks=SLOW)])
 def test_a_resumed_run_ends_in_the_same_bits_and_other_precisions_are_converted(
     tmp_path: Path, precision: Any

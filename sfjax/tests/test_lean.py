@@ -22,7 +22,14 @@ OPTIONS: dict[str, Any] = {"weight_decay": 0.1}
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize(("name", "b1"), [("sgd", 0.5), ("adamw", 0.9), ("radam", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "b1"),
+    [
+        pytest.param("sgd", 0.5, marks=pytest.mark.slow),
+        ("adamw", 0.9),
+        pytest.param("radam", 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_x_stays_near_the_float32_run(name: str, b1: float) -> None:
     options = {"b1": b1, **OPTIONS, **runs.OPTIONS[name]}
     params, grads = problem()
@@ -42,6 +49,7 @@ def test_it_takes_8_bytes_a_parameter() -> None:
     assert (state.z["wide"].dtype, state.base_optimizer_state.nu["wide"].dtype) == ("float32", "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_the_rounding_is_right_on_average_and_leaves_what_bfloat16_has() -> None:
     value = jnp.full((1000, 200), 1 + 2.0**-10)  # an eighth of an ulp above 1
@@ -85,6 +93,7 @@ def test_it_runs_inside_the_wrappers_of_optax() -> None:
         assert int(sfjax.find_state(state).step) in (6, 12)
 
 
+@pytest.mark.slow
 def test_another_b1_moves_y_and_not_x() -> None:
     params, grads = problem(50)
     y, state = scanned(sfjax.schedule_free_sgd(1e-2, precision="lean"), low(params), grads)

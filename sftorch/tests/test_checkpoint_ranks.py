@@ -48,11 +48,11 @@ def assert_same(found, expected):
 # Layout and number of processes that save, and that restore.
 WAYS = [
     (("fsdp", 2), ("fsdp", 2)),
-    (("ddp", 2), ("ddp", 2)),
-    (("fsdp", 2), ("one", 1)),
     (("ddp", 2), ("fsdp", 2)),
 ]
 SLOW_WAYS = [
+    (("ddp", 2), ("ddp", 2)),
+    (("fsdp", 2), ("one", 1)),
     (("one", 1), ("fsdp", 2)),
     (("fsdp", 2), ("ddp", 2)),
     (("fsdp", 4), ("fsdp", 4)),
@@ -178,7 +178,7 @@ def test_under_fsdp_every_rank_writes_its_parts_once(saved):
     assert sizes == {"y/a.weight": 42, "z/a.weight": 42, "v/a.weight": 42, "y/c.weight": 5}
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=slow)])
 def test_the_folder_is_read_as_that_of_one_process(ranks, saved, tmp_path, kind):
     folder, before = saved(kind, 2)
     found = inspect(folder)
@@ -193,7 +193,7 @@ def test_the_folder_is_read_as_that_of_one_process(ranks, saved, tmp_path, kind)
     assert_same(after["then"], before[0]["then"])
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=slow)])
 def test_x_is_joined_for_inference_and_a_start_from_weights(ranks, saved, tmp_path, kind):
     folder, before = saved("fsdp", 2, None, "eval")
     shipped, _ = convert(folder, tmp_path / "x.safetensors", "inference")

@@ -12,6 +12,9 @@ from sfcore.native import build
 from sftorch.tests.divided_runs import DTYPES, RUNS, WORLD
 from sftorch.tests.plain import same_bits
 
+# All cases are one run of both processes; test_layouts has a short one by default.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -90,6 +90,7 @@ def test_a_missing_package_is_told_with_the_line_that_brings_it(missing, code, n
 PRETENDED = "import torch\ntorch.__version__ = type(torch.__version__)({!r})\nimport sftorch\n"
 
 
+@pytest.mark.slow
 def test_a_torch_that_is_too_old_is_told_so_and_the_oldest_is_the_one_that_is_asked_for():
     kind, said = raised(PRETENDED.format("2.5.1+cpu"))
     assert kind == "ImportError"
@@ -117,6 +118,7 @@ print(json.dumps(step))
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_need_ml_dtypes_for_what_numpy_lacks_and_say_so_before_they_write():
     missing = MISSING.format(["ml_dtypes"])
     assert ran(missing + SAVE.format(dtype="torch.float32")) == 1

@@ -22,6 +22,7 @@ def test_replicas_are_bit_equal_after_100_polyak_steps(launcher, tmp_path):
     assert first != second
 
 
+@pytest.mark.slow
 def test_shards_take_the_steps_of_replicas(launcher, tmp_path):
     replicas, _ = launcher.run(2, "polyak", tmp_path, "ddp")
     shards, others = launcher.run(2, "polyak", tmp_path, "fsdp")

@@ -46,6 +46,7 @@ def test_a_plain_step_takes_no_collective_and_a_check_takes_one(found):
         assert counts == {"step": 0, "eval": 0, "train": 1, "eval_params": 0, "state_dict": 1, "metrics": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ends", pytest.param("sleeps", marks=pytest.mark.slow)])
 def test_a_process_that_never_calls_is_waited_for_no_longer_than_its_group_says(how, tmp_path):
     first, _ = absent(tmp_path, "fsdp", how)
@@ -55,6 +56,7 @@ def test_a_process_that_never_calls_is_waited_for_no_longer_than_its_group_says(
     assert " must " not in text  # gloo's own words, of a time that is over or a connection that is lost
 
 
+@pytest.mark.slow
 def test_a_replica_that_raises_and_ends_leaves_no_other_waiting(tmp_path):
     first, second = absent(tmp_path, "ddp", "ends")
     assert second[1].startswith("weights must stay x while in eval mode")

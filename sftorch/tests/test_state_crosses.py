@@ -44,6 +44,7 @@ def assert_goes_on_in_full(found, precision):
             assert others == [end, end]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_every_layout_from_the_files_of_every_other(short):
     assert_goes_on_everywhere(short, *SHORT)
 

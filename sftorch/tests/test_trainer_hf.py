@@ -152,6 +152,7 @@ def test_there_is_one_warm_up_and_no_decay(whole):
         assert witness.lrs == sorted(witness.lrs)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_over_x_and_stays_what_it_was(tmp_path):
     # Stops in train mode, two steps after the last evaluation.
     options = {"load_best_model_at_end": True, "save_steps": 4}
