@@ -293,6 +293,7 @@ TABLE = [
         base_optimizer=NO_OBJECT,
         state_dtype=(3, "x", int, [], NAN),
     ),
+    *rows("sfjax.schedule_free.schedule_free", HyperparameterError, decay_at=(None, 3, "x", [])),
     *rows("sfjax.schedule_free_eval_params", ValueError, state=NO_STATE, params=(None, 3, "x", [], {"v": 3})),
     *rows("sfjax.schedule_free_eval_params", TypeError, dtype=(3, "x", int, [], NAN)),
     *rows("sfjax.iterates", ValueError, state=NO_STATE, params=(None, 3, "x", [], {"v": 3})),

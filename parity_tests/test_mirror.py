@@ -124,7 +124,8 @@ def test_defaults_of_the_wrappers_agree():
     ours = canonical_defaults(sfjax.schedule_free)
     theirs = canonical_defaults(sftorch.ScheduleFreeWrapper)
     assert ours.pop("lr") is inspect.Parameter.empty  # torch's base has it
-    # In JAX the base takes its decay at y already, by the rate that it has.
+    # In JAX the base has the rate, and is told the point; in torch it decays z by its own.
+    assert ours.pop("decay_at") == "y"
     assert [theirs.pop(name) for name in ("weight_decay_at_y", "decay_power")] == [0, 1]
     assert ours == theirs
 

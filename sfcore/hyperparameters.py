@@ -191,15 +191,26 @@ def _decay_power() -> Any:
     )
 
 
-@dataclass(frozen=True)
-class Placed(Decayed):
-    """The options of a law that may be told where and how it decays weights."""
-
-    decay_at: str = option(
+def _decay_at() -> Any:
+    return option(
         "y",
         checks.one_of("y", "z", fix="schedulefree decays at y, a torch base in a wrapper at z"),
         "the point that decays: what the parameters hold, or the base iterate (F6)",
     )
+
+
+@dataclass(frozen=True)
+class Based(ScheduleFree):
+    """The options around an Optax base, which is told where the parameters are."""
+
+    decay_at: str = _decay_at()
+
+
+@dataclass(frozen=True)
+class Placed(Decayed):
+    """The options of a law that may be told where and how it decays weights."""
+
+    decay_at: str = _decay_at()
     decay_power: int | str = _decay_power()
 
 

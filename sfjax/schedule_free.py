@@ -36,6 +36,7 @@ def schedule_free(
     b1_anneal_steps: Whole = 0,
     b1_hold_steps: Whole = 0,
     rho: Scalar = 0.8,
+    decay_at: Literal["y", "z"] = "y",
 ) -> optax.GradientTransformationExtraArgs:
     """Makes any Optax optimizer Schedule-Free: delta (S6) is whatever the base does, with gradients at y.
 
@@ -44,8 +45,7 @@ def schedule_free(
     an update changed afterwards corrupts x.
 
     Args:
-        base_optimizer: built with the same learning_rate; its updates contain the lr. Decay inside it is
-            taken at y.
+        base_optimizer: built with the same learning_rate; its updates contain the lr.
         learning_rate: >= 0: number, array of one element, traced value, or schedule of the step from 0.
             The base and the averaging weight read a schedule at the same step.
         b1: interpolation beta of y = beta x + (1 - beta) z, in [0, 1], default 0.9. A value other than the
@@ -66,6 +66,8 @@ def schedule_free(
         b1_anneal_steps: the steps in which it gets there.
         b1_hold_steps: steps > 1 before "amuse" begins, mostly those of the warm-up.
         rho: of "amuse", > 0, default 0.8: 1 - b1 is its first one times ((b1_hold_steps - 1) / (t - 1))^rho.
+        decay_at: where decay inside the base is taken: at y (default), as in Optax's schedule_free, or at z,
+            as in `sftorch.ScheduleFreeWrapper` (F6). The base gets this point as its params.
 
     Returns:
         A transformation whose `update` needs params. Its state is a `ScheduleFreeState`.
@@ -84,7 +86,7 @@ def schedule_free(
         [0.5, 1.0]
     """
     values = arguments.read(
-        hyperparameters.ScheduleFree,
+        hyperparameters.Based,
         lr=learning_rate,
         beta=b1,
         r=r,
@@ -100,11 +102,13 @@ def schedule_free(
         beta_anneal_steps=b1_anneal_steps,
         beta_hold_steps=b1_hold_steps,
         rho=rho,
+        decay_at=decay_at,
     )
+    del values["decay_at"]
     inner = arguments.as_transformation("base_optimizer", base_optimizer)
 
     def delta(grads: Any, state: Any, ys: Any, zs: Any, k: Any, extra_args: Any) -> tuple[Any, Any]:
-        return inner.update(grads, state, ys, **extra_args)
+        return inner.update(grads, state, ys if decay_at == "y" else zs(), **extra_args)
 
     def init(params: Any) -> Any:
         return inner.init(jax.tree.map(lambda p: p.astype(wide_dtype(p)), params))

@@ -96,7 +96,7 @@ def kernel(monkeypatch):
             "triton",
             "cpu",
             backends._CUDA_DTYPES,
-            object,
+            lambda move: None,
             counting,
             lambda move: backends.why_not_triton(move),
         )
