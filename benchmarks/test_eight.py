@@ -6,6 +6,9 @@ import pytest
 
 from benchmarks import eight
 
+# What torch's compiler says of itself when torchao's step is compiled.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
 
 def test_it_writes_a_row_a_contender_and_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eight, "SHAPES", [(64, 32), (32,)])

@@ -8,6 +8,9 @@ import pytest
 
 from benchmarks import precision, precision_problem, precision_torch
 
+# What torch's compiler says of itself when torchao's step is compiled.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
 
 def test_the_problem_is_the_same_every_time_and_starts_from_numbers_that_bfloat16_has():
     one, two = precision_problem.make(0, 10), precision_problem.make(0, 20)
