@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from sfcore import hyperparameters, laws
@@ -291,6 +291,11 @@ def _of_laws() -> Mapping[str, OptimizerKind]:
         lacks = tuple(name for name in laws.options() if name not in has)
         kind = OptimizerKind(f"Schedule-Free {law.title}", law.options, has, lacks, law)
         found |= {_last(name): kind for name in (law.torch, law.jax, *law.elsewhere.values())}
+    # An Optax base is told the point at which it decays.
+    of_jax = _last(laws.LAWS["wrapper"].jax)
+    based, own = found[of_jax], "decay_at"
+    others = tuple(name for name in based.forbids if name != own)
+    found[of_jax] = replace(based, rules=hyperparameters.Based, uses=(*based.uses, own), forbids=others)
     for law in laws.MEMBERS.values():
         # Those of their options that have a rule here; the others are as in the papers' classes.
         found[_last(law.torch)] = OptimizerKind(law.title, law.options, law=law)

@@ -52,3 +52,11 @@ def test_a_schedule_is_checked_by_its_largest_value():
 def test_a_misspelt_argument_is_refused():
     with pytest.raises(TypeError, match="have no warmup_stepz"):
         sfjax.describe(sfjax.schedule_free_sgd, 1.0, warmup_stepz=3)
+
+
+def test_the_wrapper_may_be_told_where_its_base_decays():
+    told = sfjax.describe(sfjax.schedule_free, optax.sgd(0.1), 0.1, decay_at="z")
+    assert "error" not in told
+    assert "decay_at must be 'y' or 'z', got 'x'" in sfjax.describe(
+        sfjax.schedule_free, optax.sgd(0.1), 0.1, decay_at="x"
+    )
