@@ -200,25 +200,29 @@ def serve(
     )
     page.queue(api_open=False)
     try:
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            inbrowser=browser,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            show_error=False,
-            ssr_mode=False,
-            max_file_size=_form.LARGEST,
-            theme=theme,
-            css=_page.CSS,
-        )
-    except OSError as error:
-        free = "from 7860 to 7959" if port is None else str(port)
-        raise OSError(f"port must be free at {host}, got {free}: pass another") from error
-    told(address)
-    if wait:
-        page.block_thread()
+        try:
+            _, address, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                inbrowser=browser,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                show_error=False,
+                ssr_mode=False,
+                max_file_size=_form.LARGEST,
+                theme=theme,
+                css=_page.CSS,
+            )
+        except OSError as error:
+            free = "from 7860 to 7959" if port is None else str(port)
+            raise OSError(f"port must be free at {host}, got {free}: pass another") from error
+        told(address)
+        if wait:
+            page.block_thread()
+    except KeyboardInterrupt:  # Gradio sees to one that comes while it waits
+        page.close()
+        raise
     return page
 
 
