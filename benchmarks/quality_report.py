@@ -209,8 +209,8 @@ def twins(found: Sequence[Row]) -> str:
                 f"{row['float64']['apart']:.0e}" if "float64" in row else "",
             ]
         )
-    apart = "after 100 steps", "in standard errors", "in float64"
-    return table(("apart:", apart[0], "JAX at the end", "torch", *apart[1:]), lines)
+    ends = "JAX at the end", "torch", "apart, in standard errors", "apart in float64"
+    return table(("", "apart after 100 steps", *ends), lines)
 
 
 SENSITIVE = {"b1": "beta", "r": "r", "warmup": "warm-up, share of the run"}

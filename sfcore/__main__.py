@@ -123,7 +123,6 @@ def _serve(chosen: argparse.Namespace, facts: Mapping[str, Any]) -> int:
         )
     if idle := [f"--{name}" for name in _OF_A_TABLE if getattr(chosen, name)]:
         raise plan.ConfigError(f"--ui must be alone, got {', '.join(idle)}: the page has what they do")
-    # Gradio ends its own wait at Ctrl-C; one that comes before that wait ends the page as well.
     with contextlib.suppress(KeyboardInterrupt):
         plan.ui.serve(
             chosen.config,

@@ -220,7 +220,7 @@ def serve(
         told(address)
         if wait:
             page.block_thread()
-    except KeyboardInterrupt:  # Gradio sees to one that comes while it waits
+    except KeyboardInterrupt:  # before Gradio waits, which would see to it: its threads would live on
         page.close()
         raise
     return page

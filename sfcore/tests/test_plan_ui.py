@@ -4,6 +4,7 @@ With KOHYA_SS=CHECKOUT, every preset of a checkout of Kohya_SS is opened, and it
 """
 
 import asyncio
+import builtins
 import json
 import os
 import re
@@ -416,12 +417,17 @@ def test_a_preset_of_ten_thousand_lines_is_opened(planned, tmp_path):
 
 
 def test_ctrl_c_ends_the_page_before_it_waits(monkeypatch):
-    def interrupted(*_, told, **__):
-        told("http://127.0.0.1:7860/")
+    addresses = []
+
+    def interrupted(line, **_):
+        addresses.append(line.split()[0])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ui, "serve", interrupted)
+    monkeypatch.setattr(builtins, "print", interrupted)
     assert __main__.main(["plan", "--ui"]) == 0
+    port = int(addresses[0].rstrip("/").rpartition(":")[2])
+    with socket.socket() as one:
+        assert one.connect_ex(("127.0.0.1", port)) != 0
 
 
 @SLOW

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -90,16 +92,13 @@ def test_an_interrupted_train_can_be_called_again(monkeypatch):
     assert same_bits(params, y)
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_an_interrupt_around_the_kernel_of_eval_leaves_y(moment, monkeypatch):
-    params, optimizer = started("native")
-    optimizer.eval()
-    optimizer.train()
-    feed(optimizer, params, some_grads(1, params))  # so that what is kept is an older y
-    y, run = copies(params), call.Job.run
+@contextmanager
+def interrupted(kind, moment, monkeypatch):
+    """Lets a job of this kind be interrupted, before or after it is done."""
+    run = call.Job.run
 
     def cut(job, *args):
-        if job.kind != call.Kind.PUT_ASIDE:
+        if job.kind != kind:
             return run(job, *args)
         if moment == "after":
             run(job, *args)
@@ -108,7 +107,18 @@ def test_an_interrupt_around_the_kernel_of_eval_leaves_y(moment, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(call.Job, "run", cut)
         with pytest.raises(KeyboardInterrupt):
-            optimizer.eval()
+            yield
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_around_the_kernel_of_eval_leaves_y(moment, monkeypatch):
+    params, optimizer = started("native")
+    optimizer.eval()
+    optimizer.train()
+    feed(optimizer, params, some_grads(1, params))  # so that what is kept is an older y
+    y = copies(params)
+    with interrupted(call.Kind.PUT_ASIDE, moment, monkeypatch):
+        optimizer.eval()
     assert same_bits(params, y)
     assert not any("y" in optimizer.state[p] for p in params)
     optimizer.eval()
@@ -147,19 +157,9 @@ def test_an_interrupt_around_the_kernel_leaves_what_was_there(moment, written, m
     x = copies(params)
     if written:
         params[0].data[0] += 1
-    held, run = copies(params), call.Job.run
-
-    def cut(job, *args):
-        if moment == "after" or job.kind != call.Kind.PUT_BACK:
-            found = run(job, *args)
-        if job.kind == call.Kind.PUT_BACK:
-            raise KeyboardInterrupt
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(call.Job, "run", cut)
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.train()
+    held = copies(params)
+    with interrupted(call.Kind.PUT_BACK, moment, monkeypatch):
+        optimizer.train()
     assert same_bits(params, held)
     params[0].data.copy_(x[0])
     optimizer.train()
