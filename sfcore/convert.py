@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sfcore import checks, exchange, files, sources, store
-from sfcore.exchange import CheckpointError, fingerprint, of_role
+from sfcore.exchange import CheckpointError, of_role
 from sfcore.iterates import says_beta, x_of
 from sfcore.meta import Meta, precision_of
 from sfcore.names import USER_MAP, UserMap, translate
@@ -105,17 +105,9 @@ def _whole(source: Source) -> Meta:
             f"{source.path} must say the beta that built y, got {source.what} without: load it with "
             "sftorch.checkpoint.import_state_dict into an optimizer built with it, and save from there"
         )
-    if not source.verified:
-        _complete(source, meta)
+    if not source.verified:  # it came without a record
+        meta.precision = precision_of(meta.parameters)
     return meta
-
-
-def _complete(source: Source, meta: Meta) -> None:
-    """Fills in the record of a state that came without one."""
-    meta.precision = precision_of(meta.parameters)
-    meta.fingerprints = {"x": fingerprint(x_of(meta, source.state))}
-    if meta.weights_hold == "y":
-        meta.fingerprints["y"] = fingerprint(of_role(source.state, "y"))
 
 
 def _inference(source: Source) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from sfcore.exchange import OLDER, CheckpointError, crc_of
 
 FORMAT = "schedulefree-twin"
 FORMAT_VERSION = 2  # 1 is written where there is nothing that its readers do not know
+_NOT_KEPT = ("format", "format_version", "fingerprints")  # the last of earlier versions: SHA-256 of x and y
 
 
 @dataclass
@@ -34,7 +35,6 @@ class Meta:
         accumulation: {"steps": micro-batches an update, "position": of them already in the gradient}.
         precision: dtype of the parameters, "mixed" if they differ.
         weights_hold: "y" or "x": what the arrays under "y/" or a plain weights file are.
-        fingerprints: {"x": sha256, "y": sha256} of the parameters, by `sfcore.exchange.fingerprint`.
         tensors: file -> leaf -> {"dtype", "shape", "crc32"}; written by the store.
         metrics: finite floats that rank checkpoints, such as {"loss": 0.1}.
         recent: what the last steps did, for the watch after a restart; see `sfcore.watch`.
@@ -54,7 +54,6 @@ class Meta:
     accumulation: dict[str, int] = field(default_factory=lambda: {"steps": 1, "position": 0})
     precision: str = "float32"
     weights_hold: str = "y"
-    fingerprints: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     recent: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +101,7 @@ class Meta:
             raise CheckpointError(f"{source} is damaged: its CRC-32 is not the recorded {recorded}; {OLDER}")
         known = {f.name: f for f in fields(cls)}
         for name in body:
-            if name not in known and name not in ("format", "format_version"):
+            if name not in known and name not in _NOT_KEPT:
                 raise CheckpointError(f"{source} must have known keys only, got {name!r}{hint(name, known)}")
         for name, of in known.items():
             if name not in body and of.default is MISSING and of.default_factory is MISSING:

@@ -43,18 +43,6 @@ class Skipped(NamedTuple):
     why: str
 
 
-class Late(NamedTuple):
-    """What of a checkpoint is made while the rest of it is written.
-
-    Attributes:
-        inference: name -> array, or what is made while it is written, beside what is known of `INFERENCE`.
-        fingerprints: returns what goes into the record; called while those are written.
-    """
-
-    inference: Mapping[str, Leaf]
-    fingerprints: Callable[[], Mapping[str, str]]
-
-
 class Layout(NamedTuple):
     """What is different from one kind of checkpoint folder to another.
 
@@ -189,8 +177,7 @@ def write(
     folder: Path,
     meta: Meta,
     state: Mapping[str, np.ndarray],
-    inference: Mapping[str, np.ndarray],
-    late: Callable[[], Late] | None = None,
+    inference: Mapping[str, Leaf],
 ) -> Path:
     """Writes one checkpoint beside the others and renames it into place; returns its path.
 
@@ -202,8 +189,7 @@ def write(
         folder: where the checkpoints lie; made if it is not there.
         meta: the record; its `tensors` are filled in here, in the file and not in this object.
         state: "ROLE/PARAMETER" -> array.
-        inference: name -> array, x and the buffers.
-        late: returns what else belongs to it, called while the state is written; default None: nothing.
+        inference: name -> array, x and the buffers; or what is made while it is written, beside the state.
 
     Raises:
         CheckpointError: no permission, disk full, no folder, a metric that is no finite number, a leaf
@@ -212,29 +198,19 @@ def write(
     for leaf in state:
         exchange.split(leaf)
     with files.cannot(f"write a checkpoint into {folder}"):
-        return put(folder, meta.step, lambda path: _fill(path, meta, state, inference, late))
+        return put(folder, meta.step, lambda path: _fill(path, meta, state, inference))
 
 
-def _fill(
-    folder: Path,
-    meta: Meta,
-    state: Mapping[str, np.ndarray],
-    inference: Mapping[str, np.ndarray],
-    late: Callable[[], Late] | None,
-) -> None:
+def _fill(folder: Path, meta: Meta, state: Mapping[str, np.ndarray], inference: Mapping[str, Leaf]) -> None:
     folder.mkdir()
 
-    def ship() -> tuple[dict[str, Any], Mapping[str, str]]:
-        found = late() if late else Late({}, dict)
-        with beside(found.fingerprints) as prints:
-            whole, about = {**inference, **found.inference}, about_inference(meta)
-            shipped = exchange.write_tensors(folder / INFERENCE, whole, about, sealed=True)
-        return shipped, prints()
+    def ship() -> dict[str, Any]:
+        return exchange.write_tensors(folder / INFERENCE, inference, about_inference(meta), sealed=True)
 
-    with beside(ship) as waited:
+    with beside(ship) as shipped:
         record = {STATE: exchange.write_tensors(folder / STATE, state)}
-    record[INFERENCE], prints = waited()
-    filled = replace(meta, fingerprints={**meta.fingerprints, **prints}, tensors=record)
+    record[INFERENCE] = shipped()
+    filled = replace(meta, tensors=record)
     (folder / META).write_text(filled.to_json(), encoding="utf-8")  # what names the folder syncs it
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from sfcore import laws
 from sfcore import names as _names
 from sfcore.changes import LEFT_BEHIND, at_last_update
-from sfcore.exchange import fingerprint, of_role
+from sfcore.exchange import of_role
 from sfcore.iterates import beta_of
 from sfcore.meta import Meta
 from sfcore.names import NameMap
@@ -58,8 +58,6 @@ def translate(
     x = rename(inference)
     x |= {name: array for name, array in of_role(found, "buffer").items() if torch_only(name)}
     moved, notices = _record(meta, names, to, found)
-    parameters = {name: array for name, array in x.items() if f"y/{name}" in found}
-    moved.fingerprints = {"x": fingerprint(parameters), "y": fingerprint(of_role(found, "y"))}
     return moved, found, x, notices
 
 

@@ -9,7 +9,7 @@ import optax
 import torch
 
 import sfjax
-from sfcore import exchange, store
+from sfcore import store
 from sfcore.meta import Meta
 
 STEPS = 7
@@ -86,7 +86,6 @@ def store_checkpoint(folder, model, optimizer, *, kinds=True):
         position=5,
         groups=[{"hyperparameters": values, "clock": clock, "parameters": names}],
         parameters=parameters,
-        fingerprints={"x": exchange.fingerprint(x), "y": exchange.fingerprint(exchange.of_role(state, "y"))},
         metrics={"loss": 0.25},
     )
     return store.write(folder, meta, state, x | buffers)

@@ -41,7 +41,6 @@ def test_torch_to_jax_and_back_is_the_identity(torch_checkpoint, tmp_path):
         "step",
         "epoch",
         "position",
-        "fingerprints",
         "metrics",
         "parameters",
         "optimizer",
@@ -62,8 +61,6 @@ def test_jax_names_and_layouts_are_those_of_flax(torch_checkpoint, tmp_path):
     assert np.array_equal(state["y/0/kernel"], model[0].weight.detach().numpy().transpose(2, 3, 1, 0))
     assert np.array_equal(x["1/mean"], model[1].running_mean.numpy())
     assert int(state["extra/torch/1.num_batches_tracked"]) == runs.STEPS
-    assert exchange.fingerprint(exchange.of_role(state, "y")) == meta.fingerprints["y"]
-    assert exchange.fingerprint({n: a for n, a in x.items() if f"y/{n}" in state}) == meta.fingerprints["x"]
 
 
 def test_a_map_gives_the_names_and_the_flattening(torch_checkpoint, tmp_path, capsys):
@@ -124,7 +121,6 @@ def test_jax_to_torch_and_back_is_the_identity(tmp_path):
     assert int(state_back.pop("extra/torch/bn.num_batches_tracked")) == 0
     assert examples.same(state, state_back)
     assert examples.same(x, x_back)
-    assert meta.fingerprints == meta_back.fingerprints
     assert meta.parameters == meta_back.parameters
 
 

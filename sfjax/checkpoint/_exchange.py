@@ -19,7 +19,7 @@ from sfcore import checks, laws, store
 from sfcore import names as _names
 from sfcore.changes import LEFT_BEHIND, at_last_update
 from sfcore.checks import Rule
-from sfcore.exchange import CheckpointError, fingerprint, of_role
+from sfcore.exchange import CheckpointError, of_role
 from sfcore.iterates import beta_of, widened
 from sfcore.meta import Meta, as_place, of_rank
 from sfcore.names import NameMap
@@ -111,7 +111,6 @@ def export_exchange(
     state = _portable({one["role"]: leaves[name] for name, one in about.items()})
     state |= {f"buffer/{name}": np.asarray(leaf) for name, leaf in beside(buffers, params).items()}
     inference = host_arrays(evaluated(_pure(opt_state), _pure(params)))
-    meta.fingerprints = {"x": fingerprint(inference), "y": fingerprint(of_role(state, "y"))}
     inference |= of_role(state, "buffer")
     if names is not None:
         meta, state, inference, _ = translate(meta, state, inference, "torch", names)

@@ -161,7 +161,7 @@ def clock_from(clock: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:
 
 
 def make(tree: Any, hyperparameters: Any, accumulation: Mapping[str, int], **values: Any) -> Meta:
-    """Returns the record of a state of host arrays, but for `tensors` and `fingerprints`.
+    """Returns the record of a state of host arrays, but for `tensors`.
 
     Args:
         tree: {"params", "opt_state"} of host arrays.

@@ -14,7 +14,7 @@ from sfcore import exchange, files, store
 from sfcore.meta import Meta
 from sfjax.checkpoint import _orbax
 from sfjax.checkpoint._arrays import array_like, is_key, is_object, is_weak, object_state
-from sfjax.checkpoint._leaves import Named, groups, parameters, roles
+from sfjax.checkpoint._leaves import Named, groups, roles
 from sfjax.state.find import schedule_free_eval_params
 
 
@@ -149,9 +149,6 @@ class Job:
             },
             _orbax.INFERENCE_FILE: {name: exchange.describe(array) for name, array in shipped.items()},
         }
-        y = parameters(self.host.tree["params"])
-        x = {name: shipped[name] for name in y}
-        self.meta.fingerprints = {"x": exchange.fingerprint(x), "y": exchange.fingerprint(y)}
         files.write_text(folder / _orbax.META_FILE, self.meta.to_json())
 
     def write_inference(self, folder: Path) -> None:

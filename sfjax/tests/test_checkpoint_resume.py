@@ -128,8 +128,6 @@ def group_c(opt_state: Any) -> float:
 
 
 def test_the_record_says_what_was_saved(tmp_path: Path) -> None:
-    from sfcore.exchange import fingerprint
-
     hyperparameters = KINDS["adamw"](lr=LR, warmup_steps=3)
     with saved(
         tmp_path, hyperparameters=hyperparameters, epoch=2, position=5, accumulation=(4, 1),
@@ -150,10 +148,6 @@ def test_the_record_says_what_was_saved(tmp_path: Path) -> None:
     assert group["hyperparameters"]["warmup_steps"] == 3
     assert meta.parameters["a"]["shape"] == [3, 2]
     assert "jax" in meta.versions
-    x = jax.jit(sfjax.schedule_free_eval_params)(opt_state, params)
-    for held, tree in {"y": params, "x": x}.items():
-        named = {"a": tree["a"], "b": tree["b"], "c/d": tree["c"]["d"], "c/e": tree["c"]["e"]}
-        assert meta.fingerprints[held] == fingerprint({k: np.asarray(v) for k, v in named.items()})
     assert meta.tensors["state"]["opt_state/1/z/a"]["role"] == "z/a"
 
 

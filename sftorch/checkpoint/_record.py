@@ -74,7 +74,7 @@ class Capture(NamedTuple):
         arrays: leaf -> array that is a copy already.
         averages: how to get x, one a parameter.
         inference: entry of model.state_dict() -> parameter (its x) or leaf (as it is).
-        meta: the record, without fingerprints and `recent`.
+        meta: the record, without `recent`.
         recent: gives `Meta.recent`; waits for the device.
     """
 

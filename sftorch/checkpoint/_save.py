@@ -87,35 +87,21 @@ def write(ranks: Ranks, folder: Path, captured: Capture, share: Share) -> Path:
     leaves = _joined(share.leaves)
     arrays = captured.arrays | {leaf: _arrays.to_numpy(tensor, leaf) for leaf, tensor in leaves.items()}
 
-    def late() -> store.Late:
-        x = {
-            f"x/{average.name}": exchange.Made(
-                _arrays.dtype_of(average.dtype),
-                tuple(leaves[f"y/{average.name}"].shape),
-                partial(_pieces_of_x, average, leaves),
-            )
-            for average in captured.averages
-            if f"y/{average.name}" in leaves
-        }
-        # A stored x, of a run with beta 0, is not what is shipped.
-        held: dict[str, exchange.Leaf] = {**arrays, **x}
-        inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
-
-        def prints() -> dict[str, str]:
-            if share.in_pieces or not ranks.is_first:
-                return {}
-            found = {"x": exchange.fingerprint(exchange.of_role(x, "x"))}
-            if captured.meta.weights_hold == "y":
-                found["y"] = exchange.fingerprint(exchange.of_role(arrays, "y"))
-            return found
-
-        return store.Late(inference, prints)
-
+    x = {
+        f"x/{average.name}": exchange.Made(
+            _arrays.dtype_of(average.dtype),
+            tuple(leaves[f"y/{average.name}"].shape),
+            partial(_pieces_of_x, average, leaves),
+        )
+        for average in captured.averages
+        if f"y/{average.name}" in leaves
+    }
+    # A stored x, of a run with beta 0, is not what is shipped.
+    held: dict[str, exchange.Leaf] = {**arrays, **x}
+    inference = {entry: held[leaf] for entry, leaf in captured.inference.items() if leaf in held}
     meta = replace(captured.meta, recent=captured.recent())
     if ranks.count == 1:
-        return store.write(folder, meta, arrays, {}, late)
-    inference, prints = late()
-    meta = replace(meta, fingerprints=dict(prints()))
+        return store.write(folder, meta, arrays, inference)
     places = share.places | {
         f"x/{leaf.removeprefix('y/')}": where for leaf, where in share.places.items() if leaf.startswith("y/")
     }
