@@ -3,19 +3,25 @@
 "blocks" is how long `save` keeps a training loop waiting when it writes in the background, "first" the same
 for the first save of a Checkpoints, which has to find room for its copy. The ratio to a save that waits is
 what counts, since the times are this machine's.
+
+`--raw` holds a save and a restore in torch against a plain write, synced, and a plain read of y, z and v. A
+save makes new files and removes older ones: so does the write that it is held against. A write over the same
+file is shown beside that, which gets back the very pages of memory that it has just let go.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -33,7 +39,7 @@ TENSORS = 20
 class Torch:
     """A model and its AdamW after one step."""
 
-    def __init__(self, megabytes: int, folder: Path, background: bool):
+    def __init__(self, megabytes: int, folder: Path, background: bool, keep_newest: int = 2):
         import torch
 
         import sftorch
@@ -45,16 +51,21 @@ class Torch:
         for p in self.model:
             p.grad = torch.ones_like(p)
         self.optimizer.step()
-        self.checkpoints = Checkpoints(folder, background=background)
+        self.checkpoints = Checkpoints(folder, background=background, keep_newest=keep_newest)
 
     def save(self, step: int) -> None:
         self.checkpoints.save(self.model, self.optimizer, step=step)
 
-    def save_plainly(self, file: Any) -> None:
+    def save_by_torch(self, file: BinaryIO) -> None:
         import torch
 
         held = [p.detach() for p in self.model]
         torch.save({"model": held, "optimizer": list(self.optimizer.state.values())}, file)
+
+    def write_raw(self, file: BinaryIO) -> None:
+        for p in self.model:
+            for tensor in (p.detach(), *(self.optimizer.state[p][name] for name in ("z", "exp_avg_sq"))):
+                file.write(tensor.numpy().data)
 
     def restore(self) -> None:
         self.checkpoints.restore(self.model, self.optimizer)
@@ -119,52 +130,95 @@ def measure(kind: str, megabytes: int, repeats: int) -> dict[str, np.ndarray]:
     return found | {f"{name}_over_waits": found[name] / found["waits"] for name in ("blocks", "first")}
 
 
+def write_over(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Writes a file, over the one that is there, and syncs it to the disk."""
+    with open(path, "wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_new(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Writes a new file and syncs it to the disk; it takes the place of the one before, which goes."""
+    write_over(path.with_suffix(".new"), fill)
+    os.replace(path.with_suffix(".new"), path)
+
+
 def against_raw(megabytes: int, repeats: int) -> dict[str, Any]:
-    """Returns the row of saves and restores in torch beside a write, synced, and a read of as many bytes."""
-    times: dict[str, list[float]] = {"write": [], "save": [], "torch_save": [], "read": [], "restore": []}
-    raw = np.random.default_rng(0).integers(0, 256, megabytes * 1_000_000, np.uint8)
+    """Returns the row of saves and restores in torch beside a write, synced, and a read of y, z and v."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        run = Torch(megabytes, place / "checkpoints", background=False)
-
-        def write(name: str, fill: Callable[[Any], object]) -> None:
-            with open(place / name, "wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-
+        raw, over, by_torch = (place / name for name in ("raw", "over", "torch"))
+        # One is kept of everything, so that the largest size fits on a disk and into its memory.
+        waiting = Torch(megabytes, place / "waiting", background=False, keep_newest=1)
+        behind = copy.copy(waiting)
+        behind.checkpoints = type(waiting.checkpoints)(place / "behind", keep_newest=1)
+        actions: dict[str, Callable[[int], object]] = {
+            "write_over": lambda step: write_over(over, waiting.write_raw),
+            "write": lambda step: write_new(raw, waiting.write_raw),
+            "read": lambda step: np.fromfile(raw, np.uint8),
+            "save": waiting.save,
+            "restore": lambda step: waiting.restore(),
+            "torch_save": lambda step: write_new(by_torch, waiting.save_by_torch),
+            "blocks": behind.save,
+        }
+        times: dict[str, list[float]] = {name: [] for name in actions}
         for step in range(repeats + 1):  # interleaved, so that a busy moment meets all
-            times["write"].append(seconds(lambda: write("raw", lambda file: file.write(raw.data))))
-            times["save"].append(seconds(lambda step=step: run.save(step)))  # type: ignore[misc]
-            times["torch_save"].append(seconds(lambda: write("torch", run.save_plainly)))
-            times["read"].append(seconds(lambda: np.fromfile(place / "raw", np.uint8)))
-            times["restore"].append(seconds(run.restore))
-        run.checkpoints.close()
+            for name, action in actions.items():
+                times[name].append(seconds(partial(action, step)))
+            behind.checkpoints.wait()
+        saved = sum(file.stat().st_size for file in (place / "waiting").rglob("*.safetensors"))
+        sizes = {"write_over": over.stat().st_size, "write": raw.stat().st_size, "save": saved}
+        sizes["torch_save"] = by_torch.stat().st_size
+        waiting.checkpoints.close()
+        behind.checkpoints.close()
     found = {name: np.array(values[1:]) for name, values in times.items()}
-    ratios = {
-        f"{name}_over_{of}": spread(found[name] / found[of])
-        for name, of in (("save", "write"), ("torch_save", "write"), ("restore", "read"))
-    }
     return {
         "part": f"{megabytes} MB",
         "megabytes": megabytes,
         "n": repeats,
+        "device": "cpu",
+        "bytes": sizes,
+        "megabytes_per_second": {
+            name: spread(size / 1_000_000 / found[name]) for name, size in sizes.items()
+        },
         "seconds": {name: spread(values) for name, values in found.items()},
-        **ratios,
+        "ratios": {f"{name}/{of}": spread(found[name] / found[of]) for name, of in RATIOS},
         "versions": versions(),
     }
 
 
-def show_raw(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table of `against_raw`."""
-    table = Table(title="torch, on a CPU: a save that waits, and a restore")
-    names = ("save_over_write", "torch_save_over_write", "restore_over_read")
-    for column in ("state, MB", "n", *(name.replace("_", " ") for name in names)):
-        table.add_column(column, justify="right")
-    for row in rows:
-        ratios = ["{median:.2f} ({q1:.2f} to {q3:.2f})".format(**row[name]) for name in names]
-        table.add_row(str(row["megabytes"]), str(row["n"]), *ratios)
-    Console(width=120).print(table)
+RATES = {
+    "write": "a plain write, synced, into a new file: MB/s",
+    "write_over": "the same over one file: MB/s",
+    "torch_save": "torch.save, synced, into a new file: MB/s",
+    "save": "a save that waits: MB/s, of 4/3 of the bytes",
+}
+RATIOS = {
+    ("save", "write"): "a save that waits, of a plain write into a new file",
+    ("save", "write_over"): "of one over the same file",
+    ("torch_save", "write"): "torch.save, of a plain write into a new file",
+    ("blocks", "save"): "what a save in the background blocks, of one that waits",
+    ("restore", "read"): "a restore, of a plain read",
+}
+
+
+def raw_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Returns the table of `against_raw`, a size a column: medians, for the ratios with their quartiles."""
+    rows = sorted(rows, key=lambda row: row["megabytes"])
+    rates = [
+        [text, *(f"{row['megabytes_per_second'][name]['median']:,.0f}" for row in rows)]
+        for name, text in RATES.items()
+    ]
+    ratios = [
+        [text, *("{median:.2f} ({q1:.2f} to {q3:.2f})".format(**row["ratios"][f"{a}/{b}"]) for row in rows)]
+        for (a, b), text in RATIOS.items()
+    ]
+    return [
+        ["torch, on a CPU", *(f"{row['megabytes']:,} MB, n = {row['n']}" for row in rows)],
+        *rates,
+        *ratios,
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -174,7 +228,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--repeats", type=int, default=7, help="of each, after a first one; default: 7")
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the table between <!-- cost --> and its end"
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="write the table between <!-- cost --> and its end, with --raw between <!-- raw --> and its end",
     )
     parser.add_argument(
         "--raw", type=int, action="append", metavar="MB", help="only beside a raw write and read of this size"
@@ -183,7 +240,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.raw:
         for size in arguments.raw:
             replace_part(RAW, f"{size} MB", [against_raw(size, arguments.repeats)])
-        show_raw([json.loads(line) for line in RAW.read_text(encoding="utf-8").splitlines()])
+        table = raw_cells([json.loads(line) for line in RAW.read_text(encoding="utf-8").splitlines()])
+        if arguments.markdown:
+            write_between_markers(arguments.markdown, "raw", as_markdown(table))
+        show(table)
         return 0
     rows = []
     for kind, megabytes in tqdm([(kind, size) for kind in KINDS for size in SIZES], desc="cost"):
@@ -201,7 +261,7 @@ def main(argv: Sequence[str]) -> int:
     replace_part(RESULTS, "cost", rows)
     if arguments.markdown:
         write_between_markers(arguments.markdown, "cost", markdown(rows))
-    show(rows)
+    show([list(HEAD), *map(cells, rows)])
     return 0
 
 
@@ -225,15 +285,25 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the table for a page."""
-    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *map(cells, rows)]
+    return as_markdown([list(HEAD), *map(cells, rows)])
+
+
+def raw_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of `against_raw` for a page."""
+    return as_markdown(raw_cells(rows))
+
+
+def as_markdown(table: Sequence[list[str]]) -> str:
+    """Returns a table, whose first row is its head, in Markdown."""
+    lines = [table[0], ["---", *["---:"] * (len(table[0]) - 1)], *table[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table."""
-    table = Table()
-    for column in HEAD:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*cells(row))
-    Console(width=120).print(table)
+def show(table: Sequence[list[str]]) -> None:
+    """Prints a table, whose first row is its head."""
+    shown = Table()
+    for column in table[0]:
+        shown.add_column(column, justify="right")
+    for row in table[1:]:
+        shown.add_row(*row)
+    Console(width=120).print(shown)

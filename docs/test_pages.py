@@ -34,6 +34,7 @@ TABLES = {
     ("precision.md", "hlo"): lambda: hlo.markdown(rows("hlo")),
     ("resuming.md", "restart"): restart,
     ("resuming.md", "cost"): lambda: cost.markdown(rows("cost")),
+    ("resuming.md", "raw"): lambda: cost.raw_markdown(rows("raw")),
     ("many-devices.md", "devices"): lambda: devices.markdown(rows("devices")),
 }
 TABLES |= {

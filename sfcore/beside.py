@@ -1,14 +1,16 @@
-"""Work in a thread beside other work: hashes of what is being written, which run without Python's lock."""
+"""Work in threads beside other work: reads, writes and their CRCs, all of which run without Python's lock."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+Given = TypeVar("Given")
 Found = TypeVar("Found")
+_AT_ONCE = 4  # on two processors already, where one waits for memory while another counts
 
 
 class _Work(Generic[Found]):
@@ -59,31 +61,20 @@ def beside(work: Callable[[], Found]) -> Iterator[Callable[[], Found]]:
             thread.join()
 
 
-@contextmanager
-def checking() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Yields what takes checks, which a thread does in their order while the block goes on.
+def each(work: Callable[[Given], Found], given: Sequence[Given]) -> list[Found]:
+    """Does some work on each of many things, a few at once in threads; returns what it found, in their order.
 
-    The block ends when they are done. The first that failed raises then, also where the block has raised.
+    The first that failed raises, and those that have not begun then are left. An interpreter that is going
+    down starts no thread any more: then they are done one after the other.
 
     Example:
-        >>> from sfcore.beside import checking
-        >>> found = []
-        >>> with checking() as later:
-        ...     later(lambda: found.append(1))
-        >>> found
-        [1]
+        >>> from sfcore.beside import each
+        >>> each(abs, [-1, 2, -3])
+        [1, 2, 3]
     """
-    with ThreadPoolExecutor(1, "sfcore-checking") as thread:
-        begun = []
-
-        def later(check: Callable[[], None]) -> None:
-            try:
-                begun.append(thread.submit(check))
-            except RuntimeError:  # the interpreter is going down
-                check()
-
+    with ThreadPoolExecutor(_AT_ONCE, "sfcore-each") as threads:
         try:
-            yield later
-        finally:
-            for one in begun:
-                one.result()
+            found = threads.map(work, given)
+        except RuntimeError:
+            return list(map(work, given))
+        return list(found)

@@ -11,7 +11,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -243,13 +242,8 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     return found
 
 
-Check = Callable[[], None]
-
-
-def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[..., np.ndarray]:
-    """Returns what reads one leaf of a safetensors file and holds it against the record: (leaf, later).
-
-    `later`, None by default, is given the check instead, as a function, and does it before the leaf is used.
+def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
+    """Returns what reads one leaf of a safetensors file, from any thread, and holds it against the record.
 
     Raises:
         CheckpointError: as `read_tensors`; of a leaf's content when that is read.
@@ -259,12 +253,11 @@ def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[..., np.ndar
         held = _held(opened.names)
     _check_names(path, held, record)
 
-    def read(leaf: str, later: Callable[[Check], None] | None = None) -> np.ndarray:
+    def read(leaf: str) -> np.ndarray:
         with reading(path):
             stored = _apart(leaf, opened.read(held[leaf]), leaf != held[leaf])
         found = _from_stored(stored, record[leaf]["dtype"])
-        check = partial(check_leaf, path, leaf, found, record[leaf])
-        check() if later is None else later(check)
+        check_leaf(path, leaf, found, record[leaf])
         return found
 
     return read

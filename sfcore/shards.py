@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfcore.beside import checking
+from sfcore.beside import each
 from sfcore.exchange import OLDER, CheckpointError
 
 Indices = Sequence[int]
@@ -118,37 +118,31 @@ def _cut(low: Indices, ends: Indices, start: Indices) -> tuple[slice, ...]:
     return tuple(slice(a - s, b - s) for a, b, s in zip(low, ends, start, strict=True))
 
 
-def joined(files: Mapping[str, Mapping[str, Any]], read: Callable[..., np.ndarray]) -> dict[str, Any]:
+def joined(files: Mapping[str, Mapping[str, Any]], read: Callable[[str, str], np.ndarray]) -> dict[str, Any]:
     """Returns leaf -> array of the record of several files; those in pieces come as `Spread`.
 
     Args:
         files: file -> leaf -> what is recorded of it.
-        read: (file, leaf) -> array, verified; with a third argument that is given the check, as
-            `sfcore.exchange.open_tensors`.
+        read: (file, leaf) -> array, verified; called from several threads.
 
     Raises:
         CheckpointError: if the pieces of a leaf do not fit together.
     """
     found: dict[str, Any] = {}
-    with checking() as later:
-        for file, leaves in files.items():
-            for key, about in leaves.items():
-                if "of" not in about:
-                    found[key] = read(file, key, later)
-                    continue
-                leaf = about["leaf"]
-                of = tuple(about["of"])
-                whole = found.setdefault(leaf, Spread(leaf, _dtype(about["dtype"]), of))
-                if not isinstance(whole, Spread) or (whole.shape, whole.dtype) != (
-                    of,
-                    _dtype(about["dtype"]),
-                ):
-                    raise CheckpointError(
-                        f"{file} has a piece of {leaf!r} that does not fit the others; {OLDER}"
-                    )
-                place = tuple(about["start"]), tuple(about["shape"])
-                whole.pieces.append(Piece(*place, partial(read, file, key)))
-    return found
+    whole: dict[str, str] = {}
+    for file, leaves in files.items():
+        for key, about in leaves.items():
+            if "of" not in about:
+                found[key], whole[key] = None, file
+                continue
+            leaf = about["leaf"]
+            of = tuple(about["of"])
+            spread = found.setdefault(leaf, Spread(leaf, _dtype(about["dtype"]), of))
+            if not isinstance(spread, Spread) or (spread.shape, spread.dtype) != (of, _dtype(about["dtype"])):
+                raise CheckpointError(f"{file} has a piece of {leaf!r} that does not fit the others; {OLDER}")
+            place = tuple(about["start"]), tuple(about["shape"])
+            spread.pieces.append(Piece(*place, partial(read, file, key)))
+    return found | dict(zip(whole, each(lambda key: read(whole[key], key), list(whole)), strict=True))
 
 
 def _dtype(name: str) -> np.dtype[Any]:

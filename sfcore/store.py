@@ -151,9 +151,7 @@ def open_parts(path: Path, meta: Meta, file: str = STATE) -> dict[str, Any]:
     readers = {name: exchange.open_tensors(path / name, meta.tensors[name]) for name in names}
     for name in names if file == INFERENCE else ():
         exchange.check_metadata(path / name, about_inference(meta))
-    return shards.joined(
-        {name: meta.tensors[name] for name in names}, lambda name, *asked: readers[name](*asked)
-    )
+    return shards.joined({name: meta.tensors[name] for name in names}, lambda name, leaf: readers[name](leaf))
 
 
 def _verify(path: Path) -> None:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from sfcore.beside import beside, checking
+from sfcore.beside import beside, each
 
 
 def test_both_run_at_once_and_the_result_is_there_in_the_block_and_after_it():
@@ -45,46 +45,42 @@ def test_without_threads_it_is_done_first(monkeypatch):
     assert (result(), order) == (None, ["work", "block"])
 
 
-def test_checks_are_done_in_order_before_the_block_has_ended():
-    meet, found = threading.Barrier(2, timeout=20), []
-    with checking() as later:
-        later(meet.wait)
-        for i in range(3):
-            later(lambda i=i: found.append(i))
+def test_several_are_worked_on_at_once_and_found_in_their_order():
+    meet = threading.Barrier(2, timeout=20)
+
+    def work(one):
         meet.wait()
-    assert found == [0, 1, 2]
+        return -one
+
+    assert each(work, [1, 2, 3, 4]) == [-1, -2, -3, -4]
+    assert each(work, []) == []
 
 
-def check(*errors, block=None):
-    with checking() as later:
-        for error in errors:
-            later(lambda error=error: fail(error))
-        fail(block)
+def test_the_first_that_failed_raises_and_the_rest_is_left():
+    begun, end = [], threading.Event()
 
+    def work(one):
+        begun.append(one)
+        if one == 1:
+            raise ValueError("first")
+        assert one == 0 or end.wait(20)
+        if one == 3:
+            raise KeyError("second")
 
-def fail(error):
-    if error:
-        raise error
-
-
-def test_the_first_check_that_failed_raises_also_where_the_block_does():
-    errors = None, ValueError("first"), ValueError("second")
+    many = range(100)
+    timer = threading.Timer(0.2, end.set)
+    timer.start()
     with pytest.raises(ValueError, match="first"):
-        check(*errors)
-    with pytest.raises(ValueError, match="first"):
-        check(*errors, block=KeyError())
-    with pytest.raises(KeyError):
-        check(None, block=KeyError())
+        each(work, many)
+    timer.join()
+    assert len(begun) < len(many)
 
 
-def test_without_threads_checks_are_done_at_once(monkeypatch):
+def test_without_threads_they_are_done_one_after_the_other(monkeypatch):
     def start(self):
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with checking() as later:
-        found = []
-        later(lambda: found.append(1))
-        assert found == [1]
-        with pytest.raises(ZeroDivisionError):
-            later(lambda: 1 // 0)
+    assert each(abs, [-1, 2]) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        each(lambda one: 1 // one, [1, 0])
