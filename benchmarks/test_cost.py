@@ -44,7 +44,7 @@ def test_saves_and_restores_are_measured_beside_raw_ones(small, monkeypatch, cap
         assert all(of["median"] > 0 for of in (row["ratios"] | row["megabytes_per_second"]).values())
         bytes_of = row["bytes"]
         assert bytes_of["write"] == bytes_of["write_over"] == row["megabytes"] * 1_000_000 // 240 * 240
-        assert 4 / 3 < bytes_of["save"] / bytes_of["write"] < 1.36  # x beside y, z and v
+        assert 4 / 3 < bytes_of["save"] / bytes_of["write"] < 1.4  # x beside y, z and v
     assert not (small / "cost.jsonl").exists()
     lines = page.read_text().splitlines()
     assert lines[1] == "| torch, on a CPU | 1 MB, n = 2 | 2 MB, n = 2 |"
