@@ -14,11 +14,14 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
+from functools import partial
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sfcore.beside import beside
 
 _NUMPY = {
     "BOOL": "bool",
@@ -48,6 +51,7 @@ _METADATA = "__metadata__"
 _MOST_AXES = 64  # of an array of NumPy
 # More than any model has, and read in under two seconds.
 _LONGEST_HEADER, _MOST_LEAVES = 1 << 24, 1 << 16
+_AT_ONCE = 1 << 26  # bytes that are synced together, long enough for a disk to be busy with
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,19 @@ def write(
 
     text = text_with(metadata)
     length = len(text) + -len(text) % 8
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", length))
-        file.write(text.ljust(length))
-        crcs = dict.fromkeys(order, 0)
+    crcs = dict.fromkeys(order, 0)
+
+    def pieces() -> Iterator[memoryview | bytes]:
         for name in order:
             for piece in bytes_of(leaves[name]):
                 if late:
                     crcs[name] = zlib.crc32(piece, crcs[name])
-                file.write(piece)
+                yield piece
+
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.write(text.ljust(length))
+        _write_all(file, pieces())
         if late:
             text = text_with(late(crcs))
             if len(text) > length:
@@ -145,6 +153,26 @@ def write(
             file.write(text.ljust(length))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_all(file: BufferedWriter, pieces: Iterator[memoryview | bytes]) -> None:
+    """Writes pieces; of a large file, what is written goes to the disk while more is."""
+
+    def write_some() -> bool:
+        written = 0
+        for piece in pieces:
+            file.write(piece)
+            written += len(piece)
+            if written >= _AT_ONCE:
+                file.flush()
+                return True
+        return False
+
+    more = write_some()
+    while more:
+        with beside(partial(os.fsync, file.fileno())) as synced:
+            more = write_some()
+        synced()  # the system tells only once that it could not
 
 
 def storable(dtype: np.dtype[Any]) -> bool:

@@ -1,10 +1,13 @@
 """Leaves in safetensors: every dtype comes back bit for bit, and the public package reads the same."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from sfcore import exchange
+from sfcore import _safetensors, exchange
 from sfcore.exchange import CheckpointError
 from sfcore.tests import examples
 
@@ -119,6 +122,39 @@ def test_what_is_made_while_it_is_written_makes_the_same_file(tmp_path, sealed):
     assert exchange.fingerprint(leaves) == exchange.fingerprint(arrays)
     assert {name: exchange.describe(leaf) for name, leaf in leaves.items()} == record
     assert all(np.array_equal(np.asarray(leaf), arrays[name]) for name, leaf in leaves.items())
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_large_file_is_synced_while_it_is_written_and_is_the_same_file(tmp_path, monkeypatch, sealed):
+    leaves = {f"w{i}": np.arange(i, i + 5.0) for i in range(9)}
+    record = exchange.write_tensors(tmp_path / "at once", leaves, sealed=sealed)
+    sizes, fsync = [], os.fsync
+
+    def noted(handle):
+        sizes.append(os.fstat(handle).st_size)
+        fsync(handle)
+
+    monkeypatch.setattr(_safetensors, "_AT_ONCE", 100)
+    monkeypatch.setattr("os.fsync", noted)
+    assert exchange.write_tensors(tmp_path / "f", leaves, sealed=sealed) == record
+    content = (tmp_path / "f").read_bytes()
+    assert content == (tmp_path / "at once").read_bytes()
+    assert len(sizes) == 4  # of 120 bytes each, and the end
+    assert sizes[0] < sizes[-1] == len(content)
+
+
+def test_a_sync_that_fails_while_more_is_written_is_an_error(tmp_path, monkeypatch):
+    """The system tells of it once: the sync at the end succeeds."""
+    failing = [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def fsync(handle):
+        if failing:
+            raise failing.pop()
+
+    monkeypatch.setattr(_safetensors, "_AT_ONCE", 100)
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        exchange.write_tensors(tmp_path / "f", {f"w{i}": np.zeros(20) for i in range(9)})
 
 
 @pytest.mark.parametrize("number", range(20))
