@@ -19,7 +19,7 @@ import numpy as np
 from sfcore import _safetensors, checks, codes, laws
 from sfcore._safetensors import Leaf as Leaf
 from sfcore._safetensors import Made as Made
-from sfcore.beside import beside
+from sfcore.beside import beside, each
 from sfcore.checks import nearest
 
 # In the header of weights that are read alone: the record of their leaves, and a CRC-32 of all its text. Two
@@ -228,18 +228,12 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
             content.
     """
     checks.require(TypeError, path=(checks.PATH, path), record=(checks.optional(checks.MAPPING), record))
+    record = read_header(path)[1] if record is None else record
+    if record is not None:
+        return dict(zip(record, each(open_tensors(path, record), list(record)), strict=True))
     with reading(path):
         found = _safetensors.read(path)
-        held = _held(found)
-        stored = {leaf: _apart(leaf, found[one], leaf != one) for leaf, one in held.items()}
-    record = read_header(path)[1] if record is None else record
-    if record is None:
-        return stored
-    _check_names(path, stored, record)
-    found = {leaf: _from_stored(stored[leaf], described["dtype"]) for leaf, described in record.items()}
-    for leaf, array in found.items():
-        check_leaf(path, leaf, array, record[leaf])
-    return found
+        return {leaf: _apart(leaf, found[one], leaf != one) for leaf, one in _held(found).items()}
 
 
 def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.ndarray]:

@@ -102,12 +102,7 @@ def read(path: Path, file: str = STATE) -> tuple[Meta, dict[str, np.ndarray]]:
         CheckpointError: naming file and leaf of the first difference from the record.
     """
     meta = read_meta(path)
-    if is_spread(meta, file):
-        return meta, {leaf: np.asarray(array) for leaf, array in open_parts(path, meta, file).items()}
-    tensors = exchange.read_tensors(path / file, meta.tensors[file])
-    if file == INFERENCE:
-        exchange.check_metadata(path / file, about_inference(meta))
-    return meta, tensors
+    return meta, {leaf: np.asarray(array) for leaf, array in open_parts(path, meta, file).items()}
 
 
 def is_spread(meta: Meta, file: str = STATE) -> bool:
