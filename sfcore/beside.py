@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")
-_AT_ONCE = 4  # on two processors already, where one waits for memory while another counts
+_AT_ONCE = 4  # the fastest on two processors too, where some wait for memory
 
 
 class _Work(Generic[Found]):
