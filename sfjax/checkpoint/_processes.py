@@ -164,7 +164,7 @@ class Job:
     """What the background does, on every process: writes its shards, and rank 0 the record.
 
     Attributes:
-        meta: the record, but for its hashes.
+        meta: the record, but for the CRCs of its leaves.
         host: the run, for the record.
         spread: name -> copy of an array over several processes.
         x: name -> leaf of the inference weights, over several processes or not.

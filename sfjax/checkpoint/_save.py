@@ -123,10 +123,10 @@ def recorded_roles(params: Any, opt_state: Any) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class Job:
-    """What the background does: hashes everything, and writes the record and the inference weights.
+    """What the background does: takes all CRCs, and writes the record and the inference weights.
 
     Attributes:
-        meta: the record, but for its hashes.
+        meta: the record, but for the CRCs of its leaves.
         host: the run.
         x: name -> leaf of the inference weights, buffers included, on the device or not.
     """
