@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Generic, TypeVar
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")
-_AT_ONCE = 4  # the fastest on two processors too, where some wait for memory
+_AT_ONCE = min(max(os.cpu_count() or 2, 2), 4)  # more contend for memory
 
 
 class _Work(Generic[Found]):
