@@ -10,7 +10,9 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__SSE2__)
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
@@ -23,7 +25,7 @@
 #define ELEMENTWISE _Pragma("GCC ivdep")
 #endif
 
-enum { CHUNK = 1 << 15, BLOCK = 1024, MAX_THREADS = 256 };
+enum { CHUNK = 1 << 15, MAX_THREADS = 256 }; /* a chunk is some blocks */
 struct cursor { int64_t tensor, start; };             /* start: of the tensor, among the elements of all */
 struct segment { int64_t tensor, offset, length; };
 
@@ -142,39 +144,117 @@ static int has_avx2(void) { __builtin_cpu_init(); return __builtin_cpu_supports(
 static int has_avx2(void) { return 0; }
 #endif
 
+/* A mark of a block's words is NH (of UMAC, 1999) with 32-bit keys of their places, of which a change of several
+ * words goes unseen for 2^-32 of all keys, and the sum of the pairs, with which a change of one word never does:
+ * (A - A')(B + 1) and (B - B')(A + 2^32) are not 0 modulo 2^64. Negated, exchanged or scaled words do not cancel. */
+typedef uint32_t __attribute__((may_alias)) word;
+typedef uint64_t mark_of(const word *words, int64_t n, int64_t at);
+static uint32_t places[2 * BLOCK + 1]; /* the keys */
+
+__attribute__((constructor)) static void draw_places(void) {
+    uint64_t state = 1; /* Knuth's generator; the upper bits are good */
+    for (int i = 0; i < 2 * BLOCK + 1; i++)
+        places[i] = (uint32_t)((state = state * 6364136223846793005u + 1442695040888963407u) >> 32);
+}
+
+static uint64_t mark_plain(const word *words, int64_t n, int64_t at) {
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < n; i += 2) {
+        uint32_t a = words[i] + places[at + i], b = (i + 1 < n ? words[i + 1] : 0) + places[at + i + 1];
+        sum += (uint64_t)a * b + a + ((uint64_t)b << 32);
+    }
+    return sum;
+}
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) static uint64_t mark_avx2(const word *words, int64_t n, int64_t at) {
+    __m256i products[2] = {{0}}, sums[2] = {{0}};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 2; j++) {
+            __m256i own = _mm256_loadu_si256((const __m256i *)(words + i + 8 * j));
+            __m256i pairs = _mm256_add_epi32(own, _mm256_loadu_si256((const __m256i *)(places + at + i + 8 * j)));
+            products[j] += _mm256_mul_epu32(pairs, _mm256_srli_epi64(pairs, 32));
+            sums[j] += pairs;
+        }
+    __m256i all = products[0] + products[1] + sums[0] + sums[1];
+    return (uint64_t)all[0] + (uint64_t)all[1] + (uint64_t)all[2] + (uint64_t)all[3] +
+           mark_plain(words + i, n - i, at + i);
+}
+#else
+#define mark_avx2 mark_plain
+#endif
+
 struct team {
     const struct job *job;
     int64_t total;
     run_of *run;
+    mark_of *mark;
     atomic_llong next; /* chunk that nobody has taken yet: a thread that the machine holds up takes fewer */
     atomic_int differs;
     char *back; /* for PUT_BACK: whether a chunk holds y again */
     fenv_t rounding; /* denormals are flushed in all threads or in none */
 };
 
+/* Does a job from a position to an end; returns whether HOLDS found a difference. */
+static int run_from(const struct team *team, const struct job *job, struct cursor *at, int64_t position,
+                    int64_t end) {
+    struct segment s;
+    int differ = 0;
+    for (; sf_next(job->sizes, at, position, end, &s); position += s.length) differ |= team->run(job, &s);
+    return differ;
+}
+
+/* Returns the mark of what a block holds. */
+static uint64_t mark(const struct team *team, struct cursor at, int64_t position, int64_t end) {
+    const struct job *job = team->job;
+    const int64_t words = job->is_double ? 2 : 1;
+    struct segment s;
+    uint64_t sum = 0;
+    for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
+        sum += team->mark((const word *)job->y[s.tensor] + s.offset * words, s.length * words,
+                          position % BLOCK * words);
+    return sum;
+}
+
 /* Makes x of a chunk that holds y again, from the y that lies aside. */
 static void undo(const struct team *team, struct cursor at, int64_t position, int64_t end) {
     struct job again = *team->job;
     again.kind = RECOVER, again.y = team->job->x, again.x = team->job->y;
-    struct segment s;
-    for (; sf_next(again.sizes, &at, position, end, &s); position += s.length) team->run(&again, &s);
+    run_from(team, &again, &at, position, end);
 }
 
-/* Puts back y in a chunk, by blocks, which stay in the first-level cache from the look to the copy.
- * Returns whether it found that the chunk does not hold x; then it is as it was. */
+/* Puts y of a chunk aside, and leaves the marks of x if there is room for them. */
+static void put_aside(const struct team *team, struct cursor *at, int64_t begin, int64_t end) {
+    for (int64_t position = begin, stop; position < end; position = stop) {
+        const struct cursor here = *at;
+        stop = position + BLOCK < end ? position + BLOCK : end;
+        run_from(team, team->job, at, position, stop);
+        if (team->job->marks) team->job->marks[position / BLOCK] = mark(team, here, position, stop);
+    }
+#if defined(__SSE2__)
+    _mm_sfence(); /* before whatever this thread does next */
+#endif
+}
+
+/* Puts back y in a chunk, by blocks, which stay in the first-level cache from the look to the copy. One that has
+ * not its mark may yet hold x: 0 is -0. Returns whether the chunk does not hold x; then it is as it was. */
 static int put_back(const struct team *team, struct cursor *at, int64_t begin, int64_t end) {
+    const struct job *job = team->job;
     const struct cursor first = *at;
-    const int64_t item = team->job->is_double ? sizeof(double) : sizeof(float);
-    struct job look = *team->job;
+    const int64_t item = job->is_double ? sizeof(double) : sizeof(float);
+    struct job look = *job;
     look.kind = HOLDS;
     struct segment s;
-    for (int64_t position = begin; position < end; position += s.length) {
-        sf_next(look.sizes, at, position, position + BLOCK < end ? position + BLOCK : end, &s);
-        if (team->run(&look, &s)) {
+    for (int64_t position = begin, stop; position < end;) {
+        struct cursor here = *at;
+        stop = position + BLOCK < end ? position + BLOCK : end;
+        int is_x = job->marks && mark(team, here, position, stop) == job->marks[position / BLOCK];
+        if (!is_x && run_from(team, &look, &here, position, stop)) {
             undo(team, first, begin, position);
             return 1;
         }
-        memcpy(look.y[s.tensor] + s.offset * item, look.x[s.tensor] + s.offset * item, s.length * item);
+        for (; sf_next(job->sizes, at, position, stop, &s); position += s.length)
+            memcpy(job->y[s.tensor] + s.offset * item, job->x[s.tensor] + s.offset * item, s.length * item);
     }
     return 0;
 }
@@ -183,7 +263,6 @@ static void *work(void *arg) {
     struct team *team = arg;
     const struct job *job = team->job;
     struct cursor at = {0, 0};
-    struct segment s;
     for (;;) {
         int64_t chunk = (int64_t)atomic_fetch_add(&team->next, 1), position = chunk * CHUNK;
         if (position >= team->total) return 0;
@@ -192,9 +271,10 @@ static void *work(void *arg) {
         if (job->kind == PUT_BACK) {
             differ = put_back(team, &at, position, end);
             team->back[chunk] = !differ;
+        } else if (job->kind == PUT_ASIDE) {
+            put_aside(team, &at, position, end);
         } else {
-            for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
-                differ |= team->run(job, &s);
+            differ = run_from(team, job, &at, position, end);
         }
         if (differ) atomic_store(&team->differs, 1);
     }
@@ -215,7 +295,7 @@ int sf_run(const struct job *job, int threads) {
 #else
     run_of *run = has_avx2() ? run_avx2 : run_plain;
 #endif
-    struct team team = {.job = job, .total = 0, .run = run};
+    struct team team = {.job = job, .total = 0, .run = run, .mark = has_avx2() ? mark_avx2 : mark_plain};
     for (int64_t i = 0; i < job->count; i++) team.total += job->sizes[i];
     if (job->kind == PUT_BACK && !(team.back = calloc(team.total / CHUNK + 1, 1))) return 1;
     fegetenv(&team.rounding);

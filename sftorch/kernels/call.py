@@ -12,7 +12,7 @@ import importlib
 import logging
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from types import ModuleType
@@ -158,7 +158,7 @@ class Job(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in TABLES]
         + [(name, ctypes.c_int32) for name in ("kind", "is_double", "y_type", "g_type")]
         + [(name, ctypes.c_double) for name in NUMBERS]
-        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "places", "keys")]
+        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "places", "keys", "marks")]
     )
 
     def __init__(self, kind: Kind, y_type: Element = Element.AS_Z, g_type: Element = Element.AS_Z):
@@ -193,7 +193,7 @@ class Job(ctypes.Structure):
         if isinstance(library, str):
             raise build.Unavailable(library)
         for name, tensors in tables.items():
-            column = self.columns[name] = array("Q", [t.data_ptr() for t in tensors])
+            column = self.columns[name] = addresses(tensors)
             setattr(self, name, column.buffer_info()[0])
         if "z" in tables:
             sizes = self.columns["sizes"] = array("q", [y.numel() for y in tables["y"]])
@@ -202,6 +202,11 @@ class Job(ctypes.Structure):
         _PACKED.pack_into(self, Job.sign.offset, *numbers, *ZEROS[len(numbers) :])
         threads = torch.get_num_threads() if threads is None else threads
         return bool(library.sf_run(ctypes.byref(self), threads))
+
+
+def addresses(tensors: Iterable[Tensor]) -> array[int]:
+    """Returns a table for a job."""
+    return array("Q", [t.data_ptr() for t in tensors])
 
 
 @functools.cache

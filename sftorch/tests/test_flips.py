@@ -10,7 +10,7 @@ import torch
 import sftorch
 from sftorch.kernels import call
 from sftorch.law import lists
-from sftorch.state import modes
+from sftorch.state import flips
 from sftorch.tests.plain import STEP_SIZE, copies, feed, same_bits, some_grads, some_params
 
 SHAPES = [(1003,), (3, 5), (0,), (), (2, 3, 4)]
@@ -225,4 +225,4 @@ def test_on_a_device_equality_is_asked_once_for_a_list():
     ]
     other = copies(one)
     other[1][1] += 1e-6
-    assert modes._equal(one, other) == [True, False, False, True, True]
+    assert flips._equal(one, other) == [True, False, False, True, True]
