@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-BLOCK = 1024  # elements that have a mark, as in job.h
+MARKED = 512  # elements that have a mark, as in job.h
 
 
 class Kind(IntEnum):

@@ -25,7 +25,7 @@
 #define ELEMENTWISE _Pragma("GCC ivdep")
 #endif
 
-enum { CHUNK = 1 << 15, MAX_THREADS = 256 }; /* a chunk is some blocks */
+enum { CHUNK = 1 << 15, BLOCK = 1024, MAX_THREADS = 256 }; /* a chunk is so many times MARKED */
 struct cursor { int64_t tensor, start; };             /* start: of the tensor, among the elements of all */
 struct segment { int64_t tensor, offset, length; };
 
@@ -144,16 +144,16 @@ static int has_avx2(void) { __builtin_cpu_init(); return __builtin_cpu_supports(
 static int has_avx2(void) { return 0; }
 #endif
 
-/* A mark of a block's words is NH (of UMAC, 1999) with 32-bit keys of their places, of which a change of several
- * words goes unseen for 2^-32 of all keys, and the sum of the pairs, with which a change of one word never does:
+/* A mark of some words is NH (of UMAC, 1999) with a 32-bit key of each place, for which a change of several words
+ * goes unseen by one in 2^32 choices of keys, and the sum of the pairs, with which a change of one word never does:
  * (A - A')(B + 1) and (B - B')(A + 2^32) are not 0 modulo 2^64. Negated, exchanged or scaled words do not cancel. */
 typedef uint32_t __attribute__((may_alias)) word;
 typedef uint64_t mark_of(const word *words, int64_t n, int64_t at);
-static uint32_t places[2 * BLOCK + 1]; /* the keys */
+static uint32_t places[2 * MARKED + 1]; /* the keys */
 
 __attribute__((constructor)) static void draw_places(void) {
     uint64_t state = 1; /* Knuth's generator; the upper bits are good */
-    for (int i = 0; i < 2 * BLOCK + 1; i++)
+    for (int i = 0; i < 2 * MARKED + 1; i++)
         places[i] = (uint32_t)((state = state * 6364136223846793005u + 1442695040888963407u) >> 32);
 }
 
@@ -195,6 +195,8 @@ struct team {
     fenv_t rounding; /* denormals are flushed in all threads or in none */
 };
 
+INLINE int64_t size_of(const struct job *job) { return job->is_double ? sizeof(double) : sizeof(float); }
+
 /* Does a job from a position to an end; returns whether HOLDS found a difference. */
 static int run_from(const struct team *team, const struct job *job, struct cursor *at, int64_t position,
                     int64_t end) {
@@ -204,15 +206,15 @@ static int run_from(const struct team *team, const struct job *job, struct curso
     return differ;
 }
 
-/* Returns the mark of what a block holds. */
+/* Returns the mark of what lies from a position, of which a mark begins, to an end. */
 static uint64_t mark(const struct team *team, struct cursor at, int64_t position, int64_t end) {
     const struct job *job = team->job;
-    const int64_t words = job->is_double ? 2 : 1;
+    const int64_t words = size_of(job) / sizeof(word);
     struct segment s;
     uint64_t sum = 0;
     for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
         sum += team->mark((const word *)job->y[s.tensor] + s.offset * words, s.length * words,
-                          position % BLOCK * words);
+                          position % MARKED * words);
     return sum;
 }
 
@@ -223,32 +225,68 @@ static void undo(const struct team *team, struct cursor at, int64_t position, in
     run_from(team, &again, &at, position, end);
 }
 
-/* Puts y of a chunk aside, and leaves the marks of x if there is room for them. */
+/* Asks for what a part of a table has, while this thread is busy with another one: a part is too short for the
+ * machine to see by itself what comes, and without this train() took half as long again. */
+static void fetch(const struct job *job, char *const *table, struct cursor at, int64_t position, int64_t end) {
+    const int64_t item = size_of(job);
+    struct segment s;
+    for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
+        for (int64_t i = 0; i < s.length * item; i += 64)
+            __builtin_prefetch(table[s.tensor] + s.offset * item + i);
+}
+
+/* Copies past the caches: it is read again only after an evaluation, and a write to them would first fetch what
+ * it is going to overwrite. Whole lines of 64 bytes, because a part of one, with other writes before the rest,
+ * costs a third more. */
+static void stream(char *to, const char *from, int64_t bytes) {
+    int64_t done = 0;
+#if defined(__SSE2__)
+    const int64_t before = (int64_t)(-(uintptr_t)to % 64);
+    memcpy(to, from, done = before < bytes ? before : bytes);
+    for (; done + 64 <= bytes; done += 64)
+        for (int64_t i = done; i < done + 64; i += 16)
+            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+#endif
+    memcpy(to + done, from + done, bytes - done);
+}
+
+/* Puts y of a chunk aside and makes x of it, by parts that stay in the nearest cache, and leaves their marks. */
 static void put_aside(const struct team *team, struct cursor *at, int64_t begin, int64_t end) {
-    for (int64_t position = begin, stop; position < end; position = stop) {
-        const struct cursor here = *at;
-        stop = position + BLOCK < end ? position + BLOCK : end;
-        run_from(team, team->job, at, position, stop);
-        if (team->job->marks) team->job->marks[position / BLOCK] = mark(team, here, position, stop);
+    const struct job *job = team->job;
+    const int64_t item = size_of(job);
+    struct job in_place = *job;
+    in_place.kind = RECOVER, in_place.x = job->y;
+    struct segment s;
+    for (int64_t position = begin, stop; position < end;) {
+        struct cursor here = *at;
+        stop = position + MARKED < end ? position + MARKED : end;
+        fetch(job, job->z, here, position, stop);
+        for (int64_t part = position; sf_next(job->sizes, &here, part, stop, &s); part += s.length)
+            stream(job->x[s.tensor] + s.offset * item, job->y[s.tensor] + s.offset * item, s.length * item);
+        here = *at;
+        run_from(team, &in_place, at, position, stop);
+        if (job->marks) job->marks[position / MARKED] = mark(team, here, position, stop);
+        position = stop;
     }
 #if defined(__SSE2__)
     _mm_sfence(); /* before whatever this thread does next */
 #endif
 }
 
-/* Puts back y in a chunk, by blocks, which stay in the first-level cache from the look to the copy. One that has
- * not its mark may yet hold x: 0 is -0. Returns whether the chunk does not hold x; then it is as it was. */
+/* Puts back y in a chunk, by parts that stay in the nearest cache from the look to the copy. One that has not its
+ * mark may yet hold x: 0 is -0. Returns whether the chunk does not hold x; then it is as it was. */
 static int put_back(const struct team *team, struct cursor *at, int64_t begin, int64_t end) {
     const struct job *job = team->job;
     const struct cursor first = *at;
-    const int64_t item = job->is_double ? sizeof(double) : sizeof(float);
+    const int64_t item = size_of(job);
     struct job look = *job;
     look.kind = HOLDS;
     struct segment s;
     for (int64_t position = begin, stop; position < end;) {
         struct cursor here = *at;
-        stop = position + BLOCK < end ? position + BLOCK : end;
-        int is_x = job->marks && mark(team, here, position, stop) == job->marks[position / BLOCK];
+        stop = position + MARKED < end ? position + MARKED : end;
+        fetch(job, job->x, here, position, stop);
+        int is_x = job->marks && mark(team, here, position, stop) == job->marks[position / MARKED];
         if (!is_x && run_from(team, &look, &here, position, stop)) {
             undo(team, first, begin, position);
             return 1;

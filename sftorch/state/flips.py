@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfcore.native import build
-from sfcore.native.kinds import BLOCK
+from sfcore.native.kinds import MARKED
 from sftorch.kernels import call
 from sftorch.kernels.call import Kind
 from sftorch.law import iterates, lists
@@ -47,16 +48,15 @@ class Walk:
         None  # by which share, and at which versions; None: not, or asked
     )
 
-    def is_of(self, found: list[tuple[Any, ...]]) -> bool:
+    def is_of(self, ps: list[Tensor], states: list[Any], zs: list[Any], thirds: list[Any]) -> bool:
         """Tells whether these are the rows, and lie where they lay."""
-        if len(found) != len(self.rows):
+        if len(ps) != len(self.rows):
             return False
-        pairs = zip(found, self.rows, strict=True)
-        if not all(p is r.p and s is r.state and z is r.z and y is r.third for (p, s, z, y), r in pairs):
+        columns = zip((ps, states, zs, thirds), zip(*self.rows, strict=True), strict=True)
+        if not all(all(map(operator.is_, found, own)) for found, own in columns):
             return False
-        ps, _, zs, thirds = zip(*found, strict=True)
         return self.layouts == _layouts(ps) and all(
-            self.job.columns[name] == call.addresses(parts(tensors))
+            self.job.columns.get(name) == call.addresses(parts(tensors))
             for name, tensors in (("y", ps), ("z", zs), ("x", thirds))
         )
 
@@ -65,7 +65,7 @@ class Walk:
         job, marked = self.job, self.marked
         tables = {} if job.columns else dict(zip("yzx", self.columns, strict=True))
         if kind is Kind.PUT_ASIDE and "marks" not in job.arrays:
-            blocks = sum(t.numel() for t in self.columns[0]) // BLOCK + 1
+            blocks = sum(t.numel() for t in self.columns[0]) // MARKED + 1
             job.arrays["marks"] = np.empty(blocks, dtype=np.uint64)
         if kind in (Kind.PUT_ASIDE, Kind.PUT_BACK):
             self.marked = None
@@ -203,13 +203,14 @@ class Flip:
         """
         if self._share is None:
             return [], []
-        aside = [state.get("y") if kept is None else kept.get(id(p)) for p, state in self._started]
-        found = [(p, state, state.get("z"), y) for (p, state), y in zip(self._started, aside, strict=True)]
-        if self.walk is not None and self.walk.is_of(found):
+        ps, states = [p for p, _ in self._started], [state for _, state in self._started]
+        zs = [state.get("z") for state in states]
+        thirds = [state.get("y") for state in states] if kept is None else [kept.get(id(p)) for p in ps]
+        if self.walk is not None and self.walk.is_of(ps, states, zs, thirds):
             return self.walk.rows, [self.walk.columns]
         rows = [
             Row(p, state, z, _empty_like(p) if third is None else third)
-            for p, state, z, third in found
+            for p, state, z, third in zip(ps, states, zs, thirds, strict=True)
             if z is not None and z.dtype == p.dtype and (third is not None or kept is not None)
         ]
         ready, columns = self._fitting(rows, kept is not None)
