@@ -144,9 +144,10 @@ static int has_avx2(void) { __builtin_cpu_init(); return __builtin_cpu_supports(
 static int has_avx2(void) { return 0; }
 #endif
 
-/* A mark of some words is NH (of UMAC, 1999) with a 32-bit key of each place, for which a change of several words
- * goes unseen by one in 2^32 choices of keys, and the sum of the pairs, with which a change of one word never does:
- * (A - A')(B + 1) and (B - B')(A + 2^32) are not 0 modulo 2^64. Negated, exchanged or scaled words do not cancel. */
+/* A mark of some words is NH (of UMAC, 1999), the sum of products of pairs of words and keys of their places: of
+ * all 2^32 keys, about one lets a change of several words go unseen, be they negated, exchanged or scaled. And the
+ * sum of the pairs, with which a change of one word is always seen: (A - A')(B + 1) and (B - B')(A + 2^32) are
+ * not 0 modulo 2^64. */
 typedef uint32_t __attribute__((may_alias)) word;
 typedef uint64_t mark_of(const word *words, int64_t n, int64_t at);
 static uint32_t places[2 * MARKED + 1]; /* the keys */
@@ -206,16 +207,17 @@ static int run_from(const struct team *team, const struct job *job, struct curso
     return differ;
 }
 
-/* Returns the mark of what lies from a position, of which a mark begins, to an end. */
-static uint64_t mark(const struct team *team, struct cursor at, int64_t position, int64_t end) {
-    const struct job *job = team->job;
-    const int64_t words = size_of(job) / sizeof(word);
-    struct segment s;
-    uint64_t sum = 0;
-    for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
-        sum += team->mark((const word *)job->y[s.tensor] + s.offset * words, s.length * words,
-                          position % MARKED * words);
-    return sum;
+/* Asks for memory while this thread is busy with other: parts are too short for the machine to see by itself
+ * what comes, and without this train() took half as long again. */
+INLINE void fetch(const char *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+/* Returns what a segment of y, at a position among all elements, adds to the mark of its part. */
+INLINE uint64_t mark(const struct team *team, const struct segment *s, int64_t position) {
+    const int64_t item = size_of(team->job), words = item / sizeof(word);
+    return team->mark((const word *)(team->job->y[s->tensor] + s->offset * item), s->length * words,
+                      position % MARKED * words);
 }
 
 /* Makes x of a chunk that holds y again, from the y that lies aside. */
@@ -223,16 +225,6 @@ static void undo(const struct team *team, struct cursor at, int64_t position, in
     struct job again = *team->job;
     again.kind = RECOVER, again.y = team->job->x, again.x = team->job->y;
     run_from(team, &again, &at, position, end);
-}
-
-/* Asks for what a part of a table has, while this thread is busy with another one: a part is too short for the
- * machine to see by itself what comes, and without this train() took half as long again. */
-static void fetch(const struct job *job, char *const *table, struct cursor at, int64_t position, int64_t end) {
-    const int64_t item = size_of(job);
-    struct segment s;
-    for (; sf_next(job->sizes, &at, position, end, &s); position += s.length)
-        for (int64_t i = 0; i < s.length * item; i += 64)
-            __builtin_prefetch(table[s.tensor] + s.offset * item + i);
 }
 
 /* Copies past the caches: it is read again only after an evaluation, and a write to them would first fetch what
@@ -257,16 +249,16 @@ static void put_aside(const struct team *team, struct cursor *at, int64_t begin,
     struct job in_place = *job;
     in_place.kind = RECOVER, in_place.x = job->y;
     struct segment s;
-    for (int64_t position = begin, stop; position < end;) {
-        struct cursor here = *at;
-        stop = position + MARKED < end ? position + MARKED : end;
-        fetch(job, job->z, here, position, stop);
-        for (int64_t part = position; sf_next(job->sizes, &here, part, stop, &s); part += s.length)
+    for (int64_t position = begin; position < end;) {
+        const int64_t part = position / MARKED, stop = position + MARKED < end ? position + MARKED : end;
+        uint64_t sum = 0;
+        for (; sf_next(job->sizes, at, position, stop, &s); position += s.length) {
+            fetch(job->z[s.tensor] + s.offset * item, s.length * item);
             stream(job->x[s.tensor] + s.offset * item, job->y[s.tensor] + s.offset * item, s.length * item);
-        here = *at;
-        run_from(team, &in_place, at, position, stop);
-        if (job->marks) job->marks[position / MARKED] = mark(team, here, position, stop);
-        position = stop;
+            team->run(&in_place, &s);
+            if (job->marks) sum += mark(team, &s, position);
+        }
+        if (job->marks) job->marks[part] = sum;
     }
 #if defined(__SSE2__)
     _mm_sfence(); /* before whatever this thread does next */
@@ -282,11 +274,16 @@ static int put_back(const struct team *team, struct cursor *at, int64_t begin, i
     struct job look = *job;
     look.kind = HOLDS;
     struct segment s;
-    for (int64_t position = begin, stop; position < end;) {
+    for (int64_t position = begin; position < end;) {
+        const int64_t stop = position + MARKED < end ? position + MARKED : end;
         struct cursor here = *at;
-        stop = position + MARKED < end ? position + MARKED : end;
-        fetch(job, job->x, here, position, stop);
-        int is_x = job->marks && mark(team, here, position, stop) == job->marks[position / MARKED];
+        uint64_t sum = 0;
+        for (int64_t i = position; job->marks && sf_next(job->sizes, &here, i, stop, &s); i += s.length) {
+            fetch(job->x[s.tensor] + s.offset * item, s.length * item);
+            sum += mark(team, &s, i);
+        }
+        here = *at;
+        int is_x = job->marks && sum == job->marks[position / MARKED];
         if (!is_x && run_from(team, &look, &here, position, stop)) {
             undo(team, first, begin, position);
             return 1;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,52 +40,56 @@ class Walk:
     torch saw it; who writes to z past torch and leaves the weights alone gets the y back that was there.
     """
 
-    rows: list[Row]  # which keep their memory from becoming another's
+    rows: list[Row]  # which keep their memory, and their ids, from becoming another's
     columns: Columns
-    layouts: list[Any]
     job: call.Job = dataclasses.field(default_factory=lambda: call.Job(Kind.PUT_ASIDE))
-    marked: tuple[float, list[int]] | None = (
-        None  # by which share, and at which versions; None: not, or asked
-    )
+    marked: tuple[float, list[int]] | None = None  # the share and versions of the marks; None: none, or asked
+
+    def __post_init__(self) -> None:
+        ps, states, zs, thirds = map(list, zip(*self.rows, strict=True))
+        self._ids, self._places = _ids_of(ps, states, zs, thirds), _places_of(*self.columns)
+        self._watched = zs + thirds
+        blocks = sum(p.numel() for p in self.columns[0]) // MARKED + 1
+        self._marks = self.job.arrays["marks"] = np.empty(blocks, dtype=np.uint64)
 
     def is_of(self, ps: list[Tensor], states: list[Any], zs: list[Any], thirds: list[Any]) -> bool:
         """Tells whether these are the rows, and lie where they lay."""
-        if len(ps) != len(self.rows):
+        if self._ids != _ids_of(ps, states, zs, thirds):
             return False
-        columns = zip((ps, states, zs, thirds), zip(*self.rows, strict=True), strict=True)
-        if not all(all(map(operator.is_, found, own)) for found, own in columns):
-            return False
-        return self.layouts == _layouts(ps) and all(
-            self.job.columns.get(name) == call.addresses(parts(tensors))
-            for name, tensors in (("y", ps), ("z", zs), ("x", thirds))
-        )
+        return self._places == _places_of(parts(ps), parts(zs), parts(thirds))
 
     def run(self, kind: Kind, share: float) -> bool:
         """Does a job, and leaves marks or asks them."""
-        job, marked = self.job, self.marked
+        job, marks = self.job, None
         tables = {} if job.columns else dict(zip("yzx", self.columns, strict=True))
-        if kind is Kind.PUT_ASIDE and "marks" not in job.arrays:
-            blocks = sum(t.numel() for t in self.columns[0]) // MARKED + 1
-            job.arrays["marks"] = np.empty(blocks, dtype=np.uint64)
         if kind in (Kind.PUT_ASIDE, Kind.PUT_BACK):
+            now = (share, self._versions())
+            if now[1] and (kind is Kind.PUT_ASIDE or self.marked == now):
+                marks = self._marks.ctypes.data
             self.marked = None
-        has_marks = kind is Kind.PUT_ASIDE or (kind is Kind.PUT_BACK and marked == (share, self._versions()))
-        job.kind, job.marks = kind, job.arrays["marks"].ctypes.data if has_marks else None
+        job.kind, job.marks = kind, marks
         differs = job.run(tables, _numbers(share))
-        if kind is Kind.PUT_ASIDE and (versions := self._versions()):
-            self.marked = (share, versions)
+        if kind is Kind.PUT_ASIDE and marks:
+            self.marked = now
         return differs
 
     def _versions(self) -> list[int]:
         """Returns how often torch saw somebody write to z and y; nothing where it does not count."""
         try:
-            return [t._version for row in self.rows for t in (row.z, row.third)]
+            return [tensor._version for tensor in self._watched]
         except RuntimeError:  # inference tensors
             return []
 
 
-def _layouts(ps: Iterable[Tensor]) -> list[Any]:
-    return [(p.dtype, p.shape, p.stride(), p.is_neg()) for p in ps]
+def _ids_of(*columns: list[Any]) -> array[int]:
+    return array("Q", [id(one) for column in columns for one in column])
+
+
+def _places_of(ps: list[Tensor], *others: list[Tensor]) -> array[int]:
+    """Returns where tensors lie, and how those of the first list do: as numbers, which take little memory."""
+    found = [tensor.data_ptr() for column in (ps, *others) for tensor in column]
+    found += [p.numel() for p in ps]
+    return array("Q", found + [p.is_contiguous() for p in ps] + [id(p.dtype) for p in ps])
 
 
 def _numbers(share: float) -> tuple[float, ...]:
@@ -111,8 +115,8 @@ class Flip:
             beta: the one that y was built with.
             walk: what the group's last flip walked.
         """
-        found = [(p, state.get(p, {})) for p in group["params"]]
-        self._started = [(p, of_p) for p, of_p in found if forms.has_started(of_p)]
+        found = [(p, state.get(p)) for p in group["params"]]
+        self._started = [(p, of_p) for p, of_p in found if of_p and forms.has_started(of_p)]
         self.back: list[Row] = []  # of parameters that hold y again
         self.walk = walk
         self._written: list[Columns] = []
@@ -135,7 +139,7 @@ class Flip:
             kind: one of these two.
             kept: id of a parameter -> a tensor that may be taken for its new one.
         """
-        ready, columns = self._columns(kept)
+        ready, columns = self._columns(kept, lasts=kind is Kind.PUT_ASIDE)
         try:
             for some in columns:
                 self._run(kind, some)
@@ -160,10 +164,9 @@ class Flip:
 
     def put_back(self) -> None:
         """Puts back y where all parameters hold x bit for bit; else nothing has changed."""
-        ready, columns = self._columns()
-        at_once = not any(
-            row.p.is_cuda for row in ready
-        )  # a look waits for the device: there, once before all
+        ready, columns = self._columns(lasts=True)
+        # A look waits for the device: there, once before all.
+        at_once = self._native or not any(row.p.is_cuda for row in ready)
         if not at_once and any(self._run(Kind.HOLDS, some) for some in columns):
             return
         for some in columns:
@@ -190,16 +193,19 @@ class Flip:
         """Makes x of what was put back, in the bits that it had."""
         for ps, zs, ys in self._written:
             # The kernel puts back a whole list or nothing, and who interrupts it does not learn which.
-            if not self._native or _all_equal(ps, ys):
+            if not self._native or _same_bits(ps, ys):
                 self._run(Kind.RECOVER, (ys, zs, ps))
         self.back, self._written = [], []
 
-    def _columns(self, kept: Mapping[int, Tensor] | None = None) -> tuple[list[Row], list[Columns]]:
+    def _columns(
+        self, kept: Mapping[int, Tensor] | None = None, lasts: bool = False
+    ) -> tuple[list[Row], list[Columns]]:
         """Returns the rows that can be walked, and the same as lists, of one dtype and device each.
 
         Args:
             kept: id of a parameter -> what may be its third tensor, which is a new one else; None takes the
                 y that lies aside.
+            lasts: whether the next flip may find the same rows.
         """
         if self._share is None:
             return [], []
@@ -215,8 +221,8 @@ class Flip:
         ]
         ready, columns = self._fitting(rows, kept is not None)
         self.walk = None
-        if self._native and len(columns) == 1 and len(ready) == len(self._started):
-            self.walk = Walk(ready, columns[0], _layouts(row.p for row in ready))
+        if lasts and self._native and len(columns) == 1 and len(ready) == len(self._started):
+            self.walk = Walk(ready, columns[0])
         return ready, columns
 
     def _fitting(self, rows: list[Row], is_free: bool) -> tuple[list[Row], list[Columns]]:
@@ -294,6 +300,15 @@ def _all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
     if first and first[0].is_cpu:  # torch.equal takes five times as long
         return all(np.array_equal(a.detach(), b) for a, b in zip(first, second, strict=True))
     return all(_equal(first, second)) if first else True
+
+
+def _same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Tells whether plain CPU tensors of wide dtypes are equal bit for bit."""
+    words = {torch.float32: torch.int32, torch.float64: torch.int64}
+    return all(
+        torch.equal(*(t.detach().view(words[t.dtype]) for t in pair))
+        for pair in zip(first, second, strict=True)
+    )
 
 
 def _equal(first: list[Tensor], second: list[Tensor]) -> list[bool]:

@@ -404,3 +404,20 @@ def test_0_is_still_minus_0_and_nan_still_nan():
     params[0].data[0] = -0.0
     optimizer.train()
     assert same_bits(params, y)
+
+
+@pytest.mark.parametrize("at", [(0, 0), (1, 70000), (4, 6)])
+def test_a_nan_that_is_back_goes_again_where_another_weight_was_written(at):
+    """In the same group, which the kernel undoes, and in a later one."""
+    params = [torch.nn.Parameter(p.detach()) for p in some_params(torch.float32, LARGE)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = sftorch.AdamWScheduleFree(groups, lr=STEP_SIZE)
+    feed(optimizer, params, some_grads(3, params))
+    for p in (params[0], params[3]):
+        p.data[5:7] = torch.tensor([0xFFC01234, 0x7F800001]).to(torch.int32).view(torch.float32)
+    optimizer.eval()
+    params[at[0]].data[at[1]] += 1
+    held = copies(params)
+    with pytest.raises(RuntimeError, match=r"got other values in 1 parameter"):
+        optimizer.train()
+    assert same_bits(params, held)
