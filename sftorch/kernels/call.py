@@ -172,6 +172,7 @@ class Job(ctypes.Structure):
         super().__init__(kind=kind, y_type=y_type, g_type=g_type)
         self.columns: dict[str, array[int]] = {}  # the job points there
         self.arrays: dict[str, np.ndarray] = {}  # and there
+        self.library: ctypes.CDLL | None = None  # from the first run on
 
     def run(self, tables: Tables, numbers: Sequence[float], threads: int | None = None) -> bool:
         """Does it.
@@ -189,9 +190,11 @@ class Job(ctypes.Structure):
         Raises:
             Unavailable: if there is no kernel.
         """
-        library = build.find(build.DRAWN if self.keys else build.STEP)
-        if isinstance(library, str):
-            raise build.Unavailable(library)
+        if self.library is None:
+            found = build.find(build.DRAWN if self.keys else build.STEP)
+            if isinstance(found, str):
+                raise build.Unavailable(found)
+            self.library = found
         for name, tensors in tables.items():
             column = self.columns[name] = addresses(tensors)
             setattr(self, name, column.buffer_info()[0])
@@ -201,7 +204,7 @@ class Job(ctypes.Structure):
             self.is_double = bool(tables["z"]) and tables["z"][0].dtype == torch.float64
         _PACKED.pack_into(self, Job.sign.offset, *numbers, *ZEROS[len(numbers) :])
         threads = torch.get_num_threads() if threads is None else threads
-        return bool(library.sf_run(ctypes.byref(self), threads))
+        return bool(self.library.sf_run(ctypes.byref(self), threads))
 
 
 def addresses(tensors: Iterable[Tensor]) -> array[int]:

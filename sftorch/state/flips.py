@@ -50,7 +50,8 @@ class Walk:
         self._ids, self._places = _ids_of(ps, states, zs, thirds), _places_of(*self.columns)
         self._watched = zs + thirds
         blocks = sum(p.numel() for p in self.columns[0]) // MARKED + 1
-        self._marks = self.job.arrays["marks"] = np.empty(blocks, dtype=np.uint64)
+        marks = self.job.arrays["marks"] = np.empty(blocks, dtype=np.uint64)
+        self._marks_at = marks.ctypes.data
 
     def is_of(self, ps: list[Tensor], states: list[Any], zs: list[Any], thirds: list[Any]) -> bool:
         """Tells whether these are the rows, and lie where they lay."""
@@ -65,7 +66,7 @@ class Walk:
         if kind in (Kind.PUT_ASIDE, Kind.PUT_BACK):
             now = (share, self._versions())
             if now[1] and (kind is Kind.PUT_ASIDE or self.marked == now):
-                marks = self._marks.ctypes.data
+                marks = self._marks_at
             self.marked = None
         job.kind, job.marks = kind, marks
         differs = job.run(tables, _numbers(share))
@@ -118,9 +119,9 @@ class Flip:
         found = [(p, state.get(p)) for p in group["params"]]
         self._started = [(p, of_p) for p, of_p in found if of_p and forms.has_started(of_p)]
         self.back: list[Row] = []  # of parameters that hold y again
-        self.walk = walk
         self._written: list[Columns] = []
         self._native = group.get("fused") is not False and not isinstance(build.find(), str)
+        self.walk = walk if self._native else None
         self._share = 1.0 / beta - 1.0 if beta else None
         if group.get("foreach") is False:
             self._share = None

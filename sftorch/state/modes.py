@@ -141,6 +141,9 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def train(self) -> None:
         """Puts y back into the parameters, bit for bit as it was before `eval()`. Idempotent.
 
+        What tells that nobody wrote to the weights is x, made of y and z once more; or, with the native
+        kernel, 64 bits of each 512 elements, which `eval()` left in memory and in no state dict.
+
         Raises:
             RuntimeError: if the weights were written to in eval mode, or weights and state were loaded
                 that do not belong together; nothing has changed then.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import sftorch
+from sfcore.native import build
 from sfcore.native.kinds import MARKED
 from sftorch.kernels import call
 from sftorch.law import lists
@@ -253,6 +255,10 @@ def marks_of(words, marked=MARKED):
         pairs = zip(keyed[::2], keyed[1::2], strict=True)
         found.append(sum(a * b + a + (b << 32) for a, b in pairs) % 2**64)
     return found
+
+
+def test_python_makes_room_for_as_many_marks_as_c_leaves():
+    assert re.findall(r"\bMARKED = (\d+)", (build.HERE / "job.h").read_text()) == [str(MARKED)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 33, 511, 512, 513, 2000])
