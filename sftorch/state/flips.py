@@ -88,8 +88,8 @@ def _ids_of(*columns: list[Any]) -> array[int]:
 
 def _places_of(ps: list[Tensor], *others: list[Tensor]) -> array[int]:
     """Returns where tensors lie, and how those of the first list do: as numbers, which take little memory."""
-    found = [tensor.data_ptr() for column in (ps, *others) for tensor in column]
-    found += [p.numel() for p in ps]
+    every = [tensor for column in (ps, *others) for tensor in column]
+    found = [tensor.data_ptr() for tensor in every] + [tensor.nbytes for tensor in every]
     return array("Q", found + [p.is_contiguous() for p in ps] + [id(p.dtype) for p in ps])
 
 

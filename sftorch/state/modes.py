@@ -158,7 +158,8 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
                 flips.append(self._flip(group))
                 flips[-1].put_back()
             with together(self._params()):
-                self._require_untouched(resting, {id(row.p) for flip in flips for row in flip.back})
+                if any(flip.left(flip.back) for flip in flips):
+                    self._require_untouched(resting, {id(row.p) for flip in flips for row in flip.back})
         except BaseException:
             for flip in flips:
                 flip.undo()
