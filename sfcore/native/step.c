@@ -147,49 +147,45 @@ static int has_avx2(void) { return 0; }
 /* A mark of some words is NH (of UMAC, 1999), the sum of products of pairs of words and keys of their places: of
  * all 2^32 keys, about one lets a change of several words go unseen, be they negated, exchanged or scaled. And the
  * sum of the pairs, with which a change of one word is always seen: (A - A')(B + 1) and (B - B')(A + 2^32) are
- * not 0 modulo 2^64. */
+ * not 0 modulo 2^64. With narrower vectors than AVX2's, marks would cost more than reading z does. */
 typedef uint32_t __attribute__((may_alias)) word;
-typedef uint64_t mark_of(const word *words, int64_t n, int64_t at);
-static uint32_t places[2 * MARKED + 1]; /* the keys */
+#if defined(__x86_64__)
+static uint32_t keys[2 * MARKED + 1];
 
-__attribute__((constructor)) static void draw_places(void) {
+__attribute__((constructor)) static void draw_keys(void) {
     uint64_t state = 1; /* Knuth's generator; the upper bits are good */
     for (int i = 0; i < 2 * MARKED + 1; i++)
-        places[i] = (uint32_t)((state = state * 6364136223846793005u + 1442695040888963407u) >> 32);
+        keys[i] = (uint32_t)((state = state * 6364136223846793005u + 1442695040888963407u) >> 32);
 }
 
-static uint64_t mark_plain(const word *words, int64_t n, int64_t at) {
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < n; i += 2) {
-        uint32_t a = words[i] + places[at + i], b = (i + 1 < n ? words[i + 1] : 0) + places[at + i + 1];
+__attribute__((target("avx2"))) static uint64_t mark_words(const word *words, int64_t n, int64_t at) {
+    const uint32_t *key = keys + at;
+    __m256i products[2] = {{0}}, sums[2] = {{0}};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j += 8) {
+            __m256i pairs = _mm256_add_epi32(_mm256_loadu_si256((const __m256i *)(words + i + j)),
+                                             _mm256_loadu_si256((const __m256i *)(key + i + j)));
+            products[j / 8] += _mm256_mul_epu32(pairs, _mm256_srli_epi64(pairs, 32));
+            sums[j / 8] += pairs;
+        }
+    __m256i all = products[0] + products[1] + sums[0] + sums[1];
+    uint64_t sum = (uint64_t)all[0] + (uint64_t)all[1] + (uint64_t)all[2] + (uint64_t)all[3];
+    for (; i < n; i += 2) { /* the last one alone has a 0 beside it */
+        uint32_t a = words[i] + key[i], b = (i + 1 < n ? words[i + 1] : 0) + key[i + 1];
         sum += (uint64_t)a * b + a + ((uint64_t)b << 32);
     }
     return sum;
 }
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) static uint64_t mark_avx2(const word *words, int64_t n, int64_t at) {
-    __m256i products[2] = {{0}}, sums[2] = {{0}};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 2; j++) {
-            __m256i own = _mm256_loadu_si256((const __m256i *)(words + i + 8 * j));
-            __m256i pairs = _mm256_add_epi32(own, _mm256_loadu_si256((const __m256i *)(places + at + i + 8 * j)));
-            products[j] += _mm256_mul_epu32(pairs, _mm256_srli_epi64(pairs, 32));
-            sums[j] += pairs;
-        }
-    __m256i all = products[0] + products[1] + sums[0] + sums[1];
-    return (uint64_t)all[0] + (uint64_t)all[1] + (uint64_t)all[2] + (uint64_t)all[3] +
-           mark_plain(words + i, n - i, at + i);
-}
 #else
-#define mark_avx2 mark_plain
+static uint64_t mark_words(const word *words, int64_t n, int64_t at) { return (void)words, (void)n, (void)at, 0; }
 #endif
 
 struct team {
     const struct job *job;
     int64_t total;
     run_of *run;
-    mark_of *mark;
+    uint64_t *marks; /* of the job, where the machine makes them for little */
     atomic_llong next; /* chunk that nobody has taken yet: a thread that the machine holds up takes fewer */
     atomic_int differs;
     char *back; /* for PUT_BACK: whether a chunk holds y again */
@@ -216,7 +212,7 @@ INLINE void fetch(const char *from, int64_t bytes) {
 /* Returns what a segment of y, at a position among all elements, adds to the mark of its part. */
 INLINE uint64_t mark(const struct team *team, const struct segment *s, int64_t position) {
     const int64_t item = size_of(team->job), words = item / sizeof(word);
-    return team->mark((const word *)(team->job->y[s->tensor] + s->offset * item), s->length * words,
+    return mark_words((const word *)(team->job->y[s->tensor] + s->offset * item), s->length * words,
                       position % MARKED * words);
 }
 
@@ -256,9 +252,9 @@ static void put_aside(const struct team *team, struct cursor *at, int64_t begin,
             fetch(job->z[s.tensor] + s.offset * item, s.length * item);
             stream(job->x[s.tensor] + s.offset * item, job->y[s.tensor] + s.offset * item, s.length * item);
             team->run(&in_place, &s);
-            if (job->marks) sum += mark(team, &s, position);
+            if (team->marks) sum += mark(team, &s, position);
         }
-        if (job->marks) job->marks[part] = sum;
+        if (team->marks) team->marks[part] = sum;
     }
 #if defined(__SSE2__)
     _mm_sfence(); /* before whatever this thread does next */
@@ -278,12 +274,12 @@ static int put_back(const struct team *team, struct cursor *at, int64_t begin, i
         const int64_t stop = position + MARKED < end ? position + MARKED : end;
         struct cursor here = *at;
         uint64_t sum = 0;
-        for (int64_t i = position; job->marks && sf_next(job->sizes, &here, i, stop, &s); i += s.length) {
+        for (int64_t i = position; team->marks && sf_next(job->sizes, &here, i, stop, &s); i += s.length) {
             fetch(job->x[s.tensor] + s.offset * item, s.length * item);
             sum += mark(team, &s, i);
         }
         here = *at;
-        int is_x = job->marks && sum == job->marks[position / MARKED];
+        int is_x = team->marks && sum == team->marks[position / MARKED];
         if (!is_x && run_from(team, &look, &here, position, stop)) {
             undo(team, first, begin, position);
             return 1;
@@ -330,7 +326,7 @@ int sf_run(const struct job *job, int threads) {
 #else
     run_of *run = has_avx2() ? run_avx2 : run_plain;
 #endif
-    struct team team = {.job = job, .total = 0, .run = run, .mark = has_avx2() ? mark_avx2 : mark_plain};
+    struct team team = {.job = job, .total = 0, .run = run, .marks = has_avx2() ? job->marks : 0};
     for (int64_t i = 0; i < job->count; i++) team.total += job->sizes[i];
     if (job->kind == PUT_BACK && !(team.back = calloc(team.total / CHUNK + 1, 1))) return 1;
     fegetenv(&team.rounding);
