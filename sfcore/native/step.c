@@ -224,8 +224,7 @@ static void undo(const struct team *team, struct cursor at, int64_t position, in
 }
 
 /* Copies past the caches: it is read again only after an evaluation, and a write to them would first fetch what
- * it is going to overwrite. Whole lines of 64 bytes, because a part of one, with other writes before the rest,
- * costs a third more. */
+ * it is going to overwrite. By lines of 64 bytes, so that none is sent in parts. */
 static void stream(char *to, const char *from, int64_t bytes) {
     int64_t done = 0;
 #if defined(__SSE2__)
