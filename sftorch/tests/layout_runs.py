@@ -33,6 +33,10 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, {}),
     "float16": (torch.float16, {"foreach": False}),  # foreach rounds otherwise, in one process too
     "lean": (torch.bfloat16, {"precision": "lean"}),
+    "8bit": (torch.bfloat16, {"precision": "8bit"}),
+    "8bit, float32": (torch.float32, {"precision": "8bit"}),
+    # Rows in parts take torch's operations, in which AdamW's root is another one.
+    "8bit, no kernel": (torch.bfloat16, {"precision": "8bit", "fused": False}),
 }
 STEPS = {"sgd": 4, "adamw": 4, "muon": 4, "radam": 8}
 
@@ -40,14 +44,22 @@ STEPS = {"sgd": 4, "adamw": 4, "muon": 4, "radam": 8}
 class Net(nn.Module):
     """Shards of different sizes, and none at all for some processes; more than one chunk of a print."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: tuple[int, ...] = (6, 7, 5)) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 1)
+        first, second, third = sizes
+        self.a, self.b, self.c = nn.Linear(first, second), nn.Linear(second, third), nn.Linear(third, 1)
 
 
-def net(dtype: torch.dtype) -> Net:
+def net(dtype: torch.dtype, precision: str = "") -> Net:
     torch.manual_seed(0)
-    return Net().to(dtype)
+    return (Net((20, 19, 17)) if precision.startswith("8bit") else Net()).to(dtype)
+
+
+def may_be(kind: str, precision: str, layout: str = "") -> bool:
+    """Tells whether an optimizer has a precision, and a layout has the bits of one process then."""
+    if not precision.startswith("8bit"):
+        return True
+    return kind != "muon" and ("tp" not in layout or kind == "sgd" or precision == "8bit, no kernel")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +116,7 @@ def run(divide: Callable[[Net], None], kind: str, precision: str) -> dict[str, A
     """Returns the digests of weights and state after some steps, at y and at x, and the prints."""
     dtype, chosen = PRECISIONS[precision]
     make, options = OPTIMIZERS[kind]
-    model = net(dtype)
+    model = net(dtype, precision)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     divide(model)
     model.scale = scalar(model, dtype)
@@ -209,6 +221,7 @@ def main(rank: int, world: int, folder: Path, *kinds: str) -> dict[str, Any]:
         for name, divide in layouts(world).items()
         for kind in kinds
         for precision in PRECISIONS
+        if may_be(kind, precision, name)
     }
     more = {"resumed": resumed(world, folder)} if "muon" in kinds else {}
     return {"runs": found, "large": large(world), "distances": distances(world)} | more

@@ -272,29 +272,47 @@ def mesh():
     dist.destroy_process_group()
 
 
-def test_dtensors_are_refused_and_take_over_its_checkpoints(mesh, tmp_path):
+def divided(model, mesh, dim=0):
+    """Returns a copy of a linear layer whose weight is cut along an axis, its bias along the first."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    def divided(p):
-        return torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+    found = copy.deepcopy(model)
+    for name, along in (("weight", dim), ("bias", 0)):
+        p = distribute_tensor(getattr(model, name).detach(), mesh, [Shard(along)])
+        setattr(found, name, torch.nn.Parameter(p))
+    return found
 
+
+@pytest.mark.parametrize("precision", ["8bit", "exact"])
+def test_dtensors_take_over_its_checkpoints(mesh, tmp_path, precision):
     model = torch.nn.Linear(20, 10).bfloat16()
     optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE, precision="8bit", seed=2)
     feed(optimizer, list(model.parameters()), some_grads(6, list(model.parameters())))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(model, optimizer)
-    other = copy.deepcopy(model)
-    other.weight, other.bias = divided(model.weight), divided(model.bias)
-    with pytest.raises(
-        HyperparameterError, match="precision must be 'exact' or 'lean' for DTensors, got '8bit'"
-    ):
-        sftorch.AdamWScheduleFree(other.parameters(), precision="8bit")
-    back = sftorch.AdamWScheduleFree(other.parameters(), lr=STEP_SIZE, seed=2)
+    other = divided(model, mesh)
+    back = sftorch.AdamWScheduleFree(other.parameters(), lr=STEP_SIZE, precision=precision, seed=2)
     Checkpoints(tmp_path).restore(other, back)
-    z = forms.z_of(
-        forms.joined(model.weight.detach(), optimizer.state[model.weight]), optimizer.state[model.weight]
-    )
-    assert same_bits([back.state[other.weight]["z"].full_tensor()], [z])
+    state, found = optimizer.state[model.weight], back.state[other.weight]
+    if precision == "8bit":
+        assert found["scale"].shape == (10, 2)
+        for name in ("gap", "exp_avg_sq", "scale", "y_rest"):
+            assert same_bits([found[name].full_tensor()], [state[name]])
+    else:
+        z = forms.z_of(forms.joined(model.weight.detach(), state), state)
+        assert same_bits([found["z"].full_tensor()], [z])
+
+
+def test_a_kernel_that_must_run_refuses_rows_in_parts(mesh, monkeypatch):
+    other = divided(torch.nn.Linear(20, 10), mesh, dim=1)
+    optimizer = sftorch.SGDScheduleFree(other.parameters(), precision="8bit", fused=True)
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # one process has whole rows
+    monkeypatch.setattr("sftorch.step.plan.row_groups", lambda p: ("group",) if p.ndim > 1 else ())
+    optimizer = sftorch.SGDScheduleFree(other.parameters(), precision="8bit", fused=True)
+    with pytest.raises(RuntimeError, match="got True: a DTensor must be cut in its first dimension alone"):
+        optimizer.step()
 
 
 class TestStateDict:
