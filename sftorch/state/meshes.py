@@ -42,7 +42,7 @@ def layout(tensor: Tensor) -> Layout:
 
 
 def row_groups(tensor: Tensor) -> tuple[Any, ...]:
-    """Returns the process groups that have the other parts of the rows that lie here; none where rows are whole.
+    """Returns the process groups that have the other parts of the rows that lie here; none of whole rows.
 
     A row is all behind one index of the first axis, which FSDP2 leaves whole.
     """

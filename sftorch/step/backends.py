@@ -73,8 +73,8 @@ class Move(NamedTuple):
         of: the parameters as DTensors, for a direction that gathers; else empty.
         scales: in the 8-bit form the exponents of gaps and buffers, else empty.
         columns: of these, by name of the buffer; the first is that of the gap.
-        over: in the 8-bit form the process groups that have the other parts of each parameter's rows; empty if
-            all rows are whole.
+        over: in the 8-bit form the process groups that have the other parts of each parameter's rows; empty
+            if all rows are whole.
     """
 
     direction: Direction

@@ -37,6 +37,7 @@ PRECISIONS = {
     "8bit, float32": (torch.float32, {"precision": "8bit"}),
     # Rows in parts take torch's operations, in which AdamW's root is another one.
     "8bit, no kernel": (torch.bfloat16, {"precision": "8bit", "fused": False}),
+    "8bit, later": (torch.bfloat16, {"fused": False}),
 }
 STEPS = {"sgd": 4, "adamw": 4, "muon": 4, "radam": 8}
 
@@ -59,7 +60,9 @@ def may_be(kind: str, precision: str, layout: str = "") -> bool:
     """Tells whether an optimizer has a precision, and a layout has the bits of one process then."""
     if not precision.startswith("8bit"):
         return True
-    return kind != "muon" and ("tp" not in layout or kind == "sgd" or precision == "8bit, no kernel")
+    return kind != "muon" and (
+        "tp" not in layout or kind == "sgd" or not PRECISIONS[precision][1].get("fused", True)
+    )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,7 +129,12 @@ def run(divide: Callable[[Net], None], kind: str, precision: str) -> dict[str, A
     params = dict(model.named_parameters())
     optimizer = make(list(params.values()), **options, **chosen)
     random = torch.Generator().manual_seed(1)
-    for _ in range(STEPS[kind]):
+    for step in range(STEPS[kind]):
+        if precision == "8bit, later" and step == STEPS[kind] - 2:
+            optimizer.param_groups[0]["precision"] = "8bit"
+        if precision == "8bit, later" and step == STEPS[kind] - 1:  # the gaps move
+            group = optimizer.param_groups[0]
+            group |= {"momentum": 0.8} if "momentum" in group else {"betas": (0.8, group["betas"][1])}
         for name, shape in shapes.items():
             grad, p = torch.randn(shape, generator=random).to(dtype), params[name]
             if isinstance(p, DTensor):
