@@ -6,7 +6,9 @@
  * floats on the stack; a longer one is computed twice, because memory that is fresh costs more than arithmetic.
  */
 
-enum { ROW = 4096, GAP = 0, V = 1, M = 2, Y = 3, KEYS = 8 }; /* a tensor has two words for each of the four */
+/* SPAN elements go through all loops before the next ones: more would push their row out of the first-level
+ * cache. A tensor has two words for each of two hashes. */
+enum { ROW = 4096, SPAN = 256, GAP = 0, V = 1, M = 2, Y = 3, KEYS = 4 };
 enum { BROKEN = 127, LEAST_EXPONENT = -120, FIRST_CODE = 1776, SHIFT = 19 };
 #define INFINITE 0x7f800000u /* its bits */
 
@@ -22,16 +24,19 @@ struct leaf {
     const uint32_t *keys;
     uint32_t first; /* the part's first element is this one of all of the tensor */
 };
-struct wide { float y[BLOCK], g[BLOCK]; };
+struct wide { float y[SPAN], g[SPAN]; };
 
-/* 16 random bits of an element (noise in sftorch/step/backends.py), from where its key and its place begin: a
- * place more is STRIDE more, so that a loop adds where it would multiply. */
-#define STRIDE 0x9E3779B9u
-INLINE uint32_t start_of(uint32_t place, const uint32_t *key) { return place * STRIDE + key[0]; }
-INLINE uint32_t noise(uint32_t walk, uint32_t other) {
-    uint32_t bits = ((walk ^ walk >> 16) * 0x7FEB352Du) ^ other;
-    bits = (bits ^ bits >> 15) * 0x846CA68Bu;
-    return (bits ^ bits >> 16) & 0xffffu;
+/* The random bits of n elements (noise in sftorch/step/backends.py). Of 32 the gap has the upper half, v the
+ * lower one and y the end of that; m has the upper half of others. */
+INLINE void draw(uint32_t *to, uint32_t place, const uint32_t *key, int64_t n) {
+    uint32_t walk = place * 0x9E3779B9u + key[0];
+    const uint32_t other = key[1];
+    ELEMENTWISE
+    for (int64_t i = 0; i < n; i++, walk += 0x9E3779B9u) {
+        uint32_t bits = ((walk ^ walk >> 16) * 0x7FEB352Du) ^ other;
+        bits = (bits ^ bits >> 15) * 0x846CA68Bu;
+        to[i] = bits ^ bits >> 16;
+    }
 }
 
 INLINE float power_of(int exponent) {
@@ -119,30 +124,24 @@ INLINE void decode_bytes(float *to, const int8_t *code, float power, int64_t n) 
     for (int64_t i = 0; i < n; i++) to[i] = (float)code[i] * 0x1p-7f * power;
 }
 
-INLINE void encode_log(uint8_t *to, const float *value, float inverse, uint32_t place, const uint32_t *key,
-                       int64_t n) {
-    uint32_t walk = start_of(place, key), other = key[1];
+INLINE void encode_log(uint8_t *to, const float *value, float inverse, const uint32_t *drawn, int64_t n) {
     ELEMENTWISE
-    for (int64_t i = 0; i < n; i++, walk += STRIDE) {
-        uint32_t bits = as_bits(value[i] * inverse) + noise(walk, other) * 8;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = as_bits(value[i] * inverse) + (drawn[i] & 0xffffu) * 8;
         int32_t code = (int32_t)(bits >> SHIFT) - FIRST_CODE;
         code = code < 1 ? 1 : code > 255 ? 255 : code;
         to[i] = (uint8_t)(value[i] > 0 ? code : 0);
     }
 }
 
-/* The integer below a number or above it, by 16 random bits. */
-INLINE int32_t drawn(float wide, uint32_t bits) {
-    float below = floorf(wide);
-    return (int32_t)below + (wide - below > (float)(int32_t)bits * 0x1p-16f);
+/* The integer below a number or above it: parts are the number's 65,536ths. */
+INLINE int32_t up_or_down(float parts, uint32_t drawn) {
+    return ((int32_t)rintf(parts) + (int32_t)(drawn >> 16)) >> 16;
 }
 
-INLINE void encode_bytes(int8_t *to, const float *value, float inverse, uint32_t place, const uint32_t *key,
-                         int64_t n) {
-    uint32_t walk = start_of(place, key), other = key[1];
+INLINE void encode_bytes(int8_t *to, const float *value, float inverse, const uint32_t *drawn, int64_t n) {
     ELEMENTWISE
-    for (int64_t i = 0; i < n; i++, walk += STRIDE)
-        to[i] = (int8_t)drawn(value[i] * inverse * 0x1p7f, noise(walk, other));
+    for (int64_t i = 0; i < n; i++) to[i] = (int8_t)up_or_down(value[i] * inverse * 0x1p23f, drawn[i]);
 }
 
 /* Beside a bfloat16 parameter: 8 of a gap's 10 bits, and 2 in the lower end of the rest. */
@@ -151,51 +150,48 @@ INLINE void open_halves(struct wide *wide, float *gap, const struct leaf *leaf, 
     const int8_t *rest = (const int8_t *)leaf->rest + at, *code = (const int8_t *)leaf->gap + at;
     ELEMENTWISE
     for (int64_t i = 0; i < n; i++) {
-        int32_t lower = rest[i];
-        uint32_t upper = (uint32_t)p[i] << 16, bits = upper + (uint32_t)((lower >> 2) * 1024);
+        uint32_t upper = (uint32_t)p[i] << 16, bits = upper + (uint32_t)((rest[i] & ~3) * 256);
         wide->y[i] = as_float(is_nan(bits) ? upper : bits); /* as widen does */
-        gap[i] = (float)(code[i] * 256 + (lower & 3) * 64) * 0x1p-15f * power;
     }
+    ELEMENTWISE
+    for (int64_t i = 0; i < n; i++) gap[i] = (float)(code[i] * 4 + (rest[i] & 3)) * 0x1p-9f * power;
 }
 
-INLINE void put_y(const struct leaf *leaf, const float *y, int64_t at, int64_t n, int finite) {
+INLINE void put_y(const struct leaf *leaf, const float *y, const uint32_t *drawn, int64_t at, int64_t n,
+                  int finite) {
     uint16_t *p = (uint16_t *)leaf->y + at;
     int8_t *rest = (int8_t *)leaf->rest + at;
-    const uint32_t *key = leaf->keys + 2 * Y, other = key[1];
-    uint32_t walk = start_of(leaf->first + (uint32_t)at, key);
     ELEMENTWISE
-    for (int64_t i = 0; i < n; i++, walk += STRIDE) {
-        uint32_t old = as_bits(y[i]), bits = (old + (noise(walk, other) >> 6)) & ~0x3ffu;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t old = as_bits(y[i]), bits = (old + (drawn[i] & 0x3ffu)) & ~0x3ffu;
         if (!finite) bits = is_nan(old) ? 0x7fc00000u : (old & 0x7fffffffu) == INFINITE ? old : bits;
         p[i] = (uint16_t)((bits + 0x8000u) >> 16);
         rest[i] = (int8_t)(((int16_t)bits >> 10) * 4);
     }
 }
 
-INLINE void put_gap_halves(const struct leaf *leaf, const float *gap, float inverse, int64_t at, int64_t n) {
+INLINE void put_gap_halves(const struct leaf *leaf, const float *gap, float inverse, const uint32_t *drawn,
+                           int64_t at, int64_t n) {
     int8_t *rest = (int8_t *)leaf->rest + at, *code = (int8_t *)leaf->gap + at;
-    const uint32_t *key = leaf->keys + 2 * GAP, other = key[1];
-    uint32_t walk = start_of(leaf->first + (uint32_t)at, key);
     ELEMENTWISE
-    for (int64_t i = 0; i < n; i++, walk += STRIDE) {
-        int32_t whole = drawn(gap[i] * inverse * 0x1p9f, noise(walk, other));
+    for (int64_t i = 0; i < n; i++) {
+        int32_t whole = up_or_down(gap[i] * inverse * 0x1p25f, drawn[i]);
         code[i] = (int8_t)(whole >> 2);
         rest[i] = (int8_t)(rest[i] | (whole & 3));
     }
 }
 
-INLINE void put_gap_words(const struct leaf *leaf, const float *gap, float inverse, int64_t at, int64_t n) {
+INLINE void put_gap_words(const struct leaf *leaf, const float *gap, float inverse, const uint32_t *drawn,
+                          int64_t at, int64_t n) {
     int16_t *code = (int16_t *)leaf->gap + at;
-    const uint32_t *key = leaf->keys + 2 * GAP, other = key[1];
-    uint32_t walk = start_of(leaf->first + (uint32_t)at, key);
     ELEMENTWISE
-    for (int64_t i = 0; i < n; i++, walk += STRIDE)
-        code[i] = (int16_t)drawn(gap[i] * inverse * 0x1p15f, noise(walk, other));
+    for (int64_t i = 0; i < n; i++) code[i] = (int16_t)up_or_down(gap[i] * inverse * 0x1p31f, drawn[i]);
 }
 
 /* Opens n elements of a row and steps them; y ends in wide, or in the parameter if that is float32 and final. */
 INLINE void step_row(const struct job *job, const struct leaf *leaf, const int8_t *scale, int64_t at, int64_t n,
-                     struct wide *wide, float *gap, float *v, float *m, int final, uint32_t *most) {
+                     struct wide *wide, float *gap, float *v, float *m, uint32_t *drawn, int final,
+                     uint32_t *most) {
     const float *g = gradients_of(job, leaf, at, n, wide->g);
     float *y = wide->y, power = power_of(scale[0]);
     if (leaf->rest) open_halves(wide, gap, leaf, at, power, n);
@@ -209,20 +205,23 @@ INLINE void step_row(const struct job *job, const struct leaf *leaf, const int8_
     if (leaf->v) decode_log(v, (const uint8_t *)leaf->v + at, power_of(scale[V]), n);
     if (leaf->m) decode_bytes(m, (const int8_t *)leaf->m + at, power_of(scale[M]), n);
     leaf->step(job, n, y, gap, v, m, g, most);
-    if (!final || !leaf->rest) return;
-    if (most[Y] < INFINITE) put_y(leaf, y, at, n, 1);
-    else put_y(leaf, y, at, n, 0);
+    if (!final) return;
+    draw(drawn, leaf->first + (uint32_t)at, leaf->keys, n);
+    if (!leaf->rest) return;
+    if (most[Y] < INFINITE) put_y(leaf, y, drawn, at, n, 1);
+    else put_y(leaf, y, drawn, at, n, 0);
 }
 
 INLINE void step_and_encode_row(const struct job *job, const struct leaf *leaf, int8_t *scale, int64_t length) {
     struct wide wide;
     float gap[ROW], v[ROW], m[ROW];
+    uint32_t drawn[ROW], of_m[SPAN];
     uint32_t most[4] = {0}, unused[4] = {0};
     int8_t old[3] = {scale[GAP], leaf->v ? scale[V] : 0, leaf->m ? scale[M] : 0};
     const int kept = length <= ROW;
-    for (int64_t at = 0; at < length; at += BLOCK) {
-        int64_t n = length - at < BLOCK ? length - at : BLOCK, in = kept ? at : 0;
-        step_row(job, leaf, old, at, n, &wide, gap + in, v + in, m + in, kept, most);
+    for (int64_t at = 0; at < length; at += SPAN) {
+        int64_t n = length - at < SPAN ? length - at : SPAN, in = kept ? at : 0;
+        step_row(job, leaf, old, at, n, &wide, gap + in, v + in, m + in, drawn + in, kept, most);
     }
     float inverse[3] = {0};
     for (int i = GAP; i <= M; i++) {
@@ -230,43 +229,43 @@ INLINE void step_and_encode_row(const struct job *job, const struct leaf *leaf, 
         scale[i] = (int8_t)exponent_of(most[i]);
         inverse[i] = inverse_power_of(scale[i]);
     }
-    for (int64_t at = 0; at < length; at += BLOCK) {
-        int64_t n = length - at < BLOCK ? length - at : BLOCK, in = kept ? at : 0;
-        if (!kept) step_row(job, leaf, old, at, n, &wide, gap, v, m, 1, unused);
+    for (int64_t at = 0; at < length; at += SPAN) {
+        int64_t n = length - at < SPAN ? length - at : SPAN, in = kept ? at : 0;
+        if (!kept) step_row(job, leaf, old, at, n, &wide, gap, v, m, drawn, 1, unused);
         /* what is not finite has the code 0, which no cast makes of it */
         const int gap_broken = scale[GAP] == BROKEN, m_broken = leaf->m && scale[M] == BROKEN;
         if (gap_broken) memset(gap + in, 0, (size_t)n * 4);
         if (m_broken) memset(m + in, 0, (size_t)n * 4);
-        if (leaf->rest) put_gap_halves(leaf, gap + in, gap_broken ? 0 : inverse[GAP], at, n);
-        else put_gap_words(leaf, gap + in, gap_broken ? 0 : inverse[GAP], at, n);
-        const uint32_t first = leaf->first + (uint32_t)at;
-        if (leaf->v) encode_log((uint8_t *)leaf->v + at, v + in, inverse[V], first, leaf->keys + 2 * V, n);
-        if (leaf->m)
-            encode_bytes((int8_t *)leaf->m + at, m + in, m_broken ? 0 : inverse[M], first, leaf->keys + 2 * M, n);
+        if (leaf->rest) put_gap_halves(leaf, gap + in, gap_broken ? 0 : inverse[GAP], drawn + in, at, n);
+        else put_gap_words(leaf, gap + in, gap_broken ? 0 : inverse[GAP], drawn + in, at, n);
+        if (leaf->v) encode_log((uint8_t *)leaf->v + at, v + in, inverse[V], drawn + in, n);
+        if (!leaf->m) continue;
+        draw(of_m, leaf->first + (uint32_t)at, leaf->keys + 2, n);
+        encode_bytes((int8_t *)leaf->m + at, m + in, m_broken ? 0 : inverse[M], of_m, n);
     }
 }
 
-INLINE void put_bfloat16(uint16_t *to, const float *value, uint32_t place, const uint32_t *key, int64_t n,
+/* lower: whether it is the lower half that is taken. */
+INLINE void put_bfloat16(uint16_t *to, const float *value, const uint32_t *drawn, int lower, int64_t n,
                          uint32_t most) {
-    uint32_t walk = start_of(place, key), other = key[1];
     if (most > INFINITE) {
         ELEMENTWISE
-        for (int64_t i = 0; i < n; i++, walk += STRIDE) {
-            uint32_t bits = as_bits(value[i]);
-            to[i] = (uint16_t)(((is_nan(bits) ? 0x7fc00000u : bits) + noise(walk, other)) >> 16);
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = as_bits(value[i]), half = lower ? drawn[i] & 0xffffu : drawn[i] >> 16;
+            to[i] = (uint16_t)(((is_nan(bits) ? 0x7fc00000u : bits) + half) >> 16);
         }
     } else {
         ELEMENTWISE
-        for (int64_t i = 0; i < n; i++, walk += STRIDE)
-            to[i] = (uint16_t)((as_bits(value[i]) + noise(walk, other)) >> 16);
+        for (int64_t i = 0; i < n; i++)
+            to[i] = (uint16_t)((as_bits(value[i]) + (lower ? drawn[i] & 0xffffu : drawn[i] >> 16)) >> 16);
     }
 }
 
 INLINE void step_lean(const struct job *job, const struct leaf *leaf, int64_t length) {
-    float y[BLOCK], gap[BLOCK], v[BLOCK], m[BLOCK], wide_g[BLOCK];
-    uint32_t most[4] = {0};
-    for (int64_t at = 0; at < length; at += BLOCK) {
-        int64_t n = length - at < BLOCK ? length - at : BLOCK;
+    float y[SPAN], gap[SPAN], v[SPAN], m[SPAN], wide_g[SPAN];
+    uint32_t most[4] = {0}, drawn[SPAN];
+    for (int64_t at = 0; at < length; at += SPAN) {
+        int64_t n = length - at < SPAN ? length - at : SPAN;
         uint16_t *of_v = leaf->v ? (uint16_t *)leaf->v + at : 0, *of_m = leaf->m ? (uint16_t *)leaf->m + at : 0;
         uint16_t *of_gap = (uint16_t *)leaf->gap + at, *p = (uint16_t *)leaf->y + at;
         int16_t *rest = (int16_t *)leaf->rest + at;
@@ -278,9 +277,12 @@ INLINE void step_lean(const struct job *job, const struct leaf *leaf, int64_t le
         leaf->step(job, n, leaf->rest ? y : (float *)leaf->y + at, gap, v, m, g, most);
         const uint32_t first = leaf->first + (uint32_t)at;
         if (leaf->rest) narrow(p, rest, y, n);
-        put_bfloat16(of_gap, gap, first, leaf->keys + 2 * GAP, n, most[GAP]);
-        if (of_v) put_bfloat16(of_v, v, first, leaf->keys + 2 * V, n, most[V]);
-        if (of_m) put_bfloat16(of_m, m, first, leaf->keys + 2 * M, n, most[M]);
+        draw(drawn, first, leaf->keys, n);
+        put_bfloat16(of_gap, gap, drawn, 0, n, most[GAP]);
+        if (of_v) put_bfloat16(of_v, v, drawn, 1, n, most[V]);
+        if (!of_m) continue;
+        draw(drawn, first, leaf->keys + 2, n);
+        put_bfloat16(of_m, m, drawn, 0, n, most[M]);
     }
 }
 

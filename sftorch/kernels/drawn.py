@@ -18,8 +18,7 @@ from sftorch.kernels import call
 from sftorch.kernels.call import Element, Job, Kind
 from sftorch.law.parts import PLAIN, Place
 
-WORDS = 4  # pairs of a tensor, as in eight.h: of the gap, v, m and y
-COLUMN = {"exp_avg_sq": 1, "exp_avg": 2}  # of the words, and of the scale where all are there
+HASHES = 2  # of a tensor, as in eight.h: of gap and v, and of m
 _RESTS = {(torch.bfloat16, True): torch.int8, (torch.bfloat16, False): torch.int16}
 _GAPS = {(torch.bfloat16, True): torch.int8, (torch.float32, True): torch.int16}
 
@@ -78,22 +77,10 @@ def why_left(row: Mapping[str, Tensor], at: Place | None) -> str | None:
     )
 
 
-def give_words(job: Job, keys: Tensor, columns: Sequence[tuple[str, int]], has_y: bool) -> None:
-    """Gives a job the random words of its next step.
-
-    Args:
-        job: of `job_of`.
-        keys: of a `Move`.
-        columns: buffer -> its place among the keys.
-        has_y: whether the last are those of y.
-    """
-    given = keys.numpy().astype(np.uint32)
-    words = job.arrays["keys"] = np.zeros((len(given), WORDS, 2), dtype=np.uint32)
-    words[:, 0] = given[:, 0]
-    for name, at in columns:
-        words[:, COLUMN[name]] = given[:, at]
-    if has_y:
-        words[:, -1] = given[:, -1]
+def give_words(job: Job, keys: Tensor) -> None:
+    """Gives a job of `job_of` the random words of its next step, those of a `Move`."""
+    words = job.arrays["keys"] = np.zeros((len(keys), HASHES, 2), dtype=np.uint32)
+    words[:, : keys.shape[1]] = keys.numpy()
     job.keys = words.ctypes.data
 
 

@@ -18,7 +18,7 @@ from sfcore import codes, laws
 
 SCALE = "scale"
 DTYPES = (torch.bfloat16, torch.float32)
-_HALF = 0.5  # in place of a random share: to the nearest
+NEAREST = 1 << 15  # in place of a random draw from [0, 65536)
 
 
 def exponents(value: Tensor, over: Sequence[Any] = ()) -> Tensor:
@@ -60,31 +60,25 @@ def _power(exponent: Tensor, dim: int, sign: int = 1) -> Tensor:
     return torch.where(whole == codes.BROKEN, float("nan"), power).view(-1, *[1] * (dim - 1))
 
 
-def linear(value: Tensor, exponent: Tensor, bits: int, share: Tensor | float = _HALF) -> Tensor:
+def linear(value: Tensor, exponent: Tensor, bits: int, draw: Tensor | int = NEAREST) -> Tensor:
     """Returns codes in the upper bits of int32 numbers of 16.
 
     Args:
         value: float32.
         exponent: of its rows.
         bits: that are kept.
-        share: of the way to the next code, in [0, 1), below which a number is rounded up if it lies above.
+        draw: how many of 65,536 parts of the way to the next code a number is put up; what is then not whole
+            is cut off.
     """
-    wide = value * _power(exponent, value.dim(), -1) * 2.0 ** (bits - 1)
-    below = wide.floor()
-    code = below + (wide - below > share)
-    return code.nan_to_num(0.0).to(torch.int32) * (1 << (16 - bits))
+    parts = value * _power(exponent, value.dim(), -1) * 2.0 ** (bits + 15)
+    code = torch.bitwise_right_shift(parts.round().nan_to_num(0.0).to(torch.int32) + draw, 16)
+    return code * (1 << (16 - bits))
 
 
-def log(value: Tensor, exponent: Tensor, noise: Tensor | int = 1 << 15) -> Tensor:
-    """Returns the codes of numbers that are not negative.
-
-    Args:
-        value: float32.
-        exponent: of its rows.
-        noise: in [0, 65536), evenly; half of that rounds to the nearest.
-    """
+def log(value: Tensor, exponent: Tensor, draw: Tensor | int = NEAREST) -> Tensor:
+    """Returns the codes of numbers that are not negative; arguments as of `linear`."""
     bits = (value * _power(exponent, value.dim(), -1)).view(torch.int32)
-    code = torch.bitwise_right_shift(bits + noise * 8, codes.SHIFT) - codes.FIRST
+    code = torch.bitwise_right_shift(bits + draw * 8, codes.SHIFT) - codes.FIRST
     return torch.where(value > 0, code.clamp(1, 255), 0).to(torch.uint8)
 
 
@@ -117,9 +111,12 @@ def with_rest(rest: Tensor, lower: Tensor) -> Tensor:
     return (upper * 4 + (rest.to(torch.int32) & 3)).to(torch.int8)
 
 
-def rounded_y(y: Tensor, noise: Tensor) -> Tensor:
-    """Returns a float32 y up or down at random to the bits that a bfloat16 parameter and its rest have."""
-    bits = y.view(torch.int32) + torch.bitwise_right_shift(noise, 6)
+def rounded_y(y: Tensor, draw: Tensor) -> Tensor:
+    """Returns a float32 y up or down at random to the bits that a bfloat16 parameter and its rest have.
+
+    Of the draw, which is the second moment's, it takes what counts least there.
+    """
+    bits = y.view(torch.int32) + (draw & 0x3FF)
     return torch.where(y.isfinite(), (bits & ~0x3FF).view(torch.float32), y)
 
 
@@ -192,12 +189,11 @@ def pack_(state: dict[str, Any]) -> None:
     put_(state, lower, gap)
 
 
-def encode(dtype: torch.dtype, value: Tensor, exponent: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Returns the codes of a moment: to the nearest, or by noise in [0, 65536)."""
+def encode(dtype: torch.dtype, value: Tensor, exponent: Tensor, draw: Tensor | int = NEAREST) -> Tensor:
+    """Returns the codes of a moment; arguments as of `linear`."""
     if dtype is torch.uint8:
-        return log(value, exponent) if noise is None else log(value, exponent, noise)
-    share = _HALF if noise is None else noise * 2.0**-16
-    return torch.bitwise_right_shift(linear(value, exponent, 8, share), 8).to(torch.int8)
+        return log(value, exponent, draw)
+    return torch.bitwise_right_shift(linear(value, exponent, 8, draw), 8).to(torch.int8)
 
 
 def in_codes(

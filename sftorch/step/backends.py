@@ -294,8 +294,7 @@ def _run_native(move: Move, numbers: Numbers) -> None:
     elif move.xs:
         tables["x"] = move.xs
     if move.keys is not None:
-        names = move.columns or [(name, at) for at, name in enumerate(move.buffers, start=1)]
-        drawn.give_words(job, move.keys, names, bool(move.scales))
+        drawn.give_words(job, move.keys)
     job.run(tables, (-1.0 if move.maximize else 1.0, *numbers))
     # As an operation of torch does, so that autograd notices a graph that needs the old values.
     torch.autograd.graph.increment_version(move.ys)
@@ -376,7 +375,7 @@ def _fold(bits: Tensor, shift: int) -> Tensor:
 
 
 def noise(shape: torch.Size, key: Key, device: torch.device, at: Place | None = None) -> Tensor:
-    """Returns int32 numbers in [0, 65536), one for each element of a shape, as if drawn evenly.
+    """Returns int32 numbers, one for each element of a shape, as if drawn evenly from all that there are.
 
     Args:
         shape: of the tensor.
@@ -393,34 +392,49 @@ def noise(shape: torch.Size, key: Key, device: torch.device, at: Place | None = 
         place = indices(at, device, count).to(torch.int32).reshape(shape)
     bits = _fold(place * -0x61C88647 + key[0], 16) * 0x7FEB352D
     bits = _fold(bits ^ key[1], 15) * -0x7B935975
-    return _fold(bits, 16) & 0xFFFF
+    return _fold(bits, 16)
 
 
-def rounded(value: Tensor, key: Key, at: Place | None = None) -> Tensor:
+def draws(
+    shape: torch.Size, of_p: Sequence[Key], device: torch.device, at: Place | None = None
+) -> list[Tensor]:
+    """Returns what the gap and then each buffer is rounded by: int32 numbers in [0, 65536).
+
+    Two share a hash, which takes longer than the rounding itself. Each is even, and so right on average.
+
+    Args:
+        shape, device, at: as for `noise`.
+        of_p: the parameter's words of `keys`.
+    """
+    found = [noise(shape, key, device, at) for key in of_p]
+    return [half & 0xFFFF for bits in found for half in (torch.bitwise_right_shift(bits, 16), bits)]
+
+
+def rounded(value: Tensor, draw: Tensor) -> Tensor:
     """Returns bfloat16 numbers that are a float32 value on average: up as often as it lies above.
 
     Example:
         >>> import torch
-        >>> from sftorch.step.backends import key_of, rounded
+        >>> from sftorch.step.backends import draws, key_of, rounded
         >>> third = torch.full((30_000,), 1 / 3)
-        >>> found = rounded(third, key_of(0)).unique()  # its two neighbours
-        >>> found.tolist()
+        >>> draw, _ = draws(third.shape, [key_of(0)], third.device)
+        >>> rounded(third, draw).unique().tolist()  # its two neighbours
         [0.33203125, 0.333984375]
     """
     bits = torch.where(value.isnan(), float("nan"), value).view(torch.int32)
-    upper = torch.bitwise_right_shift(bits + noise(value.shape, key, value.device, at), 16)
-    return upper.to(torch.int16).view(torch.bfloat16)
+    return torch.bitwise_right_shift(bits + draw, 16).to(torch.int16).view(torch.bfloat16)
 
 
 def keys(seed: int, ordinals: Iterable[int], step: int, buffers: int) -> Tensor:
-    """Returns the random words of a batch's next step: int64 of shape (parameters, 1 + buffers, 2).
+    """Returns the random words of a batch's next step: int64 of shape (parameters, 1 + buffers // 2, 2).
 
     A tensor, because torch.compile would compile numbers into its program, new ones in every step.
     """
     places = np.array([[n] for n in ordinals], dtype=np.uint64).reshape(-1, 1)
-    state = np.zeros((len(places), 1 + buffers), dtype=np.uint64)
+    hashes = np.arange(1 + buffers // 2, dtype=np.uint64)  # of two draws each
+    state = np.zeros((len(places), len(hashes)), dtype=np.uint64)
     first, time = (np.full((1, 1), word % (1 << 64), dtype=np.uint64) for word in (seed, step))
-    for word in (first, places, time, np.arange(1 + buffers, dtype=np.uint64)):
+    for word in (first, places, time, hashes):
         state = state + word + np.uint64(0x9E3779B97F4A7C15)  # `key_of`, of all at once
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -451,9 +465,11 @@ def _run_lean(move: Move, numbers: Numbers) -> None:
         delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
         w = wide_gap + beta * delta
         forms.put_halves_(p, rest, y + (k1 * w + (1.0 - beta) * delta))  # S9*
-        gap.copy_(rounded((1.0 - k1) * w, of_p[0], at))  # S7
-        for (name, value), key in zip(wide.items(), of_p[1:], strict=True):
-            move.buffers[name][i].copy_(rounded(value, key, None if name in of_rows else at))
+        drawn = draws(p.shape, of_p, p.device, at)
+        gap.copy_(rounded((1.0 - k1) * w, drawn[0]))  # S7
+        for n, (name, value) in enumerate(wide.items(), start=1):
+            draw = draws(value.shape, of_p, p.device)[n] if name in of_rows else drawn[n]
+            move.buffers[name][i].copy_(rounded(value, draw))
 
 
 # The same in codes: row by row new exponents, then the nearest codes below or above at random.
@@ -465,7 +481,7 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
     columns = (move.ys, move.zs, move.scales, move.grads, move.keys.unbind(), places)
     for i, (p, gap, scale, grad, words, place) in enumerate(zip(*columns, strict=True)):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
-        drawn = [noise(p.shape, key, p.device, place) for key in of_p]
+        drawn = draws(p.shape, of_p, p.device, place)
         rest = move.rests[i] if move.rests else None
         state = {"gap": gap} if rest is None else {"gap": gap, forms.Y_REST: rest}
         wide = {name: eight.decoded(move.buffers[name][i], scale[:, at]) for name, at in move.columns}
@@ -476,11 +492,10 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
         delta = iterates.delta_single(y, z, direction, lr_t, wd_y, wd_z)
         w = wide_gap + beta * delta
         y, wide_gap = y + (k1 * w + (1.0 - beta) * delta), (1.0 - k1) * w  # S9* S7
-        y, lower = (y, None) if rest is None else forms.split(eight.rounded_y(y, drawn[-1]), p.dtype)
+        y, lower = (y, None) if rest is None else forms.split(eight.rounded_y(y, drawn[1]), p.dtype)
         p.copy_(y)
         scale.copy_(eight.scale_of([wide_gap, *wide.values()], move.over[i] if move.over else ()))
-        share = drawn[0] * 2.0**-16
-        eight.put_(state, lower, eight.linear(wide_gap, scale[:, 0], eight.gap_bits(state), share))
+        eight.put_(state, lower, eight.linear(wide_gap, scale[:, 0], eight.gap_bits(state), drawn[0]))
         for name, at in move.columns:
             code = move.buffers[name][i]
             code.copy_(eight.encode(code.dtype, wide[name], scale[:, at], drawn[at]))

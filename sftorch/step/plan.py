@@ -181,9 +181,8 @@ class Work:
         return direction
 
     def _keys(self, plan: GroupPlan) -> Tensor:
-        return backends.keys(
-            plan.group["seed"], self._ordinals, self.after.clock.step, len(plan.buffers) + self._in_codes
-        )
+        seed, step = plan.group["seed"], self.after.clock.step
+        return backends.keys(seed, self._ordinals, step, len(plan.buffers))
 
 
 class GroupPlan:

@@ -193,7 +193,7 @@ def test_a_step_makes_no_copies_of_what_is_there():
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31, 2**64 + 5])
 def test_the_words_of_all_are_those_of_each(seed):
-    found = backends.keys(seed, [0, 3, 200], 2**33 + 1, 2)
-    wanted = [[backends.key_of(seed, n, 2**33 + 1, b) for b in range(3)] for n in (0, 3, 200)]
+    found = backends.keys(seed, [0, 3, 200], 2**33 + 1, 3)
+    wanted = [[backends.key_of(seed, n, 2**33 + 1, b) for b in range(2)] for n in (0, 3, 200)]
     assert (found.dtype, found.tolist()) == (torch.int64, [[list(w) for w in row] for row in wanted])
-    assert backends.keys(seed, [], 1, 2).shape == (0, 3, 2)
+    assert backends.keys(seed, [], 1, 2).shape == (0, 2, 2)

@@ -14,7 +14,7 @@ from sfcore.exchange import CheckpointError
 from sfcore.iterates import widened
 from sftorch.checkpoint import Checkpoints, import_state_dict
 from sftorch.state import eight, forms
-from sftorch.step.backends import key_of, noise
+from sftorch.step.backends import draws, key_of
 from sftorch.tests.plain import CLASSES, STEP_SIZE, copies, feed, same_bits, some_grads, some_params
 from sftorch.tests.test_lean import everything
 
@@ -29,19 +29,19 @@ def in_codes(make=sftorch.AdamWScheduleFree, dtype=torch.bfloat16, seed=0, shape
 
 class TestCodes:
     def drawn(self, shape, n):
-        return noise(torch.Size(shape), key_of(n), torch.device("cpu"))
+        return draws(torch.Size(shape), [key_of(n)], torch.device("cpu"))[n % 2]
 
     @pytest.mark.parametrize("bits", [8, codes.GAP_BITS, 16])
     def test_linear_is_right_on_average_and_exact_where_it_can_be(self, bits):
         value = torch.linspace(-3, 3, 64).repeat(4000, 1)
         exponent = eight.exponents(value)
-        share = self.drawn(value.shape, bits) * 2.0**-16
-        found = eight.decoded(eight.linear(value, exponent, bits, share).to(torch.int16), exponent)
+        draw = self.drawn(value.shape, bits)
+        found = eight.decoded(eight.linear(value, exponent, bits, draw).to(torch.int16), exponent)
         quantum = 4 * 2.0 ** (1 - bits)
         assert ((found - value).abs() < quantum).all()
         # The mean of 4000 deviates by quantum / 2 / 63 at most.
         assert ((found.double().mean(0) - value[0]).abs() < 6 * quantum / 2 / 4000**0.5).all()
-        again = eight.linear(found, exponent, bits, share)
+        again = eight.linear(found, exponent, bits, draw)
         assert same_bits([eight.decoded(again.to(torch.int16), exponent)], [found])
 
     def test_log_is_right_on_average_exact_where_it_can_be_and_never_0_above_0(self):
@@ -62,7 +62,7 @@ class TestCodes:
         value = torch.tensor([[most, -most, most / 3]])
         exponent = eight.exponents(value)
         for bits in (8, 10, 16):
-            code = eight.linear(value, exponent, bits, 0.0)
+            code = eight.linear(value, exponent, bits, 65535)
             assert code.abs().max() < 1 << 15
             assert (eight.decoded(code.to(torch.int16), exponent) - value).abs().max() <= max(
                 2.0 ** (2 - bits) * most, 2.0 ** (codes.LEAST + 1 - bits)
