@@ -44,8 +44,10 @@ def scale_of(values: Sequence[Tensor], over: Sequence[Any] = ()) -> Tensor:
         most = torch.zeros(rows, len(values), device=values[0].device)
     if over:
         bits = most.view(torch.int32) & 0x7FFFFFFF  # in the order of the numbers, with NaN above all
-        for group in over:
-            torch.distributed.all_reduce(bits, torch.distributed.ReduceOp.MAX, group=group)
+        for group, device in over:
+            some = bits.to(device)
+            torch.distributed.all_reduce(some, torch.distributed.ReduceOp.MAX, group=group)
+            bits = some.to(bits.device)
         most = bits.view(torch.float32)
     most = most * 1.0625
     bits = torch.bitwise_right_shift(most.view(torch.int32), 23) - 126
@@ -94,8 +96,8 @@ def decoded(code: Tensor, exponent: Tensor) -> Tensor:
 def gap_code(state: Mapping[str, Any]) -> Tensor:
     """Returns the whole code of a gap, of 16 bits."""
     gap: Tensor = state["gap"]
-    if gap.dtype is torch.int16:
-        return gap
+    if gap.dtype is not torch.int8:  # int32 in the state dict of parts
+        return gap.to(torch.int16)
     end = state["y_rest"].to(torch.int16) & 3 if "y_rest" in state else 0
     return gap.to(torch.int16) * 256 + end * 64
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sftorch
+from sfcore.native import build
 from sftorch.checkpoint import Checkpoints
 
 OPTIMIZERS = {
@@ -34,7 +35,10 @@ PRECISIONS = {
     "float16": (torch.float16, {"foreach": False}),  # foreach rounds otherwise, in one process too
     "lean": (torch.bfloat16, {"precision": "lean"}),
     "8bit": (torch.bfloat16, {"precision": "8bit"}),
-    "8bit, float32": (torch.float32, {"precision": "8bit"}),
+    "8bit, float32": (
+        torch.float32,
+        {"precision": "8bit", "fused": None if isinstance(build.find(), str) else True},
+    ),
     # Rows in parts take torch's operations, in which AdamW's root is another one.
     "8bit, no kernel": (torch.bfloat16, {"precision": "8bit", "fused": False}),
     "8bit, later": (torch.bfloat16, {"fused": False}),
@@ -60,9 +64,7 @@ def may_be(kind: str, precision: str, layout: str = "") -> bool:
     """Tells whether an optimizer has a precision, and a layout has the bits of one process then."""
     if not precision.startswith("8bit"):
         return True
-    return kind != "muon" and (
-        "tp" not in layout or kind == "sgd" or not PRECISIONS[precision][1].get("fused", True)
-    )
+    return kind != "muon" and ("tp" not in layout or PRECISIONS[precision][1].get("fused") is False)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
