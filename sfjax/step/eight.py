@@ -17,12 +17,41 @@ from sfjax.state import eight
 from sfjax.step.lean import GAP, Draw, drawn, moved
 
 
+def is_compiled(tree: Any) -> bool:
+    """Tells whether arrays are those of a program that is being traced, and not computed one by one."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def again(inputs: Any, scale: Any) -> Any:
+    """Returns what a step is made of, and the exponents that it led to, to be made of them once more.
+
+    Codes need the exponents of whole rows, and so two passes over memory. Between them XLA would keep the
+    direction on a GPU, 8 bytes a parameter: there it computes everything again, from codes. Elsewhere the
+    compiler sees that both passes are the same, and takes one.
+    """
+    return jax.lax.platform_dependent(
+        (inputs, scale), cuda=jax.lax.optimization_barrier, default=lambda both: both
+    )
+
+
 def advance(
-    p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, beta: jax.Array, draw: Draw
+    p: jax.Array,
+    y: jax.Array,
+    gap: jax.Array,
+    delta: jax.Array,
+    k: Next,
+    beta: jax.Array,
+    draw: Draw,
+    known: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
-    """Takes one step; returns what `lean.advance` does, in codes, and the exponents of the gap."""
+    """Takes one step; returns what `lean.advance` does, in codes, and the exponents of the gap.
+
+    Args:
+        p, y, gap, delta, k, beta, draw: as for `lean.advance`.
+        known: the exponents of all that is in codes; None if they are still to be found.
+    """
     y, gap = moved(y, gap, delta, k, beta)  # S7 S9*
-    exponent = eight.exponents(gap)
+    exponent = eight.exponents(gap) if known is None else known[:, 0]
     of_gap = drawn(p.shape, draw, GAP)
     if p.dtype == jnp.float32:
         return (y - p, eight.linear(gap, exponent, 16, of_gap).astype(jnp.int16), None), exponent
@@ -54,7 +83,7 @@ def open_(base: Any, scales: list[Any], tree: Any) -> Any:
 
 
 def close(
-    base: Any, was: Any, exponents: list[Any], tree: Any, seed: Any, step: jax.Array
+    base: Any, was: Any, exponents: list[Any], tree: Any, seed: Any, step: jax.Array, known: list[Any]
 ) -> tuple[Any, list[Any]]:
     """Returns the state with its moments in codes again, and the exponents of each leaf, with theirs.
 
@@ -63,6 +92,7 @@ def close(
         was: as it was before, in codes.
         exponents: of the gap of each leaf, None where it is not in codes.
         tree, seed, step: as for `open_` and `Draw`.
+        known: for each leaf as for `advance`.
     """
     if all(one is None for one in exponents):
         return base, exponents
@@ -73,9 +103,9 @@ def close(
         for i, (old, scale) in enumerate(zip(tree.flatten_up_to(getattr(was, name)), scales, strict=True)):
             if scale is None:
                 continue
-            value = leaves[i].astype(jnp.float32)
-            scale.append(eight.exponents(value))
-            of_value = drawn(value.shape, Draw(seed, i, step), eight.column(name, base))
+            value, column_of = leaves[i].astype(jnp.float32), eight.column(name, base)
+            scale.append(eight.exponents(value) if known[i] is None else known[i][:, column_of])
+            of_value = drawn(value.shape, Draw(seed, i, step), column_of)
             leaves[i] = eight.encoded(old.dtype, value, scale[-1], of_value)
         return tree.unflatten(leaves)
 

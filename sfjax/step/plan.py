@@ -258,6 +258,20 @@ def build(
     def updated(
         given: Scalars, updates: Any, state: ScheduleFreeState, params: Any, extra_args: Any
     ) -> tuple[Any, ScheduleFreeState]:
+        first = updated_once(given, updates, state, params, extra_args)
+        if state.scale is None or not eight.is_compiled(updates):
+            return first
+        (updates, state), scale = eight.again((updates, state), first[1].scale)
+        return updated_once(given, updates, state, params, extra_args, scale)
+
+    def updated_once(
+        given: Scalars,
+        updates: Any,
+        state: ScheduleFreeState,
+        params: Any,
+        extra_args: Any,
+        scale: Any = None,
+    ) -> tuple[Any, ScheduleFreeState]:
         held, rests, scales, tree = forms.leaves_of(updates, state, params, precision)
         stored, k = jax.tree.leaves(state.z), given.next
         whole = [p if rest is None else forms.whole(p, rest) for p, rest in zip(held, rests, strict=True)]
@@ -276,11 +290,12 @@ def build(
             moved = [_advance(p, y, buffer, d, k, rest) for p, y, buffer, d, rest, _ in columns]
         else:
             draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
-            pairs = zip(columns, draws, strict=True)
-            new = [_advance_in_form(leaves, k, state.b1, draw) for leaves, draw in pairs]
+            known = [None] * len(held) if scale is None else tree.flatten_up_to(scale)
+            rows = zip(columns, draws, known, strict=True)
+            new = [_advance_in_form(leaves, k, state.b1, *row) for leaves, *row in rows]
             moved, exponents = [one for one, _ in new], [exponent for _, exponent in new]
             if in_codes:
-                base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
+                base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step, known)
         return tree.unflatten(update for update, _, _ in moved), ScheduleFreeState(
             lr=k.lr_t,
             c=k.c,
@@ -316,7 +331,7 @@ def build(
 
 
 def _advance_in_form(
-    leaves: tuple[Any, ...], k: Next, beta: jax.Array, draw: lean.Draw
+    leaves: tuple[Any, ...], k: Next, beta: jax.Array, draw: lean.Draw, known: Any
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
     """Takes one step of a parameter in its form; returns what `_advance` does, and the exponents of a gap.
 
@@ -324,10 +339,11 @@ def _advance_in_form(
         leaves: the parameter, y, what is stored beside it, delta, the rest and the exponents, or None.
         k, draw: of the step.
         beta: that built y.
+        known: as for `eight.advance`.
     """
     p, y, stored, delta, rest, scale = leaves
     if scale is not None:
-        return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, beta, draw)
+        return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, beta, draw, known)
     if forms.is_lean(rest):
         return lean.advance(p, y, stored, delta, k, beta, draw), None
     return _advance(p, y, stored, delta, k, rest), None
