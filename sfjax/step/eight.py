@@ -6,6 +6,7 @@ its dtypes, see `sfjax.state.eight`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -22,16 +23,16 @@ def is_compiled(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def again(inputs: Any, scale: Any) -> Any:
-    """Returns what a step is made of, and the exponents that it led to, to be made of them once more.
+def again(inputs: Any) -> Any:
+    """Returns what a step is made of, to be computed with once more when the exponents of all rows are known.
 
-    Codes need the exponents of whole rows, and so two passes over memory. Between them XLA would keep the
-    direction on a GPU, 8 bytes a parameter: there it computes everything again, from codes. Elsewhere the
-    compiler sees that both passes are the same, and takes one.
+    That takes two passes over memory. Between them XLA would keep the direction on a GPU, 8 bytes a parameter
+    to write and to read: there it computes everything again, from codes. Elsewhere the compiler sees that
+    both passes are the same, and takes one.
     """
-    return jax.lax.platform_dependent(
-        (inputs, scale), cuda=jax.lax.optimization_barrier, default=lambda both: both
-    )
+    # Array by array, as inside of shard_map they may vary over different axes.
+    barriers = functools.partial(jax.tree.map, jax.lax.optimization_barrier)
+    return jax.lax.platform_dependent(inputs, cuda=barriers, default=lambda same: same)
 
 
 def advance(

@@ -261,8 +261,8 @@ def build(
         first = updated_once(given, updates, state, params, extra_args)
         if state.scale is None or not eight.is_compiled(updates):
             return first
-        (updates, state), scale = eight.again((updates, state), first[1].scale)
-        return updated_once(given, updates, state, params, extra_args, scale)
+        updates, state = eight.again((updates, state))
+        return updated_once(given, updates, state, params, extra_args, first[1].scale)
 
     def updated_once(
         given: Scalars,
