@@ -72,7 +72,9 @@ class Saved:
             return {}, held.to(self.p.dtype)
         state, value = self._started(clock, held)
         return {
-            key: like(self.p, one) if isinstance(one, Tensor) and key not in self._of_rows() else one
+            key: like(self.p, one, key == eight.SCALE)
+            if isinstance(one, Tensor) and key not in self._of_rows()
+            else one
             for key, one in state.items()
         }, value
 

@@ -5,7 +5,7 @@ That is right because S6-S9 treat every element alike, and it is fast because ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -69,39 +69,20 @@ def parts_of(state: dict[str, Any]) -> dict[str, Any]:
     return {name: part(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
-def put_parts_(state: dict[str, Any], own: Mapping[str, Any], tensor: Tensor) -> None:
-    """Makes a parameter's state that of which others are the parts: what `parts_of` gave, and what is new.
-
-    Args:
-        state: of which tensors that stay are kept as they are.
-        own: in the order wanted.
-        tensor: the parameter.
-    """
-    found = {}
-    for name, value in own.items():
-        old = state.get(name)
-        if isinstance(old, Tensor) and part(old) is value:
-            value = old
-        elif isinstance(value, Tensor) and (not isinstance(old, Tensor) or is_divided(old)):
-            value = like(tensor, value)
-        found[name] = value
-    state.clear()
-    state.update(found)
-
-
-def like(tensor: Tensor, own: Tensor) -> Tensor:
+def like(tensor: Tensor, own: Tensor, is_of_rows: bool = False) -> Tensor:
     """Returns a part of any dtype as a tensor that lies as another one does, around the same memory.
 
     Args:
         tensor: whose layout is wanted.
-        own: of the shape of its part, or of another one behind the first axis, with all that belongs to the
-            rows of that part.
+        own: of the shape of its part.
+        is_of_rows: whether it is of another shape behind the first axis: all that belongs to the rows of that
+            part, whichever other axes are cut.
     """
     if not is_divided(tensor):
         return own
     divided: Any = tensor
     shape, stride, placements = divided.shape, divided.stride(), divided.placements
-    if own.shape[1:] != part(tensor).shape[1:]:
+    if is_of_rows:
         shape, placements = torch.Size((shape[0], *own.shape[1:])), _of_rows(placements)
         stride = own.stride()
     found: Tensor = type(divided).from_local(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfcore import laws
 from sftorch.law.iterates import interpolate, recover_x
-from sftorch.law.parts import note_written, part, parts_of, put_parts_
+from sftorch.law.parts import is_divided, like, note_written, part, parts_of
 from sftorch.state import eight
 from sftorch.state.meshes import row_groups
 
@@ -215,6 +215,26 @@ def first_iterate(p: Tensor, form: str) -> dict[str, Tensor]:
     return {"z": p.detach().to(wide, copy=True, memory_format=torch.preserve_format)}
 
 
+def put_parts_(p: Tensor, state: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Makes a parameter's state that of which others are the parts: what `parts_of` gave, and what is new.
+
+    Args:
+        p: the parameter.
+        state: of which tensors that stay are kept as they are.
+        own: in the order wanted.
+    """
+    found = {}
+    for name, value in own.items():
+        old = state.get(name)
+        if isinstance(old, Tensor) and part(old) is value:
+            value = old
+        elif isinstance(value, Tensor) and (not isinstance(old, Tensor) or is_divided(old)):
+            value = like(p, value, name == eight.SCALE)
+        found[name] = value
+    state.clear()
+    state.update(found)
+
+
 def convert_(p: Tensor, state: dict[str, Any], y: Tensor, form: str) -> None:
     """Brings the state of a started parameter into the form wanted: to the nearest, where that rounds.
 
@@ -237,7 +257,7 @@ def convert_(p: Tensor, state: dict[str, Any], y: Tensor, form: str) -> None:
     else:
         changed = {"z": z_of(of_y, own)} | {name: own[name].to(torch.float32) for name in names}
     others = {name: value for name, value in own.items() if name not in ("z", "gap", *changed)}
-    put_parts_(state, changed | others, y)
+    put_parts_(y, state, changed | others)
 
 
 def _in_codes(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch.law.parts import is_divided, laid_out_like, note_written, part, parts_of, put_parts_
+from sftorch.law.parts import is_divided, laid_out_like, note_written, part, parts_of
 from sftorch.state import eight, forms, prints
 from sftorch.state.compiler import uncompiled, without_compiler
 from sftorch.state.groups import GroupedOptimizer
@@ -139,7 +139,7 @@ def _put(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, hel
     """
     state = parts_of(optimizer.state[p])
     _put_part(optimizer, group, part(p), state, held)
-    put_parts_(optimizer.state[p], state, p)
+    forms.put_parts_(p, optimizer.state[p], state)
 
 
 def _put_part(

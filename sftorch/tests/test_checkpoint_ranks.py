@@ -142,6 +142,15 @@ def test_a_precision_is_changed_alike_in_every_layout(ranks, saved, before, afte
         assert_same(one["end"], alone["end"])
 
 
+@slow
+def test_rows_in_parts_come_into_codes_in_the_first_step(ranks, saved):
+    folder, _ = saved("fsdp", 2, EIGHT | {"precision": "exact"})
+    for one in ranks.run(2, "restored", folder, "tp", EIGHT):
+        assert "a.weight scale" in one["then"]  # cut by rows
+        assert "b.weight scale" not in one["then"]
+        assert one["end"]["b.weight scale"].shape == (18, 2)
+
+
 def test_every_rank_draws_on_and_has_its_place_and_extra(ranks, saved):
     folder, before = saved("fsdp", 2)
     after = ranks.run(2, "restored", folder, "fsdp", {})

@@ -303,6 +303,30 @@ def test_dtensors_take_over_its_checkpoints(mesh, tmp_path, precision):
         assert same_bits([found["z"].full_tensor()], [z])
 
 
+def test_exponents_are_told_from_a_part_that_has_their_shape():
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # of processes that are not there
+
+    dist = torch.distributed
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        eight_of = dist.device_mesh.init_device_mesh("cpu", (8,))
+        model = torch.nn.Linear(16, 10, bias=False)
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), eight_of, [Shard(1)]))
+        p = model.weight
+        for precision in ("8bit", "exact"):
+            optimizer = sftorch.AdamWScheduleFree([p], precision=precision)
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.param_groups[0]["precision"] = "8bit"
+            optimizer.step()
+            scale = optimizer.state[p]["scale"]
+            assert scale.to_local().shape == p.to_local().shape == scale.shape == (10, 2)
+            assert optimizer.state[p]["gap"].shape == (10, 16)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtensors_do_in_all_modes_what_plain_parameters_do(mesh, dtype, dim):
