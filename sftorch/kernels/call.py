@@ -27,6 +27,7 @@ from sfcore.native.kinds import Kind as Kind
 from sftorch.law.parts import PLAIN
 
 TABLES = ("y", "rest", "z", "v", "m", "x", "g")  # as in job.h and in triton_step.COLUMNS
+_ADDRESSES = (*TABLES, "scale")
 NUMBERS = ("sign", "lr_t", "wd_y", "wd_z", "k1", "k2", "b2", "eps", "m1", "correction2", "correction1")
 ZEROS = (0.0,) * len(NUMBERS)
 Tables = Mapping[str, Sequence[Tensor]]  # by the names of TABLES
@@ -225,15 +226,26 @@ def find_triton() -> ModuleType | str:
         return f"triton must be importable, got {error}: install the version that your torch names"
 
 
-def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers: Sequence[float]) -> None:
+def launch(
+    kind: Kind,
+    y_type: Element,
+    g_type: Element,
+    tables: Tables,
+    numbers: Sequence[float],
+    keys: Tensor | None = None,
+    places: np.ndarray | None = None,
+) -> None:
     """Runs a step over lists of tensors in one launch, on the current stream of their device.
 
     Args:
         kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
         y_type: AS_Z or BFLOAT16_REST.
         g_type: AS_Z or BFLOAT16.
-        tables: as for a `Job`, with z, v and m in float32; checked no more than there.
+        tables: as for a `Job`, with z, v and m in float32; checked no more than there. With keys they are of the
+            lean form or, with a table "scale", of the 8-bit one.
         numbers: those of NUMBERS, as for a `Job`.
+        keys: of a `Move`, for the forms that are rounded at random; default None: "exact".
+        places: in these where each tensor lies in a larger one, int64 of shape (tensors, 3), as of `place_of`.
 
     Raises:
         RuntimeError: if there is no kernel.
@@ -246,16 +258,16 @@ def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers
     kernel = find_triton()
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
-    given = dict(zip(NUMBERS, (*numbers, *ZEROS), strict=False))
+    given: dict[str, Any] = dict(zip(NUMBERS, (*numbers, *ZEROS), strict=False))
     for moment, decay in (("1", "m1"), ("2", "b2")):  # in doubles, as on the other paths
         given[f"share{moment}"] = 1.0 - given.pop(decay)
         given[f"per{moment}"] = 1.0 / (given.pop(f"correction{moment}") or 1.0)
     ys = tables["y"]
-    sizes = np.array([y.numel() for y in ys], dtype=np.int64)
-    addresses = np.zeros((len(TABLES), len(ys)), dtype=np.int64)
-    for name, tensors in tables.items():
-        addresses[TABLES.index(name)] = [t.data_ptr() for t in tensors]
     device = ys[0].device
+    facts = _facts(ys, places, "scale" in tables)
+    addresses = np.zeros((len(_ADDRESSES), len(ys)), dtype=np.int64)
+    for name, tensors in tables.items():
+        addresses[_ADDRESSES.index(name)] = [t.data_ptr() for t in tensors]
     on_device: AbstractContextManager[object] = nullcontext()
     stream = 0
     if device.type == "cuda":
@@ -263,18 +275,24 @@ def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers
         # What is sent on one stream is used and freed on it alone.
         stream = torch.cuda.current_stream(device).cuda_stream
     with on_device:
-        owners = _owners(device, stream, sizes.tobytes())
+        owners = _owners(device, stream, facts.tobytes())
         if len(owners) == 0:
             return
-        kernel.step[(len(owners),)](
-            _table(device, stream, sizes.tobytes(), addresses.tobytes()),
+        step = kernel.step
+        if keys is None:
+            given["TO_X"] = "x" in tables
+        else:
+            step = kernel.step_eight if "scale" in tables else kernel.step_lean
+            given |= {"left": 1.0 - given["k1"], "direct": 1.0 - given["k2"], "HASHES": keys.shape[1]}
+            given["keys"] = _sent(keys.numpy().astype(np.int32), device)  # new in every step
+        step[(len(owners),)](
+            _table(device, stream, facts.tobytes(), addresses.tobytes()),
             owners,
             **given,
             HAS_V=kind != Kind.SGD,
             HAS_M=kind == Kind.ADAMW_MOMENTUM,
             SCALED=kind in (Kind.ADAMW, Kind.ADAMW_MOMENTUM),
             AT_Z=given["wd_z"] != 0,
-            TO_X="x" in tables,
             HALVES=y_type == Element.BFLOAT16_REST,
             NARROW_G=g_type == Element.BFLOAT16,
             BLOCK=BLOCK,
@@ -283,25 +301,39 @@ def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers
         )
 
 
-def _programs(sizes: np.ndarray) -> np.ndarray:
-    return -(-sizes // BLOCK)
+def _facts(ys: Sequence[Tensor], places: np.ndarray | None, by_rows: bool) -> np.ndarray:
+    """Returns what programs need to know of tensors beside addresses, int64 of shape (5, tensors).
+
+    These are the elements, those of a row (0 where programs do not go by rows), and the places.
+    """
+    sizes = np.array([y.numel() for y in ys], dtype=np.int64)
+    lengths = np.array([y.numel() // max(y.shape[0], 1) if by_rows else 0 for y in ys], dtype=np.int64)
+    lie = np.stack([np.zeros_like(sizes), sizes, sizes], axis=1) if places is None else places
+    return np.stack([sizes, lengths, *lie.T])
+
+
+def _programs(facts: np.ndarray) -> np.ndarray:
+    """Returns how many programs each tensor has: one a row, or one a BLOCK."""
+    sizes, lengths = facts[:2]
+    return np.where(lengths > 0, sizes // np.maximum(lengths, 1), -(-sizes // BLOCK))
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _owners(device: torch.device, stream: int, sizes: bytes) -> Tensor:
-    """Returns the row of each program, int32; tensors have one program a BLOCK."""
-    programs = _programs(np.frombuffer(sizes, dtype=np.int64))
+def _owners(device: torch.device, stream: int, facts: bytes) -> Tensor:
+    """Returns the row of the table of each program, int32."""
+    programs = _programs(np.frombuffer(facts, dtype=np.int64).reshape(5, -1))
     return _sent(np.repeat(np.arange(len(programs), dtype=np.int32), programs), device)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _table(device: torch.device, stream: int, sizes: bytes, addresses: bytes) -> Tensor:
+def _table(device: torch.device, stream: int, facts: bytes, addresses: bytes) -> Tensor:
     """Returns the table of triton_step.py, (tensors, WIDTH) int64."""
-    size = np.frombuffer(sizes, dtype=np.int64)
-    columns = np.frombuffer(addresses, dtype=np.int64).reshape(len(TABLES), len(size))
-    programs = _programs(size)
-    aligned = np.bitwise_or.reduce(columns, axis=0) % 16 == 0
-    rows = np.stack([programs.cumsum() - programs, size, aligned, *columns], axis=1)
+    size, length, *lie = of_all = np.frombuffer(facts, dtype=np.int64).reshape(5, -1)
+    columns = np.frombuffer(addresses, dtype=np.int64).reshape(len(_ADDRESSES), -1)
+    programs = _programs(of_all)
+    # Exponents are read one by one.
+    aligned = np.bitwise_or.reduce([*columns[: len(TABLES)], length], axis=0) % 16 == 0
+    rows = np.stack([programs.cumsum() - programs, size, aligned, length, *lie, *columns], axis=1)
     return _sent(rows, device)
 
 

@@ -46,6 +46,12 @@ def place_of(at: Place | None, size: int) -> tuple[int, int, int] | None:
     return first, math.prod(at.sizes[last:]), math.prod(at.shape[last:])
 
 
+def places_of(ys: Sequence[Tensor], places: Sequence[Place | None]) -> np.ndarray:
+    """Returns `place_of` of each tensor, int64 of shape (tensors, 3); no places mean that all are whole."""
+    of_all = zip(ys, places or [None] * len(ys), strict=True)
+    return np.array([place_of(at, y.numel()) for y, at in of_all], dtype=np.int64).reshape(-1, 3)
+
+
 def why_left(row: Mapping[str, Tensor], at: Place | None) -> str | None:
     """Returns why the kernel does not take a parameter, None if it does; its gradient can be copied.
 
@@ -66,8 +72,8 @@ def why_left(row: Mapping[str, Tensor], at: Place | None) -> str | None:
     }
     if any(row[name].dtype != dtype for name, dtype in wanted.items() if name in row):
         return "state must be of its parameter's kind"
-    if not all(tensor.is_contiguous() and tensor.is_cpu for name, tensor in row.items() if name != "g"):
-        return "parameters and state must be contiguous"
+    if not all(t.is_contiguous() and t.device == y.device for name, t in row.items() if name != "g"):
+        return "parameters and state must be contiguous, and on one device"
     if not all(tensor.shape == y.shape for name, tensor in row.items() if name != "scale"):
         return "state must be of its parameter's shape"
     return (
@@ -96,8 +102,7 @@ def job_of(kind: Kind, tables: Mapping[str, Sequence[Tensor]], places: Sequence[
     job = Job(kind, Element.BFLOAT16_REST if narrow[0] else Element.AS_Z, narrow[1])
     ys = tables["y"]
     rows = np.array([y.shape[0] if y.ndim else 1 for y in ys], dtype=np.int64)
-    of_all = zip(ys, places or [None] * len(ys), strict=True)
-    lie = np.array([place_of(at, y.numel()) for y, at in of_all], dtype=np.int64)
+    lie = places_of(ys, places)
     job.arrays = {"rows": rows, "places": lie}
     job.rows, job.places = rows.ctypes.data, lie.ctypes.data
     return job

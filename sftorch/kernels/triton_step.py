@@ -1,22 +1,30 @@
-"""S6 to S9* of a list of parameters in one launch; sftorch/kernels/arithmetic.h in Triton's language.
+"""S6 to S9* of a list of parameters in one launch; sftorch/kernels/arithmetic.h and eight.h in Triton's language.
 
-A program takes BLOCK elements of one tensor. Elements go through the operations of the single-tensor path in
-their order and with IEEE roundings; with enable_fp_fusion=False results are equal bit for bit. All that is
-inside a function with @triton.jit is not Python: Triton reads the source. Launched by call.py.
+A program takes BLOCK elements of one tensor, in the 8-bit form a row. Elements go through the operations of torch
+(_run_single, _run_lean and _run_eight of sftorch/step/backends.py) in their order and with IEEE roundings; with
+enable_fp_fusion=False results are equal bit for bit. All that is inside a function with @triton.jit is not
+Python: Triton reads the source. Launched by call.py.
 
-Run in Triton's interpreter and compiled for sm_90 (3.2, 3.7, 3.9), never yet on a GPU. Triton 3.2 takes
-denormals for 0 in divisions and roots; the later ones do not.
+Run in Triton's interpreter and compiled for sm_90 (3.2, 3.7, 3.9; "lean" and "8bit" by 3.7 alone), never yet on a
+GPU. Triton 3.2 takes denormals for 0 in divisions and roots; the later ones do not.
 """
 
 import triton
 import triton.language as tl
 
-# A row of the table: programs of the tensors before, elements, whether all addresses are multiples of 16
-# bytes, and addresses, those that are not used being 0.
-COLUMNS = ("first", "size", "aligned", "y", "rest", "z", "v", "m", "x", "g")
-FIRST, SIZE, ALIGNED, Y, REST, Z, V, M, X, G = map(tl.constexpr, range(10))
+# A row of the table: programs of the tensors before, elements, whether all addresses and the length of a row are
+# multiples of 16, the length of a row; where elements lie in the whole of which these are a part, which `place_of`
+# of drawn.py has in words; and addresses, those that are not used being 0.
+COLUMNS = (
+    "first", "size", "aligned", "length", "begin", "run", "next", "y", "rest", "z", "v", "m", "x", "g", "scale"
+)  # fmt: skip
+FIRST, SIZE, ALIGNED, LENGTH, BEGIN, RUN, NEXT, Y, REST, Z, V, M, X, G, SCALE = map(tl.constexpr, range(15))
 WIDTH = tl.constexpr(len(COLUMNS))
 QUIET_NAN = tl.constexpr(0x7FC00000)
+INFINITE = tl.constexpr(0x7F800000)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+# Of sfcore/codes.py.
+BROKEN, LEAST, FIRST_CODE, SHIFT = map(tl.constexpr, (127, -120, 1776, 19))
 
 
 @triton.jit
@@ -29,7 +37,7 @@ def step(
     SCALED: tl.constexpr,  # whether the direction is divided by v's root
     AT_Z: tl.constexpr,  # whether wd_z is not 0
     TO_X: tl.constexpr,  # whether y is to end as x
-    HALVES: tl.constexpr,  # whether y is bfloat16, its rest int16
+    HALVES: tl.constexpr,  # whether y is bfloat16, with a rest
     NARROW_G: tl.constexpr,  # whether gradients are bfloat16
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -61,52 +69,326 @@ def _move(
     # All loads come first: the compiler may move none of them ahead of a store.
     of_z = _entries(row, Z, at, tl.float32, WIDE)
     z = tl.load(of_z, mask)
-    if HALVES:
-        of_y = _entries(row, Y, at, tl.int16, WIDE)
-        of_rest = _entries(row, REST, at, tl.int16, WIDE)
-        y = _join(tl.load(of_y, mask), tl.load(of_rest, mask))
-    else:
-        of_y = _entries(row, Y, at, tl.float32, WIDE)
-        y = tl.load(of_y, mask)
+    y = _joined(row, at, mask, HALVES, WIDE)
+    v, m, x = z, z, z  # where there is none
     if HAS_V:
-        of_v = _entries(row, V, at, tl.float32, WIDE)
-        v = tl.load(of_v, mask)
+        v = tl.load(_entries(row, V, at, tl.float32, WIDE), mask)
     if HAS_M:
-        of_m = _entries(row, M, at, tl.float32, WIDE)
-        m = tl.load(of_m, mask)
+        m = tl.load(_entries(row, M, at, tl.float32, WIDE), mask)
     if TO_X:
         x = tl.load(_entries(row, X, at, tl.float32, WIDE), mask)
-    if NARROW_G:
-        g = _widened(tl.load(_entries(row, G, at, tl.int16, WIDE), mask))
-    else:
-        g = tl.load(_entries(row, G, at, tl.float32, WIDE), mask)
-    g = sign * g
-    direction = g
-    if HAS_M:
-        m = (m - m * share1) + g * share1
-        tl.store(of_m, m, mask)
-        direction = m * per1
+    g = _gradient(row, at, mask, NARROW_G, WIDE)
+    delta, v, m = _delta(
+        y, z, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z
+    )
     if HAS_V:
-        v = (v - v * share2) + g * g * share2
-        tl.store(of_v, v, mask)
-        if SCALED:
-            direction = tl.div_rn(direction, tl.sqrt_rn(v * per2) + eps)
-    direction += wd_y * y
-    if AT_Z:
-        direction += wd_z * z
-    delta = -lr_t * direction  # S6
+        tl.store(_entries(row, V, at, tl.float32, WIDE), v, mask)
+    if HAS_M:
+        tl.store(_entries(row, M, at, tl.float32, WIDE), m, mask)
     after = z + delta  # S7
     tl.store(of_z, after, mask)
     if TO_X:
         y = x + k1 * (after - x)  # S8
     else:
         y = y + (k1 * (z - y) + k2 * delta)  # S9*
-    if HALVES:
-        bits = tl.where(y != y, QUIET_NAN, y.to(tl.int32, bitcast=True))
-        tl.store(of_y, ((bits + 0x8000) >> 16).to(tl.int16), mask)
-        tl.store(of_rest, bits.to(tl.int16), mask)  # which keeps the lower bits
+    _put_y(row, at, mask, y, HALVES, WIDE)
+
+
+@triton.jit
+def step_lean(
+    table, owners,
+    keys,  # (tensors, HASHES, 2) int32: words of `keys` in sftorch/step/backends.py
+    sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+    HALVES: tl.constexpr, NARROW_G: tl.constexpr, HASHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same in the lean form: in the place of z there is the gap, which as v and m is bfloat16."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners + program).to(tl.int64)
+    row, keys = table + tensor * WIDTH, keys + tensor * HASHES * 2
+    start = (program - tl.load(row + FIRST)) * BLOCK
+    size = tl.load(row + SIZE)
+    at = start + tl.arange(0, BLOCK)
+    begin, run = tl.load(row + BEGIN), tl.load(row + RUN)
+    place = begin + at
+    if run < size:  # a block of several columns of a DTensor, say; divisions of 64 bits are slow
+        place = begin + at // run * tl.load(row + NEXT) + at % run
+    if (start + BLOCK <= size) & (tl.load(row + ALIGNED) != 0):
+        _move_lean(
+            row, at, None, keys, place, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2,
+            per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, True,
+        )  # fmt: skip
     else:
-        tl.store(of_y, y, mask)
+        _move_lean(
+            row, at, at < size, keys, place, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1,
+            per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _move_lean(
+    row, at, mask, keys, place, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr,
+    NARROW_G: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    gap = _widened(tl.load(_entries(row, Z, at, tl.int16, WIDE), mask))
+    y = _joined(row, at, mask, HALVES, WIDE)
+    v, m = gap, gap
+    if HAS_V:
+        v = _widened(tl.load(_entries(row, V, at, tl.int16, WIDE), mask))
+    if HAS_M:
+        m = _widened(tl.load(_entries(row, M, at, tl.int16, WIDE), mask))
+    g = _gradient(row, at, mask, NARROW_G, WIDE)
+    y, gap, v, m = _moved(
+        y, gap, v, m, g, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+        HAS_V, HAS_M, SCALED, AT_Z,
+    )  # fmt: skip
+    _put_y(row, at, mask, y, HALVES, WIDE)
+    of_gap, of_v, of_m = _draws(keys, place, HAS_M)
+    tl.store(_entries(row, Z, at, tl.int16, WIDE), _rounded(gap, of_gap), mask)
+    if HAS_V:
+        tl.store(_entries(row, V, at, tl.int16, WIDE), _rounded(v, of_v), mask)
+    if HAS_M:
+        tl.store(_entries(row, M, at, tl.int16, WIDE), _rounded(m, of_m), mask)
+
+
+@triton.jit
+def step_eight(
+    table, owners, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+    HALVES: tl.constexpr, NARROW_G: tl.constexpr, HASHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same in the 8-bit form: a program has one row of a tensor."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners + program).to(tl.int64)
+    row, keys = table + tensor * WIDTH, keys + tensor * HASHES * 2
+    which = program - tl.load(row + FIRST)
+    if tl.load(row + ALIGNED) != 0:
+        _step_row(
+            row, which, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+            HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, BLOCK, True,
+        )  # fmt: skip
+    else:
+        _step_row(
+            row, which, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+            HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, BLOCK, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _step_row(
+    row, which, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+    HALVES: tl.constexpr, NARROW_G: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    length = tl.load(row + LENGTH)
+    if WIDE:
+        length = tl.multiple_of(length, 16)  # so that a mask is the same for 16 elements
+    begin = which * length
+    place = tl.load(row + BEGIN) + begin
+    scale = tl.load(row + SCALE).to(tl.pointer_type(tl.int8)) + which * (1 + HAS_V + HAS_M)
+    power_gap = _power(tl.load(scale).to(tl.int32), 1)
+    power_v, power_m = power_gap, power_gap
+    if HAS_V:
+        power_v = _power(tl.load(scale + 1).to(tl.int32), 1)
+    if HAS_M:
+        power_m = _power(tl.load(scale + 2).to(tl.int32), 1)
+    inside = tl.arange(0, BLOCK)
+    y, gap, v, m = _moved_codes(
+        row, begin + inside, inside < length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left,
+        direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, WIDE,
+    )  # fmt: skip
+    most_gap = _largest(gap, inside < length)
+    most_v, most_m = most_gap, most_gap
+    if HAS_V:
+        most_v = _largest(v, inside < length)
+    if HAS_M:
+        most_m = _largest(m, inside < length)
+    # A longer row is computed twice: its exponents are known only when its last element has moved.
+    for start in range(BLOCK, length, BLOCK):
+        at = start + inside
+        _, gap_there, v_there, m_there = _moved_codes(
+            row, begin + at, at < length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left,
+            direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, WIDE,
+        )  # fmt: skip
+        most_gap = tl.maximum(most_gap, _largest(gap_there, at < length))
+        if HAS_V:
+            most_v = tl.maximum(most_v, _largest(v_there, at < length))
+        if HAS_M:
+            most_m = tl.maximum(most_m, _largest(m_there, at < length))
+    new_gap, new_v, new_m = _exponent(most_gap), _exponent(most_v), _exponent(most_m)
+    _put_codes(
+        row, begin + inside, inside < length, keys, place + inside, y, gap, v, m, new_gap, new_v, new_m,
+        HAS_V, HAS_M, HALVES, WIDE,
+    )  # fmt: skip
+    for start in range(BLOCK, length, BLOCK):
+        at = start + inside
+        y, gap, v, m = _moved_codes(
+            row, begin + at, at < length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left,
+            direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, WIDE,
+        )  # fmt: skip
+        _put_codes(
+            row, begin + at, at < length, keys, place + at, y, gap, v, m, new_gap, new_v, new_m,
+            HAS_V, HAS_M, HALVES, WIDE,
+        )  # fmt: skip
+    tl.store(scale, new_gap.to(tl.int8))
+    if HAS_V:
+        tl.store(scale + 1, new_v.to(tl.int8))
+    if HAS_M:
+        tl.store(scale + 2, new_m.to(tl.int8))
+
+
+@triton.jit
+def _moved_codes(
+    row, at, mask, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1,
+    per2, per1, HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+    HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Returns y, gap, v and m after the step, in float32."""
+    if HALVES:
+        rest = tl.load(_entries(row, REST, at, tl.int8, WIDE), mask).to(tl.int32)
+        code = tl.load(_entries(row, Z, at, tl.int8, WIDE), mask).to(tl.int32) * 256 + (rest & 3) * 64
+        y = _join(tl.load(_entries(row, Y, at, tl.int16, WIDE), mask), (rest >> 2) * 1024)
+    else:
+        code = tl.load(_entries(row, Z, at, tl.int16, WIDE), mask).to(tl.int32)
+        y = tl.load(_entries(row, Y, at, tl.float32, WIDE), mask)
+    gap = code.to(tl.float32) * 2.0**-15 * power_gap
+    v, m = gap, gap
+    if HAS_V:
+        of_v = tl.load(_entries(row, V, at, tl.uint8, WIDE), mask).to(tl.int32)
+        bits = tl.where(of_v == 0, 0, (of_v + FIRST_CODE) << SHIFT)
+        v = bits.to(tl.float32, bitcast=True) * power_v
+    if HAS_M:
+        m = tl.load(_entries(row, M, at, tl.int8, WIDE), mask).to(tl.float32) * 2.0**-7 * power_m
+    g = _gradient(row, at, mask, NARROW_G, WIDE)
+    return _moved(
+        y, gap, v, m, g, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+        HAS_V, HAS_M, SCALED, AT_Z,
+    )  # fmt: skip
+
+
+@triton.jit
+def _put_codes(
+    row, at, mask, keys, place, y, gap, v, m, new_gap, new_v, new_m,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, HALVES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes what `_moved_codes` returned, in codes of new exponents."""
+    of_gap, of_v, of_m = _draws(keys, place, HAS_M)
+    if HALVES:
+        code = _linear(gap, new_gap, 10, of_gap)
+        old = y.to(tl.int32, bitcast=True)
+        bits = (old + (of_v & 0x3FF)) & ~0x3FF
+        bits = tl.where((old & MAGNITUDE) == INFINITE, old, bits)
+        upper, lower = _split(tl.where(y != y, QUIET_NAN, bits))
+        tl.store(_entries(row, Y, at, tl.int16, WIDE), upper, mask)
+        rest = (lower.to(tl.int32) >> 10) * 4 | (code & 3)
+        tl.store(_entries(row, REST, at, tl.int8, WIDE), rest.to(tl.int8), mask)
+        tl.store(_entries(row, Z, at, tl.int8, WIDE), (code >> 2).to(tl.int8), mask)
+    else:
+        tl.store(_entries(row, Y, at, tl.float32, WIDE), y, mask)
+        code = _linear(gap, new_gap, 16, of_gap)
+        tl.store(_entries(row, Z, at, tl.int16, WIDE), code.to(tl.int16), mask)
+    if HAS_V:
+        bits = (v * _power(new_v, -1)).to(tl.int32, bitcast=True)
+        code = ((bits + of_v * 8) >> SHIFT) - FIRST_CODE
+        code = tl.where(v > 0, tl.minimum(tl.maximum(code, 1), 255), 0)
+        tl.store(_entries(row, V, at, tl.uint8, WIDE), code.to(tl.uint8), mask)
+    if HAS_M:
+        tl.store(_entries(row, M, at, tl.int8, WIDE), _linear(m, new_m, 8, of_m).to(tl.int8), mask)
+
+
+@triton.jit
+def _delta(
+    y, z, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+):  # fmt: skip
+    """Returns S6 and the new moments."""
+    g = sign * g
+    direction = g
+    if HAS_M:
+        m = (m - m * share1) + g * share1
+        direction = m * per1
+    if HAS_V:
+        v = (v - v * share2) + g * g * share2
+        if SCALED:
+            direction = tl.div_rn(direction, tl.sqrt_rn(v * per2) + eps)
+    direction += wd_y * y
+    if AT_Z:
+        direction += wd_z * z
+    return -lr_t * direction, v, m
+
+
+@triton.jit
+def _moved(
+    y, gap, v, m, g, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+):  # fmt: skip
+    """Returns y, the gap and the moments after a step of the forms that are kept by the gap; k2 is beta."""
+    delta, v, m = _delta(
+        y, y + gap, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z
+    )
+    w = gap + k2 * delta
+    return y + (k1 * w + direct * delta), left * w, v, m  # S9* S7
+
+
+@triton.jit
+def _draws(keys, place, HAS_M: tl.constexpr):
+    """Returns what gap, v and m are rounded by (`draws` in sftorch/step/backends.py); y has the end of v's."""
+    bits = _hash(keys, 0, place)
+    of_m = bits
+    if HAS_M:
+        of_m = _hash(keys, 1, place)
+    return (bits >> 16).to(tl.int32), (bits & 0xFFFF).to(tl.int32), (of_m >> 16).to(tl.int32)
+
+
+@triton.jit
+def _hash(keys, WHICH: tl.constexpr, place):
+    """Returns 32 random bits of elements, uint32 (`noise` in sftorch/step/backends.py)."""
+    one = tl.load(keys + 2 * WHICH).to(tl.uint32, bitcast=True)
+    other = tl.load(keys + 2 * WHICH + 1).to(tl.uint32, bitcast=True)
+    bits = place.to(tl.uint32) * 0x9E3779B9 + one
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) ^ other
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _rounded(value, draw):
+    """Returns bfloat16 numbers, as int16, of float32 ones."""
+    bits = tl.where(value != value, QUIET_NAN, value.to(tl.int32, bitcast=True))
+    return ((bits + draw) >> 16).to(tl.int16)
+
+
+@triton.jit
+def _linear(value, exponent, BITS: tl.constexpr, draw):
+    """Returns codes, int32; those of a broken row are 0."""
+    parts = value * _power(exponent, -1) * 2.0 ** (BITS + 15)
+    parts = tl.where(parts == parts, parts, 0.0)
+    below = tl.floor(parts)
+    over, whole = parts - below, below.to(tl.int32)
+    whole += ((over > 0.5) | ((over == 0.5) & ((whole & 1) != 0))).to(tl.int32)  # the nearest, or even
+    return (whole + draw) >> 16
+
+
+@triton.jit
+def _largest(value, mask):
+    """Returns the bits of the largest magnitude in a block; those of NaN are above all others."""
+    return tl.max(tl.where(mask, value.to(tl.int32, bitcast=True) & MAGNITUDE, 0), axis=0)
+
+
+@triton.jit
+def _exponent(most):
+    """Returns the exponent of a row by the bits of its largest magnitude."""
+    most = most.to(tl.float32, bitcast=True) * 1.0625
+    exponent = (most.to(tl.int32, bitcast=True) >> 23) - 126
+    return tl.where(exponent >= BROKEN, BROKEN, tl.maximum(exponent, LEAST))
+
+
+@triton.jit
+def _power(exponent, SIGN: tl.constexpr):
+    """Returns 2 to the exponent of a row, or its inverse; NaN for a broken one."""
+    bits = (exponent * SIGN + 127) << 23
+    return tl.where(exponent == BROKEN, QUIET_NAN, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -119,6 +401,36 @@ def _entries(row, COLUMN: tl.constexpr, at, TYPE: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
+def _gradient(row, at, mask, NARROW_G: tl.constexpr, WIDE: tl.constexpr):
+    """Returns gradients in float32."""
+    if NARROW_G:
+        return _widened(tl.load(_entries(row, G, at, tl.int16, WIDE), mask))
+    else:
+        return tl.load(_entries(row, G, at, tl.float32, WIDE), mask)
+
+
+@triton.jit
+def _joined(row, at, mask, HALVES: tl.constexpr, WIDE: tl.constexpr):
+    """Returns y in float32, of a rest of 16 bits where there is one."""
+    if HALVES:
+        rest = tl.load(_entries(row, REST, at, tl.int16, WIDE), mask).to(tl.int32)
+        return _join(tl.load(_entries(row, Y, at, tl.int16, WIDE), mask), rest)
+    else:
+        return tl.load(_entries(row, Y, at, tl.float32, WIDE), mask)
+
+
+@triton.jit
+def _put_y(row, at, mask, y, HALVES: tl.constexpr, WIDE: tl.constexpr):
+    """Writes y, and its rest of 16 bits where there is one."""
+    if HALVES:
+        upper, lower = _split(tl.where(y != y, QUIET_NAN, y.to(tl.int32, bitcast=True)))
+        tl.store(_entries(row, Y, at, tl.int16, WIDE), upper, mask)
+        tl.store(_entries(row, REST, at, tl.int16, WIDE), lower, mask)
+    else:
+        tl.store(_entries(row, Y, at, tl.float32, WIDE), y, mask)
+
+
+@triton.jit
 def _widened(upper):
     """Returns bfloat16 numbers, given as int16, in float32."""
     return (upper.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -127,5 +439,11 @@ def _widened(upper):
 @triton.jit
 def _join(upper, rest):
     """Returns float32 numbers of two halves as `forms.join` does."""
-    whole = ((upper.to(tl.int32) << 16) + rest.to(tl.int32)).to(tl.float32, bitcast=True)
+    whole = ((upper.to(tl.int32) << 16) + rest).to(tl.float32, bitcast=True)
     return tl.where(whole != whole, _widened(upper), whole)
+
+
+@triton.jit
+def _split(bits):
+    """Returns the halves of float32 numbers, int16 both, as `forms.split` does."""
+    return ((bits + 0x8000) >> 16).to(tl.int16), bits.to(tl.int16)  # which keeps the lower bits

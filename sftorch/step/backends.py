@@ -295,7 +295,9 @@ def _run_native(move: Move, numbers: Numbers) -> None:
 
 
 def _run_triton(move: Move, numbers: Numbers) -> None:
-    call.launch(*_described(move), _tables(move), (-1.0 if move.maximize else 1.0, *numbers))
+    places = drawn.places_of(move.ys, move.places) if any(move.places) else None
+    numbers = (-1.0 if move.maximize else 1.0, *numbers)
+    call.launch(*_described(move), _tables(move), numbers, move.keys, places)
     torch.autograd.graph.increment_version(move.ys)
 
 
