@@ -66,32 +66,33 @@ def _move(
     HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
     TO_X: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    # All loads come first: the compiler may move none of them ahead of a store.
-    of_z = _entries(row, Z, at, tl.float32, WIDE)
-    z = tl.load(of_z, mask)
-    y = _joined(row, at, mask, HALVES, WIDE)
+    # All loads come first, those of addresses too: the compiler may move none of them ahead of a store.
+    of_y, of_rest, of_z, of_v, of_m, of_g = _entries_of(
+        row, at, tl.int16, tl.float32, tl.float32, tl.float32, HAS_V, HAS_M, HALVES, NARROW_G, WIDE
+    )
+    z, y = tl.load(of_z, mask), _joined(of_y, of_rest, mask, HALVES)
     v, m, x = z, z, z  # where there is none
     if HAS_V:
-        v = tl.load(_entries(row, V, at, tl.float32, WIDE), mask)
+        v = tl.load(of_v, mask)
     if HAS_M:
-        m = tl.load(_entries(row, M, at, tl.float32, WIDE), mask)
+        m = tl.load(of_m, mask)
     if TO_X:
-        x = tl.load(_entries(row, X, at, tl.float32, WIDE), mask)
-    g = _gradient(row, at, mask, NARROW_G, WIDE)
+        x = tl.load(_entries(row, X, tl.float32, WIDE) + at, mask)
+    g = _gradient(of_g, mask, NARROW_G)
     delta, v, m = _delta(
         y, z, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z
     )
     if HAS_V:
-        tl.store(_entries(row, V, at, tl.float32, WIDE), v, mask)
+        tl.store(of_v, v, mask)
     if HAS_M:
-        tl.store(_entries(row, M, at, tl.float32, WIDE), m, mask)
+        tl.store(of_m, m, mask)
     after = z + delta  # S7
     tl.store(of_z, after, mask)
     if TO_X:
         y = x + k1 * (after - x)  # S8
     else:
         y = y + (k1 * (z - y) + k2 * delta)  # S9*
-    _put_y(row, at, mask, y, HALVES, WIDE)
+    _put_y(of_y, of_rest, mask, y, HALVES)
 
 
 @triton.jit
@@ -131,25 +132,27 @@ def _move_lean(
     HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr,
     NARROW_G: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    gap = _widened(tl.load(_entries(row, Z, at, tl.int16, WIDE), mask))
-    y = _joined(row, at, mask, HALVES, WIDE)
+    of_y, of_rest, of_gap, of_v, of_m, of_g = _entries_of(
+        row, at, tl.int16, tl.int16, tl.int16, tl.int16, HAS_V, HAS_M, HALVES, NARROW_G, WIDE
+    )
+    gap, y = _widened(tl.load(of_gap, mask)), _joined(of_y, of_rest, mask, HALVES)
     v, m = gap, gap
     if HAS_V:
-        v = _widened(tl.load(_entries(row, V, at, tl.int16, WIDE), mask))
+        v = _widened(tl.load(of_v, mask))
     if HAS_M:
-        m = _widened(tl.load(_entries(row, M, at, tl.int16, WIDE), mask))
-    g = _gradient(row, at, mask, NARROW_G, WIDE)
+        m = _widened(tl.load(of_m, mask))
+    g = _gradient(of_g, mask, NARROW_G)
+    for_gap, for_v, for_m = _draws(keys, place, HAS_M)
     y, gap, v, m = _moved(
         y, gap, v, m, g, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
         HAS_V, HAS_M, SCALED, AT_Z,
     )  # fmt: skip
-    _put_y(row, at, mask, y, HALVES, WIDE)
-    of_gap, of_v, of_m = _draws(keys, place, HAS_M)
-    tl.store(_entries(row, Z, at, tl.int16, WIDE), _rounded(gap, of_gap), mask)
+    _put_y(of_y, of_rest, mask, y, HALVES)
+    tl.store(of_gap, _rounded(gap, for_gap), mask)
     if HAS_V:
-        tl.store(_entries(row, V, at, tl.int16, WIDE), _rounded(v, of_v), mask)
+        tl.store(of_v, _rounded(v, for_v), mask)
     if HAS_M:
-        tl.store(_entries(row, M, at, tl.int16, WIDE), _rounded(m, of_m), mask)
+        tl.store(of_m, _rounded(m, for_m), mask)
 
 
 @triton.jit
@@ -186,6 +189,10 @@ def _step_row(
         length = tl.multiple_of(length, 16)  # so that a mask is the same for 16 elements
     begin = which * length
     place = tl.load(row + BEGIN) + begin
+    of_y, of_rest, of_gap, of_v, of_m, of_g = _entries_of(
+        row, begin, tl.int8, tl.int8 if HALVES else tl.int16, tl.uint8, tl.int8, HAS_V, HAS_M, HALVES, NARROW_G,
+        WIDE,
+    )  # fmt: skip
     scale = tl.load(row + SCALE).to(tl.pointer_type(tl.int8)) + which * (1 + HAS_V + HAS_M)
     power_gap = _power(tl.load(scale).to(tl.int32), 1)
     power_v, power_m = power_gap, power_gap
@@ -193,43 +200,41 @@ def _step_row(
         power_v = _power(tl.load(scale + 1).to(tl.int32), 1)
     if HAS_M:
         power_m = _power(tl.load(scale + 2).to(tl.int32), 1)
-    inside = tl.arange(0, BLOCK)
+    first = tl.arange(0, BLOCK)
     y, gap, v, m = _moved_codes(
-        row, begin + inside, inside < length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left,
-        direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, WIDE,
+        of_y, of_rest, of_gap, of_v, of_m, of_g, first, length, power_gap, power_v, power_m, sign, lr_t, wd_y,
+        wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G,
     )  # fmt: skip
-    most_gap = _largest(gap, inside < length)
-    most_v, most_m = most_gap, most_gap
-    if HAS_V:
-        most_v = _largest(v, inside < length)
-    if HAS_M:
-        most_m = _largest(m, inside < length)
+    most_gap, most_v, most_m = _magnitude(gap), _magnitude(v), _magnitude(m)
     # A longer row is computed twice: its exponents are known only when its last element has moved.
     for start in range(BLOCK, length, BLOCK):
-        at = start + inside
-        _, gap_there, v_there, m_there = _moved_codes(
-            row, begin + at, at < length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left,
-            direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, WIDE,
+        _, far_gap, far_v, far_m = _moved_codes(
+            of_y, of_rest, of_gap, of_v, of_m, of_g, start + first, length, power_gap, power_v, power_m, sign,
+            lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z,
+            HALVES, NARROW_G,
         )  # fmt: skip
-        most_gap = tl.maximum(most_gap, _largest(gap_there, at < length))
-        if HAS_V:
-            most_v = tl.maximum(most_v, _largest(v_there, at < length))
-        if HAS_M:
-            most_m = tl.maximum(most_m, _largest(m_there, at < length))
-    new_gap, new_v, new_m = _exponent(most_gap), _exponent(most_v), _exponent(most_m)
+        most_gap = tl.maximum(most_gap, _magnitude(far_gap))
+        most_v = tl.maximum(most_v, _magnitude(far_v))
+        most_m = tl.maximum(most_m, _magnitude(far_m))
+    new_gap = _exponent(most_gap)
+    new_v, new_m = new_gap, new_gap
+    if HAS_V:
+        new_v = _exponent(most_v)
+    if HAS_M:
+        new_m = _exponent(most_m)
     _put_codes(
-        row, begin + inside, inside < length, keys, place + inside, y, gap, v, m, new_gap, new_v, new_m,
-        HAS_V, HAS_M, HALVES, WIDE,
+        of_y, of_rest, of_gap, of_v, of_m, first, length, keys, place, y, gap, v, m, new_gap, new_v, new_m,
+        HAS_V, HAS_M, HALVES,
     )  # fmt: skip
     for start in range(BLOCK, length, BLOCK):
-        at = start + inside
         y, gap, v, m = _moved_codes(
-            row, begin + at, at < length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left,
-            direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, WIDE,
+            of_y, of_rest, of_gap, of_v, of_m, of_g, start + first, length, power_gap, power_v, power_m, sign,
+            lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z,
+            HALVES, NARROW_G,
         )  # fmt: skip
         _put_codes(
-            row, begin + at, at < length, keys, place + at, y, gap, v, m, new_gap, new_v, new_m,
-            HAS_V, HAS_M, HALVES, WIDE,
+            of_y, of_rest, of_gap, of_v, of_m, start + first, length, keys, place, y, gap, v, m, new_gap, new_v,
+            new_m, HAS_V, HAS_M, HALVES,
         )  # fmt: skip
     tl.store(scale, new_gap.to(tl.int8))
     if HAS_V:
@@ -240,61 +245,60 @@ def _step_row(
 
 @triton.jit
 def _moved_codes(
-    row, at, mask, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1,
-    per2, per1, HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
-    HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
+    of_y, of_rest, of_gap, of_v, of_m, of_g, at, length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1,
+    k2, left, direct, share2, eps, share1, per2, per1, HAS_V: tl.constexpr, HAS_M: tl.constexpr,
+    SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr,
 ):  # fmt: skip
-    """Returns y, gap, v and m after the step, in float32."""
+    """Returns y, gap, v and m of a part of a row after the step, in float32; beyond its end they are 0."""
+    mask = at < length
     if HALVES:
-        rest = tl.load(_entries(row, REST, at, tl.int8, WIDE), mask).to(tl.int32)
-        code = tl.load(_entries(row, Z, at, tl.int8, WIDE), mask).to(tl.int32) * 256 + (rest & 3) * 64
-        y = _join(tl.load(_entries(row, Y, at, tl.int16, WIDE), mask), (rest >> 2) * 1024)
+        rest = tl.load(of_rest + at, mask).to(tl.int32)
+        code = tl.load(of_gap + at, mask).to(tl.int32) * 256 + (rest & 3) * 64
+        y = _join(tl.load(of_y + at, mask), (rest >> 2) * 1024)
     else:
-        code = tl.load(_entries(row, Z, at, tl.int16, WIDE), mask).to(tl.int32)
-        y = tl.load(_entries(row, Y, at, tl.float32, WIDE), mask)
+        code = tl.load(of_gap + at, mask).to(tl.int32)
+        y = tl.load(of_y + at, mask)
     gap = code.to(tl.float32) * 2.0**-15 * power_gap
     v, m = gap, gap
     if HAS_V:
-        of_v = tl.load(_entries(row, V, at, tl.uint8, WIDE), mask).to(tl.int32)
-        bits = tl.where(of_v == 0, 0, (of_v + FIRST_CODE) << SHIFT)
+        of_octave = tl.load(of_v + at, mask).to(tl.int32)
+        bits = tl.where(of_octave == 0, 0, (of_octave + FIRST_CODE) << SHIFT)
         v = bits.to(tl.float32, bitcast=True) * power_v
     if HAS_M:
-        m = tl.load(_entries(row, M, at, tl.int8, WIDE), mask).to(tl.float32) * 2.0**-7 * power_m
-    g = _gradient(row, at, mask, NARROW_G, WIDE)
-    return _moved(
-        y, gap, v, m, g, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
-        HAS_V, HAS_M, SCALED, AT_Z,
+        m = tl.load(of_m + at, mask).to(tl.float32) * 2.0**-7 * power_m
+    y, gap, v, m = _moved(
+        y, gap, v, m, _gradient(of_g + at, mask, NARROW_G), sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2,
+        eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z,
     )  # fmt: skip
+    return y, tl.where(mask, gap, 0.0), tl.where(mask, v, 0.0), tl.where(mask, m, 0.0)
 
 
 @triton.jit
 def _put_codes(
-    row, at, mask, keys, place, y, gap, v, m, new_gap, new_v, new_m,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, HALVES: tl.constexpr, WIDE: tl.constexpr,
+    of_y, of_rest, of_gap, of_v, of_m, at, length, keys, place, y, gap, v, m, new_gap, new_v, new_m,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Writes what `_moved_codes` returned, in codes of new exponents."""
-    of_gap, of_v, of_m = _draws(keys, place, HAS_M)
+    """Writes what `_moved_codes` returned, in codes of new exponents; place is that of the row."""
+    mask = at < length
+    for_gap, for_v, for_m = _draws(keys, place + at, HAS_M)
     if HALVES:
-        code = _linear(gap, new_gap, 10, of_gap)
+        code = _linear(gap, new_gap, 10, for_gap)
         old = y.to(tl.int32, bitcast=True)
-        bits = (old + (of_v & 0x3FF)) & ~0x3FF
-        bits = tl.where((old & MAGNITUDE) == INFINITE, old, bits)
+        bits = tl.where((old & MAGNITUDE) == INFINITE, old, (old + (for_v & 0x3FF)) & ~0x3FF)
         upper, lower = _split(tl.where(y != y, QUIET_NAN, bits))
-        tl.store(_entries(row, Y, at, tl.int16, WIDE), upper, mask)
-        rest = (lower.to(tl.int32) >> 10) * 4 | (code & 3)
-        tl.store(_entries(row, REST, at, tl.int8, WIDE), rest.to(tl.int8), mask)
-        tl.store(_entries(row, Z, at, tl.int8, WIDE), (code >> 2).to(tl.int8), mask)
+        tl.store(of_y + at, upper, mask)
+        tl.store(of_rest + at, ((lower.to(tl.int32) >> 10) * 4 | (code & 3)).to(tl.int8), mask)
+        tl.store(of_gap + at, (code >> 2).to(tl.int8), mask)
     else:
-        tl.store(_entries(row, Y, at, tl.float32, WIDE), y, mask)
-        code = _linear(gap, new_gap, 16, of_gap)
-        tl.store(_entries(row, Z, at, tl.int16, WIDE), code.to(tl.int16), mask)
+        tl.store(of_y + at, y, mask)
+        tl.store(of_gap + at, _linear(gap, new_gap, 16, for_gap).to(tl.int16), mask)
     if HAS_V:
         bits = (v * _power(new_v, -1)).to(tl.int32, bitcast=True)
-        code = ((bits + of_v * 8) >> SHIFT) - FIRST_CODE
+        code = ((bits + for_v * 8) >> SHIFT) - FIRST_CODE
         code = tl.where(v > 0, tl.minimum(tl.maximum(code, 1), 255), 0)
-        tl.store(_entries(row, V, at, tl.uint8, WIDE), code.to(tl.uint8), mask)
+        tl.store(of_v + at, code.to(tl.uint8), mask)
     if HAS_M:
-        tl.store(_entries(row, M, at, tl.int8, WIDE), _linear(m, new_m, 8, of_m).to(tl.int8), mask)
+        tl.store(of_m + at, _linear(m, new_m, 8, for_m).to(tl.int8), mask)
 
 
 @triton.jit
@@ -371,15 +375,15 @@ def _linear(value, exponent, BITS: tl.constexpr, draw):
 
 
 @triton.jit
-def _largest(value, mask):
-    """Returns the bits of the largest magnitude in a block; those of NaN are above all others."""
-    return tl.max(tl.where(mask, value.to(tl.int32, bitcast=True) & MAGNITUDE, 0), axis=0)
+def _magnitude(value):
+    """Returns bits that are larger for a larger magnitude; those of NaN are above all others."""
+    return value.to(tl.int32, bitcast=True) & MAGNITUDE
 
 
 @triton.jit
-def _exponent(most):
-    """Returns the exponent of a row by the bits of its largest magnitude."""
-    most = most.to(tl.float32, bitcast=True) * 1.0625
+def _exponent(magnitudes):
+    """Returns the exponent of a row."""
+    most = tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True) * 1.0625
     exponent = (most.to(tl.int32, bitcast=True) >> 23) - 126
     return tl.where(exponent >= BROKEN, BROKEN, tl.maximum(exponent, LEAST))
 
@@ -392,42 +396,56 @@ def _power(exponent, SIGN: tl.constexpr):
 
 
 @triton.jit
-def _entries(row, COLUMN: tl.constexpr, at, TYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Returns pointers to elements of a tensor whose address is in the row."""
+def _entries(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Returns a pointer to a tensor whose address is in the row."""
     address = tl.load(row + COLUMN).to(tl.pointer_type(TYPE))
     if WIDE:
         address = tl.multiple_of(address, 16)
-    return address + at
+    return address
 
 
 @triton.jit
-def _gradient(row, at, mask, NARROW_G: tl.constexpr, WIDE: tl.constexpr):
-    """Returns gradients in float32."""
-    if NARROW_G:
-        return _widened(tl.load(_entries(row, G, at, tl.int16, WIDE), mask))
-    else:
-        return tl.load(_entries(row, G, at, tl.float32, WIDE), mask)
-
-
-@triton.jit
-def _joined(row, at, mask, HALVES: tl.constexpr, WIDE: tl.constexpr):
-    """Returns y in float32, of a rest of 16 bits where there is one."""
+def _entries_of(
+    row, at, REST_TYPE: tl.constexpr, Z_TYPE: tl.constexpr, V_TYPE: tl.constexpr, M_TYPE: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Returns pointers to elements of y, rest, z or the gap, v, m and g; some other where there is none."""
+    of_z = _entries(row, Z, Z_TYPE, WIDE) + at
+    of_rest, of_v, of_m = of_z, of_z, of_z
     if HALVES:
-        rest = tl.load(_entries(row, REST, at, tl.int16, WIDE), mask).to(tl.int32)
-        return _join(tl.load(_entries(row, Y, at, tl.int16, WIDE), mask), rest)
-    else:
-        return tl.load(_entries(row, Y, at, tl.float32, WIDE), mask)
+        of_rest = _entries(row, REST, REST_TYPE, WIDE) + at
+    of_y = _entries(row, Y, tl.int16 if HALVES else tl.float32, WIDE) + at
+    if HAS_V:
+        of_v = _entries(row, V, V_TYPE, WIDE) + at
+    if HAS_M:
+        of_m = _entries(row, M, M_TYPE, WIDE) + at
+    of_g = _entries(row, G, tl.int16 if NARROW_G else tl.float32, WIDE) + at
+    return of_y, of_rest, of_z, of_v, of_m, of_g
 
 
 @triton.jit
-def _put_y(row, at, mask, y, HALVES: tl.constexpr, WIDE: tl.constexpr):
+def _gradient(of_g, mask, NARROW_G: tl.constexpr):
+    """Returns gradients in float32."""
+    g = tl.load(of_g, mask)
+    return _widened(g) if NARROW_G else g
+
+
+@triton.jit
+def _joined(of_y, of_rest, mask, HALVES: tl.constexpr):
+    """Returns y in float32, of a rest of 16 bits where there is one."""
+    y = tl.load(of_y, mask)
+    return _join(y, tl.load(of_rest, mask).to(tl.int32)) if HALVES else y
+
+
+@triton.jit
+def _put_y(of_y, of_rest, mask, y, HALVES: tl.constexpr):
     """Writes y, and its rest of 16 bits where there is one."""
     if HALVES:
         upper, lower = _split(tl.where(y != y, QUIET_NAN, y.to(tl.int32, bitcast=True)))
-        tl.store(_entries(row, Y, at, tl.int16, WIDE), upper, mask)
-        tl.store(_entries(row, REST, at, tl.int16, WIDE), lower, mask)
+        tl.store(of_y, upper, mask)
+        tl.store(of_rest, lower, mask)
     else:
-        tl.store(_entries(row, Y, at, tl.float32, WIDE), y, mask)
+        tl.store(of_y, y, mask)
 
 
 @triton.jit
