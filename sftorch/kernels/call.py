@@ -241,11 +241,11 @@ def launch(
         kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
         y_type: AS_Z or BFLOAT16_REST.
         g_type: AS_Z or BFLOAT16.
-        tables: as for a `Job`, with z, v and m in float32; checked no more than there. With keys they are of the
-            lean form or, with a table "scale", of the 8-bit one.
+        tables: as for a `Job`, with z, v and m in float32; checked no more than there. With keys they are of
+            the lean form, or with a table "scale" of the 8-bit one.
         numbers: those of NUMBERS, as for a `Job`.
-        keys: of a `Move`, for the forms that are rounded at random; default None: "exact".
-        places: in these where each tensor lies in a larger one, int64 of shape (tensors, 3), as of `place_of`.
+        keys: of a `Move`, for these forms; default None.
+        places: for these, of `drawn.places_of`; default None: all are whole.
 
     Raises:
         RuntimeError: if there is no kernel.

@@ -1,22 +1,23 @@
-"""S6 to S9* of a list of parameters in one launch; sftorch/kernels/arithmetic.h and eight.h in Triton's language.
+"""S6 to S9* of a list of parameters in one launch: arithmetic.h and eight.h of sfcore in Triton's language.
 
-A program takes BLOCK elements of one tensor, in the 8-bit form a row. Elements go through the operations of torch
-(_run_single, _run_lean and _run_eight of sftorch/step/backends.py) in their order and with IEEE roundings; with
+A program takes BLOCK elements of one tensor, in the 8-bit form a row. Elements go through the operations of
+_run_single, _run_lean and _run_eight (sftorch/step/backends.py) in their order and with IEEE roundings; with
 enable_fp_fusion=False results are equal bit for bit. All that is inside a function with @triton.jit is not
 Python: Triton reads the source. Launched by call.py.
 
-Run in Triton's interpreter and compiled for sm_90 (3.2, 3.7, 3.9; "lean" and "8bit" by 3.7 alone), never yet on a
-GPU. Triton 3.2 takes denormals for 0 in divisions and roots; the later ones do not.
+Run in Triton's interpreter and compiled for sm_90 (3.2, 3.7, 3.9), never yet on a GPU. Triton 3.2 takes
+denormals for 0 in divisions and roots; the later ones do not.
 """
 
 import triton
 import triton.language as tl
 
-# A row of the table: programs of the tensors before, elements, whether all addresses and the length of a row are
-# multiples of 16, the length of a row; where elements lie in the whole of which these are a part, which `place_of`
-# of drawn.py has in words; and addresses, those that are not used being 0.
+# A row of the table: programs of the tensors before, elements, whether all addresses and the length of the
+# tensor's rows are multiples of 16, that length; where a part lies in the whole, as `place_of` of drawn.py
+# tells it; and addresses, those that are not used being 0.
 COLUMNS = (
-    "first", "size", "aligned", "length", "begin", "run", "next", "y", "rest", "z", "v", "m", "x", "g", "scale"
+    "first", "size", "aligned", "length", "begin", "run", "next", "y", "rest", "z", "v", "m", "x", "g",
+    "scale",
 )  # fmt: skip
 FIRST, SIZE, ALIGNED, LENGTH, BEGIN, RUN, NEXT, Y, REST, Z, V, M, X, G, SCALE = map(tl.constexpr, range(15))
 WIDTH = tl.constexpr(len(COLUMNS))
@@ -50,21 +51,21 @@ def step(
     # Loads are 16 bytes wide only where the compiler knows of alignment and needs no mask.
     if (start + BLOCK <= size) & (tl.load(row + ALIGNED) != 0):
         _move(
-            row, at, None, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1,
-            HAS_V, HAS_M, SCALED, AT_Z, TO_X, HALVES, NARROW_G, True,
+            row, at, None, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1, HAS_V, HAS_M,
+            SCALED, AT_Z, TO_X, HALVES, NARROW_G, True,
         )  # fmt: skip
     else:
         _move(
-            row, at, at < size, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1,
-            HAS_V, HAS_M, SCALED, AT_Z, TO_X, HALVES, NARROW_G, False,
+            row, at, at < size, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1, HAS_V, HAS_M,
+            SCALED, AT_Z, TO_X, HALVES, NARROW_G, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _move(
-    row, at, mask, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
-    TO_X: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
+    row, at, mask, sign, lr_t, wd_y, wd_z, k1, k2, share2, eps, share1, per2, per1, HAS_V: tl.constexpr,
+    HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr, TO_X: tl.constexpr, HALVES: tl.constexpr,
+    NARROW_G: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # All loads come first, those of addresses too: the compiler may move none of them ahead of a store.
     of_y, of_rest, of_z, of_v, of_m, of_g = _entries_of(
@@ -116,13 +117,13 @@ def step_lean(
         place = begin + at // run * tl.load(row + NEXT) + at % run
     if (start + BLOCK <= size) & (tl.load(row + ALIGNED) != 0):
         _move_lean(
-            row, at, None, keys, place, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2,
-            per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, True,
+            row, at, None, keys, place, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1,
+            per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, True,
         )  # fmt: skip
     else:
         _move_lean(
-            row, at, at < size, keys, place, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1,
-            per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, False,
+            row, at, at < size, keys, place, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps,
+            share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, False,
         )  # fmt: skip
 
 
@@ -144,8 +145,8 @@ def _move_lean(
     g = _gradient(of_g, mask, NARROW_G)
     for_gap, for_v, for_m = _draws(keys, place, HAS_M)
     y, gap, v, m = _moved(
-        y, gap, v, m, g, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
-        HAS_V, HAS_M, SCALED, AT_Z,
+        y, gap, v, m, g, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V,
+        HAS_M, SCALED, AT_Z,
     )  # fmt: skip
     _put_y(of_y, of_rest, mask, y, HALVES)
     tl.store(of_gap, _rounded(gap, for_gap), mask)
@@ -158,8 +159,8 @@ def _move_lean(
 @triton.jit
 def step_eight(
     table, owners, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
-    HALVES: tl.constexpr, NARROW_G: tl.constexpr, HASHES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr,
+    NARROW_G: tl.constexpr, HASHES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same in the 8-bit form: a program has one row of a tensor."""
     program = tl.program_id(0)
@@ -181,8 +182,8 @@ def step_eight(
 @triton.jit
 def _step_row(
     row, which, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
-    HALVES: tl.constexpr, NARROW_G: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr,
+    NARROW_G: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     length = tl.load(row + LENGTH)
     if WIDE:
@@ -190,8 +191,8 @@ def _step_row(
     begin = which * length
     place = tl.load(row + BEGIN) + begin
     of_y, of_rest, of_gap, of_v, of_m, of_g = _entries_of(
-        row, begin, tl.int8, tl.int8 if HALVES else tl.int16, tl.uint8, tl.int8, HAS_V, HAS_M, HALVES, NARROW_G,
-        WIDE,
+        row, begin, tl.int8, tl.int8 if HALVES else tl.int16, tl.uint8, tl.int8, HAS_V, HAS_M, HALVES,
+        NARROW_G, WIDE,
     )  # fmt: skip
     scale = tl.load(row + SCALE).to(tl.pointer_type(tl.int8)) + which * (1 + HAS_V + HAS_M)
     power_gap = _power(tl.load(scale).to(tl.int32), 1)
@@ -203,15 +204,16 @@ def _step_row(
     first = tl.arange(0, BLOCK)
     y, gap, v, m = _moved_codes(
         of_y, of_rest, of_gap, of_v, of_m, of_g, first, length, power_gap, power_v, power_m, sign, lr_t, wd_y,
-        wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G,
+        wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z, HALVES,
+        NARROW_G,
     )  # fmt: skip
     most_gap, most_v, most_m = _magnitude(gap), _magnitude(v), _magnitude(m)
     # A longer row is computed twice: its exponents are known only when its last element has moved.
     for start in range(BLOCK, length, BLOCK):
         _, far_gap, far_v, far_m = _moved_codes(
             of_y, of_rest, of_gap, of_v, of_m, of_g, start + first, length, power_gap, power_v, power_m, sign,
-            lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z,
-            HALVES, NARROW_G,
+            lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED,
+            AT_Z, HALVES, NARROW_G,
         )  # fmt: skip
         most_gap = tl.maximum(most_gap, _magnitude(far_gap))
         most_v = tl.maximum(most_v, _magnitude(far_v))
@@ -229,12 +231,12 @@ def _step_row(
     for start in range(BLOCK, length, BLOCK):
         y, gap, v, m = _moved_codes(
             of_y, of_rest, of_gap, of_v, of_m, of_g, start + first, length, power_gap, power_v, power_m, sign,
-            lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z,
-            HALVES, NARROW_G,
+            lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED,
+            AT_Z, HALVES, NARROW_G,
         )  # fmt: skip
         _put_codes(
-            of_y, of_rest, of_gap, of_v, of_m, start + first, length, keys, place, y, gap, v, m, new_gap, new_v,
-            new_m, HAS_V, HAS_M, HALVES,
+            of_y, of_rest, of_gap, of_v, of_m, start + first, length, keys, place, y, gap, v, m, new_gap,
+            new_v, new_m, HAS_V, HAS_M, HALVES,
         )  # fmt: skip
     tl.store(scale, new_gap.to(tl.int8))
     if HAS_V:
@@ -245,8 +247,8 @@ def _step_row(
 
 @triton.jit
 def _moved_codes(
-    of_y, of_rest, of_gap, of_v, of_m, of_g, at, length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z, k1,
-    k2, left, direct, share2, eps, share1, per2, per1, HAS_V: tl.constexpr, HAS_M: tl.constexpr,
+    of_y, of_rest, of_gap, of_v, of_m, of_g, at, length, power_gap, power_v, power_m, sign, lr_t, wd_y, wd_z,
+    k1, k2, left, direct, share2, eps, share1, per2, per1, HAS_V: tl.constexpr, HAS_M: tl.constexpr,
     SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr,
 ):  # fmt: skip
     """Returns y, gap, v and m of a part of a row after the step, in float32; beyond its end they are 0."""
@@ -267,8 +269,8 @@ def _moved_codes(
     if HAS_M:
         m = tl.load(of_m + at, mask).to(tl.float32) * 2.0**-7 * power_m
     y, gap, v, m = _moved(
-        y, gap, v, m, _gradient(of_g + at, mask, NARROW_G), sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2,
-        eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z,
+        y, gap, v, m, _gradient(of_g + at, mask, NARROW_G), sign, lr_t, wd_y, wd_z, k1, k2, left, direct,
+        share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z,
     )  # fmt: skip
     return y, tl.where(mask, gap, 0.0), tl.where(mask, v, 0.0), tl.where(mask, m, 0.0)
 
@@ -303,8 +305,8 @@ def _put_codes(
 
 @triton.jit
 def _delta(
-    y, z, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
+    y, z, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1, HAS_V: tl.constexpr,
+    HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
 ):  # fmt: skip
     """Returns S6 and the new moments."""
     g = sign * g
@@ -329,7 +331,24 @@ def _moved(
 ):  # fmt: skip
     """Returns y, the gap and the moments after a step of the forms that are kept by the gap; k2 is beta."""
     delta, v, m = _delta(
-        y, y + gap, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z
+        y,
+        y + gap,
+        v,
+        m,
+        g,
+        sign,
+        lr_t,
+        wd_y,
+        wd_z,
+        share2,
+        eps,
+        share1,
+        per2,
+        per1,
+        HAS_V,
+        HAS_M,
+        SCALED,
+        AT_Z,
     )
     w = gap + k2 * delta
     return y + (k1 * w + direct * delta), left * w, v, m  # S9* S7
@@ -337,7 +356,7 @@ def _moved(
 
 @triton.jit
 def _draws(keys, place, HAS_M: tl.constexpr):
-    """Returns what gap, v and m are rounded by (`draws` in sftorch/step/backends.py); y has the end of v's."""
+    """Returns what gap, v and m are rounded by, as `draws` in sftorch/step/backends.py."""
     bits = _hash(keys, 0, place)
     of_m = bits
     if HAS_M:
@@ -347,7 +366,7 @@ def _draws(keys, place, HAS_M: tl.constexpr):
 
 @triton.jit
 def _hash(keys, WHICH: tl.constexpr, place):
-    """Returns 32 random bits of elements, uint32 (`noise` in sftorch/step/backends.py)."""
+    """Returns 32 random bits of elements, uint32, as `noise` in sftorch/step/backends.py."""
     one = tl.load(keys + 2 * WHICH).to(tl.uint32, bitcast=True)
     other = tl.load(keys + 2 * WHICH + 1).to(tl.uint32, bitcast=True)
     bits = place.to(tl.uint32) * 0x9E3779B9 + one
@@ -407,7 +426,8 @@ def _entries(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _entries_of(
     row, at, REST_TYPE: tl.constexpr, Z_TYPE: tl.constexpr, V_TYPE: tl.constexpr, M_TYPE: tl.constexpr,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr, WIDE: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_M: tl.constexpr, HALVES: tl.constexpr, NARROW_G: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Returns pointers to elements of y, rest, z or the gap, v, m and g; some other where there is none."""
     of_z = _entries(row, Z, Z_TYPE, WIDE) + at

@@ -225,7 +225,6 @@ def _kernel(
     find: Callable[[Move], object],
     run: Callable[[Move, Numbers], None],
     why_not: Callable[[Move], str] | None = None,
-    rounds: bool = False,
 ) -> Backend:
     """Returns the kernel of a device as a backend.
 
@@ -235,7 +234,6 @@ def _kernel(
         find: move -> its kernel, or why there is none.
         why_not: move -> what is wrong with the kernel here, "" if it is right; None for a kernel that is the
             default.
-        rounds: whether it also runs the forms that are rounded at random.
     """
 
     def takes(move: Move) -> str | None:
@@ -245,9 +243,6 @@ def _kernel(
         y = move.ys[0]
         if y.device.type != device:
             return f"parameters must be on a {device} device, got {y.device}"
-        if move.keys is not None and not rounds:
-            form = "8bit" if move.scales else "lean"
-            return f"precision must be 'exact', got {form!r}: the kernel has no random rounding"
         if y.dtype not in dtypes:
             names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
             return f"parameters on {y.device} must be of one of {names}, got {y.dtype}"
@@ -306,11 +301,14 @@ def why_not_triton(move: Move) -> str:
     if is_fake(move.ys[0]):
         return "parameters must hold numbers, got fake tensors"
     dtypes = [(name, tensors[0].dtype) for name, tensors in _tables(move).items()]
-    return _tried(move.direction, tuple(dtypes), move.ys[0].device)
+    form = forms.EXACT if move.keys is None else forms.EIGHT if move.scales else forms.LEAN
+    return _tried(move.direction, form, tuple(dtypes), move.ys[0].device)
 
 
 @functools.cache
-def _tried(direction: Direction, dtypes: tuple[tuple[str, torch.dtype], ...], device: torch.device) -> str:
+def _tried(
+    direction: Direction, form: str, dtypes: tuple[tuple[str, torch.dtype], ...], device: torch.device
+) -> str:
     """Tries the kernel once; each of two steps at either decay, and one of them with maximize."""
     names = [name for name, column in _COLUMN.items() if column in dict(dtypes)]
 
@@ -326,16 +324,19 @@ def _tried(direction: Direction, dtypes: tuple[tuple[str, torch.dtype], ...], de
             foreach=False,
             fused=True,
             maximize=number % 2 == 1,
-            keys=None,
+            keys=None if form == forms.EXACT else keys(0, range(len(tables["y"])), number + 1, len(names)),
             kept={},
+            places=check.PLACES if form == forms.LEAN else (),
+            scales=list(tables.get(eight.SCALE, ())),
+            columns=tuple((name, at) for at, name in enumerate(names, start=1)),
         )
         for decays in ((0.1, 0.0), (0.0, 0.1)):
             backend.run(move, check.numbers_of(direction.kernel, number + 1, *decays))
 
-    runs = [functools.partial(step, backend) for backend in (TRITON, SINGLE)]
+    runs = [functools.partial(step, one) for one in (TRITON, SINGLE if form == forms.EXACT else LEAN)]
     why = check.why_wrong(dict(dtypes), device, *runs)
     if why:
-        check.give_notice(device, why)
+        check.give_notice(form, device, why)
     return why
 
 
@@ -608,7 +609,7 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
 # Complex tensors come as their reals, and are told of.
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
-NATIVE = _kernel("native", "cpu", _CPU_DTYPES, _find_native, _run_native, rounds=True)
+NATIVE = _kernel("native", "cpu", _CPU_DTYPES, _find_native, _run_native)
 TRITON = _kernel(
     "triton",
     "cuda",

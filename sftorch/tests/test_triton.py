@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,35 +25,33 @@ from sftorch.tests.fused_runs import CASES, assert_fused_is_single, same, specia
 from sftorch.tests.plain import CLASSES, CLOSURES, STEP_SIZE, feed, some_grads, some_params
 
 triton = pytest.importorskip("triton")
-KERNEL = "sftorch.kernels.triton_step"
 SHAPES = [(1003,), (3, 5), (0,), (), (call.BLOCK,), (3 * call.BLOCK,), (2 * call.BLOCK + 1,)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Has the kernel interpreted, and takes it for the CPU."""
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setenv("TRITON_INTERPRET", "1")
+def taken_for_the_cpu(interpreted):
+    """Has the interpreted kernels run where those in C do."""
+    with pytest.MonkeyPatch.context() as patch:
         taking = backends.NATIVE._replace(run=backends.TRITON.run)
         patch.setattr(backends, "BACKENDS", [taking, *backends.BACKENDS[1:]])
-        sys.modules.pop(KERNEL, None)
-        call.find_triton.cache_clear()
         yield
-    sys.modules.pop(KERNEL, None)
-    call.find_triton.cache_clear()
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Notes how many programs each launch has."""
-    seen, step = [], call.find_triton().step
+    seen, kernel = [], call.find_triton()
 
     class Counting:
+        def __init__(self, step):
+            self.step = step
+
         def __getitem__(self, grid):
             seen.append(grid)
-            return step[grid]
+            return self.step[grid]
 
-    monkeypatch.setattr(call.find_triton(), "step", Counting())
+    for name in ("step", "step_lean", "step_eight"):
+        monkeypatch.setattr(kernel, name, Counting(getattr(kernel, name)))
     return seen
 
 
