@@ -16,7 +16,7 @@ import numpy as np
 from sfcore import codes, laws
 from sfjax.law.iterates import as_held
 
-NEAREST = np.uint32(1 << 31)  # in place of random bits
+NEAREST, NEAREST_REST = 1 << 15, 1 << 9  # in place of a random draw
 REST = jnp.int8
 _DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float32))
 
@@ -63,34 +63,34 @@ def _power(exponent: jax.Array, ndim: int, sign: int = 1) -> jax.Array:
     return power.reshape(-1, *[1] * (ndim - 1))
 
 
-def linear(value: jax.Array, exponent: jax.Array, bits: int, noise: Any = NEAREST) -> jax.Array:
+def linear(value: jax.Array, exponent: jax.Array, bits: int, draw: Any = NEAREST) -> jax.Array:
     """Returns codes in the upper bits of int32 numbers of 16.
 
     Args:
         value: float32.
         exponent: of its rows.
         bits: that are kept.
-        noise: 32 random bits an element, evenly.
+        draw: how many of 65,536 parts of the way to the next code a number is put up; what is then not whole
+            is cut off.
     """
-    wide = value * _power(exponent, value.ndim, -1) * 2.0 ** (bits - 1)
-    below = jnp.floor(wide)
-    code = jnp.where(wide - below > _share(noise), below + 1, below)
-    return jnp.nan_to_num(code).astype(jnp.int32) << (16 - bits)
+    parts = jnp.round(value * _power(exponent, value.ndim, -1) * 2.0 ** (bits + 15))
+    code = (jnp.nan_to_num(parts).astype(jnp.int32) + jnp.asarray(draw, jnp.int32)) >> 16
+    return code << (16 - bits)
 
 
-def log(value: jax.Array, exponent: jax.Array, noise: Any = NEAREST) -> jax.Array:
+def log(value: jax.Array, exponent: jax.Array, draw: Any = NEAREST) -> jax.Array:
     """Returns the codes of numbers that are not negative; arguments as of `linear`."""
     bits = jax.lax.bitcast_convert_type(value * _power(exponent, value.ndim, -1), jnp.uint32)
-    noisy = bits + (jnp.asarray(noise) >> (32 - codes.SHIFT))
+    noisy = bits + jnp.asarray(draw, jnp.uint32) * 8
     code = (noisy >> codes.SHIFT).astype(jnp.int32) - codes.FIRST
     return jnp.where(value > 0, jnp.clip(code, 1, 255), 0).astype(jnp.uint8)
 
 
-def encoded(dtype: Any, value: jax.Array, exponent: jax.Array, noise: Any = NEAREST) -> jax.Array:
+def encoded(dtype: Any, value: jax.Array, exponent: jax.Array, draw: Any = NEAREST) -> jax.Array:
     """Returns the codes of a moment, of a dtype: uint8 is LOG, int8 LINEAR."""
     if dtype == jnp.uint8:
-        return log(value, exponent, noise)
-    return (linear(value, exponent, 8, noise) >> 8).astype(jnp.int8)
+        return log(value, exponent, draw)
+    return (linear(value, exponent, 8, draw) >> 8).astype(jnp.int8)
 
 
 def decoded(code: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -119,10 +119,16 @@ def packed(rest: jax.Array, gap: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (gap >> 8).astype(jnp.int8), (rest * 4 + ((gap >> 6) & 3)).astype(REST)
 
 
-def split(y: jax.Array, p: jax.Array, noise: Any = NEAREST) -> tuple[jax.Array, jax.Array]:
-    """Returns the update that takes a bfloat16 p next to y, and what is left in 64ths of its last place."""
-    near = as_held(y, p.dtype)
-    y = near + jnp.floor(_in_units(y, near) + _share(noise)) * unit(near)
+def split(y: jax.Array, p: jax.Array, draw: Any = NEAREST_REST) -> tuple[jax.Array, jax.Array]:
+    """Returns the update that takes a bfloat16 p next to y, and what is left in 64ths of its last place.
+
+    Args:
+        y: float32.
+        p: the parameter.
+        draw: how many of 1,024 parts of such a 64th y is put up; what is then not whole is cut off.
+    """
+    near, share = as_held(y, p.dtype), jnp.asarray(draw).astype(jnp.float32) * 2.0**-10
+    y = near + jnp.floor(_in_units(y, near) + share) * unit(near)
     old = p.astype(jnp.float32)
     # Up where y lies between two, for a rest goes from -32 to 31.
     update = as_held(as_held(y + 0.25 * unit(y), p.dtype) - old, p.dtype)
@@ -134,11 +140,6 @@ def split(y: jax.Array, p: jax.Array, noise: Any = NEAREST) -> tuple[jax.Array, 
 def _in_units(y: jax.Array, near: jax.Array) -> jax.Array:
     """Returns what y is more than a number next to it, in units of that."""
     return jnp.where(unit(near) > 0, (y - near) / jnp.where(unit(near) > 0, unit(near), 1.0), 0.0)
-
-
-def _share(noise: Any) -> jax.Array:
-    """Returns 32 random bits as a number in [0, 1)."""
-    return (jnp.asarray(noise) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def unit(y: jax.Array) -> jax.Array:

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from sfcore.codes import GAP_BITS
 from sfjax.law.scalars import Next
 from sfjax.state import eight
-from sfjax.step.lean import GAP, MOMENTS, Draw, moved, noise
-
-_Y = 63  # the number of y among the buffers of a leaf; those have the small ones
+from sfjax.step.lean import GAP, Draw, drawn, moved
 
 
 def advance(
@@ -25,11 +23,11 @@ def advance(
     """Takes one step; returns what `lean.advance` does, in codes, and the exponents of the gap."""
     y, gap = moved(y, gap, delta, k, beta)  # S7 S9*
     exponent = eight.exponents(gap)
-    share = noise(p.shape, draw, GAP)
+    of_gap = drawn(p.shape, draw, GAP)
     if p.dtype == jnp.float32:
-        return (y - p, eight.linear(gap, exponent, 16, share).astype(jnp.int16), None), exponent
-    update, rest = eight.split(y, p, noise(p.shape, draw, _Y))
-    code = eight.linear(gap, exponent, GAP_BITS, share)
+        return (y - p, eight.linear(gap, exponent, 16, of_gap).astype(jnp.int16), None), exponent
+    update, rest = eight.split(y, p, drawn(p.shape, draw, GAP + 1) & 0x3FF)  # what counts least for v
+    code = eight.linear(gap, exponent, GAP_BITS, of_gap)
     return (update, *eight.packed(rest, code)), exponent
 
 
@@ -77,8 +75,8 @@ def close(
                 continue
             value = leaves[i].astype(jnp.float32)
             scale.append(eight.exponents(value))
-            drawn = noise(value.shape, Draw(seed, i, step), MOMENTS + base._fields.index(name))
-            leaves[i] = eight.encoded(old.dtype, value, scale[-1], drawn)
+            of_value = drawn(value.shape, Draw(seed, i, step), eight.column(name, base))
+            leaves[i] = eight.encoded(old.dtype, value, scale[-1], of_value)
         return tree.unflatten(leaves)
 
     closed = _each(base, one)

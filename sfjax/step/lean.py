@@ -19,7 +19,7 @@ from sfjax.law.iterates import as_held
 from sfjax.law.scalars import Next
 from sfjax.state import forms
 
-GAP, MOMENTS = range(2)
+GAP = 0  # the number of z - y among what is rounded; the buffers have those of their columns in a scale
 
 
 class Draw(NamedTuple):
@@ -51,15 +51,21 @@ def moved(
     return y + (k1 * old + k2 * delta), (1.0 - k1) * w  # S7 S9*
 
 
-def rounded(value: jax.Array, draw: Draw, buffer: int) -> jax.Array:
+def rounded(value: jax.Array, draw: Draw, number: int) -> jax.Array:
     """Returns a float32 array in bfloat16, up or down at random and right on average."""
     bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    noisy = (bits + (noise(value.shape, draw, buffer) >> 16)) & jnp.uint32(0xFFFF0000)
+    noisy = (bits + drawn(value.shape, draw, number)) & jnp.uint32(0xFFFF0000)
     up_or_down = jax.lax.bitcast_convert_type(noisy, jnp.float32)
     return jnp.where(jnp.isfinite(value), up_or_down, value).astype(forms.NARROW)
 
 
-def noise(shape: tuple[int, ...], draw: Draw, buffer: int) -> jax.Array:
+def drawn(shape: tuple[int, ...], draw: Draw, number: int) -> jax.Array:
+    """Returns 16 random bits an element, by the number of what is rounded; two of them share a hash."""
+    bits = _noise(shape, draw, number // 2)
+    return bits & 0xFFFF if number % 2 else bits >> 16
+
+
+def _noise(shape: tuple[int, ...], draw: Draw, number: int) -> jax.Array:
     """Returns 32 random bits an element, a hash of where and when it is."""
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -67,7 +73,7 @@ def noise(shape: tuple[int, ...], draw: Draw, buffer: int) -> jax.Array:
         index = index + along * jnp.uint32(stride & 0xFFFFFFFF)
         stride *= shape[axis]
     key = _mix(jnp.asarray(draw.seed, jnp.uint32).reshape(()) ^ jnp.uint32(0x9E3779B9))
-    for word in (jnp.uint32(draw.leaf), draw.step.astype(jnp.uint32), jnp.uint32(buffer)):
+    for word in (jnp.uint32(draw.leaf), draw.step.astype(jnp.uint32), jnp.uint32(number)):
         key = _mix(key ^ word) + jnp.uint32(0x9E3779B9)
     return _mix(_mix(index ^ key) + key)
 

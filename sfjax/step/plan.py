@@ -16,6 +16,7 @@ from sfjax.law.iterates import wide_dtype
 from sfjax.law.scalars import Clock, Next, as_scalar, first_clock, next_step
 from sfjax.state import arguments, forms
 from sfjax.state.arguments import is_zero
+from sfjax.state.eight import column as column_of
 from sfjax.state.eight import dtype_of, gap_of, in_order
 from sfjax.state.forms import ScheduleFreeState
 from sfjax.step import eight, lean, native
@@ -133,7 +134,7 @@ def directed(direction: Direction, given: Mapping[str, Any]) -> optax.GradientTr
                     column[i] = after[i][name]
                     if old.dtype == forms.NARROW:  # the lean form
                         draw = lean.Draw(given["seed"], i, k.clock.step)
-                        column[i] = lean.rounded(column[i], draw, lean.MOMENTS + state._fields.index(name))
+                        column[i] = lean.rounded(column[i], draw, column_of(name, state))
         trees = {name: tree.unflatten(column) for name, column in columns.items()}
         return tree.unflatten(deltas), state._replace(**trees)
 

@@ -36,8 +36,8 @@ def grads(steps: int, seed: int = 2) -> Any:
     }
 
 
-def noise(shape: tuple[int, ...], number: int) -> jax.Array:
-    return lean.noise(shape, lean.Draw(0, number, jnp.int32(1)), 0)
+def drawn(shape: tuple[int, ...], number: int) -> jax.Array:
+    return lean.drawn(shape, lean.Draw(0, number, jnp.int32(1)), number)
 
 
 @SLOW
@@ -47,14 +47,14 @@ def test_linear_is_right_on_average_and_exact_where_it_can_be(bits: int) -> None
     value = jnp.tile(jnp.linspace(-3, 3, 64), (4000, 1))
     exponent = eight.exponents(value)
     found = eight.decoded(
-        eight.linear(value, exponent, bits, noise(value.shape, 1)).astype(jnp.int16), exponent
+        eight.linear(value, exponent, bits, drawn(value.shape, 1)).astype(jnp.int16), exponent
     )
     quantum = 4 * 2.0 ** (1 - bits)
     assert float(jnp.abs(found - value).max()) < quantum
     # The mean of 4000 deviates by quantum / 2 / 63 at most.
     off = np.asarray(found, np.float64).mean(0) - np.asarray(value[0], np.float64)
     assert (np.abs(off) < 6 * quantum / 2 / 4000**0.5).all()
-    again = eight.linear(found, exponent, bits, noise(value.shape, 2)).astype(jnp.int16)
+    again = eight.linear(found, exponent, bits, drawn(value.shape, 2)).astype(jnp.int16)
     np.testing.assert_array_equal(eight.decoded(again, exponent), found)
 
 
@@ -62,11 +62,11 @@ def test_linear_is_right_on_average_and_exact_where_it_can_be(bits: int) -> None
 def test_log_is_right_on_average_exact_where_it_can_be_and_never_0_above_0() -> None:
     value = jnp.tile(jnp.logspace(-4.5, 0, 64), (4000, 1)).at[:, 0].set(0.0)
     exponent = eight.exponents(value)
-    found = eight.decoded(eight.log(value, exponent, noise(value.shape, 1)), exponent)
+    found = eight.decoded(eight.log(value, exponent, drawn(value.shape, 1)), exponent)
     assert bool((jnp.abs(found - value) < value / 16 + 1e-30).all())
     off = np.asarray(found, np.float64).mean(0) - np.asarray(value[0], np.float64)
     assert (np.abs(off) <= 6 * np.asarray(value[0]) / 16 / 2 / 4000**0.5).all()
-    again = eight.log(found, exponent, noise(value.shape, 2))
+    again = eight.log(found, exponent, drawn(value.shape, 2))
     np.testing.assert_array_equal(eight.decoded(again, exponent), found)
     tiny = jnp.asarray([[1.0, 1e-30, 0.0]])
     assert eight.log(tiny, eight.exponents(tiny))[0, 1:].tolist() == [1, 0]
@@ -101,7 +101,7 @@ def test_a_y_beside_bfloat16_is_right_on_average(sign: int) -> None:
     # Between two places, across a power of two, and where a rest would be a half.
     for start, y in ((1.0, 1 + 2.0**-15), (1.0, 1 - 2.0**-16), (1.0, 1 + 2.0**-8 + 2.0**-15), (1.5, 1.7)):
         p = jnp.full((400, 500), sign * start, jnp.bfloat16)
-        update, rest = eight.split(jnp.full(p.shape, sign * y, jnp.float32), p, noise(p.shape, 3))
+        update, rest = eight.split(jnp.full(p.shape, sign * y, jnp.float32), p, drawn(p.shape, 3) & 0x3FF)
         new = (p + update).astype(jnp.bfloat16)
         found = np.asarray(new.astype(jnp.float32) + rest.astype(jnp.float32) * eight.unit(new), np.float64)
         # 200,000 roundings of at most half of 2^-13: four deviations of their mean.

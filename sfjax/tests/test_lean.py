@@ -65,15 +65,15 @@ def test_the_rounding_is_right_on_average_and_leaves_what_bfloat16_has() -> None
 
 
 @pytest.mark.optimized
-def test_bits_depend_on_seed_leaf_step_and_buffer_alone() -> None:
-    def draw(seed: Any = 0, leaf: int = 0, step: int = 0, buffer: int = 0) -> np.ndarray:
-        return np.asarray(lean.noise((64,), lean.Draw(seed, leaf, jnp.int32(step)), buffer))
+def test_bits_depend_on_seed_leaf_step_and_number_alone() -> None:
+    def draw(seed: Any = 0, leaf: int = 0, step: int = 0, number: int = 0) -> np.ndarray:
+        return np.asarray(lean.drawn((64,), lean.Draw(seed, leaf, jnp.int32(step)), number))
 
-    others = [draw(seed=1), draw(leaf=1), draw(step=1), draw(buffer=1)]
+    others = [draw(seed=1), draw(leaf=1), draw(step=1), *(draw(number=n) for n in (1, 2, 3))]
     assert all((draw() != other).mean() > 0.9 for other in others)
     np.testing.assert_array_equal(draw(), draw(jnp.float32(0)))
     np.testing.assert_array_equal(
-        draw(), jax.jit(lambda: lean.noise((8, 8), lean.Draw(0, 0, jnp.int32(0)), 0))().ravel()
+        draw(), jax.jit(lambda: lean.drawn((8, 8), lean.Draw(0, 0, jnp.int32(0)), 0))().ravel()
     )
 
 
