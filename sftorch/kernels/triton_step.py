@@ -22,7 +22,6 @@ COLUMNS = (
 FIRST, SIZE, ALIGNED, LENGTH, BEGIN, RUN, NEXT, Y, REST, Z, V, M, X, G, SCALE = map(tl.constexpr, range(15))
 WIDTH = tl.constexpr(len(COLUMNS))
 QUIET_NAN = tl.constexpr(0x7FC00000)
-INFINITE = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 # Of sfcore/codes.py.
 BROKEN, LEAST, FIRST_CODE, SHIFT = map(tl.constexpr, (127, -120, 1776, 19))
@@ -285,8 +284,7 @@ def _put_codes(
     for_gap, for_v, for_m = _draws(keys, place + at, HAS_M)
     if HALVES:
         code = _linear(gap, new_gap, 10, for_gap)
-        old = y.to(tl.int32, bitcast=True)
-        bits = tl.where((old & MAGNITUDE) == INFINITE, old, (old + (for_v & 0x3FF)) & ~0x3FF)
+        bits = (y.to(tl.int32, bitcast=True) + (for_v & 0x3FF)) & ~0x3FF  # which leaves inf as it is
         upper, lower = _split(tl.where(y != y, QUIET_NAN, bits))
         tl.store(of_y + at, upper, mask)
         tl.store(of_rest + at, ((lower.to(tl.int32) >> 10) * 4 | (code & 3)).to(tl.int8), mask)
