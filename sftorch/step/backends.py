@@ -181,7 +181,7 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     Gradients of other kinds than a kernel takes, which are rare, are copied.
     """
     tables, count = _tables(move), len(move.ys)
-    if move.keys is None and call.all_fit(tables):
+    if call.all_fit(tables) if move.keys is None else drawn.all_fit(tables, move.places):
         return [(kernel, move)]
     grads = list(move.grads)
     taken: dict[torch.dtype, list[int]] = {}
