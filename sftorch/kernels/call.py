@@ -27,15 +27,16 @@ from sfcore.native.kinds import Kind as Kind
 from sftorch.law.parts import PLAIN
 
 TABLES = ("y", "rest", "z", "v", "m", "x", "g")  # as in job.h and in triton_step.COLUMNS
-_ADDRESSES = (*TABLES, "scale")
+_ADDRESSES = (*TABLES, "scale")  # of a launch of Triton
+_ALIGNED = 2  # the row of `_facts`
 NUMBERS = ("sign", "lr_t", "wd_y", "wd_z", "k1", "k2", "b2", "eps", "m1", "correction2", "correction1")
 ZEROS = (0.0,) * len(NUMBERS)
 Tables = Mapping[str, Sequence[Tensor]]  # by the names of TABLES
 _log = logging.getLogger("sftorch")
 _PACKED = struct.Struct(f"{len(NUMBERS)}d")
 _WIDE = (torch.float32, torch.float64)
-# Four elements a thread: loads of 16 bytes in float32. AdamW then takes 48 registers; with eight elements it
-# takes 98, which leaves room for a quarter of the threads (compiled for sm_90 by Triton 3.7).
+# Four elements a thread: loads of 16 bytes in float32. AdamW then takes 53 registers, 64 in the 8-bit form;
+# with eight it takes 106 and 114, which leaves room for half the threads (compiled for sm_90 by Triton 3.7).
 BLOCK = 1024
 WARPS = 8
 KEPT = 64  # tables; a batch needs one. step_in_backward needs one a parameter, and may send them anew
@@ -237,12 +238,14 @@ def launch(
 ) -> None:
     """Runs a step over lists of tensors in one launch, on the current stream of their device.
 
+    Rows that loads can be wide for and other rows are a launch each.
+
     Args:
         kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
         y_type: AS_Z or BFLOAT16_REST.
         g_type: AS_Z or BFLOAT16.
         tables: as for a `Job`, with z, v and m in float32; checked no more than there. With keys they are of
-            the lean form, or with a table "scale" of the 8-bit one.
+            the lean form, or with a table "scale" of the 8-bit one, in rows of less than 2^31 elements.
         numbers: those of NUMBERS, as for a `Job`.
         keys: of a `Move`, for these forms; default None.
         places: for these, of `drawn.places_of`; default None: all are whole.
@@ -264,10 +267,24 @@ def launch(
         given[f"per{moment}"] = 1.0 / (given.pop(f"correction{moment}") or 1.0)
     ys = tables["y"]
     device = ys[0].device
-    facts = _facts(ys, places, "scale" in tables)
-    addresses = np.zeros((len(_ADDRESSES), len(ys)), dtype=np.int64)
-    for name, tensors in tables.items():
-        addresses[_ADDRESSES.index(name)] = [t.data_ptr() for t in tensors]
+    constants: dict[str, Any] = {
+        "HAS_V": kind != Kind.SGD,
+        "HAS_M": kind == Kind.ADAMW_MOMENTUM,
+        "SCALED": kind in (Kind.ADAMW, Kind.ADAMW_MOMENTUM),
+        "AT_Z": given["wd_z"] != 0,
+        "HALVES": y_type == Element.BFLOAT16_REST,
+        "NARROW_G": g_type == Element.BFLOAT16,
+        "BLOCK": BLOCK,
+        "num_warps": WARPS,
+        "enable_fp_fusion": False,
+    }
+    by_rows = "scale" in tables
+    if keys is None:
+        step, constants["TO_X"] = kernel.step, "x" in tables
+    else:
+        step, constants["HASHES"] = kernel.step_eight if by_rows else kernel.step_lean, keys.shape[1]
+        given |= {"left": 1.0 - given["k1"], "direct": 1.0 - given["k2"]}
+    facts = _facts(tables, places, by_rows)
     on_device: AbstractContextManager[object] = nullcontext()
     stream = 0
     if device.type == "cuda":
@@ -275,66 +292,52 @@ def launch(
         # What is sent on one stream is used and freed on it alone.
         stream = torch.cuda.current_stream(device).cuda_stream
     with on_device:
-        owners = _owners(device, stream, facts.tobytes())
-        if len(owners) == 0:
-            return
-        step = kernel.step
-        if keys is None:
-            given["TO_X"] = "x" in tables
-        else:
-            step = kernel.step_eight if "scale" in tables else kernel.step_lean
-            given |= {"left": 1.0 - given["k1"], "direct": 1.0 - given["k2"], "HASHES": keys.shape[1]}
-            given["keys"] = _sent(keys.numpy().astype(np.int32), device)  # new in every step
-        step[(len(owners),)](
-            _table(device, stream, facts.tobytes(), addresses.tobytes()),
-            owners,
-            **given,
-            HAS_V=kind != Kind.SGD,
-            HAS_M=kind == Kind.ADAMW_MOMENTUM,
-            SCALED=kind in (Kind.ADAMW, Kind.ADAMW_MOMENTUM),
-            AT_Z=given["wd_z"] != 0,
-            HALVES=y_type == Element.BFLOAT16_REST,
-            NARROW_G=g_type == Element.BFLOAT16,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+        for wide in (True, False) if by_rows else (None,):
+            chosen = slice(None) if wide is None else facts[_ALIGNED] == wide
+            of_launch = facts[:, chosen]
+            owners = _owners(device, stream, of_launch[:_ALIGNED].tobytes())
+            if len(owners) == 0:
+                continue
+            table = _table(device, stream, of_launch.tobytes(), of_launch.shape[1])
+            if keys is not None:  # new in every step
+                given["keys"] = _sent(keys.numpy()[chosen].astype(np.int32), device)
+            if wide is not None:
+                constants["WIDE"] = wide
+            step[(len(owners),)](table, owners, **given, **constants)
 
 
-def _facts(ys: Sequence[Tensor], places: np.ndarray | None, by_rows: bool) -> np.ndarray:
-    """Returns what programs need to know of tensors beside addresses, int64 of shape (5, tensors).
-
-    These are the elements, those of a row (0 where programs do not go by rows), and the places.
-    """
+def _facts(tables: Tables, places: np.ndarray | None, by_rows: bool) -> np.ndarray:
+    """Returns all but the first of COLUMNS of triton_step.py, int64 of shape (columns, tensors)."""
+    ys, count = tables["y"], len(tables["y"])
     sizes = np.array([y.numel() for y in ys], dtype=np.int64)
     lengths = np.array([y.numel() // max(y.shape[0], 1) if by_rows else 0 for y in ys], dtype=np.int64)
     lie = np.stack([np.zeros_like(sizes), sizes, sizes], axis=1) if places is None else places
-    return np.stack([sizes, lengths, *lie.T])
+    addresses = np.zeros((len(_ADDRESSES), count), dtype=np.int64)
+    for name, tensors in tables.items():
+        addresses[_ADDRESSES.index(name)] = [t.data_ptr() for t in tensors]
+    # Exponents are read one by one.
+    aligned = np.bitwise_or.reduce([*addresses[: len(TABLES)], lengths], axis=0) % 16 == 0
+    return np.stack([sizes, lengths, aligned, *lie.T, *addresses])
 
 
-def _programs(facts: np.ndarray) -> np.ndarray:
-    """Returns how many programs each tensor has: one a row, or one a BLOCK."""
-    sizes, lengths = facts[:2]
+def _programs(sizes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns how many programs each tensor has: one a row, or one a BLOCK where there are no rows."""
     return np.where(lengths > 0, sizes // np.maximum(lengths, 1), -(-sizes // BLOCK))
 
 
 @functools.lru_cache(maxsize=KEPT)
 def _owners(device: torch.device, stream: int, facts: bytes) -> Tensor:
     """Returns the row of the table of each program, int32."""
-    programs = _programs(np.frombuffer(facts, dtype=np.int64).reshape(5, -1))
+    programs = _programs(*np.frombuffer(facts, dtype=np.int64).reshape(_ALIGNED, -1))
     return _sent(np.repeat(np.arange(len(programs), dtype=np.int32), programs), device)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _table(device: torch.device, stream: int, facts: bytes, addresses: bytes) -> Tensor:
+def _table(device: torch.device, stream: int, facts: bytes, count: int) -> Tensor:
     """Returns the table of triton_step.py, (tensors, WIDTH) int64."""
-    size, length, *lie = of_all = np.frombuffer(facts, dtype=np.int64).reshape(5, -1)
-    columns = np.frombuffer(addresses, dtype=np.int64).reshape(len(_ADDRESSES), -1)
-    programs = _programs(of_all)
-    # Exponents are read one by one.
-    aligned = np.bitwise_or.reduce([*columns[: len(TABLES)], length], axis=0) % 16 == 0
-    rows = np.stack([programs.cumsum() - programs, size, aligned, length, *lie, *columns], axis=1)
-    return _sent(rows, device)
+    columns = np.frombuffer(facts, dtype=np.int64).reshape(-1, count)
+    programs = _programs(*columns[:_ALIGNED])
+    return _sent(np.stack([programs.cumsum() - programs, *columns], axis=1), device)
 
 
 def _sent(array: np.ndarray, device: torch.device) -> Tensor:

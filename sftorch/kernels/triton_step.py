@@ -12,14 +12,14 @@ denormals for 0 in divisions and roots; the later ones do not.
 import triton
 import triton.language as tl
 
-# A row of the table: programs of the tensors before, elements, whether all addresses and the length of the
-# tensor's rows are multiples of 16, that length; where a part lies in the whole, as `place_of` of drawn.py
-# tells it; and addresses, those that are not used being 0.
+# A row of the table: programs of the tensors before, elements, those of one of its rows, whether this and all
+# addresses are multiples of 16; where a part lies in the whole, as `place_of` of drawn.py tells it; and
+# addresses, those that are not used being 0.
 COLUMNS = (
-    "first", "size", "aligned", "length", "begin", "run", "next", "y", "rest", "z", "v", "m", "x", "g",
+    "first", "size", "length", "aligned", "begin", "run", "next", "y", "rest", "z", "v", "m", "x", "g",
     "scale",
 )  # fmt: skip
-FIRST, SIZE, ALIGNED, LENGTH, BEGIN, RUN, NEXT, Y, REST, Z, V, M, X, G, SCALE = map(tl.constexpr, range(15))
+FIRST, SIZE, LENGTH, ALIGNED, BEGIN, RUN, NEXT, Y, REST, Z, V, M, X, G, SCALE = map(tl.constexpr, range(15))
 WIDTH = tl.constexpr(len(COLUMNS))
 QUIET_NAN = tl.constexpr(0x7FC00000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -159,35 +159,19 @@ def _move_lean(
 def step_eight(
     table, owners, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
     HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr,
-    NARROW_G: tl.constexpr, HASHES: tl.constexpr, BLOCK: tl.constexpr,
+    NARROW_G: tl.constexpr, HASHES: tl.constexpr,
+    WIDE: tl.constexpr,  # what the table has as `aligned`, for all
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same in the 8-bit form: a program has one row of a tensor."""
+    """The same in the 8-bit form: a program has one row of a tensor, of less than 2^31 elements."""
     program = tl.program_id(0)
     tensor = tl.load(owners + program).to(tl.int64)
     row, keys = table + tensor * WIDTH, keys + tensor * HASHES * 2
-    which = program - tl.load(row + FIRST)
-    if tl.load(row + ALIGNED) != 0:
-        _step_row(
-            row, which, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
-            HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, BLOCK, True,
-        )  # fmt: skip
-    else:
-        _step_row(
-            row, which, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
-            HAS_V, HAS_M, SCALED, AT_Z, HALVES, NARROW_G, BLOCK, False,
-        )  # fmt: skip
-
-
-@triton.jit
-def _step_row(
-    row, which, keys, sign, lr_t, wd_y, wd_z, k1, k2, left, direct, share2, eps, share1, per2, per1,
-    HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr, HALVES: tl.constexpr,
-    NARROW_G: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    length = tl.load(row + LENGTH)
+    which, length = program - tl.load(row + FIRST), tl.load(row + LENGTH)
     if WIDE:
         length = tl.multiple_of(length, 16)  # so that a mask is the same for 16 elements
     begin = which * length
+    length = length.to(tl.int32)  # numbers of 64 bits take twice the registers
     place = tl.load(row + BEGIN) + begin
     of_y, of_rest, of_gap, of_v, of_m, of_g = _entries_of(
         row, begin, tl.int8, tl.int8 if HALVES else tl.int16, tl.uint8, tl.int8, HAS_V, HAS_M, HALVES,

@@ -289,6 +289,12 @@ def _run_native(move: Move, numbers: Numbers) -> None:
     torch.autograd.graph.increment_version(move.ys)
 
 
+def _find_triton(move: Move) -> object:
+    if move.scales and any(math.prod(y.shape[1:]) >= 1 << 31 for y in move.ys):
+        return "rows must have less than 2^31 elements with precision='8bit'"
+    return call.find_triton()
+
+
 def _run_triton(move: Move, numbers: Numbers) -> None:
     places = drawn.places_of(move.ys, move.places) if any(move.places) else None
     numbers = (-1.0 if move.maximize else 1.0, *numbers)
@@ -614,7 +620,7 @@ TRITON = _kernel(
     "triton",
     "cuda",
     _CUDA_DTYPES,
-    lambda _: call.find_triton(),
+    _find_triton,
     _run_triton,
     lambda move: why_not_triton(move),
 )
