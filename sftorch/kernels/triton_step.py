@@ -5,7 +5,7 @@ _run_single, _run_lean and _run_eight (sftorch/step/backends.py) in their order 
 enable_fp_fusion=False results are equal bit for bit. All that is inside a function with @triton.jit is not
 Python: Triton reads the source. Launched by call.py.
 
-Run in Triton's interpreter and compiled for sm_90 (3.2, 3.7, 3.9), never yet on a GPU. Triton 3.2 takes
+Run in Triton's interpreter (3.7, 3.9) and compiled for sm_90 (3.2 too), never yet on a GPU. Triton 3.2 takes
 denormals for 0 in divisions and roots; the later ones do not.
 """
 
