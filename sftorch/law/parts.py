@@ -5,7 +5,7 @@ That is right because S6-S9 treat every element alike, and it is fast because ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -69,20 +69,52 @@ def parts_of(state: dict[str, Any]) -> dict[str, Any]:
     return {name: part(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
+def put_parts_(state: dict[str, Any], own: Mapping[str, Any], tensor: Tensor) -> None:
+    """Makes a parameter's state that of which others are the parts: what `parts_of` gave, and what is new.
+
+    Args:
+        state: of which tensors that stay are kept as they are.
+        own: in the order wanted.
+        tensor: the parameter.
+    """
+    found = {}
+    for name, value in own.items():
+        old = state.get(name)
+        if isinstance(old, Tensor) and part(old) is value:
+            value = old
+        elif isinstance(value, Tensor) and (not isinstance(old, Tensor) or is_divided(old)):
+            value = like(tensor, value)
+        found[name] = value
+    state.clear()
+    state.update(found)
+
+
 def like(tensor: Tensor, own: Tensor) -> Tensor:
-    """Returns a part of any dtype as a tensor that lies as another one does, around the same memory."""
+    """Returns a part of any dtype as a tensor that lies as another one does, around the same memory.
+
+    Args:
+        tensor: whose layout is wanted.
+        own: of the shape of its part, or of another one behind the first axis, with all that belongs to the
+            rows of that part.
+    """
     if not is_divided(tensor):
         return own
     divided: Any = tensor
+    shape, stride, placements = divided.shape, divided.stride(), divided.placements
+    if own.shape[1:] != part(tensor).shape[1:]:
+        shape, placements = torch.Size((shape[0], *own.shape[1:])), _of_rows(placements)
+        stride = own.stride()
     found: Tensor = type(divided).from_local(
-        own,
-        divided.device_mesh,
-        divided.placements,
-        run_check=False,
-        shape=divided.shape,
-        stride=divided.stride(),
+        own, divided.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return found
+
+
+def _of_rows(placements: Iterable[Any]) -> list[Any]:
+    """Returns how what belongs to rows lies, beside a tensor of these placements."""
+    from torch.distributed.tensor import Replicate
+
+    return [one if getattr(one, "dim", 0) == 0 else Replicate() for one in placements]
 
 
 def whole(tensor: Tensor, own: Tensor) -> Tensor:
@@ -94,11 +126,12 @@ def whole(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def laid_out_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Returns a value of the same shape in parts where a tensor is in parts, and whole where it is whole.
+    """Returns a value in parts where a tensor is in parts, and whole where it is whole.
 
     Args:
         tensor: whose layout is wanted.
-        value: whole and the same on all processes, or a DTensor, which all processes of its mesh must bring.
+        value: of the same shape, or of another one behind the first axis that belongs to the rows; whole and
+            the same on all processes, or a DTensor, which all processes of its mesh must bring.
     """
     if is_divided(tensor) == is_divided(value):
         return value
@@ -108,7 +141,8 @@ def laid_out_like(tensor: Tensor, value: Tensor) -> Tensor:
         return found
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, divided.device_mesh, divided.placements, src_data_rank=None)
+    placements = divided.placements if value.shape == tensor.shape else _of_rows(divided.placements)
+    return distribute_tensor(value, divided.device_mesh, placements, src_data_rank=None)
 
 
 def place(tensor: Tensor) -> Place | None:

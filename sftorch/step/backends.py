@@ -73,6 +73,8 @@ class Move(NamedTuple):
         of: the parameters as DTensors, for a direction that gathers; else empty.
         scales: in the 8-bit form the exponents of gaps and buffers, else empty.
         columns: of these, by name of the buffer; the first is that of the gap.
+        over: in the 8-bit form the process groups that have the other parts of each parameter's rows; empty
+            if all rows are whole.
     """
 
     direction: Direction
@@ -91,6 +93,7 @@ class Move(NamedTuple):
     of: Sequence[Tensor] = ()
     scales: Sequence[Tensor] = ()
     columns: Sequence[tuple[str, int]] = ()
+    over: Sequence[Sequence[Any]] = ()
 
     def whole(self, index: int | None = None) -> dict[str, Any]:
         """Returns what a direction that gathers is called with beside its numbers: all of a move, or one."""
@@ -109,7 +112,8 @@ class Move(NamedTuple):
         keys = None if self.keys is None else self.keys[chosen]
         places = [self.places[i] for i in chosen] if self.places else ()
         of = [self.of[i] for i in chosen] if self.of else ()
-        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places, of=of)
+        over = [self.over[i] for i in chosen] if self.over else ()
+        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places, of=of, over=over)
 
 
 class Backend(NamedTuple):
@@ -190,6 +194,8 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
         row = {name: tensors[i] for name, tensors in tables.items()}
         if move.keys is None:
             why, wide = call.why_left(row), row["z"].dtype
+        elif move.over and move.over[i]:
+            why, wide = "a DTensor must be cut in its first dimension alone with '8bit'", torch.float32
         else:
             why, wide = drawn.why_left(row, move.places[i] if move.places else None), torch.float32
         if why:
@@ -480,11 +486,11 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
     assert move.keys is not None
     lr_t, wd_y, wd_z, k1, beta, *own = numbers
     compiling = torch.compiler.is_compiling()
-    for i, (p, gap, scale, grad, words) in enumerate(
-        zip(move.ys, move.zs, move.scales, move.grads, move.keys.unbind(), strict=True)
-    ):
+    places: Sequence[Place | None] = move.places or [None] * len(move.ys)
+    columns = (move.ys, move.zs, move.scales, move.grads, move.keys.unbind(), places)
+    for i, (p, gap, scale, grad, words, place) in enumerate(zip(*columns, strict=True)):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
-        drawn = draws(p.shape, of_p, p.device)
+        drawn = draws(p.shape, of_p, p.device, place)
         rest = move.rests[i] if move.rests else None
         state = {"gap": gap} if rest is None else {"gap": gap, forms.Y_REST: rest}
         wide = {name: eight.decoded(move.buffers[name][i], scale[:, at]) for name, at in move.columns}
@@ -497,13 +503,11 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
         y, wide_gap = y + (k1 * w + (1.0 - beta) * delta), (1.0 - k1) * w  # S9* S7
         y, lower = (y, None) if rest is None else forms.split(eight.rounded_y(y, drawn[1]), p.dtype)
         p.copy_(y)
-        exponent = eight.exponents(wide_gap)
-        eight.put_(state, lower, eight.linear(wide_gap, exponent, eight.gap_bits(state), drawn[0]))
-        scale[:, 0] = exponent
+        scale.copy_(eight.scale_of([wide_gap, *wide.values()], move.over[i] if move.over else ()))
+        eight.put_(state, lower, eight.linear(wide_gap, scale[:, 0], eight.gap_bits(state), drawn[0]))
         for name, at in move.columns:
-            code, exponent = move.buffers[name][i], eight.exponents(wide[name])
-            code.copy_(eight.encode(code.dtype, wide[name], exponent, drawn[at]))
-            scale[:, at] = exponent
+            code = move.buffers[name][i]
+            code.copy_(eight.encode(code.dtype, wide[name], scale[:, at], drawn[at]))
 
 
 def _takes_foreach(move: Move) -> str | None:
