@@ -338,7 +338,7 @@ def _tried(
             maximize=number % 2 == 1,
             keys=None if form == forms.EXACT else keys(0, range(len(tables["y"])), number + 1, len(names)),
             kept={},
-            places=check.PLACES if form == forms.LEAN else (),
+            places={forms.LEAN: check.PLACES, forms.EIGHT: check.ROW_PLACES}.get(form, ()),
             scales=list(tables.get(eight.SCALE, ())),
             columns=tuple((name, at) for at, name in enumerate(names, start=1)),
         )

@@ -23,10 +23,19 @@ from sftorch.law.parts import Place
 VARIABLE = "SFTORCH_TRITON"
 # Around the 1,024 elements of a program; every second one begins an element after a multiple of 16 bytes.
 SHAPES: Sequence[tuple[int, ...]] = ((1003,), (0,), (2049,), (15,), (1024,), (2500,), (1,))
-# Of some columns, as DTensors may have; "lean" draws for them as of the whole.
+# Of some columns, as DTensors may have; they are drawn for as of the whole.
 PLACES = (None, None, Place((5, 700), (1, 10), (3, 683)), None, None, Place((60, 70), (3, 7), (50, 50)), None)
 # For "8bit", where a program has a row.
 ROWS = ((2, 2064), (2, 1025), (2, 48), (0, 20), (3, 59), (1, 2500), (1, 1024))
+ROW_PLACES = (
+    Place((9, 2064), (3, 0), (2, 2064)),
+    None,
+    None,
+    None,
+    Place((8, 59), (5, 0), (3, 59)),
+    None,
+    None,
+)
 SCALE = "scale"  # the table of exponents there
 EXPONENTS = (-20, 4)
 GAP = 32  # elements at least, canaries before each tensor and at the end

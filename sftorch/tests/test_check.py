@@ -104,6 +104,7 @@ CASES += [
     (the_words_of_another_step, "lean"),
     (the_words_of_another_step, "8bit"),
     (whole_where_it_is_a_part, "lean"),
+    (whole_where_it_is_a_part, "8bit"),
     (an_exponent_too_large, "8bit"),
 ]
 
@@ -249,6 +250,7 @@ def test_the_scratch_memory_has_every_kind_of_tensor(dtypes):
     if "scale" in dtypes:
         assert [t[1] for t in shapes["scale"]] == [2] * len(check.ROWS)
         assert {rows for rows, _ in shapes["scale"]} >= {0, 1}
+        assert all(place.sizes == t for t, place in zip(shapes["y"], check.ROW_PLACES, strict=True) if place)
         lengths = [length for _, length in shapes["y"][::2]]  # of rows whose loads may be wide
         assert {(length % 16 == 0, length > call.BLOCK) for length in lengths} == {
             (True, True),
