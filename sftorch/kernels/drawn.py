@@ -1,8 +1,8 @@
 """Calls of the C kernel for the forms that are rounded at random, "lean" and "8bit" (sfcore/native/eight.h).
 
 A parameter whose tensors lie in another order than its elements are counted in is left to the operations of
-torch, and so is a part of a DTensor that is cut in three dimensions, or in two of which none is the first; with
-"8bit" of one that is cut in any but the first, whose rows have their exponents from several processes.
+torch, and so is a part of a DTensor that is cut in three dimensions, or in two of which none is the first. In
+8 bits so is one that is cut in any but the first: several processes make the exponents of its rows.
 """
 
 from __future__ import annotations

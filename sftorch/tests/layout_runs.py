@@ -39,7 +39,6 @@ PRECISIONS = {
         torch.float32,
         {"precision": "8bit", "fused": None if isinstance(build.find(), str) else True},
     ),
-    # Rows in parts take torch's operations, in which AdamW's root is another one.
     "8bit, no kernel": (torch.bfloat16, {"precision": "8bit", "fused": False}),
     "8bit, later": (torch.bfloat16, {"fused": False}),
 }
@@ -64,7 +63,10 @@ def may_be(kind: str, precision: str, layout: str = "") -> bool:
     """Tells whether an optimizer has a precision, and a layout has the bits of one process then."""
     if not precision.startswith("8bit"):
         return True
-    return kind != "muon" and ("tp" not in layout or PRECISIONS[precision][1].get("fused") is False)
+    fused = PRECISIONS[precision][1].get("fused")
+    # Rows in parts take torch's operations, in which AdamW's root is another one than the kernel's.
+    takes_parts = fused is False or (kind == "sgd" and fused is None)
+    return kind != "muon" and ("tp" not in layout or takes_parts)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
