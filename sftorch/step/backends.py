@@ -185,7 +185,7 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     Gradients of other kinds than a kernel takes, which are rare, are copied.
     """
     tables, count = _tables(move), len(move.ys)
-    if move.keys is None and call.all_fit(tables):
+    if call.all_fit(tables) if move.keys is None else drawn.all_fit(tables, move.places):
         return [(kernel, move)]
     grads = list(move.grads)
     taken: dict[torch.dtype, list[int]] = {}
@@ -231,7 +231,6 @@ def _kernel(
     find: Callable[[Move], object],
     run: Callable[[Move, Numbers], None],
     why_not: Callable[[Move], str] | None = None,
-    rounds: bool = False,
 ) -> Backend:
     """Returns the kernel of a device as a backend.
 
@@ -241,7 +240,6 @@ def _kernel(
         find: move -> its kernel, or why there is none.
         why_not: move -> what is wrong with the kernel here, "" if it is right; None for a kernel that is the
             default.
-        rounds: whether it also runs the forms that are rounded at random.
     """
 
     def takes(move: Move) -> str | None:
@@ -251,9 +249,6 @@ def _kernel(
         y = move.ys[0]
         if y.device.type != device:
             return f"parameters must be on a {device} device, got {y.device}"
-        if move.keys is not None and not rounds:
-            form = "8bit" if move.scales else "lean"
-            return f"precision must be 'exact', got {form!r}: the kernel has no random rounding"
         if y.dtype not in dtypes:
             names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
             return f"parameters on {y.device} must be of one of {names}, got {y.dtype}"
@@ -300,8 +295,16 @@ def _run_native(move: Move, numbers: Numbers) -> None:
     torch.autograd.graph.increment_version(move.ys)
 
 
+def _find_triton(move: Move) -> object:
+    if move.scales and any(math.prod(y.shape[1:]) >= 1 << 31 for y in move.ys):
+        return "rows must have less than 2^31 elements with precision='8bit'"
+    return call.find_triton()
+
+
 def _run_triton(move: Move, numbers: Numbers) -> None:
-    call.launch(*_described(move), _tables(move), (-1.0 if move.maximize else 1.0, *numbers))
+    places = drawn.places_of(move.ys, move.places) if any(move.places) else None
+    numbers = (-1.0 if move.maximize else 1.0, *numbers)
+    call.launch(*_described(move), _tables(move), numbers, move.keys, places)
     torch.autograd.graph.increment_version(move.ys)
 
 
@@ -310,11 +313,14 @@ def why_not_triton(move: Move) -> str:
     if is_fake(move.ys[0]):
         return "parameters must hold numbers, got fake tensors"
     dtypes = [(name, tensors[0].dtype) for name, tensors in _tables(move).items()]
-    return _tried(move.direction, tuple(dtypes), move.ys[0].device)
+    form = forms.EXACT if move.keys is None else forms.EIGHT if move.scales else forms.LEAN
+    return _tried(move.direction, form, tuple(dtypes), move.ys[0].device)
 
 
 @functools.cache
-def _tried(direction: Direction, dtypes: tuple[tuple[str, torch.dtype], ...], device: torch.device) -> str:
+def _tried(
+    direction: Direction, form: str, dtypes: tuple[tuple[str, torch.dtype], ...], device: torch.device
+) -> str:
     """Tries the kernel once; each of two steps at either decay, and one of them with maximize."""
     names = [name for name, column in _COLUMN.items() if column in dict(dtypes)]
 
@@ -330,16 +336,19 @@ def _tried(direction: Direction, dtypes: tuple[tuple[str, torch.dtype], ...], de
             foreach=False,
             fused=True,
             maximize=number % 2 == 1,
-            keys=None,
+            keys=None if form == forms.EXACT else keys(0, range(len(tables["y"])), number + 1, len(names)),
             kept={},
+            places={forms.LEAN: check.PLACES, forms.EIGHT: check.ROW_PLACES}.get(form, ()),
+            scales=list(tables.get(eight.SCALE, ())),
+            columns=tuple((name, at) for at, name in enumerate(names, start=1)),
         )
         for decays in ((0.1, 0.0), (0.0, 0.1)):
             backend.run(move, check.numbers_of(direction.kernel, number + 1, *decays))
 
-    runs = [functools.partial(step, backend) for backend in (TRITON, SINGLE)]
+    runs = [functools.partial(step, one) for one in (TRITON, SINGLE if form == forms.EXACT else LEAN)]
     why = check.why_wrong(dict(dtypes), device, *runs)
     if why:
-        check.give_notice(device, why)
+        check.give_notice(form, device, why)
     return why
 
 
@@ -610,12 +619,12 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
 # Complex tensors come as their reals, and are told of.
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
-NATIVE = _kernel("native", "cpu", _CPU_DTYPES, _find_native, _run_native, rounds=True)
+NATIVE = _kernel("native", "cpu", _CPU_DTYPES, _find_native, _run_native)
 TRITON = _kernel(
     "triton",
     "cuda",
     _CUDA_DTYPES,
-    lambda _: call.find_triton(),
+    _find_triton,
     _run_triton,
     lambda move: why_not_triton(move),
 )
