@@ -124,10 +124,10 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             if self._books(group)["train_mode"]:
                 flip = self._flip(group)
                 rows = flip.to_new(Kind.PUT_ASIDE, kept)
-                self._walks = (self._walks or {}) | {id(group): flip.walk}
                 torch.autograd.graph.increment_version([row.p for row in rows])
                 for row in rows:
                     row.state["y"] = row.third
+                self._walks = (self._walks or {}) | {id(group): flip.walk}
                 left = flip.left(rows)
                 for p in left:
                     x = self._x_of_part(p, group)
