@@ -160,17 +160,18 @@ __attribute__((constructor)) static void draw_keys(void) {
 
 __attribute__((target("avx2"))) static uint64_t mark_words(const word *words, int64_t n, int64_t at) {
     const uint32_t *key = keys + at;
-    __m256i products[2] = {{0}}, sums[2] = {{0}};
+    typedef uint64_t lanes __attribute__((vector_size(32)));
+    lanes products[2] = {{0}}, sums[2] = {{0}};
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
         for (int j = 0; j < 16; j += 8) {
             __m256i pairs = _mm256_add_epi32(_mm256_loadu_si256((const __m256i *)(words + i + j)),
                                              _mm256_loadu_si256((const __m256i *)(key + i + j)));
-            products[j / 8] += _mm256_mul_epu32(pairs, _mm256_srli_epi64(pairs, 32));
-            sums[j / 8] += pairs;
+            products[j / 8] += (lanes)_mm256_mul_epu32(pairs, _mm256_srli_epi64(pairs, 32));
+            sums[j / 8] += (lanes)pairs;
         }
-    __m256i all = products[0] + products[1] + sums[0] + sums[1];
-    uint64_t sum = (uint64_t)all[0] + (uint64_t)all[1] + (uint64_t)all[2] + (uint64_t)all[3];
+    lanes all = products[0] + products[1] + sums[0] + sums[1];
+    uint64_t sum = all[0] + all[1] + all[2] + all[3];
     for (; i < n; i += 2) { /* the last one alone has a 0 beside it */
         uint32_t a = words[i] + key[i], b = (i + 1 < n ? words[i + 1] : 0) + key[i + 1];
         sum += (uint64_t)a * b + a + ((uint64_t)b << 32);
