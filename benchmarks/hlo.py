@@ -65,6 +65,8 @@ def programs() -> dict[str, tuple[Any, str, bool]]:
         "schedule_free_adamw, bfloat16": (adamw(), "bfloat16", True),
         "schedule_free_adamw, float16": (adamw(), "float16", True),
         "schedule_free_adamw, bfloat16 lean": (adamw(precision="lean"), "bfloat16", True),
+        "schedule_free_adamw, bfloat16 8bit": (adamw(precision="8bit"), "bfloat16", True),
+        "schedule_free_adamw, float32 8bit": (adamw(precision="8bit"), "float32", True),
         "accumulate, micro-step": (sfjax.accumulate(stepping, 4), "float32", False),
         "accumulate, update due": (sfjax.accumulate(stepping, 4), "float32", True),
         "accumulate.update, micro-step": (

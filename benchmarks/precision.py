@@ -64,6 +64,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--frameworks", nargs="+", choices=here, default=here, help=f"default: {' '.join(here)}")
     add("--methods", nargs="+", metavar="NAME", help="only these rows, the others stay; default: all")
     add("--seeds", type=int, default=3, metavar="N", help="default: 3")
+    add(
+        "--draws",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seeds of the rounding at random, in each; default: 1",
+    )
     add("--steps", type=int, default=STEPS, metavar="N", help=f"default: {STEPS}")
     add("--report", action="store_true", help="run nothing: figure and tables from OUT/precision.jsonl")
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
@@ -71,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--markdown", type=Path, metavar="FILE", help="write the table between <!-- precision --> and its end"
     )
     options = parser.parse_args(argv)
-    for name, least in (("seeds", 1), ("steps", EVERY)):
+    for name, least in (("seeds", 1), ("draws", 1), ("steps", EVERY)):
         if getattr(options, name) < least:
             parser.error(
                 f"--{name} must be a whole number >= {least}, got {getattr(options, name)}: pass more"
@@ -97,7 +104,7 @@ def _among(path: Path, framework: str, found: list[Row]) -> list[Row]:
 
 
 def rows(framework: str, lr: float, options: argparse.Namespace) -> list[Row]:
-    """Runs the methods of a framework on every seed."""
+    """Runs the methods of a framework on every seed, those that round at random with every draw."""
     module = importlib.import_module(f"benchmarks.precision_{framework}")
     seeds, steps = options.seeds, options.steps
     asked = {name: module.METHODS[name] for name in options.methods or module.METHODS}
@@ -107,16 +114,18 @@ def rows(framework: str, lr: float, options: argparse.Namespace) -> list[Row]:
     ]
     problems = [make(seed, steps) for seed in range(seeds)]
     runs: dict[str, list[Any]] = {name: [] for name in chosen}
-    order = [(problem, name) for problem in problems for name in chosen]
-    for problem, name in tqdm(order, desc=f"{framework}, lr {lr:g}", unit="run"):
-        runs[name].append(module.train(name, problem, lr))
+    draws = {name: options.draws if module.METHODS[name].is_drawn else 1 for name in chosen}
+    order = [(one, name, draw) for one in problems for name in chosen for draw in range(draws[name])]
+    for problem, name, draw in tqdm(order, desc=f"{framework}, lr {lr:g}", unit="run"):
+        runs[name].append(module.train(name, problem, lr, draw))
     last = {name: np.array([run.curve[-1] for run in of_method]) for name, of_method in runs.items()}
-    of = {name: last[_reference(module.METHODS[name])] for name in runs}
+    of = {name: np.repeat(last[_reference(module.METHODS[name])], draws[name]) for name in runs}
     shared = {"part": f"precision {framework}", "framework": framework, "lr": lr, "steps": steps, "n": seeds}
     shared |= {"device": "cpu", "versions": _records.versions()}
     return [
         shared
-        | {"method": name, "label": module.METHODS[name].label, "bytes": of_method[0].bytes}
+        | {"draws": draws[name], "method": name, "label": module.METHODS[name].label}
+        | {"bytes": of_method[0].bytes}
         | {"reference": module.METHODS[_reference(module.METHODS[name])].label}
         | {"loss": _records.spread(last[name]), "ratio": _ratio(last[name] / of[name])}
         | {"shipped_ratio": _ratio(np.array([run.shipped for run in of_method]) / of[name])}

@@ -21,7 +21,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "rounded": {"color": "#7048a8", "linewidth": 1.4},
     "schedulefree": {"color": "#b42318", "linewidth": 1.4},
     "pytorch_optimizer": {"color": "#e8590c", "linewidth": 1.4, "dashes": (3, 2)},
-    "optax": {"color": "#b42318", "linewidth": 1.4},
+    "optax.contrib": {"color": "#b42318", "linewidth": 1.4},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,9 @@ class Method(NamedTuple):
 
     label: str
     dtype: Any
-    make: Callable[[float], Any]
+    make: Callable[..., Any]
     x: Callable[[Any, Any], Any]
+    is_drawn: bool = False
 
 
 def _x(state: Any, params: Any) -> Any:
@@ -34,31 +36,24 @@ def _contrib_x(state: Any, params: Any) -> Any:
     )
 
 
-def _lean(lr: float) -> Any:
-    return sfjax.schedule_free_adamw(lr, precision="lean")
-
-
-def _eight(lr: float) -> Any:
-    return sfjax.schedule_free_adamw(lr, precision="8bit")
-
-
+LEAN, EIGHT = (partial(sfjax.schedule_free_adamw, precision=form) for form in ("lean", "8bit"))
 METHODS = {
     "float32": Method("float32 (JAX)", jnp.float32, sfjax.schedule_free_adamw, _x),
     "exact": Method("bfloat16, exact (JAX)", jnp.bfloat16, sfjax.schedule_free_adamw, _x),
     "exact-float16": Method("float16, exact (JAX)", jnp.float16, sfjax.schedule_free_adamw, _x),
-    "lean": Method("bfloat16, lean (JAX)", jnp.bfloat16, _lean, _x),
-    "8bit": Method("bfloat16, 8bit (JAX)", jnp.bfloat16, _eight, _x),
-    "8bit-float32": Method("float32, 8bit (JAX)", jnp.float32, _eight, _x),
+    "lean": Method("bfloat16, lean (JAX)", jnp.bfloat16, LEAN, _x, True),
+    "8bit": Method("bfloat16, 8bit (JAX)", jnp.bfloat16, EIGHT, _x, True),
+    "8bit-float32": Method("float32, 8bit (JAX)", jnp.float32, EIGHT, _x, True),
     "optax.contrib": Method(
         "optax.contrib, bfloat16", jnp.bfloat16, optax.contrib.schedule_free_adamw, _contrib_x
     ),
 }
 
 
-def train(name: str, problem: Problem, lr: float) -> Run:
-    """Trains one row on one seed; all steps between two losses are one compiled loop."""
+def train(name: str, problem: Problem, lr: float, draw: int = 0) -> Run:
+    """Trains one row on one seed, and one of the rounding; the steps between two losses are one loop."""
     method = METHODS[name]
-    tx = method.make(lr)
+    tx = method.make(lr, **({"seed": draw} if method.is_drawn else {}))
     params = {key: jnp.asarray(weight, method.dtype) for key, weight in problem.weights.items()}
     inputs, targets = jnp.asarray(problem.inputs), jnp.asarray(problem.targets)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +30,11 @@ class Method(NamedTuple):
     Attributes:
         label: what it is called.
         dtype: of the parameters.
-        make: (parameters, lr=...) -> optimizer.
+        make: (parameters, lr=...) -> optimizer; with seed=... if it rounds at random.
         rounds_y: whether the rest of y is thrown away after every step.
         reference: the row whose loss its own is held to, seed by seed.
         needs: the package that it is of, if that may be missing.
+        is_drawn: whether it is one of ours that rounds at random.
     """
 
     label: str
@@ -41,14 +43,7 @@ class Method(NamedTuple):
     rounds_y: bool = False
     reference: str = "float32"
     needs: str = ""
-
-
-def _lean(params: Any, lr: float) -> Any:
-    return sftorch.AdamWScheduleFree(params, lr=lr, precision="lean")
-
-
-def _eight(params: Any, lr: float) -> Any:
-    return sftorch.AdamWScheduleFree(params, lr=lr, precision="8bit")
+    is_drawn: bool = False
 
 
 def _adamw(params: Any, lr: float) -> Any:
@@ -74,13 +69,14 @@ def _torchao(params: Any, lr: float) -> Any:
 
 
 LEAST = precision_problem.INPUTS * precision_problem.HIDDEN  # elements of the one matrix with rows
+LEAN, EIGHT = (partial(sftorch.AdamWScheduleFree, precision=form) for form in ("lean", "8bit"))
 METHODS = {
     "float32": Method("float32", torch.float32, sftorch.AdamWScheduleFree),
     "exact": Method("bfloat16, exact", torch.bfloat16, sftorch.AdamWScheduleFree),
     "exact-float16": Method("float16, exact", torch.float16, sftorch.AdamWScheduleFree),
-    "lean": Method("bfloat16, lean", torch.bfloat16, _lean),
-    "8bit": Method("bfloat16, 8bit", torch.bfloat16, _eight),
-    "8bit-float32": Method("float32, 8bit", torch.float32, _eight),
+    "lean": Method("bfloat16, lean", torch.bfloat16, LEAN, is_drawn=True),
+    "8bit": Method("bfloat16, 8bit", torch.bfloat16, EIGHT, is_drawn=True),
+    "8bit-float32": Method("float32, 8bit", torch.float32, EIGHT, is_drawn=True),
     "rounded": Method("bfloat16, only z and v float32", torch.bfloat16, sftorch.AdamWScheduleFree, True),
     "schedulefree": Method("schedulefree, bfloat16", torch.bfloat16, schedulefree.AdamWScheduleFree),
     "pytorch_optimizer": Method(
@@ -106,14 +102,15 @@ BETA = 0.9
 OPTIONS: dict[str, Any] = {"pytorch_optimizer": {"betas": (BETA, 0.999)}}
 
 
-def train(name: str, problem: Problem, lr: float) -> Run:
-    """Trains one row on one seed."""
+def train(name: str, problem: Problem, lr: float, draw: int = 0) -> Run:
+    """Trains one row on one seed, and one of the rounding."""
     method = METHODS[name]
     params = {
         key: torch.nn.Parameter(torch.tensor(weight).to(method.dtype))  # a copy: the others start here too
         for key, weight in problem.weights.items()
     }
-    optimizer = method.make(list(params.values()), lr=lr, **OPTIONS.get(name, {}))
+    options = OPTIONS.get(name, {}) | ({"seed": draw} if method.is_drawn else {})
+    optimizer = method.make(list(params.values()), lr=lr, **options)
     if hasattr(optimizer, "train"):
         optimizer.train()
     inputs, targets = torch.from_numpy(problem.inputs), torch.from_numpy(problem.targets)

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import hlo
 from benchmarks.hlo_read import count
 from sfjax.kernels import call
+from sfjax.step import eight
 
 SMALL = ((512, 512), (256, 384))
 GOAL = {  # bytes a parameter: the least that reads and writes each array once
@@ -75,6 +76,32 @@ def test_on_an_h100_a_leaf_is_one_kernel(program: str) -> None:
     # The norm is one more.
     assert found["kernels_a_leaf"] == (2.0 if program.startswith("clip") else 1.0)
     assert (found["copies_a_leaf"], found["temporary_bytes_a_parameter"]) == (0, 0)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the plugin: pip install -e .[hlo]"
+)
+@pytest.mark.parametrize(("dtype", "read_twice", "written"), [("bfloat16", 7, 5), ("float32", 11, 7)])
+def test_codes_take_an_h100_two_kernels_with_nothing_between(
+    dtype: str, read_twice: int, written: int
+) -> None:
+    found = read(f"schedule_free_adamw, {dtype} 8bit", hlo.device("H100"), hlo.SHAPES)
+    # The exponents of rows are some bytes more.
+    assert found["bytes_a_parameter"] == pytest.approx(2 * read_twice + written, abs=0.05)
+    assert (found["kernels_a_leaf"], found["copies_a_leaf"]) == (2, 0)
+    assert found["temporary_bytes_a_parameter"] <= 0.01
+
+
+def test_elsewhere_the_two_passes_of_codes_are_one_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> dict[str, float]:
+        return read("schedule_free_adamw, bfloat16 8bit", hlo.device("CPU"), SMALL)
+
+    both = measured()
+    monkeypatch.setattr(eight, "is_compiled", lambda tree: False)
+    assert both == measured()
+    monkeypatch.undo()
+    monkeypatch.setattr(eight, "again", jax.lax.optimization_barrier)
+    assert measured()["bytes_a_parameter"] > both["bytes_a_parameter"]
 
 
 def test_the_reader_counts_loops_by_their_turns_and_every_copy() -> None:

@@ -29,25 +29,6 @@ INLINE void OF(move)(int kind, int to_x, int at_z, int64_t n, REAL *y, REAL *z, 
     }
 }
 
-/* Copies y to x and makes x of y. The copy goes past the caches: it is read again only after an evaluation,
- * and a write to them would first fetch what it is going to overwrite. */
-INLINE void OF(put_aside)(int64_t n, REAL *y, const REAL *z, REAL *x, REAL k1) {
-    int64_t i = 0;
-#if defined(__SSE2__)
-    typedef REAL lanes __attribute__((vector_size(16)));
-    typedef REAL unaligned __attribute__((vector_size(16), aligned(sizeof(REAL)), may_alias));
-    const int64_t width = 16 / sizeof(REAL);
-    for (; i < n && (uintptr_t)(x + i) % 16; i++) x[i] = y[i], y[i] += k1 * (y[i] - z[i]);
-    for (; i + width <= n; i += width) {
-        lanes held = *(unaligned *)(y + i);
-        _mm_stream_si128((__m128i *)(x + i), (__m128i)held);
-        *(unaligned *)(y + i) = held + k1 * (held - *(const unaligned *)(z + i));
-    }
-    _mm_sfence(); /* before whatever this thread does next */
-#endif
-    for (; i < n; i++) x[i] = y[i], y[i] += k1 * (y[i] - z[i]);
-}
-
 /* Does a job to n elements; returns whether HOLDS found a difference. */
 INLINE int OF(span)(const struct job *job, int64_t n, REAL *y, REAL *z, REAL *v, REAL *m, REAL *x,
                     const REAL *g) {
@@ -62,8 +43,7 @@ INLINE int OF(span)(const struct job *job, int64_t n, REAL *y, REAL *z, REAL *v,
         ELEMENTWISE
         for (int64_t i = 0; i < n; i++) x[i] = y[i] + k1 * (y[i] - z[i]);
         break;
-    case PUT_ASIDE: OF(put_aside)(n, y, z, x, k1); break;
-    case HOLDS: /* whether y still is what PUT_ASIDE left there; NaN is not */
+    case HOLDS: /* whether y still is the x that PUT_ASIDE left there; NaN is not */
         for (int64_t i = 0; i < n; i++) differ |= !(y[i] == x[i] + k1 * (x[i] - z[i]));
         break;
     case MEAN: /* in z, of k1 gradients, of which g is the newest; the first is taken as it is */

@@ -1,6 +1,7 @@
 /* What step.c is told to do, in the order in which Python writes it: sftorch/kernels/call.py, kinds.py. */
 #include <stdint.h>
 
+enum { MARKED = 512 }; /* elements that have a mark, of all tensors in a row */
 enum kind {
     SGD, YOUNG, ADAMW, ADAMW_MOMENTUM, RECOVER, PUT_ASIDE, HOLDS, PUT_BACK, MEAN,
     FLOOR_SGD, FLOOR_ADAMW, FLOOR_MEAN
@@ -21,6 +22,7 @@ struct job {
     const int64_t *places; /* three of each tensor: the place of its first element in the whole of which it is a
                               part, the length of a run of the whole's elements in it, and from one to the next */
     const uint32_t *keys;  /* random words of each tensor's step */
+    uint64_t *marks;       /* of MARKED elements of x each: PUT_ASIDE leaves them, PUT_BACK asks them; or 0 */
 };
 
 int sf_run(const struct job *job, int threads);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+MARKED = 512  # elements that have a mark, as in job.h
+
 
 class Kind(IntEnum):
     """What a job does; the names and their order are those of job.h."""

@@ -6,6 +6,7 @@ its dtypes, see `sfjax.state.eight`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,18 +18,62 @@ from sfjax.state import eight
 from sfjax.step.lean import GAP, Draw, drawn, moved
 
 
+def is_compiled(tree: Any) -> bool:
+    """Tells whether arrays are those of a program that is being traced, and not computed one by one."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def again(inputs: Any) -> Any:
+    """Returns what a step is made of, to be computed with once more when the exponents of all rows are known.
+
+    That takes two passes over memory. On a GPU XLA would keep the direction between them, in 8 bytes a
+    parameter of traffic: there it computes everything again, from codes. Elsewhere the compiler sees that
+    both are the same, and computes it once.
+    """
+    # Array by array, as inside of shard_map they may vary over different axes.
+    barriers = functools.partial(jax.tree.map, jax.lax.optimization_barrier)
+    return jax.lax.platform_dependent(inputs, cuda=barriers, default=lambda same: same)
+
+
+def scale_after(leaves: list[tuple[Any, ...]], base: Any, tree: Any, k: Next, beta: jax.Array) -> list[Any]:
+    """Returns the exponents of each leaf after a step, int8 of shape (rows, 1 + moments); None without codes.
+
+    Args:
+        leaves: of each the parameter, y, what is stored beside it, delta, rest and exponents, or None.
+        base: as the direction left it.
+        tree: of the parameters.
+        k: of the step.
+        beta: that built y.
+    """
+    moments = [tree.flatten_up_to(getattr(base, name)) for name in eight.in_order(base)]
+    found: list[Any] = []
+    for (_, y, stored, delta, rest, scale), *of_leaf in zip(leaves, *moments, strict=True):
+        if scale is None:
+            found.append(None)
+            continue
+        _, gap = moved(y, eight.gap_of(stored, rest, scale), delta, k, beta)
+        wide = (value.astype(jnp.float32) for value in (gap, *of_leaf))
+        found.append(jnp.stack([eight.exponents(value) for value in wide], axis=-1))
+    return found
+
+
 def advance(
-    p: jax.Array, y: jax.Array, gap: jax.Array, delta: jax.Array, k: Next, beta: jax.Array, draw: Draw
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
-    """Takes one step; returns what `lean.advance` does, in codes, and the exponents of the gap."""
+    p: jax.Array,
+    y: jax.Array,
+    gap: jax.Array,
+    delta: jax.Array,
+    k: Next,
+    beta: jax.Array,
+    draw: Draw,
+    scale: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Takes one step; returns what `lean.advance` does, in codes of the exponents given."""
     y, gap = moved(y, gap, delta, k, beta)  # S7 S9*
-    exponent = eight.exponents(gap)
-    of_gap = drawn(p.shape, draw, GAP)
+    exponent, of_gap = scale[:, 0], drawn(p.shape, draw, GAP)
     if p.dtype == jnp.float32:
-        return (y - p, eight.linear(gap, exponent, 16, of_gap).astype(jnp.int16), None), exponent
+        return y - p, eight.linear(gap, exponent, 16, of_gap).astype(jnp.int16), None
     update, rest = eight.split(y, p, drawn(p.shape, draw, GAP + 1) & 0x3FF)  # what counts least for v
-    code = eight.linear(gap, exponent, GAP_BITS, of_gap)
-    return (update, *eight.packed(rest, code)), exponent
+    return update, *eight.packed(rest, eight.linear(gap, exponent, GAP_BITS, of_gap))
 
 
 def open_(base: Any, scales: list[Any], tree: Any) -> Any:
@@ -40,9 +85,6 @@ def open_(base: Any, scales: list[Any], tree: Any) -> Any:
         tree: of the parameters.
     """
 
-    if all(scale is None for scale in scales):
-        return base
-
     def one(name: str, column: Any) -> Any:
         found = [
             eight.decoded(leaf, scale[:, eight.column(name, base)]) if scale is not None else leaf
@@ -53,34 +95,26 @@ def open_(base: Any, scales: list[Any], tree: Any) -> Any:
     return _each(base, one)
 
 
-def close(
-    base: Any, was: Any, exponents: list[Any], tree: Any, seed: Any, step: jax.Array
-) -> tuple[Any, list[Any]]:
-    """Returns the state with its moments in codes again, and the exponents of each leaf, with theirs.
+def close(base: Any, was: Any, scales: list[Any], tree: Any, seed: Any, step: jax.Array) -> Any:
+    """Returns the state with its moments in codes again.
 
     Args:
         base: as the direction left it.
         was: as it was before, in codes.
-        exponents: of the gap of each leaf, None where it is not in codes.
+        scales: what `scale_after` returns.
         tree, seed, step: as for `open_` and `Draw`.
     """
-    if all(one is None for one in exponents):
-        return base, exponents
-    scales = [None if one is None else [one] for one in exponents]
 
     def one(name: str, column: Any) -> Any:
-        leaves = tree.flatten_up_to(column)
+        leaves, number = tree.flatten_up_to(column), eight.column(name, base)
         for i, (old, scale) in enumerate(zip(tree.flatten_up_to(getattr(was, name)), scales, strict=True)):
-            if scale is None:
-                continue
-            value = leaves[i].astype(jnp.float32)
-            scale.append(eight.exponents(value))
-            of_value = drawn(value.shape, Draw(seed, i, step), eight.column(name, base))
-            leaves[i] = eight.encoded(old.dtype, value, scale[-1], of_value)
+            if scale is not None:
+                value = leaves[i].astype(jnp.float32)
+                of_value = drawn(value.shape, Draw(seed, i, step), number)
+                leaves[i] = eight.encoded(old.dtype, value, scale[:, number], of_value)
         return tree.unflatten(leaves)
 
-    closed = _each(base, one)
-    return closed, [None if one is None else jnp.stack(one, axis=-1) for one in scales]
+    return _each(base, one)
 
 
 def _each(base: Any, change: Any) -> Any:

@@ -256,7 +256,12 @@ def build(
         )
 
     def updated(
-        given: Scalars, updates: Any, state: ScheduleFreeState, params: Any, extra_args: Any
+        given: Scalars,
+        updates: Any,
+        state: ScheduleFreeState,
+        params: Any,
+        extra_args: Any,
+        after: list[Any] | None = None,  # the exponents, once they are known
     ) -> tuple[Any, ScheduleFreeState]:
         held, rests, scales, tree = forms.leaves_of(updates, state, params, precision)
         stored, k = jax.tree.leaves(state.z), given.next
@@ -268,19 +273,23 @@ def build(
             return tree.unflatten(iterates.recover_z(y, buffer, state.b1) for y, buffer in found)
 
         grads = jax.tree.map(lambda g, y: g.astype(wide_dtype(y)), updates, ys)
-        in_codes, base = precision == forms.EIGHT, state.base_optimizer_state
+        in_codes, base = any(scale is not None for scale in scales), state.base_optimizer_state
         opened = eight.open_(base, scales, tree) if in_codes else base
         deltas, base_state = delta(grads, opened, ys, zs, given, extra_args)
-        columns = zip(held, whole, stored, jax.tree.leaves(deltas), rests, scales, strict=True)
+        columns = list(zip(held, whole, stored, jax.tree.leaves(deltas), rests, scales, strict=True))
+        if in_codes and after is None:
+            after = eight.scale_after(columns, base_state, tree, k, state.b1)
+            if eight.is_compiled(updates):
+                updates, state = eight.again((updates, state))
+                return updated(given, updates, state, params, extra_args, after)
         if precision == forms.EXACT:
             moved = [_advance(p, y, buffer, d, k, rest) for p, y, buffer, d, rest, _ in columns]
         else:
             draws = (lean.Draw(seed, i, k.clock.step) for i in range(len(held)))
-            pairs = zip(columns, draws, strict=True)
-            new = [_advance_in_form(leaves, k, state.b1, draw) for leaves, draw in pairs]
-            moved, exponents = [one for one, _ in new], [exponent for _, exponent in new]
-            if in_codes:
-                base_state, scales = eight.close(base_state, base, exponents, tree, seed, k.clock.step)
+            rows = zip(columns, draws, after or scales, strict=True)
+            moved = [_advance_in_form(leaves, k, state.b1, *row) for leaves, *row in rows]
+            if after:
+                scales, base_state = after, eight.close(base_state, base, after, tree, seed, k.clock.step)
         return tree.unflatten(update for update, _, _ in moved), ScheduleFreeState(
             lr=k.lr_t,
             c=k.c,
@@ -316,21 +325,22 @@ def build(
 
 
 def _advance_in_form(
-    leaves: tuple[Any, ...], k: Next, beta: jax.Array, draw: lean.Draw
-) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
-    """Takes one step of a parameter in its form; returns what `_advance` does, and the exponents of a gap.
+    leaves: tuple[Any, ...], k: Next, beta: jax.Array, draw: lean.Draw, after: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Takes one step of a parameter in its form; returns what `_advance` does.
 
     Args:
         leaves: the parameter, y, what is stored beside it, delta, the rest and the exponents, or None.
         k, draw: of the step.
         beta: that built y.
+        after: the exponents after the step.
     """
     p, y, stored, delta, rest, scale = leaves
     if scale is not None:
-        return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, beta, draw)
+        return eight.advance(p, y, gap_of(stored, rest, scale), delta, k, beta, draw, after)
     if forms.is_lean(rest):
-        return lean.advance(p, y, stored, delta, k, beta, draw), None
-    return _advance(p, y, stored, delta, k, rest), None
+        return lean.advance(p, y, stored, delta, k, beta, draw)
+    return _advance(p, y, stored, delta, k, rest)
 
 
 def _advance(

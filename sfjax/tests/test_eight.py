@@ -275,3 +275,18 @@ def test_shards_give_the_bits_of_one_device() -> None:
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
         params["w"] = jax.device_put(PARAMS["w"], place)
         runs.assert_same(scanned(tx, params, gs), want)
+
+
+def test_it_runs_inside_of_shard_map_where_arrays_vary_over_axes() -> None:
+    tx = sfjax.schedule_free_adamw(0.01, precision="8bit")
+    state, of_step = tx.init(PARAMS), jax.tree.map(lambda g: g[0], grads(1))
+    auto, cut = jax.sharding.AxisType.Auto, jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(auto,), devices=jax.devices()[:1])
+
+    def spec(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: cut("rows") if leaf.ndim else cut(), tree)
+
+    specs = spec(of_step), spec(state), spec(PARAMS)
+    update = jax.shard_map(tx.update, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=True)
+    found, wanted = (jax.jit(f)(of_step, state, PARAMS) for f in (update, tx.update))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -120,11 +120,11 @@ def _has_elements(place: Place, tensor: Tensor) -> bool:
 
 def rows_taken(array: Any, like: Tensor) -> np.ndarray:
     """Returns what belongs to this rank's part of a tensor, of an array that says something of each row."""
-    rows = np.asarray(array)
     if not is_divided(like):
-        return rows
+        return np.asarray(array)
     start, shape = place_of("parameter", like)
-    return rows[start[0] : start[0] + shape[0]]
+    others = array.shape[1:]
+    return _region(array, [start[0], *[0] * len(others)], [shape[0], *others])
 
 
 def taken(array: Any, like: Tensor) -> np.ndarray:
@@ -134,7 +134,11 @@ def taken(array: Any, like: Tensor) -> np.ndarray:
     start, shape = place_of("parameter", like)
     if len(shape) != like.dim():
         return np.zeros(shape, np.asarray(array).dtype)
+    return _region(array, start, shape)
+
+
+def _region(array: Any, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     if hasattr(array, "region"):
         found: np.ndarray = array.region(start, shape)
         return found
-    return array[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+    return np.asarray(array)[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]

@@ -30,6 +30,7 @@ from sftorch.law.parts import like, note_written, part
 from sftorch.schedule_free import ScheduleFreeWrapper
 from sftorch.state import eight, forms
 from sftorch.state.groups import new_books
+from sftorch.state.meshes import row_groups
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 
@@ -71,7 +72,9 @@ class Saved:
             return {}, held.to(self.p.dtype)
         state, value = self._started(clock, held)
         return {
-            key: like(self.p, one) if isinstance(one, Tensor) and key not in self._of_rows() else one
+            key: like(self.p, one, key == eight.SCALE)
+            if isinstance(one, Tensor) and key not in self._of_rows()
+            else one
             for key, one in state.items()
         }, value
 
@@ -150,11 +153,10 @@ class Saved:
         }
         stored = {k: state[k] for k in ("x", eight.SCALE) if k in state}
         state = {kept: iterate, **after._asdict(), **rests, **buffers, **stored}
-        if (
-            self.optimizer._form(self.p, self.group) == forms.EIGHT
-        ):  # with the rest of y, which is there only now
-            eight.pack_(state)
-            forms.convert_(state, held, forms.EIGHT)
+        if self.optimizer._form(self.p, self.group) == forms.EIGHT:
+            eight.pack_(state)  # with the rest of y, which is there only now
+            if not row_groups(self.p):  # else the first step does it, in which all processes take part
+                forms.convert_(self.p, state, held, forms.EIGHT)
         if (
             isinstance(self.optimizer, TrainEvalOptimizer)
             and not self.optimizer._books(self.group)["train_mode"]
@@ -173,12 +175,12 @@ class Saved:
         if not holds_x:
             if not wants_x and beta != self.beta:
                 held = self._rebuilt(state, held, beta)
-            forms.convert_(state, held, form)
+            forms.convert_(self.p, state, held, form)
         elif not wants_x:
             if self.beta == 0:
                 state["x"] = held.to(state["z"].dtype)
             held = forms.y_from_x(held, state, self.beta)
-            forms.convert_(state, held, form)
+            forms.convert_(self.p, state, held, form)
         if wants_x and not holds_x:
             held = forms.x_from_y(held, state, beta)
         if wants_x:
@@ -187,7 +189,7 @@ class Saved:
 
     def _rebuilt(self, state: dict[str, Any], held: Tensor, beta: float) -> Tensor:
         """Returns the y that the live group's beta makes where its own group had another, so that x stays."""
-        forms.convert_(state, held, forms.EXACT)
+        forms.convert_(self.p, state, held, forms.EXACT)
         x = forms.x_from_y(held, state, beta)
         state.pop("x", None)
         if self.beta == 0:

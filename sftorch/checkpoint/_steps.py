@@ -17,7 +17,7 @@ from sfcore import samples
 from sfcore.samples import Restart, Sample
 from sfcore.watch import WATCHED_STEPS
 from sftorch.law import iterates
-from sftorch.law.parts import part
+from sftorch.law.parts import part, parts_of
 from sftorch.state import forms
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
@@ -137,5 +137,5 @@ def _iterates_at(
     y = taken(state.get("y", p), state.get(optimizer._rest))
     some = {name: taken(state[name]) for name in ("x", "z") if name in state}
     if "gap" in state:
-        some["gap"] = taken(forms.gap_of(state))
+        some["gap"] = taken(forms.gap_of(parts_of(state)))
     return forms.x_from_y(y, some, optimizer._y_beta(group)), forms.z_of(y, some)

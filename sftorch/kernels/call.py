@@ -27,14 +27,16 @@ from sfcore.native.kinds import Kind as Kind
 from sftorch.law.parts import PLAIN
 
 TABLES = ("y", "rest", "z", "v", "m", "x", "g")  # as in job.h and in triton_step.COLUMNS
+_ADDRESSES = (*TABLES, "scale")  # of a launch of Triton
+_ALIGNED = 2  # the row of `_facts`
 NUMBERS = ("sign", "lr_t", "wd_y", "wd_z", "k1", "k2", "b2", "eps", "m1", "correction2", "correction1")
 ZEROS = (0.0,) * len(NUMBERS)
 Tables = Mapping[str, Sequence[Tensor]]  # by the names of TABLES
 _log = logging.getLogger("sftorch")
 _PACKED = struct.Struct(f"{len(NUMBERS)}d")
 _WIDE = (torch.float32, torch.float64)
-# Four elements a thread: loads of 16 bytes in float32. AdamW then takes 48 registers; with eight elements it
-# takes 98, which leaves room for a quarter of the threads (compiled for sm_90 by Triton 3.7).
+# Four elements a thread: loads of 16 bytes in float32. AdamW then takes 53 registers, 64 in the 8-bit form;
+# with eight it takes 106 and 114, which leaves room for half the threads (compiled for sm_90 by Triton 3.7).
 BLOCK = 1024
 WARPS = 8
 KEPT = 64  # tables; a batch needs one. step_in_backward needs one a parameter, and may send them anew
@@ -158,7 +160,7 @@ class Job(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in TABLES]
         + [(name, ctypes.c_int32) for name in ("kind", "is_double", "y_type", "g_type")]
         + [(name, ctypes.c_double) for name in NUMBERS]
-        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "places", "keys")]
+        + [(name, ctypes.c_void_p) for name in ("scale", "rows", "places", "keys", "marks")]
     )
 
     def __init__(self, kind: Kind, y_type: Element = Element.AS_Z, g_type: Element = Element.AS_Z):
@@ -172,6 +174,7 @@ class Job(ctypes.Structure):
         super().__init__(kind=kind, y_type=y_type, g_type=g_type)
         self.columns: dict[str, array[int]] = {}  # the job points there
         self.arrays: dict[str, np.ndarray] = {}  # and there
+        self.library: ctypes.CDLL | None = None  # from the first run on
 
     def run(self, tables: Tables, numbers: Sequence[float], threads: int | None = None) -> bool:
         """Does it.
@@ -189,9 +192,11 @@ class Job(ctypes.Structure):
         Raises:
             Unavailable: if there is no kernel.
         """
-        library = build.find(build.DRAWN if self.keys else build.STEP)
-        if isinstance(library, str):
-            raise build.Unavailable(library)
+        if self.library is None:
+            found = build.find(build.DRAWN if self.keys else build.STEP)
+            if isinstance(found, str):
+                raise build.Unavailable(found)
+            self.library = found
         for name, tensors in tables.items():
             column = self.columns[name] = array("Q", [t.data_ptr() for t in tensors])
             setattr(self, name, column.buffer_info()[0])
@@ -201,7 +206,7 @@ class Job(ctypes.Structure):
             self.is_double = bool(tables["z"]) and tables["z"][0].dtype == torch.float64
         _PACKED.pack_into(self, Job.sign.offset, *numbers, *ZEROS[len(numbers) :])
         threads = torch.get_num_threads() if threads is None else threads
-        return bool(library.sf_run(ctypes.byref(self), threads))
+        return bool(self.library.sf_run(ctypes.byref(self), threads))
 
 
 @functools.cache
@@ -225,15 +230,28 @@ def find_triton() -> ModuleType | str:
         return f"triton must be importable, got {error}: install the version that your torch names"
 
 
-def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers: Sequence[float]) -> None:
+def launch(
+    kind: Kind,
+    y_type: Element,
+    g_type: Element,
+    tables: Tables,
+    numbers: Sequence[float],
+    keys: Tensor | None = None,
+    places: np.ndarray | None = None,
+) -> None:
     """Runs a step over lists of tensors in one launch, on the current stream of their device.
+
+    Rows that loads can be wide for and other rows are a launch each.
 
     Args:
         kind: SGD, YOUNG, ADAMW or ADAMW_MOMENTUM.
         y_type: AS_Z or BFLOAT16_REST.
         g_type: AS_Z or BFLOAT16.
-        tables: as for a `Job`, with z, v and m in float32; checked no more than there.
+        tables: as for a `Job`, with z, v and m in float32; checked no more than there. With keys they are of
+            the lean form, or with a table "scale" of the 8-bit one, in rows of less than 2^31 elements.
         numbers: those of NUMBERS, as for a `Job`.
+        keys: of a `Move`, for these forms; default None.
+        places: for these, of `drawn.places_of`; default None: all are whole.
 
     Raises:
         RuntimeError: if there is no kernel.
@@ -246,16 +264,30 @@ def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers
     kernel = find_triton()
     if isinstance(kernel, str):
         raise RuntimeError(kernel)
-    given = dict(zip(NUMBERS, (*numbers, *ZEROS), strict=False))
+    given: dict[str, Any] = dict(zip(NUMBERS, (*numbers, *ZEROS), strict=False))
     for moment, decay in (("1", "m1"), ("2", "b2")):  # in doubles, as on the other paths
         given[f"share{moment}"] = 1.0 - given.pop(decay)
         given[f"per{moment}"] = 1.0 / (given.pop(f"correction{moment}") or 1.0)
     ys = tables["y"]
-    sizes = np.array([y.numel() for y in ys], dtype=np.int64)
-    addresses = np.zeros((len(TABLES), len(ys)), dtype=np.int64)
-    for name, tensors in tables.items():
-        addresses[TABLES.index(name)] = [t.data_ptr() for t in tensors]
     device = ys[0].device
+    constants: dict[str, Any] = {
+        "HAS_V": kind != Kind.SGD,
+        "HAS_M": kind == Kind.ADAMW_MOMENTUM,
+        "SCALED": kind in (Kind.ADAMW, Kind.ADAMW_MOMENTUM),
+        "AT_Z": given["wd_z"] != 0,
+        "HALVES": y_type == Element.BFLOAT16_REST,
+        "NARROW_G": g_type == Element.BFLOAT16,
+        "BLOCK": BLOCK,
+        "num_warps": WARPS,
+        "enable_fp_fusion": False,
+    }
+    by_rows = "scale" in tables
+    if keys is None:
+        step, constants["TO_X"] = kernel.step, "x" in tables
+    else:
+        step, constants["HASHES"] = kernel.step_eight if by_rows else kernel.step_lean, keys.shape[1]
+        given |= {"left": 1.0 - given["k1"], "direct": 1.0 - given["k2"]}
+    facts = _facts(tables, places, by_rows)
     on_device: AbstractContextManager[object] = nullcontext()
     stream = 0
     if device.type == "cuda":
@@ -263,46 +295,52 @@ def launch(kind: Kind, y_type: Element, g_type: Element, tables: Tables, numbers
         # What is sent on one stream is used and freed on it alone.
         stream = torch.cuda.current_stream(device).cuda_stream
     with on_device:
-        owners = _owners(device, stream, sizes.tobytes())
-        if len(owners) == 0:
-            return
-        kernel.step[(len(owners),)](
-            _table(device, stream, sizes.tobytes(), addresses.tobytes()),
-            owners,
-            **given,
-            HAS_V=kind != Kind.SGD,
-            HAS_M=kind == Kind.ADAMW_MOMENTUM,
-            SCALED=kind in (Kind.ADAMW, Kind.ADAMW_MOMENTUM),
-            AT_Z=given["wd_z"] != 0,
-            TO_X="x" in tables,
-            HALVES=y_type == Element.BFLOAT16_REST,
-            NARROW_G=g_type == Element.BFLOAT16,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+        for wide in (True, False) if by_rows else (None,):
+            chosen = slice(None) if wide is None else facts[_ALIGNED] == wide
+            of_launch = facts[:, chosen]
+            owners = _owners(device, stream, of_launch[:_ALIGNED].tobytes())
+            if len(owners) == 0:
+                continue
+            table = _table(device, stream, of_launch.tobytes(), of_launch.shape[1])
+            if keys is not None:  # new in every step
+                given["keys"] = _sent(keys.numpy()[chosen].astype(np.int32), device)
+            if wide is not None:
+                constants["WIDE"] = wide
+            step[(len(owners),)](table, owners, **given, **constants)
 
 
-def _programs(sizes: np.ndarray) -> np.ndarray:
-    return -(-sizes // BLOCK)
+def _facts(tables: Tables, places: np.ndarray | None, by_rows: bool) -> np.ndarray:
+    """Returns all but the first of COLUMNS of triton_step.py, int64 of shape (columns, tensors)."""
+    ys, count = tables["y"], len(tables["y"])
+    sizes = np.array([y.numel() for y in ys], dtype=np.int64)
+    lengths = np.array([y.numel() // max(y.shape[0], 1) if by_rows else 0 for y in ys], dtype=np.int64)
+    lie = np.stack([np.zeros_like(sizes), sizes, sizes], axis=1) if places is None else places
+    addresses = np.zeros((len(_ADDRESSES), count), dtype=np.int64)
+    for name, tensors in tables.items():
+        addresses[_ADDRESSES.index(name)] = [t.data_ptr() for t in tensors]
+    # Exponents are read one by one.
+    aligned = np.bitwise_or.reduce([*addresses[: len(TABLES)], lengths], axis=0) % 16 == 0
+    return np.stack([sizes, lengths, aligned, *lie.T, *addresses])
+
+
+def _programs(sizes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns how many programs each tensor has: one a row, or one a BLOCK where there are no rows."""
+    return np.where(lengths > 0, sizes // np.maximum(lengths, 1), -(-sizes // BLOCK))
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _owners(device: torch.device, stream: int, sizes: bytes) -> Tensor:
-    """Returns the row of each program, int32; tensors have one program a BLOCK."""
-    programs = _programs(np.frombuffer(sizes, dtype=np.int64))
+def _owners(device: torch.device, stream: int, facts: bytes) -> Tensor:
+    """Returns the row of the table of each program, int32."""
+    programs = _programs(*np.frombuffer(facts, dtype=np.int64).reshape(_ALIGNED, -1))
     return _sent(np.repeat(np.arange(len(programs), dtype=np.int32), programs), device)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _table(device: torch.device, stream: int, sizes: bytes, addresses: bytes) -> Tensor:
+def _table(device: torch.device, stream: int, facts: bytes, count: int) -> Tensor:
     """Returns the table of triton_step.py, (tensors, WIDTH) int64."""
-    size = np.frombuffer(sizes, dtype=np.int64)
-    columns = np.frombuffer(addresses, dtype=np.int64).reshape(len(TABLES), len(size))
-    programs = _programs(size)
-    aligned = np.bitwise_or.reduce(columns, axis=0) % 16 == 0
-    rows = np.stack([programs.cumsum() - programs, size, aligned, *columns], axis=1)
-    return _sent(rows, device)
+    columns = np.frombuffer(facts, dtype=np.int64).reshape(-1, count)
+    programs = _programs(*columns[:_ALIGNED])
+    return _sent(np.stack([programs.cumsum() - programs, *columns], axis=1), device)
 
 
 def _sent(array: np.ndarray, device: torch.device) -> Tensor:

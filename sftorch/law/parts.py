@@ -69,20 +69,33 @@ def parts_of(state: dict[str, Any]) -> dict[str, Any]:
     return {name: part(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
-def like(tensor: Tensor, own: Tensor) -> Tensor:
-    """Returns a part of any dtype as a tensor that lies as another one does, around the same memory."""
+def like(tensor: Tensor, own: Tensor, is_of_rows: bool = False) -> Tensor:
+    """Returns a part of any dtype as a tensor that lies as another one does, around the same memory.
+
+    Args:
+        tensor: whose layout is wanted.
+        own: of the shape of its part.
+        is_of_rows: whether it is of another shape behind the first axis: all that belongs to the rows of that
+            part, whichever other axes are cut.
+    """
     if not is_divided(tensor):
         return own
     divided: Any = tensor
+    shape, stride, placements = divided.shape, divided.stride(), divided.placements
+    if is_of_rows:
+        shape, placements = torch.Size((shape[0], *own.shape[1:])), _of_rows(placements)
+        stride = own.stride()
     found: Tensor = type(divided).from_local(
-        own,
-        divided.device_mesh,
-        divided.placements,
-        run_check=False,
-        shape=divided.shape,
-        stride=divided.stride(),
+        own, divided.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return found
+
+
+def _of_rows(placements: Iterable[Any]) -> list[Any]:
+    """Returns how what belongs to rows lies, beside a tensor of these placements."""
+    from torch.distributed.tensor import Replicate
+
+    return [one if getattr(one, "dim", 0) == 0 else Replicate() for one in placements]
 
 
 def whole(tensor: Tensor, own: Tensor) -> Tensor:
@@ -94,11 +107,12 @@ def whole(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def laid_out_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Returns a value of the same shape in parts where a tensor is in parts, and whole where it is whole.
+    """Returns a value in parts where a tensor is in parts, and whole where it is whole.
 
     Args:
         tensor: whose layout is wanted.
-        value: whole and the same on all processes, or a DTensor, which all processes of its mesh must bring.
+        value: of the same shape, or of another one behind the first axis that belongs to the rows; whole and
+            the same on all processes, or a DTensor, which all processes of its mesh must bring.
     """
     if is_divided(tensor) == is_divided(value):
         return value
@@ -108,7 +122,8 @@ def laid_out_like(tensor: Tensor, value: Tensor) -> Tensor:
         return found
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, divided.device_mesh, divided.placements, src_data_rank=None)
+    placements = divided.placements if value.shape == tensor.shape else _of_rows(divided.placements)
+    return distribute_tensor(value, divided.device_mesh, placements, src_data_rank=None)
 
 
 def place(tensor: Tensor) -> Place | None:

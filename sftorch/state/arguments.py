@@ -182,8 +182,6 @@ def find_problems(group: Mapping[str, Any], beta: Any, may_be: Collection[str]) 
     wrong = [p for p in params if p.dtype not in dtypes]
     if wrong:
         found.append(f"{start} for {wrong[0].dtype} parameters, {got}: give them a group of their own")
-    if precision == "8bit" and any(map(is_divided, params)):
-        found.append(f"precision must be 'exact' or 'lean' for DTensors, {got}: take 'lean'")
     return found
 
 

@@ -8,7 +8,7 @@ for each moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,35 @@ DTYPES = (torch.bfloat16, torch.float32)
 NEAREST = 1 << 15  # in place of a random draw from [0, 65536)
 
 
-def exponents(value: Tensor) -> Tensor:
-    """Returns the exponents of a float32 tensor's rows, int8 of shape (rows,), with some room above."""
-    most = value.abs().flatten(1).amax(1) * 1.0625
+def exponents(value: Tensor, over: Sequence[Any] = ()) -> Tensor:
+    """Returns the exponents of a float32 tensor's rows, int8 of shape (rows,); `over` as for `scale_of`."""
+    return scale_of([value], over)[:, 0]
+
+
+def scale_of(values: Sequence[Tensor], over: Sequence[Any] = ()) -> Tensor:
+    """Returns the exponents of the rows of float32 tensors, with some room above.
+
+    Args:
+        values: n of them, of one shape with `rows` first.
+        over: process groups that have the other parts of the rows, as `meshes.row_groups` names them. All of
+            their processes must call it.
+
+    Returns:
+        int8 of shape (rows, n).
+    """
+    rows = values[0].shape[0]
+    if values[0].numel():
+        most = torch.stack([value.abs().flatten(1).amax(1) for value in values], 1)
+    else:
+        most = torch.zeros(rows, len(values), device=values[0].device)
+    if over:
+        bits = most.view(torch.int32) & 0x7FFFFFFF  # in the order of the numbers, with NaN above all
+        for group, device in over:
+            some = bits.to(device)
+            torch.distributed.all_reduce(some, torch.distributed.ReduceOp.MAX, group=group)
+            bits = some.to(bits.device)
+        most = bits.view(torch.float32)
+    most = most * 1.0625
     bits = torch.bitwise_right_shift(most.view(torch.int32), 23) - 126
     broken = (bits >= codes.BROKEN) | most.isnan()
     return torch.where(broken, codes.BROKEN, bits.clamp(min=codes.LEAST)).to(torch.int8)
@@ -70,8 +96,8 @@ def decoded(code: Tensor, exponent: Tensor) -> Tensor:
 def gap_code(state: Mapping[str, Any]) -> Tensor:
     """Returns the whole code of a gap, of 16 bits."""
     gap: Tensor = state["gap"]
-    if gap.dtype is torch.int16:
-        return gap
+    if gap.dtype is not torch.int8:  # int32 in the state dict of parts
+        return gap.to(torch.int16)
     end = state["y_rest"].to(torch.int16) & 3 if "y_rest" in state else 0
     return gap.to(torch.int16) * 256 + end * 64
 
@@ -117,9 +143,9 @@ def gap_bits(state: Mapping[str, Any]) -> int:
     return 16 if state["gap"].dtype is torch.int16 else codes.GAP_BITS
 
 
-def put_gap_(state: Mapping[str, Any], gap: Tensor) -> None:
-    """Puts the nearest to a gap in its place."""
-    exponent = exponents(gap)
+def put_gap_(state: Mapping[str, Any], gap: Tensor, over: Sequence[Any] = ()) -> None:
+    """Puts the nearest to a gap in its place; `over` as for `scale_of`."""
+    exponent = exponents(gap, over)
     put_(state, None, linear(gap, exponent, gap_bits(state)))
     state[SCALE][:, 0] = exponent
 
@@ -172,20 +198,23 @@ def encode(dtype: torch.dtype, value: Tensor, exponent: Tensor, draw: Tensor | i
     return torch.bitwise_right_shift(linear(value, exponent, 8, draw), 8).to(torch.int8)
 
 
-def in_codes(gap: Tensor, rest: Tensor | None, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_codes(
+    gap: Tensor, rest: Tensor | None, moments: Mapping[str, Tensor], over: Sequence[Any] = ()
+) -> dict[str, Tensor]:
     """Returns the entries of a parameter's state, to the nearest.
 
     Args:
         gap: z - y in float32.
         rest: of 8 bits, beside a bfloat16 parameter; None for a float32 one.
         moments: in float32, by name.
+        over: as for `scale_of`.
     """
-    scale = torch.zeros(gap.shape[0], 1 + len(moments), dtype=torch.int8, device=gap.device)
+    at = codes.columns(tuple(moments), "torch")
+    scale = scale_of([gap, *map(moments.__getitem__, at)], over)
     found = {"gap": torch.zeros_like(gap, dtype=torch.int16 if rest is None else torch.int8), SCALE: scale}
     if rest is not None:
         found["y_rest"] = rest
-    put_gap_(found, gap)
-    for name, column in codes.columns(tuple(moments), "torch").items():
-        scale[:, column] = exponent = exponents(moments[name])
-        found[name] = encode(dtype_of(name), moments[name], exponent)
+    put_(found, None, linear(gap, scale[:, 0], gap_bits(found)))
+    for name, column in at.items():
+        found[name] = encode(dtype_of(name), moments[name], scale[:, column])
     return found

@@ -14,7 +14,7 @@ DTensor as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from sfcore import laws
 from sftorch.law.iterates import interpolate, recover_x
+from sftorch.law.parts import is_divided, like, note_written, part, parts_of
 from sftorch.state import eight
+from sftorch.state.meshes import row_groups
 
 Y_REST, X_REST = "y_rest", "x_rest"
 RESTS = (Y_REST, X_REST)
@@ -194,13 +196,15 @@ def put_(p: Tensor, state: dict[str, Any], value: Tensor, rest: str = Y_REST) ->
 
 def move_y_(p: Tensor, state: dict[str, Any], x: Tensor, beta: float) -> None:
     """Makes a parameter hold the y that another beta makes of x and of the z that it has."""
-    z = z_of(joined(p, state), state)
-    y = interpolate(x, z, beta)
-    put_(p, state, y)
+    fit_rest(p, state, Y_REST)
+    own, of_part = part(p), parts_of(state)
+    z = z_of(joined(own, of_part), of_part)
+    put_(own, of_part, interpolate(part(x), z, beta))
+    note_written([p])
     if eight.SCALE in state:
-        eight.put_gap_(state, z - joined(p, state))
+        eight.put_gap_(of_part, z - joined(own, of_part), row_groups(p))
     elif "gap" in state:
-        state["gap"].copy_(z - joined(p, state))
+        of_part["gap"].copy_(z - joined(own, of_part))
 
 
 def first_iterate(p: Tensor, form: str) -> dict[str, Tensor]:
@@ -211,31 +215,54 @@ def first_iterate(p: Tensor, form: str) -> dict[str, Tensor]:
     return {"z": p.detach().to(wide, copy=True, memory_format=torch.preserve_format)}
 
 
-def convert_(state: dict[str, Any], y: Tensor, form: str) -> None:
+def put_parts_(p: Tensor, state: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Makes a parameter's state that of which others are the parts: what `parts_of` gave, and what is new.
+
+    Args:
+        p: the parameter.
+        state: of which tensors that stay are kept as they are.
+        own: in the order wanted.
+    """
+    found = {}
+    for name, value in own.items():
+        old = state.get(name)
+        if isinstance(old, Tensor) and part(old) is value:
+            value = old
+        elif isinstance(value, Tensor) and (not isinstance(old, Tensor) or is_divided(old)):
+            value = like(p, value, name == eight.SCALE)
+        found[name] = value
+    state.clear()
+    state.update(found)
+
+
+def convert_(p: Tensor, state: dict[str, Any], y: Tensor, form: str) -> None:
     """Brings the state of a started parameter into the form wanted: to the nearest, where that rounds.
 
     Args:
+        p: the parameter; where `meshes.row_groups` has groups, all their processes must call this.
         state: in any form; beside a bfloat16 parameter with its rest, if it is to be in 8 bits.
-        y: in full.
+        y: in full. Of a DTensor it and the state are either DTensors, or the parts that lie here.
         form: which.
     """
     if form == form_of(state):
         return
     names = [one.torch for one in laws.roles().values() if one.torch in state]
-    eight.open_(state)
+    own, of_y = parts_of(state), part(y)
+    eight.open_(own)
     if form == EIGHT:
-        changed = _in_codes(state, y, names)
+        changed = _in_codes(own, of_y, names, row_groups(p))
     elif form == LEAN:
-        gap = state["gap"] if "gap" in state else state["z"] - y
-        changed = {"gap": gap.to(NARROW)} | {name: state[name].to(NARROW) for name in names}
+        gap = own["gap"] if "gap" in own else own["z"] - of_y
+        changed = {"gap": gap.to(NARROW)} | {name: own[name].to(NARROW) for name in names}
     else:
-        changed = {"z": z_of(y, state)} | {name: state[name].to(torch.float32) for name in names}
-    others = {name: value for name, value in state.items() if name not in ("z", "gap", *changed)}
-    state.clear()
-    state.update(changed | others)
+        changed = {"z": z_of(of_y, own)} | {name: own[name].to(torch.float32) for name in names}
+    others = {name: value for name, value in own.items() if name not in ("z", "gap", *changed)}
+    put_parts_(y, state, changed | others)
 
 
-def _in_codes(state: Mapping[str, Any], y: Tensor, names: list[str]) -> dict[str, Tensor]:
+def _in_codes(
+    state: Mapping[str, Any], y: Tensor, names: list[str], over: Sequence[Any]
+) -> dict[str, Tensor]:
     """Returns the entries of the 8-bit form, to the nearest, for a state in another."""
     z, rest = z_of(y, state), None
     if Y_REST in state:
@@ -243,4 +270,5 @@ def _in_codes(state: Mapping[str, Any], y: Tensor, names: list[str]) -> dict[str
         assert lower is not None
         rest = eight.with_rest(torch.zeros_like(lower, dtype=torch.int8), lower)
         y = join(upper, rest)
-    return eight.in_codes(z - y, rest, {name: state[name].to(torch.float32) for name in names})
+    moments = {name: state[name].to(torch.float32) for name in names}
+    return eight.in_codes(z - y, rest, moments, over)

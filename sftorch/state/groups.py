@@ -307,11 +307,11 @@ class GroupedOptimizer(torch.optim.Optimizer, ABC):
             state |= self._group_clock(group)._asdict()
         forms.fit_rest(p, state, self._rest)
         y = forms.joined(p, state, self._rest)
-        forms.convert_(state, y, forms.EXACT if form == forms.EIGHT else form)
+        forms.convert_(p, state, y, forms.EXACT if form == forms.EIGHT else form)
         for name in buffers:
             if name not in state:
                 state[name] = self._new_buffer(name, state["z" if "z" in state else "gap"], group)
-        forms.convert_(state, y, form)
+        forms.convert_(p, state, y, form)
         return state
 
     def _y_beta(self, group: dict[str, Any]) -> float:

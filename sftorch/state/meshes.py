@@ -41,6 +41,22 @@ def layout(tensor: Tensor) -> Layout:
     return divided.device_mesh, divided.placements
 
 
+def row_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """Returns the process groups that have the other parts of the rows that lie here; none of whole rows.
+
+    A row is all behind one index of the first axis, which FSDP2 leaves whole.
+
+    Returns:
+        Pairs of a group and the kind of device that it works on.
+    """
+    lies = layout(tensor)
+    if lies is None:
+        return ()
+    mesh, placements = lies
+    cut = [i for i, one in enumerate(placements) if getattr(one, "dim", 0) != 0 and mesh.size(i) > 1]
+    return tuple((mesh.get_group(i), mesh.device_type) for i in cut)
+
+
 def add_up_(sums: Tensor, layouts: list[Layout]) -> None:
     """Adds up, in place, what the processes have found in their parts.
 

@@ -5,28 +5,25 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, TypeVar, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sfcore.native import build
-from sftorch.kernels import call
 from sftorch.kernels.call import Kind
-from sftorch.law import iterates, lists
+from sftorch.law import iterates
 from sftorch.law.parts import PLAIN, is_fake, like, note_written, part, parts, parts_of
 from sftorch.state import arguments, forms, unshipped
 from sftorch.state.compiler import uncompiled, uncompiled_itself
+from sftorch.state.flips import Flip, Walk
 from sftorch.state.meshes import gather_anew, together
 from sftorch.state.state_dict import ScheduleFreeOptimizer, before_step, settle
 
 # Parameter -> the optimizer that knows its x, and the index of its group there, while `ship_x` is on.
 SHIPPED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-Columns = tuple[list[Tensor], list[Tensor], list[Tensor]]  # in rows of one parameter each
 Loss = TypeVar("Loss")  # what a closure returns: a number, or a tensor of one
 
 
@@ -41,6 +38,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     _ships_x = 0  # models: an optimizer may train several
     _moves_alone = False  # `_run` to `_close`, without anyone who might put back what was
     _kept: dict[int, Tensor] | None = None  # id of a parameter -> where its y lay in the last eval mode
+    _walks: dict[int, Walk | None] | None = None  # id of a group -> what the last flip walked
 
     @abstractmethod
     def _prepare(self) -> Any:
@@ -124,11 +122,12 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         kept, self._kept = self._kept or {}, None
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                flip = _Flip(self, group)
+                flip = self._flip(group)
                 rows = flip.to_new(Kind.PUT_ASIDE, kept)
                 torch.autograd.graph.increment_version([row.p for row in rows])
                 for row in rows:
                     row.state["y"] = row.third
+                self._walks = (self._walks or {}) | {id(group): flip.walk}
                 left = flip.left(rows)
                 for p in left:
                     x = self._x_of_part(p, group)
@@ -142,6 +141,9 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
     def train(self) -> None:
         """Puts y back into the parameters, bit for bit as it was before `eval()`. Idempotent.
 
+        What tells that nobody wrote to the weights is x, made of y and z once more; or, with the native
+        kernel, 64 bits of each 512 elements, which `eval()` left in memory and in no state dict.
+
         Raises:
             RuntimeError: if the weights were written to in eval mode, or weights and state were loaded
                 that do not belong together; nothing has changed then.
@@ -150,19 +152,22 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         resting = [group for group in self.param_groups if not self._books(group)["train_mode"]]
         if not resting:
             return
-        flips: list[_Flip] = []
+        flips: list[Flip] = []
         try:
             for group in resting:
-                flips.append(_Flip(self, group))
+                flips.append(self._flip(group))
                 flips[-1].put_back()
             with together(self._params()):
-                self._require_untouched(resting, {id(row.p) for flip in flips for row in flip.back})
+                if any(flip.left(flip.back) for flip in flips):
+                    self._require_untouched(resting, {id(row.p) for flip in flips for row in flip.back})
         except BaseException:
             for flip in flips:
                 flip.undo()
             raise
         kept: dict[int, Tensor] = {}
+        self._walks = {}
         for group, flip in zip(resting, flips, strict=True):
+            self._walks[id(group)] = flip.walk
             left = {}
             for p in flip.left(flip.back):
                 y = self.state[p].pop("y", None)
@@ -212,7 +217,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         found: dict[Tensor, Tensor | None] = dict.fromkeys(self._params())
         for group in self.param_groups:
             if self._books(group)["train_mode"]:
-                flip = _Flip(self, group)
+                flip = self._flip(group)
                 rows = flip.to_new(Kind.RECOVER, {})
                 found |= {row.p: row.third for row in rows}
                 found |= {p: self._x(p, group).to(p.dtype, copy=True) for p in flip.left(rows)}
@@ -315,6 +320,7 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._walks = None  # with the old state, which may go
         unshipped.watch(self)
         self._ship_x()
 
@@ -355,10 +361,13 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
             return super()._x_and_y(p, group)
         return p if self._holds_x(p, group) else self._x(p, group).to(p.dtype), self.state[p]["y"]
 
+    def _flip(self, group: dict[str, Any]) -> Flip:
+        return Flip(group, self.state, self._y_beta(group), (self._walks or {}).get(id(group)))
+
     def _require_untouched(self, groups: list[dict[str, Any]], known: Collection[int] = ()) -> None:
         changed = []
         for group in groups:
-            untouched = known or {id(row.p) for row in _Flip(self, group).held()}
+            untouched = known or {id(row.p) for row in self._flip(group).held()}
             for index, p in enumerate(group["params"]):
                 aside = id(p) not in untouched and "y" in self.state.get(p, {})
                 if aside and not is_fake(p) and not self._holds_x(p, group):
@@ -384,197 +393,6 @@ class TrainEvalOptimizer(ScheduleFreeOptimizer):
         return bool((near | (p == x.to(p.dtype)) | (p.isnan() & x.isnan())).all())
 
 
-class _Row(NamedTuple):
-    """A parameter, its state, and where its y lies aside, or is to lie, or its x."""
-
-    p: Tensor
-    state: dict[str, Any]
-    third: Tensor
-
-
-class _Flip:
-    """Goes between y and x in one pass over memory, by the native kernel or else by lists, where it can.
-
-    That is a group's parameters that have the dtype of z. Lists go in groups of bounded size, and so does
-    what is looked at before it is written to: from the cache, writing costs less.
-    """
-
-    def __init__(self, optimizer: TrainEvalOptimizer, group: dict[str, Any]):
-        beta, state = optimizer._y_beta(group), optimizer.state
-        found = [(p, state.get(p, {})) for p in group["params"]]
-        self._started = [(p, of_p) for p, of_p in found if forms.has_started(of_p)]
-        self.back: list[_Row] = []  # of parameters that hold y again
-        self._written: list[Columns] = []
-        self._native = group.get("fused") is not False and not isinstance(build.find(), str)
-        self._share = 1.0 / beta - 1.0 if beta else None
-        if group.get("foreach") is False:
-            self._share = None
-
-    def left(self, rows: list[_Row]) -> list[Tensor]:
-        """Returns the parameters with a state that are not among those of some rows."""
-        if len(rows) == len(self._started):
-            return []
-        done = {id(row.p) for row in rows}
-        return [p for p, _ in self._started if id(p) not in done]
-
-    def to_new(self, kind: Kind, kept: Mapping[int, Tensor]) -> list[_Row]:
-        """Returns rows with new tensors: x by RECOVER; by PUT_ASIDE y, and the parameter becomes x.
-
-        Args:
-            kind: one of these two.
-            kept: id of a parameter -> a tensor that may be taken for its new one.
-        """
-        ready, columns = self._columns(kept)
-        try:
-            for some in columns:
-                self._run(kind, some)
-        except BaseException:
-            if kind is Kind.PUT_ASIDE:
-                self._take_back(columns)
-            raise
-        return ready
-
-    def _take_back(self, columns: list[Columns]) -> None:
-        """Gives the parameters y again that an interrupted PUT_ASIDE has, or has not, made x of."""
-        for some in columns:
-            if self._native:
-                self._run(Kind.PUT_BACK, some)  # which changes nothing where y was not put aside
-        for ys, _, thirds in self._written:
-            torch._foreach_copy_(ys, thirds)
-
-    def held(self) -> list[_Row]:
-        """Returns the rows with y put aside if all of them hold x bit for bit, else none."""
-        ready, columns = self._columns()
-        return [] if any(self._run(Kind.HOLDS, some) for some in columns) else ready
-
-    def put_back(self) -> None:
-        """Puts back y where all parameters hold x bit for bit; else nothing has changed."""
-        ready, columns = self._columns()
-        at_once = not any(
-            row.p.is_cuda for row in ready
-        )  # a look waits for the device: there, once before all
-        if not at_once and any(self._run(Kind.HOLDS, some) for some in columns):
-            return
-        for some in columns:
-            if not self._put_back(some, look=at_once):
-                self.undo()
-                return
-        self.back = ready
-
-    def _put_back(self, columns: Columns, look: bool) -> bool:
-        """Puts back y where all of a list holds x, and tells whether it does; else nothing has changed."""
-        if self._native:
-            self._written.append(columns)
-            if self._run(Kind.PUT_BACK, columns):
-                self._written.pop()
-                return False
-        else:
-            if look and self._run(Kind.HOLDS, columns):
-                return False
-            self._written.append(columns)
-            torch._foreach_copy_(columns[0], columns[2])
-        return True
-
-    def undo(self) -> None:
-        """Makes x of what was put back, in the bits that it had."""
-        for ps, zs, ys in self._written:
-            # The kernel puts back a whole list or nothing, and who interrupts it does not learn which.
-            if not self._native or _all_equal(ps, ys):
-                self._run(Kind.RECOVER, (ys, zs, ps))
-        self.back, self._written = [], []
-
-    def _columns(self, kept: Mapping[int, Tensor] | None = None) -> tuple[list[_Row], list[Columns]]:
-        """Returns the rows that can be walked, and the same as lists, of one dtype and device each.
-
-        Args:
-            kept: id of a parameter -> what may be its third tensor, which is a new one else; None takes the
-                y that lies aside.
-        """
-        rows = []
-        for p, state in self._started if self._share is not None else ():
-            z, third = state.get("z"), state.get("y") if kept is None else kept.get(id(p))
-            if z is not None and z.dtype == p.dtype and (third is not None or kept is not None):
-                rows.append(_Row(p, state, _empty_like(p) if third is None else third))
-        columns = _columns_of(rows)
-        if call.all_alike(columns):
-            return rows, self._grouped(columns)
-        columns = _reals_of(rows)
-        fits = call.alike if self._native else _may_be_listed
-        kinds: dict[Any, list[_Row]] = {}
-        for row, (y, z, third) in zip(rows, zip(*columns, strict=True), strict=True):
-            if kept is not None and not fits(y, third):  # it was kept of another parameter
-                row = row._replace(third=_empty_like(row.p))
-                third = _reals([row.third])[0]
-            if fits(y, z, third):
-                kinds.setdefault((y.dtype, y.device), []).append(row)
-        ready = [row for same in kinds.values() for row in same]
-        return ready, [some for same in kinds.values() for some in self._grouped(_reals_of(same))]
-
-    def _grouped(self, columns: Columns) -> list[Columns]:
-        """Returns columns of one dtype and device in lists that one call takes."""
-        if self._native:
-            return [columns]
-        ys, zs, thirds = columns
-        return [
-            (lists.cut(ys, cuts), lists.cut(zs, cuts), lists.cut(thirds, cuts))
-            for cuts in lists.groups_of(columns)
-        ]
-
-    def _run(self, kind: Kind, columns: Columns) -> bool:
-        """Does RECOVER, PUT_ASIDE, HOLDS or PUT_BACK; returns whether one of the last two found a difference.
-
-        RECOVER and PUT_ASIDE take y, z and what is to become x or the y put aside; the others x, z and y.
-        """
-        assert self._share is not None
-        ys, zs, thirds = columns
-        # The same doubles as in iterates.recover_x, rounded to the tensors' dtype by both.
-        if self._native:
-            numbers = (*call.ZEROS[: call.NUMBERS.index("k1")], self._share)
-            return call.Job(kind).run({"y": ys, "z": zs, "x": thirds}, numbers)
-        if kind is Kind.HOLDS:
-            new = list(torch._foreach_sub(thirds, zs))
-            torch._foreach_mul_(new, self._share)
-            torch._foreach_add_(new, thirds)
-            return not _all_equal(ys, new)
-        torch._foreach_copy_(thirds, ys)
-        x, y = thirds, ys
-        if kind is Kind.PUT_ASIDE:
-            self._written.append(columns)
-            x, y = ys, thirds
-        torch._foreach_sub_(x, zs)
-        torch._foreach_mul_(x, self._share)
-        torch._foreach_add_(x, y)
-        return False
-
-
-def _may_be_listed(first: Tensor, *others: Tensor) -> bool:
-    """Tells whether plain tensors have one wide dtype, device and shape, and their own signs."""
-    return (
-        first.dtype in (torch.float32, torch.float64)
-        and first.device.type in lists.GROUP
-        and PLAIN.issuperset(map(type, (first, *others)))
-        and all((t.dtype, t.device, t.shape) == (first.dtype, first.device, first.shape) for t in others)
-        and not any(t.is_neg() for t in (first, *others))
-    )
-
-
-def _all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Tells whether plain tensors are equal; NaN is not."""
-    if first and first[0].is_cpu:  # torch.equal takes five times as long
-        return all(np.array_equal(a.detach(), b) for a, b in zip(first, second, strict=True))
-    return all(_equal(first, second)) if first else True
-
-
-def _equal(first: list[Tensor], second: list[Tensor]) -> list[bool]:
-    """Tells which tensors on a device are equal, with one wait; NaN is not."""
-    differ: list[bool] = torch.stack([(a != b).any() for a, b in zip(first, second, strict=True)]).tolist()
-    return [not one for one in differ]
-
-
-def _empty_like(p: Tensor) -> Tensor:
-    return torch.empty_like(p, requires_grad=False)
-
-
 def _copied(p: Tensor, kept: Tensor | None) -> Tensor:
     """Returns a copy of a parameter, in what was kept if that is still like it."""
     if kept is not None and _kind_of(kept) == _kind_of(p.detach()):
@@ -592,21 +410,3 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
         tensor.is_neg(),
         tensor.is_conj(),
     )
-
-
-def _columns_of(rows: Sequence[_Row]) -> Columns:
-    """Returns the parts of the parameters of some rows, of their z, and of the third tensors."""
-    thirds = parts([row.third for row in rows])
-    return parts([row.p for row in rows]), parts([row.state["z"] for row in rows]), thirds
-
-
-def _reals_of(rows: Sequence[_Row]) -> Columns:
-    """Returns the same, complex ones as pairs of reals."""
-    ys, zs, thirds = map(_reals, _columns_of(rows))
-    return ys, zs, thirds
-
-
-def _reals(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the parts of tensors, complex ones as pairs of reals."""
-    found = parts(tensors)
-    return [iterates.as_real(t) for t in found] if any(t.is_complex() for t in found) else found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftorch.law.parts import is_divided, laid_out_like, note_written
+from sftorch.law.parts import is_divided, laid_out_like, note_written, part, parts_of
 from sftorch.state import eight, forms, prints
 from sftorch.state.compiler import uncompiled, without_compiler
 from sftorch.state.groups import GroupedOptimizer
@@ -24,6 +24,7 @@ from sftorch.state.meshes import gather_anew, together
 PRINTS = ("x_print", "y_print")
 HOLD = "weights_hold"
 _ASIDE = ("y", *forms.RESTS)
+_WORDS = ("gap", *forms.RESTS)  # int16 ones, which neither gloo nor NCCL gathers, are saved as int32
 # What torch.compile and (Distributed)DataParallel put into parameters' names.
 WRAPPERS = ("_orig_mod", "module")
 
@@ -136,7 +137,16 @@ def _put(optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, hel
 
     Writes into no tensor of the state: it may be needed again as it was loaded.
     """
-    state, beta = optimizer.state[p], optimizer._y_beta(group)
+    state = parts_of(optimizer.state[p])
+    _put_part(optimizer, group, part(p), state, held)
+    forms.put_parts_(p, optimizer.state[p], state)
+
+
+def _put_part(
+    optimizer: ScheduleFreeOptimizer, group: dict[str, Any], p: Tensor, state: dict[str, Any], held: str
+) -> None:
+    """Does it with the part of a DTensor, or a whole parameter."""
+    beta = optimizer._y_beta(group)
     y, rests = state.pop("y", None), {name: state[name] for name in forms.RESTS if name in state}
     at_rest = not hasattr(optimizer, "eval")  # the closure forms: x is the parameter itself
     if held == "y":
@@ -334,9 +344,9 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             for index, p in zip(group["params"], live["params"], strict=True):
                 if p in notes:
                     state[index].update(zip(PRINTS, notes[p], strict=True))
-                for name in set(forms.RESTS) & state.get(index, {}).keys():
+                for name in set(_WORDS) & state.get(index, {}).keys():
                     value = state[index][name]
-                    if is_divided(value) and value.dtype == torch.int16:  # neither gloo nor NCCL gathers it
+                    if is_divided(value) and value.dtype == torch.int16:
                         state[index][name] = value.to(torch.int32)
         return packed | {"state": state, "param_groups": groups}
 
@@ -408,10 +418,11 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                 # lean form.
                 stays = name in _ASIDE or "gap" in saved
                 dtype = value.dtype if stays else torch.promote_types(value.dtype, torch.float32)
-                if name in forms.RESTS and dtype == torch.int32:  # the whole numbers of a rest in parts
+                if name in _WORDS and dtype == torch.int32:  # of a state in parts
                     dtype = torch.int16
                 value = value.detach().to(device=p.device, dtype=dtype, copy=True)
-                self.state[p][name] = laid_out_like(p, value) if value.shape == p.shape else value
+                is_cut = value.shape == p.shape or name == eight.SCALE
+                self.state[p][name] = laid_out_like(p, value) if is_cut else value
                 fits = dtype == (torch.int8 if eight.SCALE in saved else forms.rest_dtype(p.dtype))
                 if name in forms.RESTS and not fits:
                     del self.state[p][name]  # it belongs to weights of another dtype, which these are not

@@ -73,6 +73,8 @@ class Move(NamedTuple):
         of: the parameters as DTensors, for a direction that gathers; else empty.
         scales: in the 8-bit form the exponents of gaps and buffers, else empty.
         columns: of these, by name of the buffer; the first is that of the gap.
+        over: in the 8-bit form the process groups that have the other parts of each parameter's rows; empty
+            if all rows are whole.
     """
 
     direction: Direction
@@ -91,6 +93,7 @@ class Move(NamedTuple):
     of: Sequence[Tensor] = ()
     scales: Sequence[Tensor] = ()
     columns: Sequence[tuple[str, int]] = ()
+    over: Sequence[Sequence[Any]] = ()
 
     def whole(self, index: int | None = None) -> dict[str, Any]:
         """Returns what a direction that gathers is called with beside its numbers: all of a move, or one."""
@@ -109,7 +112,8 @@ class Move(NamedTuple):
         keys = None if self.keys is None else self.keys[chosen]
         places = [self.places[i] for i in chosen] if self.places else ()
         of = [self.of[i] for i in chosen] if self.of else ()
-        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places, of=of)
+        over = [self.over[i] for i in chosen] if self.over else ()
+        return self._replace(**lists, buffers=buffers, keys=keys, kept={}, places=places, of=of, over=over)
 
 
 class Backend(NamedTuple):
@@ -181,7 +185,7 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
     Gradients of other kinds than a kernel takes, which are rare, are copied.
     """
     tables, count = _tables(move), len(move.ys)
-    if move.keys is None and call.all_fit(tables):
+    if call.all_fit(tables) if move.keys is None else drawn.all_fit(tables, move.places):
         return [(kernel, move)]
     grads = list(move.grads)
     taken: dict[torch.dtype, list[int]] = {}
@@ -190,6 +194,8 @@ def _shared(move: Move, kernel: Backend) -> list[tuple[Backend, Move]]:
         row = {name: tensors[i] for name, tensors in tables.items()}
         if move.keys is None:
             why, wide = call.why_left(row), row["z"].dtype
+        elif move.over and move.over[i]:
+            why, wide = "a DTensor must be cut in its first dimension alone with '8bit'", torch.float32
         else:
             why, wide = drawn.why_left(row, move.places[i] if move.places else None), torch.float32
         if why:
@@ -225,7 +231,6 @@ def _kernel(
     find: Callable[[Move], object],
     run: Callable[[Move, Numbers], None],
     why_not: Callable[[Move], str] | None = None,
-    rounds: bool = False,
 ) -> Backend:
     """Returns the kernel of a device as a backend.
 
@@ -235,7 +240,6 @@ def _kernel(
         find: move -> its kernel, or why there is none.
         why_not: move -> what is wrong with the kernel here, "" if it is right; None for a kernel that is the
             default.
-        rounds: whether it also runs the forms that are rounded at random.
     """
 
     def takes(move: Move) -> str | None:
@@ -245,9 +249,6 @@ def _kernel(
         y = move.ys[0]
         if y.device.type != device:
             return f"parameters must be on a {device} device, got {y.device}"
-        if move.keys is not None and not rounds:
-            form = "8bit" if move.scales else "lean"
-            return f"precision must be 'exact', got {form!r}: the kernel has no random rounding"
         if y.dtype not in dtypes:
             names = ", ".join(str(one).removeprefix("torch.") for one in dtypes)
             return f"parameters on {y.device} must be of one of {names}, got {y.dtype}"
@@ -294,8 +295,16 @@ def _run_native(move: Move, numbers: Numbers) -> None:
     torch.autograd.graph.increment_version(move.ys)
 
 
+def _find_triton(move: Move) -> object:
+    if move.scales and any(math.prod(y.shape[1:]) >= 1 << 31 for y in move.ys):
+        return "rows must have less than 2^31 elements with precision='8bit'"
+    return call.find_triton()
+
+
 def _run_triton(move: Move, numbers: Numbers) -> None:
-    call.launch(*_described(move), _tables(move), (-1.0 if move.maximize else 1.0, *numbers))
+    places = drawn.places_of(move.ys, move.places) if any(move.places) else None
+    numbers = (-1.0 if move.maximize else 1.0, *numbers)
+    call.launch(*_described(move), _tables(move), numbers, move.keys, places)
     torch.autograd.graph.increment_version(move.ys)
 
 
@@ -304,11 +313,14 @@ def why_not_triton(move: Move) -> str:
     if is_fake(move.ys[0]):
         return "parameters must hold numbers, got fake tensors"
     dtypes = [(name, tensors[0].dtype) for name, tensors in _tables(move).items()]
-    return _tried(move.direction, tuple(dtypes), move.ys[0].device)
+    form = forms.EXACT if move.keys is None else forms.EIGHT if move.scales else forms.LEAN
+    return _tried(move.direction, form, tuple(dtypes), move.ys[0].device)
 
 
 @functools.cache
-def _tried(direction: Direction, dtypes: tuple[tuple[str, torch.dtype], ...], device: torch.device) -> str:
+def _tried(
+    direction: Direction, form: str, dtypes: tuple[tuple[str, torch.dtype], ...], device: torch.device
+) -> str:
     """Tries the kernel once; each of two steps at either decay, and one of them with maximize."""
     names = [name for name, column in _COLUMN.items() if column in dict(dtypes)]
 
@@ -324,16 +336,19 @@ def _tried(direction: Direction, dtypes: tuple[tuple[str, torch.dtype], ...], de
             foreach=False,
             fused=True,
             maximize=number % 2 == 1,
-            keys=None,
+            keys=None if form == forms.EXACT else keys(0, range(len(tables["y"])), number + 1, len(names)),
             kept={},
+            places={forms.LEAN: check.PLACES, forms.EIGHT: check.ROW_PLACES}.get(form, ()),
+            scales=list(tables.get(eight.SCALE, ())),
+            columns=tuple((name, at) for at, name in enumerate(names, start=1)),
         )
         for decays in ((0.1, 0.0), (0.0, 0.1)):
             backend.run(move, check.numbers_of(direction.kernel, number + 1, *decays))
 
-    runs = [functools.partial(step, backend) for backend in (TRITON, SINGLE)]
+    runs = [functools.partial(step, one) for one in (TRITON, SINGLE if form == forms.EXACT else LEAN)]
     why = check.why_wrong(dict(dtypes), device, *runs)
     if why:
-        check.give_notice(device, why)
+        check.give_notice(form, device, why)
     return why
 
 
@@ -471,11 +486,11 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
     assert move.keys is not None
     lr_t, wd_y, wd_z, k1, beta, *own = numbers
     compiling = torch.compiler.is_compiling()
-    for i, (p, gap, scale, grad, words) in enumerate(
-        zip(move.ys, move.zs, move.scales, move.grads, move.keys.unbind(), strict=True)
-    ):
+    places: Sequence[Place | None] = move.places or [None] * len(move.ys)
+    columns = (move.ys, move.zs, move.scales, move.grads, move.keys.unbind(), places)
+    for i, (p, gap, scale, grad, words, place) in enumerate(zip(*columns, strict=True)):
         of_p: list[Any] = [word.unbind() for word in words.unbind()] if compiling else words.tolist()
-        drawn = draws(p.shape, of_p, p.device)
+        drawn = draws(p.shape, of_p, p.device, place)
         rest = move.rests[i] if move.rests else None
         state = {"gap": gap} if rest is None else {"gap": gap, forms.Y_REST: rest}
         wide = {name: eight.decoded(move.buffers[name][i], scale[:, at]) for name, at in move.columns}
@@ -488,13 +503,11 @@ def _run_eight(move: Move, numbers: Numbers) -> None:
         y, wide_gap = y + (k1 * w + (1.0 - beta) * delta), (1.0 - k1) * w  # S9* S7
         y, lower = (y, None) if rest is None else forms.split(eight.rounded_y(y, drawn[1]), p.dtype)
         p.copy_(y)
-        exponent = eight.exponents(wide_gap)
-        eight.put_(state, lower, eight.linear(wide_gap, exponent, eight.gap_bits(state), drawn[0]))
-        scale[:, 0] = exponent
+        scale.copy_(eight.scale_of([wide_gap, *wide.values()], move.over[i] if move.over else ()))
+        eight.put_(state, lower, eight.linear(wide_gap, scale[:, 0], eight.gap_bits(state), drawn[0]))
         for name, at in move.columns:
-            code, exponent = move.buffers[name][i], eight.exponents(wide[name])
-            code.copy_(eight.encode(code.dtype, wide[name], exponent, drawn[at]))
-            scale[:, at] = exponent
+            code = move.buffers[name][i]
+            code.copy_(eight.encode(code.dtype, wide[name], scale[:, at], drawn[at]))
 
 
 def _takes_foreach(move: Move) -> str | None:
@@ -606,12 +619,12 @@ def _put_back(move: Move, values: list[Tensor]) -> None:
 # Complex tensors come as their reals, and are told of.
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
-NATIVE = _kernel("native", "cpu", _CPU_DTYPES, _find_native, _run_native, rounds=True)
+NATIVE = _kernel("native", "cpu", _CPU_DTYPES, _find_native, _run_native)
 TRITON = _kernel(
     "triton",
     "cuda",
     _CUDA_DTYPES,
-    lambda _: call.find_triton(),
+    _find_triton,
     _run_triton,
     lambda move: why_not_triton(move),
 )

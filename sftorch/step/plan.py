@@ -25,7 +25,7 @@ from sftorch.law.scalars import Clock, Next, next_step
 from sftorch.state import arguments, eight
 from sftorch.state.compiler import uncompiled
 from sftorch.state.groups import Batch, new_books
-from sftorch.state.meshes import together
+from sftorch.state.meshes import row_groups, together
 from sftorch.state.modes import TrainEvalOptimizer
 from sftorch.state.state_dict import ScheduleFreeOptimizer
 from sftorch.step import backends
@@ -92,6 +92,7 @@ class Work:
         direction = self._number(optimizer, plan)
         rests = [optimizer._rest] if optimizer._rest in self.states[0] else []
         scales = [eight.SCALE] if self._in_codes else []
+        over = [row_groups(p) for p in self.params] if self._in_codes else []
         names = ["gap" if self.is_lean else "z", *rests, *plan.buffers, *scales]
         views = {name: viewed((s[name] for s in self.states), self.pairs) for name in names}
         grads = gradients(self.params)
@@ -109,6 +110,7 @@ class Work:
             keys=self._keys(plan) if self.is_lean else None,
             kept={},
             places=[place(p) for p in self.params] if self.is_lean else (),
+            over=over if any(over) else (),
             of=self.params if direction.gathers and any(map(is_divided, self.params)) else (),
             scales=views.get(eight.SCALE, ()),
             columns=tuple(eight.columns(self.states[0]).items()) if self._in_codes else (),

@@ -26,13 +26,15 @@ PRECISIONS = {
     "float32": (torch.float32, {}),
     "bfloat16": (torch.bfloat16, {}),
     "lean": (torch.bfloat16, {"precision": "lean"}),
+    "8bit": (torch.bfloat16, {"precision": "8bit"}),
+    "8bit, float32": (torch.float32, {"precision": "8bit", "inner_momentum": 0.5}),
 }
 
 
 def build(layout: str, precision: str, seed: int) -> tuple[nn.Module, Any]:
     dtype, options = PRECISIONS[precision]
     torch.manual_seed(seed)
-    model: nn.Module = Net().to(dtype)
+    model: nn.Module = (Net((20, 19, 17)) if precision.startswith("8bit") else Net()).to(dtype)
     if layout == "fsdp":
         fully_shard(model)
     elif layout == "ddp":
@@ -44,7 +46,8 @@ def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
     inner = getattr(model, "module", model)
     for step in range(first, last):
         # The same batch everywhere: the mean of equal gradients has the bits of each.
-        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(inner.c.weight.dtype)
+        inputs = torch.randn(8, inner.a.in_features, generator=torch.Generator().manual_seed(step))
+        inputs = inputs.to(inner.c.weight.dtype)
         optimizer.zero_grad()
         model(inputs).float().square().mean().backward()
         optimizer.step()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sftorch
+from sfcore.native import build
 from sftorch.checkpoint import Checkpoints
 
 OPTIMIZERS = {
@@ -33,6 +34,13 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, {}),
     "float16": (torch.float16, {"foreach": False}),  # foreach rounds otherwise, in one process too
     "lean": (torch.bfloat16, {"precision": "lean"}),
+    "8bit": (torch.bfloat16, {"precision": "8bit"}),
+    "8bit, float32": (
+        torch.float32,
+        {"precision": "8bit", "fused": None if isinstance(build.find(), str) else True},
+    ),
+    "8bit, no kernel": (torch.bfloat16, {"precision": "8bit", "fused": False}),
+    "8bit, later": (torch.bfloat16, {"fused": False}),
 }
 STEPS = {"sgd": 4, "adamw": 4, "muon": 4, "radam": 8}
 
@@ -40,14 +48,25 @@ STEPS = {"sgd": 4, "adamw": 4, "muon": 4, "radam": 8}
 class Net(nn.Module):
     """Shards of different sizes, and none at all for some processes; more than one chunk of a print."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: tuple[int, ...] = (6, 7, 5)) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 1)
+        first, second, third = sizes
+        self.a, self.b, self.c = nn.Linear(first, second), nn.Linear(second, third), nn.Linear(third, 1)
 
 
-def net(dtype: torch.dtype) -> Net:
+def net(dtype: torch.dtype, precision: str = "") -> Net:
     torch.manual_seed(0)
-    return Net().to(dtype)
+    return (Net((20, 19, 17)) if precision.startswith("8bit") else Net()).to(dtype)
+
+
+def may_be(kind: str, precision: str, layout: str = "") -> bool:
+    """Tells whether an optimizer has a precision, and a layout has the bits of one process then."""
+    if not precision.startswith("8bit"):
+        return True
+    fused = PRECISIONS[precision][1].get("fused")
+    # Rows in parts take torch's operations, in which AdamW's root is another one than the kernel's.
+    takes_parts = fused is False or (kind == "sgd" and fused is None)
+    return kind != "muon" and ("tp" not in layout or takes_parts)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +123,7 @@ def run(divide: Callable[[Net], None], kind: str, precision: str) -> dict[str, A
     """Returns the digests of weights and state after some steps, at y and at x, and the prints."""
     dtype, chosen = PRECISIONS[precision]
     make, options = OPTIMIZERS[kind]
-    model = net(dtype)
+    model = net(dtype, precision)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     divide(model)
     model.scale = scalar(model, dtype)
@@ -114,7 +133,12 @@ def run(divide: Callable[[Net], None], kind: str, precision: str) -> dict[str, A
     params = dict(model.named_parameters())
     optimizer = make(list(params.values()), **options, **chosen)
     random = torch.Generator().manual_seed(1)
-    for _ in range(STEPS[kind]):
+    for step in range(STEPS[kind]):
+        if precision == "8bit, later" and step == STEPS[kind] - 2:
+            optimizer.param_groups[0]["precision"] = "8bit"
+        if precision == "8bit, later" and step == STEPS[kind] - 1:  # the gaps move
+            group = optimizer.param_groups[0]
+            group |= {"momentum": 0.8} if "momentum" in group else {"betas": (0.8, group["betas"][1])}
         for name, shape in shapes.items():
             grad, p = torch.randn(shape, generator=random).to(dtype), params[name]
             if isinstance(p, DTensor):
@@ -209,6 +233,7 @@ def main(rank: int, world: int, folder: Path, *kinds: str) -> dict[str, Any]:
         for name, divide in layouts(world).items()
         for kind in kinds
         for precision in PRECISIONS
+        if may_be(kind, precision, name)
     }
     more = {"resumed": resumed(world, folder)} if "muon" in kinds else {}
     return {"runs": found, "large": large(world), "distances": distances(world)} | more

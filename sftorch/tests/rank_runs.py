@@ -24,7 +24,7 @@ from sfcore.preemption import Preemption
 from sfcore.shards import Spread
 from sftorch.checkpoint import CheckpointError, Checkpoints
 
-STATE = ("z", "gap", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
+STATE = ("z", "gap", "scale", "x", "exp_avg", "exp_avg_sq", "y", "y_rest", "x_rest")
 SAVED, LAST = 3, 23  # steps of a run that is saved
 STOPPED = 18  # steps, at most, of one that is told to stop
 
@@ -48,6 +48,15 @@ class Even(Net):
     def __init__(self, dtype):
         super().__init__(dtype)
         self.a, self.b, self.c = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1)
+        self.to(dtype)
+
+
+class Wide(Net):
+    """Rows that are long enough for 8 bits, in numbers that TP wants and FSDP divides unevenly."""
+
+    def __init__(self, dtype):
+        super().__init__(dtype)
+        self.a, self.b, self.c = torch.nn.Linear(20, 20), torch.nn.Linear(20, 18), torch.nn.Linear(18, 1)
         self.to(dtype)
 
 
@@ -77,7 +86,8 @@ def divided(kind, model, world):
 
 def build(kind, world, seed=0, dtype="float32", lr=0.01, **options):
     torch.manual_seed(seed)
-    model = (Even if options.pop("even", False) else Net)(getattr(torch, dtype))
+    kinds = {"even": Even, "wide": Wide}
+    model = kinds.get(options.pop("net", None), Net)(getattr(torch, dtype))
     if options.pop("no buffer", False):
         del model.seen
     model, called = divided(kind, model, world)
@@ -88,10 +98,10 @@ def build(kind, world, seed=0, dtype="float32", lr=0.01, **options):
 
 
 def train(called, optimizer, first, last):
-    dtype = next(called.parameters()).dtype
+    p = next(called.parameters())
     for step in range(first, last):
         # The same batch on all ranks: the mean of equal gradients has the bits of each.
-        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+        inputs = torch.randn(8, p.shape[1], generator=torch.Generator().manual_seed(step)).to(p.dtype)
         optimizer.zero_grad()
         called(inputs).square().mean().backward()
         optimizer.step()

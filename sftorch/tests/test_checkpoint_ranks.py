@@ -81,10 +81,12 @@ def test_a_run_goes_on_in_any_layout(ranks, saved, of, to):
             assert one["joined"] == []  # no process holds all of it
 
 
-EVEN = {"even": True}
+EVEN = {"net": "even"}
+EIGHT = {"net": "wide", "dtype": "bfloat16", "precision": "8bit"}
 
 
 @slow
+@pytest.mark.parametrize("options", [EVEN, EIGHT], ids=["float32", "8bit"])
 @pytest.mark.parametrize(
     ("of", "to"),
     [
@@ -96,9 +98,9 @@ EVEN = {"even": True}
     ],
     ids=str,
 )
-def test_so_does_one_with_parts_along_several_axes(ranks, saved, of, to):
-    folder, before = saved(*of, EVEN)
-    for one in ranks.run(to[1], "restored", folder, to[0], EVEN):
+def test_so_does_one_with_parts_along_several_axes(ranks, saved, of, to, options):
+    folder, before = saved(*of, options)
+    for one in ranks.run(to[1], "restored", folder, to[0], options):
         assert_same(one["then"], before[0]["then"])
         if of == to:
             assert_same(one["end"], before[0]["end"])
@@ -108,6 +110,8 @@ FORMS = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
     "lean": {"dtype": "bfloat16", "precision": "lean"},
+    "8bit": EIGHT,
+    "8bit, float32": {"net": "wide", "precision": "8bit", "inner_momentum": 0.8},
     "wrapper": {"wrapper": True},
     "x is stored": {"betas": [0.0, 0.999]},
     "momentum": {"inner_momentum": 0.8},
@@ -123,6 +127,28 @@ def test_every_form_of_the_state_does(ranks, saved, form, mode, to):
         assert_same(one["then"], before[0]["then"])
         if to == ("fsdp", 2):
             assert_same(one["end"], before[0]["end"])
+
+
+@slow
+@pytest.mark.parametrize(("before", "after"), [("exact", "8bit"), ("8bit", "exact"), ("8bit", "lean")])
+def test_a_precision_is_changed_alike_in_every_layout(ranks, saved, before, after):
+    folder, _ = saved("fsdp", 2, EIGHT | {"precision": before})
+    of_two = ranks.run(2, "restored", folder, "fsdp", EIGHT | {"precision": after})
+    (alone,) = ranks.run(1, "restored", folder, "one", EIGHT | {"precision": after})
+    assert ("a.weight scale" in alone["then"]) == (after == "8bit")
+    for one in of_two:
+        assert [notice.partition(":")[0] for notice in one["notices"]] == ["precision (group 0)"]
+        assert_same(one["then"], alone["then"])
+        assert_same(one["end"], alone["end"])
+
+
+@slow
+def test_rows_in_parts_come_into_codes_in_the_first_step(ranks, saved):
+    folder, _ = saved("fsdp", 2, EIGHT | {"precision": "exact"})
+    for one in ranks.run(2, "restored", folder, "tp", EIGHT):
+        assert "a.weight scale" in one["then"]  # cut by rows
+        assert "b.weight scale" not in one["then"]
+        assert one["end"]["b.weight scale"].shape == (18, 2)
 
 
 def test_every_rank_draws_on_and_has_its_place_and_extra(ranks, saved):
@@ -176,6 +202,21 @@ def test_under_fsdp_every_rank_writes_its_parts_once(saved):
             if leaf in sizes:
                 sizes[leaf] += int(np.prod(about["shape"]))
     assert sizes == {"y/a.weight": 42, "z/a.weight": 42, "v/a.weight": 42, "y/c.weight": 5}
+
+
+@slow
+def test_codes_lie_together_in_every_part_and_are_read_as_those_of_one_process(ranks, saved, tmp_path):
+    folder, _ = saved("fsdp", 2, EIGHT)
+    path = store.newest(folder)
+    assert inspect(folder)["verified"]
+    for file in store.files_of(store.read_meta(path), store.STATE):
+        header = json.loads((path / file).read_bytes()[8:].partition(b"}}")[0] + b"}}")
+        assert header["y+gap/a.weight"]["dtype"] == "U32"
+        assert not {"y/a.weight", "gap/a.weight"} & header.keys()
+    convert(folder, tmp_path / "whole", "exchange")  # which holds z and v themselves
+    exact = EIGHT | {"precision": "exact"}
+    found = [ranks.run(1, "restored", where, "one", exact)[0] for where in (folder, tmp_path / "whole")]
+    assert_same(found[1]["then"], found[0]["then"])
 
 
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=slow)])

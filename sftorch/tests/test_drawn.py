@@ -99,6 +99,59 @@ def test_gradients_of_another_dtype_or_order_are_copied(precision, monkeypatch):
     assert same_bits(wanted, everything(optimizer, twins))
 
 
+def fitting(dtype, precision):
+    """Returns the tables of two parameters that the kernels take."""
+    is_narrow, in_codes = dtype == torch.bfloat16, precision == "8bit"
+    kinds = dict.fromkeys(("z", "v", "m"), torch.bfloat16)
+    if in_codes:
+        kinds = {"z": torch.int8 if is_narrow else torch.int16, "v": torch.uint8, "m": torch.int8}
+    kinds |= {"rest": torch.int8 if in_codes else torch.int16} if is_narrow else {}
+    shapes = [(40, 30), (3, 17)]
+    tables = {name: [torch.ones(s).to(kind) for s in shapes] for name, kind in ({"y": dtype} | kinds).items()}
+    scales = {"scale": [torch.zeros(s[0], 3, dtype=torch.int8) for s in shapes]} if in_codes else {}
+    return tables | {"g": [torch.ones(s) for s in shapes]} | scales
+
+
+class Other(torch.Tensor):
+    """Another kind of tensor."""
+
+
+SPOILT = {
+    "a gradient of another order": ("g", lambda t: t.t().contiguous().t()),
+    "gradients of two dtypes": ("g", lambda t: t.to(torch.bfloat16)),
+    "a gradient with a pending sign": ("g", lambda t: torch._neg_view(t)),
+    "a parameter that is no plain tensor": ("y", lambda t: t.as_subclass(Other)),
+    "a gap of another dtype": ("z", lambda t: t.to(torch.float32)),
+    "a moment of another shape": ("v", lambda t: t[:1].clone()),
+    "state elsewhere": ("m", lambda t: t.to("meta")),
+    "state of another order": ("m", lambda t: t.t().contiguous().t()),
+}
+
+
+@pytest.mark.parametrize("precision", ["8bit", "lean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_list_that_fits_is_known_at_once(dtype, precision):
+    assert drawn.all_fit(fitting(dtype, precision), [None, None])
+    assert not drawn.all_fit(fitting(dtype, precision), [None, Place((9, 17), (1, 0), (3, 17))])
+    for name, (table, change) in SPOILT.items():
+        tables = fitting(dtype, precision)
+        tables[table][1] = change(tables[table][1])
+        assert not drawn.all_fit(tables, ()), name
+    doubles = fitting(dtype, precision)
+    doubles["g"] = [g.double() for g in doubles["g"]]
+    assert not drawn.all_fit(doubles, ())
+    others = fitting(dtype, precision)
+    others |= {"rest": [torch.zeros(y.shape, dtype=torch.float32) for y in others["y"]]}
+    assert not drawn.all_fit(others, ())
+
+
+def test_a_list_that_fits_is_not_asked_one_by_one(monkeypatch):
+    monkeypatch.setattr(drawn, "why_left", lambda *row: pytest.fail("it was asked"))
+    calls = Calls(monkeypatch.setattr)
+    stepped(True, "adamw", torch.bfloat16, "8bit", shapes=[(40, 30), (3, 17)])
+    assert calls.taken() == (6, 0)
+
+
 @pytest.mark.usefixtures("exact_root")
 @pytest.mark.parametrize("precision", ["8bit", "lean"])
 def test_a_parameter_in_another_order_is_left_to_torchs_operations(precision, monkeypatch):
@@ -173,6 +226,8 @@ def test_state_of_another_kind_is_left_and_named():
     row = {"y": params[0].detach(), "rest": state["y_rest"], "z": state["gap"], "scale": state[eight.SCALE]}
     assert drawn.why_left(row, None) == "state must be of its parameter's kind"
     assert drawn.why_left(row | {"z": row["rest"][:2]}, None) == "state must be of its parameter's shape"
+    elsewhere = row | {"z": row["rest"].to("meta")}
+    assert drawn.why_left(elsewhere, None) == "state must be on the device of its parameter, cpu"
 
 
 def test_a_step_makes_no_copies_of_what_is_there():

@@ -272,29 +272,133 @@ def mesh():
     dist.destroy_process_group()
 
 
-def test_dtensors_are_refused_and_take_over_its_checkpoints(mesh, tmp_path):
+def divided(model, mesh, dim=0):
+    """Returns a copy of a linear layer whose weight is cut along an axis, its bias along the first."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    def divided(p):
-        return torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+    found = copy.deepcopy(model)
+    for name, along in (("weight", dim), ("bias", 0)):
+        p = distribute_tensor(getattr(model, name).detach(), mesh, [Shard(along)])
+        setattr(found, name, torch.nn.Parameter(p))
+    return found
 
+
+@pytest.mark.parametrize("precision", ["8bit", "exact"])
+def test_dtensors_take_over_its_checkpoints(mesh, tmp_path, precision):
     model = torch.nn.Linear(20, 10).bfloat16()
     optimizer = sftorch.AdamWScheduleFree(model.parameters(), lr=STEP_SIZE, precision="8bit", seed=2)
     feed(optimizer, list(model.parameters()), some_grads(6, list(model.parameters())))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(model, optimizer)
-    other = copy.deepcopy(model)
-    other.weight, other.bias = divided(model.weight), divided(model.bias)
-    with pytest.raises(
-        HyperparameterError, match="precision must be 'exact' or 'lean' for DTensors, got '8bit'"
-    ):
-        sftorch.AdamWScheduleFree(other.parameters(), precision="8bit")
-    back = sftorch.AdamWScheduleFree(other.parameters(), lr=STEP_SIZE, seed=2)
+    other = divided(model, mesh)
+    back = sftorch.AdamWScheduleFree(other.parameters(), lr=STEP_SIZE, precision=precision, seed=2)
     Checkpoints(tmp_path).restore(other, back)
-    z = forms.z_of(
-        forms.joined(model.weight.detach(), optimizer.state[model.weight]), optimizer.state[model.weight]
-    )
-    assert same_bits([back.state[other.weight]["z"].full_tensor()], [z])
+    state, found = optimizer.state[model.weight], back.state[other.weight]
+    if precision == "8bit":
+        assert found["scale"].shape == (10, 2)
+        for name in ("gap", "exp_avg_sq", "scale", "y_rest"):
+            assert same_bits([found[name].full_tensor()], [state[name]])
+    else:
+        z = forms.z_of(forms.joined(model.weight.detach(), state), state)
+        assert same_bits([found["z"].full_tensor()], [z])
+
+
+def test_exponents_are_told_from_a_part_that_has_their_shape():
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # of processes that are not there
+
+    dist = torch.distributed
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        eight_of = dist.device_mesh.init_device_mesh("cpu", (8,))
+        model = torch.nn.Linear(16, 10, bias=False)
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), eight_of, [Shard(1)]))
+        p = model.weight
+        for precision in ("8bit", "exact"):
+            optimizer = sftorch.AdamWScheduleFree([p], precision=precision)
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.param_groups[0]["precision"] = "8bit"
+            optimizer.step()
+            scale = optimizer.state[p]["scale"]
+            assert scale.to_local().shape == p.to_local().shape == scale.shape == (10, 2)
+            assert optimizer.state[p]["gap"].shape == (10, 16)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtensors_do_in_all_modes_what_plain_parameters_do(mesh, dtype, dim):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(20, 10).to(dtype)]
+    models.append(divided(models[0], mesh, dim))
+    grads, found = some_grads(9, list(models[0].parameters())), []
+
+    def advance(model, optimizer, some):
+        for of_step in some:
+            for p, g in zip(model.parameters(), of_step, strict=True):
+                is_plain = model is models[0]
+                p.grad = g if is_plain else distribute_tensor(g, p.device_mesh, p.placements)
+            optimizer.step()
+
+    def held(model, optimizer):
+        def whole(t):
+            return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+
+        state = (t for p in model.parameters() for t in optimizer.state[p].values())
+        return [whole(t) for t in (*model.parameters(), *state) if isinstance(t, torch.Tensor)]
+
+    def made(model):
+        options = {"lr": STEP_SIZE, "precision": "8bit", "inner_momentum": 0.5}
+        return sftorch.AdamWScheduleFree(model.parameters(), **options)
+
+    optimizers = list(map(made, models))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        run = []
+        advance(model, optimizer, grads[:3])
+        run += [held(model, optimizer), list(optimizer.eval_params().values())]
+        run[-1] = [getattr(x, "to_local", lambda x=x: x)() for x in run[-1]]
+        optimizer.eval()
+        run.append(held(model, optimizer))
+        optimizer.train()
+        run.append(held(model, optimizer))
+        optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+        advance(model, optimizer, grads[3:5])
+        run += [held(model, optimizer), [torch.tensor(optimizer.metrics(distance=True)[0]["x_z_distance"])]]
+        optimizer.rebase()
+        run.append(held(model, optimizer))
+        advance(model, optimizer, grads[5:7])
+        run.append(held(model, optimizer))
+        found.append(run)
+    assert all(same_bits(*pair) for pair in zip(*found, strict=True))
+    # Each goes on from the other's state.
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    full = get_optimizer_state_dict(models[1], optimizers[1], options=StateDictOptions(full_state_dict=True))
+    gaps = [eight.gap_code(of["state"][key]) for of, key in ((states[0], 0), (full, "weight"))]
+    assert same_bits([gaps[0]], [gaps[1]])
+    others = list(map(made, models))
+    others[0].load_state_dict(states[1])
+    others[1].load_state_dict(states[0])
+    for model, optimizer in zip(models, others, strict=True):
+        optimizer.train()
+        advance(model, optimizer, grads[7:])
+    assert same_bits(*(held(model, optimizer) for model, optimizer in zip(models, others, strict=True)))
+
+
+def test_a_kernel_that_must_run_refuses_rows_in_parts(mesh, monkeypatch):
+    other = divided(torch.nn.Linear(20, 10), mesh, dim=1)
+    optimizer = sftorch.SGDScheduleFree(other.parameters(), precision="8bit", fused=True)
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # one process has whole rows
+    monkeypatch.setattr("sftorch.step.plan.row_groups", lambda p: ("group",) if p.ndim > 1 else ())
+    optimizer = sftorch.SGDScheduleFree(other.parameters(), precision="8bit", fused=True)
+    with pytest.raises(RuntimeError, match="got True: a DTensor must be cut in its first dimension alone"):
+        optimizer.step()
 
 
 class TestStateDict:

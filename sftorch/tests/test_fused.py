@@ -281,6 +281,12 @@ def test_on_a_cuda_device_fused_must_be_asked_for(monkeypatch):
     assert backends.TRITON.takes(on_cuda(False)) == "fused must be True, got False"
     assert backends.TRITON.takes(on_cuda(True)) is None
     assert backends.TRITON.takes(on_cuda(True, torch.bfloat16)) is None
+    rounded = on_cuda(True, torch.bfloat16)._replace(keys=torch.zeros(1, 1, 2, dtype=torch.int64))
+    assert backends.TRITON.takes(rounded) is None
+    for shape, why in (((2, 20), None), ((1, 2, 1 << 30), "rows must have less than 2^31 elements")):
+        rounded.ys[0].shape = shape
+        found = backends.TRITON.takes(rounded._replace(scales=[rounded.zs[0]]))
+        assert found == why or found.startswith(why)
     with pytest.raises(RuntimeError, match=r"on cuda:0 must be of one of float32, .*, got torch.float64"):
         backends.assign(on_cuda(True, torch.float64))
 

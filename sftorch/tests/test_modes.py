@@ -78,6 +78,7 @@ def test_the_memory_of_y_is_kept_for_the_next_evaluation_and_not_by_a_copy(dtype
     assert all("y" not in optimizer.state[p] for p in params)
     assert len(optimizer._kept) == len(params)
     assert copy.deepcopy(optimizer)._kept is None
+    assert copy.deepcopy(optimizer)._walks is None
 
 
 def test_a_run_with_flips_is_bit_for_bit_the_run_without():

@@ -8,7 +8,7 @@ from sftorch.tests import launcher
 from sftorch.tests.crossing_runs import LAYOUTS
 
 PROGRAM = "sftorch.tests.crossing_runs"
-SHORT, LONG = ("bfloat16",), ("float32", "lean")
+SHORT, LONG = ("bfloat16",), ("float32", "lean", "8bit", "8bit, float32")
 
 
 @pytest.fixture(scope="module")
