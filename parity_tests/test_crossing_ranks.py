@@ -8,7 +8,7 @@ from sfcore.convert import convert
 from sfjax.tests import process_runs
 from sftorch.tests.launcher import Launcher
 
-OPTIONS = {"even": True, "no buffer": True}
+OPTIONS = {"net": "even", "no buffer": True}
 
 
 @pytest.mark.slow

@@ -204,7 +204,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header, start = _read_header(file, size)
-        return {name: _read_leaf(file, name, header[name], start, size) for name in header}
+        return {
+            name: _read_leaf(file, name, field, start, size, _room(field)) for name, field in header.items()
+        }
 
 
 class Opened:
@@ -224,10 +226,19 @@ class Opened:
             self._header, self._start = _read_header(file, self._size)
         self.names = list(self._header)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one leaf, as a new array."""
-        with open(self._path, "rb") as file:
-            return _read_leaf(file, name, self._header[name], self._start, self._size)
+    def reader(self, name: str) -> Callable[[], np.ndarray]:
+        """Returns what reads one leaf, from any thread, into memory that is had here and now.
+
+        Memory that a new thread asks for is fresh, and its page faults take longer than the reading.
+        """
+        field = self._header[name]
+        raw = _room(field)
+
+        def read() -> np.ndarray:
+            with open(self._path, "rb") as file:
+                return _read_leaf(file, name, field, self._start, self._size, raw)
+
+        return read
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -302,10 +313,13 @@ def _check_extent(header: Mapping[str, Any], available: int) -> None:
         raise Damaged(f"it must end after {reached} bytes of data, got {available}")
 
 
+def _room(field: Mapping[str, Any]) -> np.ndarray:
+    return np.empty(field["data_offsets"][1] - field["data_offsets"][0], np.uint8)
+
+
 def _read_leaf(
-    file: BufferedReader, name: str, field: Mapping[str, Any], start: int, size: int
+    file: BufferedReader, name: str, field: Mapping[str, Any], start: int, size: int, raw: np.ndarray
 ) -> np.ndarray:
-    raw = np.empty(field["data_offsets"][1] - field["data_offsets"][0], np.uint8)
     file.seek(start + field["data_offsets"][0])
     if file.readinto(raw.data) != raw.size:
         raise Damaged(f"it is truncated in leaf {name!r}: it must have {size} bytes, got fewer")

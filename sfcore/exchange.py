@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -230,14 +230,23 @@ def read_tensors(path: Path, record: Mapping[str, Any] | None = None) -> dict[st
     checks.require(TypeError, path=(checks.PATH, path), record=(checks.optional(checks.MAPPING), record))
     record = read_header(path)[1] if record is None else record
     if record is not None:
-        return dict(zip(record, each(open_tensors(path, record), list(record)), strict=True))
+        return read_all(dict.fromkeys(record, open_tensors(path, record)))
     with reading(path):
         found = _safetensors.read(path)
         return {leaf: _apart(leaf, found[one], leaf != one) for leaf, one in _held(found).items()}
 
 
-def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
-    """Returns what reads one leaf of a safetensors file, from any thread, and holds it against the record.
+Reader: TypeAlias = Callable[[str], Callable[[], np.ndarray]]
+
+
+def read_all(readers: Mapping[str, Reader]) -> dict[str, np.ndarray]:
+    """Returns leaf -> array, by what `open_tensors` gave for the file of each; a few at once in threads."""
+    found = each(lambda read: read(), [reader(leaf) for leaf, reader in readers.items()])
+    return dict(zip(readers, found, strict=True))
+
+
+def open_tensors(path: Path, record: Mapping[str, Any]) -> Reader:
+    """Returns leaf -> what reads that leaf of a safetensors file, from any thread, and checks it.
 
     Raises:
         CheckpointError: as `read_tensors`; of a leaf's content when that is read.
@@ -247,14 +256,19 @@ def open_tensors(path: Path, record: Mapping[str, Any]) -> Callable[[str], np.nd
         held = _held(opened.names)
     _check_names(path, held, record)
 
-    def read(leaf: str) -> np.ndarray:
-        with reading(path):
-            stored = _apart(leaf, opened.read(held[leaf]), leaf != held[leaf])
-        found = _from_stored(stored, record[leaf]["dtype"])
-        check_leaf(path, leaf, found, record[leaf])
-        return found
+    def reader(leaf: str) -> Callable[[], np.ndarray]:
+        read_stored = opened.reader(held[leaf])
 
-    return read
+        def read() -> np.ndarray:
+            with reading(path):
+                stored = _apart(leaf, read_stored(), leaf != held[leaf])
+            found = _from_stored(stored, record[leaf]["dtype"])
+            check_leaf(path, leaf, found, record[leaf])
+            return found
+
+        return read
+
+    return reader
 
 
 def _held(names: Iterable[str]) -> dict[str, str]:

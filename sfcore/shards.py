@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sfcore.beside import each
-from sfcore.exchange import OLDER, CheckpointError
+from sfcore.exchange import OLDER, CheckpointError, Reader, read_all
 
 Indices = Sequence[int]
 
@@ -118,22 +117,22 @@ def _cut(low: Indices, ends: Indices, start: Indices) -> tuple[slice, ...]:
     return tuple(slice(a - s, b - s) for a, b, s in zip(low, ends, start, strict=True))
 
 
-def joined(files: Mapping[str, Mapping[str, Any]], read: Callable[[str, str], np.ndarray]) -> dict[str, Any]:
+def joined(files: Mapping[str, Mapping[str, Any]], readers: Mapping[str, Reader]) -> dict[str, Any]:
     """Returns leaf -> array of the record of several files; those in pieces come as `Spread`.
 
     Args:
         files: file -> leaf -> what is recorded of it.
-        read: (file, leaf) -> array, verified; called from several threads.
+        readers: file -> what `sfcore.exchange.open_tensors` gave for it.
 
     Raises:
         CheckpointError: if the pieces of a leaf do not fit together.
     """
     found: dict[str, Any] = {}
-    whole: dict[str, str] = {}
+    whole: dict[str, Reader] = {}
     for file, leaves in files.items():
         for key, about in leaves.items():
             if "of" not in about:
-                found[key], whole[key] = None, file
+                found[key], whole[key] = None, readers[file]
                 continue
             leaf = about["leaf"]
             of = tuple(about["of"])
@@ -141,8 +140,12 @@ def joined(files: Mapping[str, Mapping[str, Any]], read: Callable[[str, str], np
             if not isinstance(spread, Spread) or (spread.shape, spread.dtype) != (of, _dtype(about["dtype"])):
                 raise CheckpointError(f"{file} has a piece of {leaf!r} that does not fit the others; {OLDER}")
             place = tuple(about["start"]), tuple(about["shape"])
-            spread.pieces.append(Piece(*place, partial(read, file, key)))
-    return found | dict(zip(whole, each(lambda key: read(whole[key], key), list(whole)), strict=True))
+            spread.pieces.append(Piece(*place, partial(_read, readers[file], key)))
+    return found | read_all(whole)
+
+
+def _read(reader: Reader, leaf: str) -> np.ndarray:
+    return reader(leaf)()
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -146,7 +146,7 @@ def open_parts(path: Path, meta: Meta, file: str = STATE) -> dict[str, Any]:
     readers = {name: exchange.open_tensors(path / name, meta.tensors[name]) for name in names}
     for name in names if file == INFERENCE else ():
         exchange.check_metadata(path / name, about_inference(meta))
-    return shards.joined({name: meta.tensors[name] for name in names}, lambda name, leaf: readers[name](leaf))
+    return shards.joined({name: meta.tensors[name] for name in names}, readers)
 
 
 def _verify(path: Path) -> None:

@@ -7,7 +7,11 @@ other machines, or sent to them.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable, Mapping
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -217,13 +221,32 @@ def serve(
         except OSError as error:
             free = "from 7860 to 7959" if port is None else str(port)
             raise OSError(f"port must be free at {host}, got {free}: pass another") from error
-        told(address)
-        if wait:
-            page.block_thread()
-    except KeyboardInterrupt:  # before Gradio waits, which would see to it: its threads would live on
+        if not wait:
+            told(address)
+            return page
+        with _interrupts() as came:
+            told(address)
+            while not came:
+                time.sleep(0.1)
+        page.close()
+    except KeyboardInterrupt:  # while there is no handler yet, or any more: the page's threads would live on
         page.close()
         raise
     return page
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Yields what every Ctrl-C adds to; the exception that it else is gets lost in a destructor."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield came
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _gradio() -> Any:

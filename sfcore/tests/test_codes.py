@@ -23,9 +23,9 @@ def test_a_file_has_both_in_four_bytes_and_gives_back_the_same_bits(tmp_path):
     record = exchange.write_tensors(path, leaves)
     assert set(record) == set(leaves)
     found = exchange.read_tensors(path, record)
-    read = exchange.open_tensors(path, record)
+    reader = exchange.open_tensors(path, record)
     for leaf, array in leaves.items():
-        for back in (found[leaf], read(leaf)):
+        for back in (found[leaf], reader(leaf)()):
             assert (back.dtype, back.shape, back.tobytes()) == (array.dtype, array.shape, array.tobytes())
     stored = codes.put_together(leaves)
     assert list(stored) == ["v/w", "y+gap/w", "scale/w", "y/b"]

@@ -430,6 +430,17 @@ def test_ctrl_c_ends_the_page_before_it_waits(monkeypatch):
         assert one.connect_ex(("127.0.0.1", port)) != 0
 
 
+def test_ctrl_c_is_not_lost_in_a_destructor():
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    page = ui.serve(told=lambda address: [Interrupted()].clear())
+    assert not page.is_running
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @SLOW
 def test_ctrl_c_ends_the_page_without_a_traceback():
     command = [sys.executable, "-m", "sfcore", "plan", "--ui"]
