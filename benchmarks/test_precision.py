@@ -54,6 +54,17 @@ def test_it_writes_a_row_a_method_a_figure_and_a_table(tmp_path):
         assert [row["ratio"]["median"] for row in rows if row["method"] == method] == [1.0] * 2
 
 
+def test_what_rounds_at_random_runs_with_every_seed_of_that(tmp_path):
+    options = ["--seeds", "2", "--draws", "3", "--steps", "100", "--frameworks", "torch", "--methods", "8bit"]
+    (tmp_path / "precision.jsonl").write_text("")
+    precision.main([*options, "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "precision.jsonl").read_text().splitlines()]
+    found = {(row["lr"], row["method"]): (row["n"], row["draws"]) for row in rows}
+    assert found == {(lr, name): (2, n) for lr in precision.LRS for name, n in (("float32", 1), ("8bit", 3))}
+    ratios = [row["ratio"] for row in rows if row["method"] == "8bit"]
+    assert all(one["min"] < one["median"] < one["max"] for one in ratios)
+
+
 @pytest.mark.parametrize("name", [name for name, one in precision_torch.METHODS.items() if one.needs])
 def test_a_peer_has_its_moments_in_8_bits_and_learns(name):
     pytest.importorskip(precision_torch.METHODS[name].needs)

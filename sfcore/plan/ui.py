@@ -180,7 +180,7 @@ def serve(
         port: default None: the first free one from 7860.
         browser: open it in one.
         told: what is told the address.
-        wait: return only when it is interrupted; otherwise the page runs until its `close()`.
+        wait: return only when it is interrupted or closed; otherwise the page runs until its `close()`.
 
     Returns:
         The page, of Gradio's class.
@@ -226,7 +226,7 @@ def serve(
             return page
         with _interrupts() as came:
             told(address)
-            while not came:
+            while page.is_running and not came:
                 time.sleep(0.1)
         page.close()
     except KeyboardInterrupt:  # while there is no handler yet, or any more: the page's threads would live on

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -439,6 +440,17 @@ def test_ctrl_c_is_not_lost_in_a_destructor():
     page = ui.serve(told=lambda address: [Interrupted()].clear())
     assert not page.is_running
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_page_that_a_thread_serves_ends_when_it_is_closed(monkeypatch):
+    pages, launch = [], gradio.Blocks.launch
+    monkeypatch.setattr(
+        gradio.Blocks, "launch", lambda page, **more: pages.append(page) or launch(page, **more)
+    )
+    thread = threading.Thread(target=ui.serve, kwargs={"told": lambda address: pages[0].close()})
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 @SLOW

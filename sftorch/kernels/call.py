@@ -174,7 +174,7 @@ class Job(ctypes.Structure):
         super().__init__(kind=kind, y_type=y_type, g_type=g_type)
         self.columns: dict[str, array[int]] = {}  # the job points there
         self.arrays: dict[str, np.ndarray] = {}  # and there
-        self.library: ctypes.CDLL | None = None  # from the first run on
+        self.loaded: ctypes.CDLL | None = None  # from the first run on
 
     def run(self, tables: Tables, numbers: Sequence[float], threads: int | None = None) -> bool:
         """Does it.
@@ -192,11 +192,11 @@ class Job(ctypes.Structure):
         Raises:
             Unavailable: if there is no kernel.
         """
-        if self.library is None:
+        if self.loaded is None:
             found = build.find(build.DRAWN if self.keys else build.STEP)
             if isinstance(found, str):
                 raise build.Unavailable(found)
-            self.library = found
+            self.loaded = found
         for name, tensors in tables.items():
             column = self.columns[name] = array("Q", [t.data_ptr() for t in tensors])
             setattr(self, name, column.buffer_info()[0])
@@ -206,7 +206,7 @@ class Job(ctypes.Structure):
             self.is_double = bool(tables["z"]) and tables["z"][0].dtype == torch.float64
         _PACKED.pack_into(self, Job.sign.offset, *numbers, *ZEROS[len(numbers) :])
         threads = torch.get_num_threads() if threads is None else threads
-        return bool(self.library.sf_run(ctypes.byref(self), threads))
+        return bool(self.loaded.sf_run(ctypes.byref(self), threads))
 
 
 @functools.cache

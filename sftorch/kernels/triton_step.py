@@ -312,25 +312,9 @@ def _moved(
     HAS_V: tl.constexpr, HAS_M: tl.constexpr, SCALED: tl.constexpr, AT_Z: tl.constexpr,
 ):  # fmt: skip
     """Returns y, the gap and the moments after a step of the forms that are kept by the gap; k2 is beta."""
+    z = y + gap
     delta, v, m = _delta(
-        y,
-        y + gap,
-        v,
-        m,
-        g,
-        sign,
-        lr_t,
-        wd_y,
-        wd_z,
-        share2,
-        eps,
-        share1,
-        per2,
-        per1,
-        HAS_V,
-        HAS_M,
-        SCALED,
-        AT_Z,
+        y, z, v, m, g, sign, lr_t, wd_y, wd_z, share2, eps, share1, per2, per1, HAS_V, HAS_M, SCALED, AT_Z
     )
     w = gap + k2 * delta
     return y + (k1 * w + direct * delta), left * w, v, m  # S9* S7
